@@ -1,0 +1,19 @@
+"""The two kinds of failure that a person sees; everything else is a bug and keeps its traceback."""
+
+
+class UnziploraError(Exception):
+    """A failure with a message for a person: what was wrong, where, and what to do next."""
+
+    exit_code = 1
+
+
+class UserError(UnziploraError):
+    """The request cannot be carried out as it was asked (exit code 2)."""
+
+    exit_code = 2
+
+
+class MachineError(UnziploraError):
+    """The machine stood in the way: disk full, no permission, out of memory (exit code 1)."""
+
+    exit_code = 1

@@ -1,0 +1,183 @@
+"""A frozen linear layer with any number of LoRA branches, each with its own input stream and column scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STREAMS = ("full", "content", "style")
+"""Order of the prompts' embeddings on the feature axis of a joined [B, tokens, 3·D] conditioning."""
+
+
+class Branch(nn.Module):
+    """One LoRA of one linear layer: ΔW = strength · diag(mask ⊙ scale) B A (arXiv 2106.09685; 2412.04465, eq. 5).
+
+    Attributes:
+        down: A, [rank, in].
+        up: B, [out, rank]; zeros at the start, so that ΔW = 0.
+        scale: soft column scale m, [out], one per OUTPUT feature.
+        mask: hard 0/1 column mask, [out]; ones when every column is open.
+        strength: alpha / rank, times whatever dial is turned at inference.
+        stream: which prompt's embedding this branch reads where the layer is given several joined ones.
+    """
+
+    scale: Tensor
+    mask: Tensor
+
+    def __init__(self, down: Tensor, up: Tensor, strength: float = 1.0, stream: str = "full") -> None:
+        super().__init__()
+        if down.shape[0] != up.shape[1]:
+            raise ValueError(f"ranks differ: down {tuple(down.shape)}, up {tuple(up.shape)}")
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(up)
+        self.scale = nn.Parameter(torch.ones(up.shape[0], device=up.device))
+        self.register_buffer("mask", torch.ones(up.shape[0], device=up.device))
+        self.strength = strength
+        self.stream = STREAMS.index(stream)
+        # Set while columns are scored: called with (∂L/∂ΔW, ΔW), both [out, in] (see columns.py).
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
+
+    def columns(self) -> Tensor:
+        """Factor of each output column, strength · mask ⊙ scale, [out]."""
+        return self.strength * self.mask * self.scale
+
+    def delta(self) -> Tensor:
+        """The dense update ΔW = diag(columns) B A, [out, in], in fp32."""
+        return (self.columns()[:, None] * self.up.float()) @ self.down.float()
+
+
+class BranchedLinear(nn.Module):
+    """y = W0 x₀ + b + Σ_i ΔW_i x_i: a frozen linear layer with LoRA branches that may read different inputs.
+
+    Where the input is `n · in` features wide it is n prompts' embeddings joined on the feature axis
+    (`STREAMS`): the frozen layer reads the first, each branch its own (arXiv 2412.04465, section 3.2). An
+    input of the plain width is read by all. The products stay low-rank, and branches that read the same
+    input are computed together: one product with the joined A, one with the joined, column-scaled B.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.branches = nn.ModuleDict()
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] or [..., n·in] → [..., out]."""
+        streams = x.split(self.base.in_features, dim=-1)
+        y = self.base(streams[0])
+        groups: dict[int, list[Branch]] = {}
+        for branch in self.branches.values():
+            if branch.strength:
+                groups.setdefault(min(branch.stream, len(streams) - 1), []).append(branch)
+        for stream, branches in groups.items():
+            for branch in (b for b in branches if b.observer is not None):
+                y = y + _Observed.apply(streams[stream], branch.delta().detach(), branch.observer).to(y.dtype)
+            plain = [b for b in branches if b.observer is None]
+            if plain:
+                y = y + _low_rank(streams[stream], plain).to(y.dtype)
+        return y
+
+
+def _low_rank(x: Tensor, branches: list[Branch]) -> Tensor:
+    """Σ_i (x A_iᵀ) (diag(columns_i) B_i)ᵀ for branches that read the same x, [..., out].
+
+    The column factor goes into B, [out, rank]: the same as on the output, without a second output in memory.
+    """
+    down = torch.cat([b.down for b in branches])
+    up = torch.cat([b.columns()[:, None] * b.up for b in branches], dim=1)
+    if not torch.is_autocast_enabled(x.device.type):
+        down, up = down.to(x.dtype), up.to(x.dtype)
+    return F.linear(F.linear(x, down), up)
+
+
+class _Observed(torch.autograd.Function):
+    """x ΔWᵀ with a dense ΔW, whose gradient is shown to an observer during backward and then dropped."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, delta: Tensor, observer: Callable[[Tensor, Tensor], None]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, delta)
+        ctx.observer = observer
+        return F.linear(x, delta.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        x, delta = ctx.saved_tensors
+        ctx.observer(grad.flatten(0, -2).float().T @ x.flatten(0, -2).float(), delta)
+        return grad @ delta.to(grad.dtype), None, None
+
+
+def adapted(unet: nn.Module) -> dict[str, BranchedLinear]:
+    """The adapted layers of a UNet by module path, such as `mid_block…attn1.to_q`."""
+    return {name: module for name, module in unet.named_modules() if isinstance(module, BranchedLinear)}
+
+
+def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
+    """Wrap the named linear layers of a UNet in place and return the adapted layers by path.
+
+    Layers that are adapted already are kept, so that several LoRAs can be added one after the other.
+
+    Raises:
+        ValueError: a path names no linear layer of this UNet.
+    """
+    layers = {}
+    for path in paths:
+        try:
+            module = unet.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"the UNet has no layer {path!r}") from None
+        if isinstance(module, nn.Linear):
+            module = BranchedLinear(module)
+            parent, _, child = path.rpartition(".")
+            setattr(unet.get_submodule(parent), child, module)
+        if not isinstance(module, BranchedLinear):
+            raise ValueError(f"{path!r} is a {type(module).__name__}, not a linear layer")
+        layers[path] = module
+    return layers
+
+
+def add_lora(
+    unet: nn.Module,
+    name: str,
+    modules: Mapping[str, tuple[Tensor, Tensor]],
+    strength: float = 1.0,
+    stream: str = "full",
+) -> dict[str, Branch]:
+    """Add a LoRA given as module path → (down [r, in], up [out, r]); return its branches by path."""
+    branches = {}
+    for path, layer in inject(unet, modules).items():
+        down, up = modules[path]
+        weight = layer.base.weight
+        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
+            raise ValueError(
+                f"{path}: the LoRA is {up.shape[0]}×{down.shape[1]}, the layer {tuple(weight.shape)}"
+            )
+        branch = Branch(down.to(weight.device), up.to(weight.device), strength, stream)
+        layer.branches[name] = branches[path] = branch
+    return branches
+
+
+def remove(unet: nn.Module) -> None:
+    """Take all LoRA branches off and put the frozen linear layers back, exactly as they were."""
+    for path, layer in adapted(unet).items():
+        parent, _, child = path.rpartition(".")
+        setattr(unet.get_submodule(parent), child, layer.base)
+
+
+def attention_linears(unet: nn.Module) -> list[str]:
+    """Paths of q, k, v, out of every attention of an SDXL-topology UNet, in module order (560 for SDXL)."""
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    return [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and ".attn" in name and name.endswith(ends)
+    ]
