@@ -1,0 +1,59 @@
+"""Fixtures shared by all tests: a tiny pipeline of SDXL's topology in every form that a base comes in."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from unziplora.base import Base, load_base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors are slower on many threads, and results then do not depend on the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random base as a diffusers folder. Read only: copy it before changing a file."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-xl"
+    tiny.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as one file in the original SDXL layout, with its configuration folder beside it."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    tiny.save_checkpoint(tiny.pipeline(), path)
+    path.with_suffix("").symlink_to(tiny_folder, target_is_directory=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_base(tiny_folder: Path) -> Base:
+    """The tiny base, loaded once. Read only: for tests that change the UNet there is `tiny_base`."""
+    return load_base(str(tiny_folder))
+
+
+@pytest.fixture
+def fresh_base(shared_base: Base) -> Callable[[], Base]:
+    """Make as many independent tiny bases as wanted: each has a UNet of its own, the rest is shared."""
+
+    def make() -> Base:
+        base = copy.copy(shared_base)
+        parts = {**shared_base.pipe.components, "unet": copy.deepcopy(shared_base.unet)}
+        base.pipe = type(shared_base.pipe)(**parts, add_watermarker=False)
+        return base
+
+    return make
+
+
+@pytest.fixture
+def tiny_base(fresh_base: Callable[[], Base]) -> Base:
+    """The tiny base with a UNet that the test may change."""
+    return fresh_base()
