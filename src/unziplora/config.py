@@ -34,15 +34,11 @@ class SplitConfig(Recipe):
     """Split one picture (or a few of one subject in one style) into a content and a style LoRA."""
 
     # what to split
-    images: list[Path] = key(
-        ..., "Picture file, or several of one subject in one style.", "Input", min_length=1
-    )
+    images: list[Path] = key(..., "Picture file, or several of one subject in one style.", "Input", min_length=1)
     content: str = key(..., 'Word for the subject, such as "cat".', "Input", min_length=1)
     style: str = key(..., 'Phrase for the style, such as "pencil sketch".', "Input", min_length=1)
     out: Path = key(..., "Run folder to create.", "Input")
-    base: str = key(
-        SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input"
-    )
+    base: str = key(SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
     preset: Literal["auto", "default", "paper", "bundled"] = key(
         "auto", "Named settings below your own; auto is 'bundled' for that base, else 'default'.", "Input"
     )
@@ -64,9 +60,7 @@ class SplitConfig(Recipe):
     block_separation: bool = key(True, "Blocks known for content or style train one LoRA fully.", "Method")
     blocks: str = key("sdxl", "Block map: 'sdxl' or a TOML file.", "Method")
     column_periods: int = key(3, "Times that columns are chosen, evenly over the run.", "Method", ge=1)
-    column_share: float = key(
-        0.3, "Share of columns that a LoRA holds after the last choice.", "Method", gt=0, le=1
-    )
+    column_share: float = key(0.3, "Share of columns that a LoRA holds after the last choice.", "Method", gt=0, le=1)
     column_warmup: int = key(10, "Steps with all columns open before each choice.", "Method", ge=1)
     score_timesteps: int = key(8, "Noisy latents over which column scores are accumulated.", "Method", ge=1)
     column_score: Literal["importance", "threshold"] = key(
@@ -75,9 +69,7 @@ class SplitConfig(Recipe):
     column_choice: Literal["exact", "strict"] = key(
         "exact", "Exactly k columns, or those strictly above the k-th score (none, if tied).", "Method"
     )
-    score_scaled: bool = key(
-        False, "Score on loss-scaled gradients in fp16, as the official code does.", "Method"
-    )
+    score_scaled: bool = key(False, "Score on loss-scaled gradients in fp16, as the official code does.", "Method")
     scale_gradient: Literal["overlap", "all"] = key(
         "overlap", "Columns whose soft scales train: those held by both LoRAs, or all.", "Method"
     )
@@ -94,9 +86,7 @@ class SplitConfig(Recipe):
 
     # LoRA and optimisation
     rank: int = key(64, "Rank of both LoRAs.", "Training", ge=1)
-    alpha: float | None = key(
-        None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0
-    )
+    alpha: float | None = key(None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0)
     steps: int = key(600, "Optimiser steps.", "Training", ge=1)
     batch_size: int = key(1, "Noisy latents per step.", "Training", ge=1)
     content_learning_rate: float = key(5e-5, "Learning rate of the content LoRA.", "Training", ge=0)
@@ -108,9 +98,7 @@ class SplitConfig(Recipe):
     schedule: Literal["constant", "cosine"] = key("constant", "Learning-rate schedule.", "Training")
     schedule_warmup: int = key(0, "Steps of linear learning-rate warm-up.", "Training", ge=0)
     max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", "Training", gt=0)
-    min_snr_gamma: float | None = key(
-        None, "Min-SNR weighting (arXiv 2303.09556), usually 5.", "Training", gt=0
-    )
+    min_snr_gamma: float | None = key(None, "Min-SNR weighting (arXiv 2303.09556), usually 5.", "Training", gt=0)
     noise_offset: float = key(0.0, "Per-channel noise offset.", "Training", ge=0)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key(
         "auto",
@@ -122,9 +110,8 @@ class SplitConfig(Recipe):
     seed: int = key(0, "Seed of everything random.", "Training", ge=0)
 
     # what comes out
-    formats: list[Literal["kohya", "diffusers"]] = key(
-        ["kohya"], "File layouts to write.", "Output", min_length=1
-    )
+    save_precision: Literal["fp16", "bf16", "fp32"] = key("fp16", "Number format in the files.", "Output")
+    formats: list[Literal["kohya", "diffusers"]] = key(["kohya"], "File layouts to write.", "Output", min_length=1)
     checkpoint_every: int = key(200, "Steps between checkpoints; 0: only when interrupted.", "Output", ge=0)
     sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0)
     sample_subject: str = key("dog", "Another subject, for the style-alone sample.", "Output", min_length=1)
@@ -146,17 +133,14 @@ class SplitConfig(Recipe):
     @model_validator(mode="after")
     def _consistent(self) -> SplitConfig:
         if self.content.lower() == self.style.lower():
-            raise ValueError(
-                f"content and style are the same word ({self.content!r}): name the subject and its style"
-            )
+            raise ValueError(f"content and style are the same word ({self.content!r}): name the subject and its style")
         if self.masks and len(self.masks) != len(self.images):
-            raise ValueError(
-                f"{len(self.masks)} masks for {len(self.images)} images: give one mask per image"
-            )
+            raise ValueError(f"{len(self.masks)} masks for {len(self.images)} images: give one mask per image")
         if self.column_separation and self.column_warmup * self.column_periods >= self.steps:
             raise ValueError(
                 f"{self.steps} steps leave no room for {self.column_periods} column warm-ups of "
-                f"{self.column_warmup}: raise steps, lower column_warmup or column_periods, or switch column_separation off"
+                f"{self.column_warmup}: raise steps, lower column_warmup or column_periods, "
+                "or switch column_separation off"
             )
         return self
 

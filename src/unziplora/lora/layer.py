@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Observer = Callable[[Tensor, Tensor], None]
 
 STREAMS = ("full", "content", "style")
 """Order of the prompts' embeddings on the feature axis of a joined [B, tokens, 3·D] conditioning."""
 
 
 class Branch(nn.Module):
-    """One LoRA of one linear layer: ΔW = strength · diag(mask ⊙ scale) B A (arXiv 2106.09685; 2412.04465, eq. 5).
+    """One LoRA of one linear layer: ΔW = strength · diag(mask ⊙ scale) B A (arXiv 2106.09685, 2412.04465).
 
     Attributes:
         down: A, [rank, in].
@@ -38,7 +41,7 @@ class Branch(nn.Module):
         self.strength = strength
         self.stream = STREAMS.index(stream)
         # Set while columns are scored: called with (∂L/∂ΔW, ΔW), both [out, in] (see columns.py).
-        self.observer: Callable[[Tensor, Tensor], None] | None = None
+        self.observer: Observer | None = None
 
     def columns(self) -> Tensor:
         """Factor of each output column, strength · mask ⊙ scale, [out]."""
@@ -53,7 +56,7 @@ class BranchedLinear(nn.Module):
     """y = W0 x₀ + b + Σ_i ΔW_i x_i: a frozen linear layer with LoRA branches that may read different inputs.
 
     Where the input is `n · in` features wide it is n prompts' embeddings joined on the feature axis
-    (`STREAMS`): the frozen layer reads the first, each branch its own (arXiv 2412.04465, section 3.2). An
+    (`STREAMS`): the frozen layer reads the first, each branch its own (arXiv 2412.04465). An
     input of the plain width is read by all. The products stay low-rank, and branches that read the same
     input are computed together: one product with the joined A, one with the joined, column-scaled B.
     """
@@ -62,6 +65,12 @@ class BranchedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.branches = nn.ModuleDict()
+
+    def branch(self, name: str) -> Branch:
+        """The branch of that name."""
+        branch = self.branches[name]
+        assert isinstance(branch, Branch)
+        return branch
 
     @property
     def in_features(self) -> int:
@@ -76,15 +85,14 @@ class BranchedLinear(nn.Module):
         streams = x.split(self.base.in_features, dim=-1)
         y = self.base(streams[0])
         groups: dict[int, list[Branch]] = {}
-        for branch in self.branches.values():
-            if branch.strength:
-                groups.setdefault(min(branch.stream, len(streams) - 1), []).append(branch)
+        for branch in map(self.branch, self.branches):
+            stream = branch.stream if len(streams) > 1 else 0
+            if branch.observer is not None:
+                y = y + _observed(streams[stream], branch).to(y.dtype)
+            elif branch.strength:
+                groups.setdefault(stream, []).append(branch)
         for stream, branches in groups.items():
-            for branch in (b for b in branches if b.observer is not None):
-                y = y + _Observed.apply(streams[stream], branch.delta().detach(), branch.observer).to(y.dtype)
-            plain = [b for b in branches if b.observer is None]
-            if plain:
-                y = y + _low_rank(streams[stream], plain).to(y.dtype)
+            y = y + _low_rank(streams[stream], branches).to(y.dtype)
         return y
 
 
@@ -100,20 +108,27 @@ def _low_rank(x: Tensor, branches: list[Branch]) -> Tensor:
     return F.linear(F.linear(x, down), up)
 
 
+def _observed(x: Tensor, branch: Branch) -> Tensor:
+    """x ΔWᵀ, [..., out], that shows (∂L/∂ΔW, ΔW) to the branch's observer during backward."""
+    # The branch's own parameter goes in so that there is a gradient to show even if x needs none.
+    return _Observed.apply(x, branch.delta().detach(), branch.up, branch.observer)
+
+
 class _Observed(torch.autograd.Function):
-    """x ΔWᵀ with a dense ΔW, whose gradient is shown to an observer during backward and then dropped."""
+    """x ΔWᵀ with a dense ΔW that exists, like its gradient, for one layer at a time only."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, delta: Tensor, observer: Callable[[Tensor, Tensor], None]) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, delta: Tensor, anchor: Tensor, observer: Observer) -> Tensor:
         ctx.save_for_backward(x, delta)
         ctx.observer = observer
         return F.linear(x, delta.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         x, delta = ctx.saved_tensors
+        (grad,) = grads
         ctx.observer(grad.flatten(0, -2).float().T @ x.flatten(0, -2).float(), delta)
-        return grad @ delta.to(grad.dtype), None, None
+        return grad @ delta.to(grad.dtype), None, None, None
 
 
 def adapted(unet: nn.Module) -> dict[str, BranchedLinear]:
@@ -158,9 +173,7 @@ def add_lora(
         down, up = modules[path]
         weight = layer.base.weight
         if (up.shape[0], down.shape[1]) != tuple(weight.shape):
-            raise ValueError(
-                f"{path}: the LoRA is {up.shape[0]}×{down.shape[1]}, the layer {tuple(weight.shape)}"
-            )
+            raise ValueError(f"{path}: the LoRA is {up.shape[0]}×{down.shape[1]}, the layer {tuple(weight.shape)}")
         branch = Branch(down.to(weight.device), up.to(weight.device), strength, stream)
         layer.branches[name] = branches[path] = branch
     return branches

@@ -1,0 +1,67 @@
+"""Which blocks of the UNet belong to the content LoRA and which to the style LoRA (block separation)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from unziplora.config import read_toml
+from unziplora.errors import UserError
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Blocks in which one LoRA trains all columns, as module paths such as `up_blocks.0.attentions.1`."""
+
+    content: tuple[str, ...]
+    style: tuple[str, ...]
+
+    def owner(self, path: str) -> str | None:
+        """`content` or `style`, if the layer at this module path lies in one of their blocks."""
+        for name in ("content", "style"):
+            if any(path == block or path.startswith(block + ".") for block in getattr(self, name)):
+                return name
+        return None
+
+
+# arXiv 2412.04465, with B-LoRA's finding (arXiv 2403.14572) for up_blocks.0.
+SDXL_BLOCKS = BlockMap(
+    content=("up_blocks.0.attentions.0", "up_blocks.0.attentions.2"),
+    style=(
+        "up_blocks.0.attentions.1",
+        "up_blocks.1.attentions.0",
+        "up_blocks.1.attentions.1",
+        "up_blocks.1.attentions.2",
+    ),
+)
+
+
+def read_blocks(source: str) -> BlockMap:
+    """The block map named `sdxl`, or one from a TOML file with the lists `content` and `style`.
+
+    Raises:
+        UserError: the file is missing or malformed, or a block is listed for both.
+    """
+    if source == "sdxl":
+        return SDXL_BLOCKS
+    table = read_toml(Path(source))
+    if set(table) != {"content", "style"}:
+        raise UserError(f"{source}: a block map has the two lists 'content' and 'style', found {sorted(table)}")
+    for name, blocks in table.items():
+        if not isinstance(blocks, list) or not all(isinstance(block, str) for block in blocks):
+            raise UserError(f"{source}: {name} must be a list of block names such as 'up_blocks.0.attentions.1'")
+    both = set(table["content"]) & set(table["style"])
+    if both:
+        raise UserError(f"{source}: {', '.join(sorted(both))} cannot belong to both content and style")
+    return BlockMap(tuple(table["content"]), tuple(table["style"]))
+
+
+def check_blocks(blocks: BlockMap, paths: list[str]) -> None:
+    """Refuse a block map with a block that holds none of the adapted layers.
+
+    Raises:
+        UserError: names the first such block.
+    """
+    for block in (*blocks.content, *blocks.style):
+        if not any(path.startswith(block + ".") for path in paths):
+            raise UserError(f"block map: the base has no attention layers in {block!r}")

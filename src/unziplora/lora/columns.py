@@ -1,0 +1,100 @@
+"""Column separation: when columns are scored, how, and which ones a LoRA holds (arXiv 2412.04465).
+
+A column is an output feature of a linear layer. Pure functions; the method keeps the state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CONE_THRESHOLD = 1e-5
+"""An entry of ΔW ⊙ ∂L/∂ΔW counts as important above this (Cones, arXiv 2303.05125; the official code)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where a step lies in the schedule of column choices.
+
+    Attributes:
+        period: index of the current period, from 0.
+        opens: this step begins a warm-up: all columns of both LoRAs are open.
+        chooses: columns are scored and chosen just before this step.
+        warm: the step belongs to a warm-up; scales and the orthogonality loss rest.
+    """
+
+    period: int
+    opens: bool
+    chooses: bool
+    warm: bool
+
+
+def phase(step: int, steps: int, periods: int, warmup: int) -> Phase:
+    """Phase of a step, 0 ≤ step < steps; the last period takes the remainder of the division."""
+    length = steps // periods
+    period = min(step // length, periods - 1)
+    offset = step - period * length
+    return Phase(period, opens=offset == 0, chooses=offset == warmup, warm=offset < warmup)
+
+
+def columns_held(columns: int, share: float, period: int, periods: int) -> int:
+    """Columns that a LoRA holds after the choice of a period: share · (period + 1) / periods of them."""
+    return round(columns * share * (period + 1) / periods)
+
+
+@dataclass
+class Scores:
+    """Accumulates the scores of one layer's columns over several noisy latents.
+
+    Attributes:
+        kind: `importance`, the mean of |C| over a column's entries, or `threshold`, the share of entries
+            with |C| > 1e-5, where C = ΔW ⊙ ∂L/∂ΔW.
+        gradient_scale: what the loss was multiplied by; divided out of C.
+    """
+
+    kind: str
+    gradient_scale: float = 1.0
+    total: Tensor | None = field(default=None)
+
+    def __call__(self, gradient: Tensor, delta: Tensor) -> None:
+        """Add ∂L/∂ΔW and ΔW, both [out, in] (the observer of `Branch`)."""
+        cone = (gradient * delta).abs() / self.gradient_scale
+        score = cone.mean(dim=1) if self.kind == "importance" else (cone > CONE_THRESHOLD).float().mean(dim=1)
+        self.total = score if self.total is None else self.total + score
+
+
+def choose(scores: Tensor, held: Tensor, closed: Tensor, count: int, how: str = "exact") -> Tensor:
+    """Add the best-scored columns to those held, [out] bool.
+
+    Args:
+        scores: one score per column, [out].
+        held: columns held so far; they stay held, [out] bool.
+        closed: columns that must not be chosen, [out] bool; they are taken only when no others are left.
+        count: number of columns to hold afterwards.
+        how: `exact` holds exactly `count` (ties go to the lower index); `strict` adds only columns that
+            score strictly above the last one in the ranking: none at all if all tie (the official code).
+    """
+    new = count - int(held.sum())
+    if new <= 0:
+        return held
+    rank = scores.double().clone()
+    rank[closed] -= rank.max() - rank.min() + 1
+    rank[held] = -torch.inf
+    order = torch.argsort(rank, descending=True, stable=True)
+    chosen = held.clone()
+    if how == "strict":
+        chosen |= rank > rank[order[new - 1]]
+    else:
+        chosen[order[:new]] = True
+    return chosen
+
+
+def orthogonality(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """L⊥, the mean over layers of mean_i |m_c^i · m_s^i| (arXiv 2412.04465; means as in the code).
+
+    Args:
+        pairs: per layer, the effective scales mask ⊙ scale of the content and the style LoRA, [out] each.
+    """
+    return torch.stack([(content * style).abs().mean() for content, style in pairs]).mean()

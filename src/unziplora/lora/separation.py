@@ -1,0 +1,122 @@
+"""The columns of a content and a style LoRA: which are open, which are held, and what may move them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from unziplora.lora.columns import Scores, choose, columns_held, orthogonality
+from unziplora.lora.layer import Branch
+
+NAMES = ("content", "style")
+"""The two LoRAs, in the order in which they choose columns."""
+
+Branches = Mapping[str, Mapping[str, Branch]]
+"""Branches by LoRA name and module path."""
+
+
+class ColumnSeparation:
+    """Column separation of two LoRAs over the same layers (arXiv 2412.04465).
+
+    A LoRA trains all columns of the layers that it owns; of the others only the columns that it holds.
+
+    Attributes:
+        branches: all branches, by LoRA name and module path.
+        held: the columns chosen so far, [out] bool, by LoRA name and module path of the masked layers.
+        keep_masked: rows of B of columns that are not held stay zero; otherwise the optimiser's weight
+            decay and momentum may move them (the official code).
+    """
+
+    def __init__(self, branches: Branches, owners: Mapping[str, str | None], keep_masked: bool = True) -> None:
+        self.branches, self.keep_masked = branches, keep_masked
+        self.held = {
+            name: {
+                path: torch.zeros_like(branch.mask, dtype=torch.bool)
+                for path, branch in branches[name].items()
+                if owners[path] != name
+            }
+            for name in NAMES
+        }
+
+    def masked(self) -> Iterator[tuple[str, str, Branch]]:
+        """The branches that train only chosen columns, with their LoRA's name and module path."""
+        for name in NAMES:
+            for path in self.held[name]:
+                yield name, path, self.branches[name][path]
+
+    def items(self) -> Iterator[tuple[str, str, Tensor]]:
+        """The held columns, [out] bool, with their LoRA's name and module path."""
+        for name in NAMES:
+            for path, held in self.held[name].items():
+                yield name, path, held
+
+    def open(self) -> None:
+        """Open every column: a warm-up begins."""
+        for _, _, branch in self.masked():
+            branch.mask.fill_(1.0)
+
+    @contextmanager
+    def scored(self, kind: str, gradient_scale: float) -> Iterator[dict[str, dict[str, Scores]]]:
+        """Score the masked branches' columns in the backward passes inside; see `Scores`."""
+        scores: dict[str, dict[str, Scores]] = {name: {} for name in NAMES}
+        for name, path, branch in self.masked():
+            branch.observer = scores[name][path] = Scores(kind, gradient_scale)
+        try:
+            yield scores
+        finally:
+            for _, _, branch in self.masked():
+                branch.observer = None
+
+    def choose(
+        self, scores: Mapping[str, Mapping[str, Scores]], share: float, period: int, periods: int, how: str
+    ) -> None:
+        """Content chooses first, style among the columns that content does not hold."""
+        for name in NAMES:
+            for path, held in self.held[name].items():
+                total = scores[name][path].total
+                assert total is not None, f"no gradient reached {path}"
+                closed = torch.zeros_like(held)
+                if name == "style":
+                    # Where content owns the layer and trains every column, style may choose any of them.
+                    closed = self.held["content"].get(path, closed)
+                count = columns_held(len(held), share, period, periods)
+                self.held[name][path] = choose(total, held, closed, count, how)
+
+    def close(self) -> None:
+        """Close the columns that are not held: they take no part any more."""
+        for name, path, branch in self.masked():
+            branch.mask.copy_(self.held[name][path])
+        self.zero_masked()
+
+    @torch.no_grad()
+    def zero_masked(self) -> None:
+        """Put the rows of B of closed columns back to zero, whatever the optimiser did to them."""
+        if self.keep_masked:
+            for _, _, branch in self.masked():
+                branch.up.mul_(branch.mask[:, None])
+
+    @torch.no_grad()
+    def clamp_scales(self) -> None:
+        """Keep every soft scale in [0, 1]."""
+        for name in NAMES:
+            for branch in self.branches[name].values():
+                branch.scale.clamp_(0.0, 1.0)
+
+    @torch.no_grad()
+    def gate_scales(self, warm: bool, overlap_only: bool) -> None:
+        """Let scales rest during a warm-up; if asked, train them only where both LoRAs have the column open."""
+        for path, content in self.branches["content"].items():
+            style = self.branches["style"][path]
+            for branch in (content, style):
+                if warm:
+                    branch.scale.grad = None
+                elif overlap_only and branch.scale.grad is not None:
+                    branch.scale.grad.mul_(content.mask * style.mask)
+
+    def orthogonality(self) -> Tensor:
+        """L⊥ on the effective scales, mask ⊙ scale, of all layers; a scalar."""
+        content, style = (self.branches[name] for name in NAMES)
+        return orthogonality([(c.mask * c.scale, style[path].mask * style[path].scale) for path, c in content.items()])

@@ -1,0 +1,129 @@
+"""The denoising loss: noise drawn by (seed, purpose, step), the target by the scheduler's configuration."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told about B pictures.
+
+    Attributes:
+        tokens: token embeddings [B, T, D], or three joined on the feature axis [B, T, 3·D].
+        pooled: pooled embedding of the full prompt, [B, P].
+        time_ids: original size, crop and target size, [B, 6].
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+
+    def take(self, index: Tensor) -> Conditioning:
+        """The rows at these indices."""
+        return Conditioning(self.tokens[index], self.pooled[index], self.time_ids[index])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
+        """The same on another device and in another number format."""
+        return Conditioning(*(x.to(device, dtype) for x in (self.tokens, self.pooled, self.time_ids)))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures to learn from, encoded once.
+
+    Attributes:
+        latents: [N, C, h, w], in the UNet's scaling.
+        conditioning: one row per picture.
+        weights: weight of the loss per latent pixel, [N, 1, h, w], or None for 1.
+    """
+
+    latents: Tensor
+    conditioning: Conditioning
+    weights: Tensor | None = None
+
+
+def generator(*key: object) -> torch.Generator:
+    """A CPU generator whose stream depends on the key alone.
+
+    What a step draws is a function of (seed, purpose, step): a resumed run draws what the uninterrupted
+    one would have drawn, and switching one part of the loss on or off does not shift the others' noise.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def denoising_loss(
+    unet: nn.Module,
+    scheduler: DDPMScheduler,
+    examples: Examples,
+    *,
+    batch_size: int,
+    draw: torch.Generator,
+    min_snr_gamma: float | None = None,
+    noise_offset: float = 0.0,
+) -> Tensor:
+    """Mean squared error of the UNet's prediction on noisy latents at uniform timesteps, a scalar.
+
+    The target is the noise, the velocity or the clean latent, as `scheduler.config.prediction_type` says.
+
+    Args:
+        batch_size: noisy latents to draw; pictures are taken in turn from a random start.
+        draw: source of pictures, timesteps and noise.
+        min_snr_gamma: γ of min-SNR weighting (arXiv 2303.09556), or None for equal weights.
+        noise_offset: size of an additional noise that is constant over each latent channel.
+    """
+    device, count = examples.latents.device, len(examples.latents)
+    start = int(torch.randint(count, (1,), generator=draw))
+    index = (start + torch.arange(batch_size)) % count
+    clean = examples.latents[index.to(device)]
+    steps = int(scheduler.config["num_train_timesteps"])
+    timesteps = torch.randint(steps, (batch_size,), generator=draw).to(device)
+    noise = torch.randn(clean.shape, generator=draw)
+    if noise_offset:
+        noise = noise + noise_offset * torch.randn(*clean.shape[:2], 1, 1, generator=draw)
+    noise = noise.to(device, clean.dtype)
+    conditioning = examples.conditioning.take(index.to(device))
+    prediction = unet(
+        scheduler.add_noise(clean, noise, timesteps),
+        timesteps,
+        encoder_hidden_states=conditioning.tokens,
+        added_cond_kwargs={"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids},
+        return_dict=False,
+    )[0]
+    error = (prediction.float() - target(scheduler, clean, noise, timesteps).float()).square()
+    if examples.weights is not None:
+        weights = examples.weights[index.to(device)]
+        # Normalised per picture, so that a small subject teaches as strongly as a large one.
+        error = error * (weights / weights.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6))
+    error = error.mean(dim=(1, 2, 3))
+    if min_snr_gamma is not None:
+        error = error * snr_weights(scheduler, timesteps, min_snr_gamma)
+    return error.mean()
+
+
+def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet should predict, [B, C, h, w]."""
+    kind = scheduler.config["prediction_type"]
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(clean, noise, timesteps)
+    if kind == "sample":
+        return clean
+    raise ValueError(f"unknown prediction type {kind!r}")
+
+
+def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weights per picture, [B]: the clean latent's loss counts min(SNR, γ) (arXiv 2303.09556)."""
+    alpha = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alpha / (1 - alpha)
+    kind = scheduler.config["prediction_type"]
+    if kind == "epsilon":
+        return (gamma / snr).clamp(max=1)  # min(SNR, γ) / SNR, also where zero terminal SNR divides by zero
+    return snr.clamp(max=gamma) / (snr + 1 if kind == "v_prediction" else 1)
