@@ -17,3 +17,9 @@ class MachineError(UnziploraError):
     """The machine stood in the way: disk full, no permission, out of memory (exit code 1)."""
 
     exit_code = 1
+
+
+class Interrupted(UnziploraError):
+    """A run was stopped on purpose after saving a checkpoint (exit code 130, as shells do)."""
+
+    exit_code = 130

@@ -1,0 +1,59 @@
+"""Optimisers and learning-rate schedules by their name in the configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from unziplora.config import SplitConfig
+from unziplora.errors import UserError
+
+Groups = list[dict[str, Any]]
+
+
+def make_optimizers(groups: Groups, config: SplitConfig) -> list[torch.optim.Optimizer]:
+    """The optimisers for these named parameter groups.
+
+    Prodigy estimates one step size per optimiser, so each LoRA gets its own; the column scales, whose step
+    is bound to their range [0, 1] and not to a gradient's size, stay with AdamW.
+
+    Raises:
+        UserError: the optimiser's package is not installed.
+    """
+    if config.optimizer == "prodigy":
+        prodigy = _load("prodigyopt", "Prodigy", "prodigy")
+        options = {"betas": config.betas, "decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+        matrices = [prodigy([group], **options) for group in groups if group["name"] != "scales"]
+        scales = [torch.optim.AdamW([group], betas=config.betas) for group in groups if group["name"] == "scales"]
+        return [*matrices, *scales]
+    if config.optimizer == "adamw8bit":
+        return [_load("bitsandbytes.optim", "AdamW8bit", "8bit")(groups, betas=config.betas)]
+    return [torch.optim.AdamW(groups, betas=config.betas)]
+
+
+def _load(module: str, name: str, extra: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # bitsandbytes fails in many ways where it finds no CUDA
+        raise UserError(
+            f"optimizer needs {module.split('.')[0]}, which cannot be loaded ({error}): "
+            f"pip install 'unziplora[{extra}]', or set optimizer = \"adamw\""
+        ) from None
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: SplitConfig) -> LambdaLR:
+    """Constant, or cosine to zero at the last step, after a linear warm-up."""
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / (config.schedule_warmup + 1))
+        if config.schedule == "constant":
+            return warm
+        done = max(0, step - config.schedule_warmup) / max(1, config.steps - config.schedule_warmup)
+        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,186 @@
+"""The one training loop: a method says its parameters and losses, the loop does everything else."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unziplora.config import SplitConfig
+from unziplora.errors import UserError
+from unziplora.optim import make_optimizers, make_schedule
+
+
+class Method(Protocol):
+    """What a separation or fine-tuning method offers to the loop."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups with a name each."""
+
+    def before_step(self, step: int, gradient_scale: float) -> None:
+        """Anything to do before a step's losses."""
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """Terms of the loss; each is propagated before the next is asked for."""
+
+    def after_backward(self, step: int) -> None:
+        """Change gradients before they are clipped."""
+
+    def after_step(self, step: int) -> None:
+        """Put parameters back into their bounds."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished step: how many are done, its loss, the learning rate and how long it took in seconds."""
+
+    done: int
+    loss: float
+    learning_rate: float
+    seconds: float
+
+
+class Trainer:
+    """A method with its optimisers, whose whole state can be saved and restored between steps."""
+
+    def __init__(self, method: Method, config: SplitConfig, accelerator: Accelerator) -> None:
+        self.method, self.config, self.accelerator = method, config, accelerator
+        self.groups = method.parameter_groups()
+        optimizers = make_optimizers(self.groups, config)
+        schedules = [make_schedule(optimizer, config) for optimizer in optimizers]
+        self.optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
+        self.schedules = [accelerator.prepare_scheduler(schedule) for schedule in schedules]
+
+    def save(self, folder: Path) -> None:
+        """Write adapters, masks, scales, optimisers, schedules, loss scaler and RNG states into a folder."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.method.state_dict().items()}
+        save_file(tensors, folder / "method.safetensors")
+        state = {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
+        }
+        torch.save(state, folder / "training.pt")
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote; nothing in the folder can run code.
+
+        Raises:
+            UserError: the checkpoint is incomplete or of another recipe.
+        """
+        try:
+            self.method.load_state_dict(load_file(folder / "method.safetensors"))
+            # weights_only: tensors and plain containers, never arbitrary pickles.
+            state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+            for part, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                part.load_state_dict(saved)
+            for part, saved in zip(self.schedules, state["schedules"], strict=True):
+                part.load_state_dict(saved)
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (OSError, KeyError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
+            raise UserError(f"{folder}: this checkpoint cannot be resumed ({error})") from None
+        torch.set_rng_state(state["rng"])
+        if len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def step(self, step: int) -> StepReport:
+        """Do one optimiser step.
+
+        Raises:
+            UserError: the loss is not a finite number.
+        """
+        start = time.perf_counter()
+        scaler = self.accelerator.scaler
+        self.method.before_step(step, scaler.get_scale() if scaler is not None else 1.0)
+        total = 0.0
+        for loss in self.method.losses(step):
+            self.accelerator.backward(loss)
+            total += loss.detach().item()
+        if not torch.isfinite(torch.tensor(total)):
+            raise UserError(
+                f"step {step}: the loss is {total}. Lower the learning rates, or set precision to bf16 or fp32; "
+                "--resume continues from the last checkpoint"
+            )
+        self.method.after_backward(step)
+        parameters = [p for group in self.groups for p in group["params"] if p.grad is not None]
+        self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        rate = self.schedules[0].get_last_lr()[0]
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        self.method.after_step(step)
+        return StepReport(step + 1, total, rate, time.perf_counter() - start)
+
+
+def train(
+    trainer: Trainer,
+    start: int,
+    report: Callable[[StepReport], None],
+    save: Callable[[int], None],
+    sample: Callable[[int], None],
+) -> int:
+    """Train from step `start` to the last, or until the process is asked to stop; return the steps done.
+
+    Args:
+        report: called after every step.
+        save: called with the number of steps done when a checkpoint is due, also when asked to stop.
+        sample: called with the number of steps done when a sample sheet is due.
+    """
+    config, done = trainer.config, start
+    with stop_requests() as stopped:
+        while done < config.steps and not stopped.is_set():
+            report(trainer.step(done))
+            done += 1
+            if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
+                save(done)
+            if config.sample_every and done % config.sample_every == 0 and done < config.steps:
+                sample(done)
+        if done < config.steps and (not config.checkpoint_every or done % config.checkpoint_every):
+            save(done)
+    return done
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets, so that the step in progress is finished.
+
+    A second one stops at once. Outside the main thread signals cannot be caught, and none are.
+    """
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def on_signal(number: int, frame: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
