@@ -1,0 +1,92 @@
+"""The schedule, the scores and the choice of columns, against values worked out by hand."""
+
+import pytest
+import torch
+
+from unziplora.lora.columns import Scores, choose, columns_held, orthogonality, phase
+
+
+def mask(*bits: int) -> torch.Tensor:
+    return torch.tensor(bits, dtype=torch.bool)
+
+
+NONE = mask(0, 0, 0, 0, 0)
+
+
+def test_schedule_of_the_paper():
+    phases = [phase(step, 600, 3, 1) for step in range(600)]
+    assert [step for step, p in enumerate(phases) if p.opens] == [0, 200, 400]
+    assert [step for step, p in enumerate(phases) if p.warm] == [0, 200, 400]
+    assert [step for step, p in enumerate(phases) if p.chooses] == [1, 201, 401]
+    assert [p.period for p in phases] == [0] * 200 + [1] * 200 + [2] * 200
+    assert [columns_held(640, 0.3, period, 3) for period in range(3)] == [64, 128, 192]
+
+
+def test_schedule_gives_the_remainder_to_the_last_period():
+    phases = [phase(step, 11, 3, 2) for step in range(11)]
+    assert [p.period for p in phases] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert [step for step, p in enumerate(phases) if p.opens] == [0, 3, 6]
+    assert [step for step, p in enumerate(phases) if p.chooses] == [2, 5, 8]
+    assert [step for step, p in enumerate(phases) if p.warm] == [0, 1, 3, 4, 6, 7]
+
+
+def test_scores_by_hand():
+    delta = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
+    first = torch.tensor([[3.0, 1.0], [4.0, 9.0]])
+    second = torch.tensor([[-1.0, 0.0], [0.0, 9.0]])
+    importance = Scores("importance")
+    importance(first, delta)
+    importance(second, delta)
+    # |C| of the first: [[3, 2], [2, 0]], of the second: [[1, 0], [0, 0]]; row means added up
+    assert importance.total.tolist() == [2.5 + 0.5, 1.0 + 0.0]
+    threshold = Scores("threshold")
+    threshold(first, delta)
+    threshold(second, delta)
+    assert threshold.total.tolist() == [1.0 + 0.5, 0.5 + 0.0]
+
+
+def test_threshold_scores_do_not_depend_on_loss_scaling_if_it_is_known():
+    gradient, delta = torch.full((4, 8), 3e-6), torch.ones(4, 8)
+    scaled, unscaled = Scores("threshold", gradient_scale=2.0**16), Scores("threshold")
+    scaled(gradient * 2.0**16, delta)
+    unscaled(gradient * 2.0**16, delta)
+    assert scaled.total.tolist() == [0.0] * 4
+    assert unscaled.total.tolist() == [1.0] * 4  # the official code in fp16
+
+
+def test_choice_takes_the_best_and_keeps_what_is_held():
+    scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
+    first = choose(scores, NONE, NONE, 2)
+    assert first.tolist() == mask(0, 0, 1, 0, 1).tolist()
+    turned = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])
+    assert choose(turned, first, NONE, 3).tolist() == mask(0, 1, 1, 0, 1).tolist()
+    assert choose(turned, first, NONE, 2).tolist() == first.tolist()
+
+
+def test_ties_go_to_the_lower_index_and_still_give_exactly_k():
+    assert choose(torch.ones(5), NONE, NONE, 2).tolist() == mask(1, 1, 0, 0, 0).tolist()
+    assert choose(torch.zeros(5), mask(1, 0, 0, 0, 0), NONE, 3).tolist() == mask(1, 1, 1, 0, 0).tolist()
+    many = torch.zeros(1280, dtype=torch.bool)
+    assert int(choose(torch.ones(1280), many, many, 128).sum()) == 128
+
+
+def test_strict_choice_reproduces_the_fault_with_ties():
+    assert int(choose(torch.ones(5), NONE, NONE, 2, "strict").sum()) == 0
+    scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
+    assert choose(scores, NONE, NONE, 3, "strict").tolist() == mask(0, 0, 1, 0, 1).tolist()
+
+
+def test_closed_columns_are_taken_last():
+    scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
+    closed = mask(0, 0, 1, 0, 1)
+    assert choose(scores, NONE, closed, 2).tolist() == mask(1, 0, 0, 1, 0).tolist()
+    assert choose(scores, NONE, closed, 4).tolist() == mask(1, 1, 1, 1, 0).tolist()
+
+
+def test_orthogonality_by_hand():
+    ones = torch.ones(4)
+    layers = [
+        (torch.tensor([1.0, 0.5, 0.0, 1.0]), torch.tensor([0.0, 0.5, 1.0, 1.0])),  # mean(0, .25, 0, 1)
+        (ones[:2], ones[:2] * 0.25),
+    ]
+    assert orthogonality(layers).item() == pytest.approx((1.25 / 4 + 0.25) / 2)
