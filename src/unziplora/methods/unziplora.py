@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unziplora.config import SplitConfig
 from unziplora.lora.blocks import BlockMap, check_blocks
 from unziplora.lora.columns import Phase, phase
-from unziplora.lora.layer import Branch, add_lora, attention_linears
+from unziplora.lora.layer import Branch, add_lora, attention_linears, inject
 from unziplora.lora.separation import NAMES, ColumnSeparation
 from unziplora.objective import Examples, denoising_loss, generator
 
@@ -44,7 +44,7 @@ class UnZipLora:
         """Inject both LoRAs into the UNet, in place.
 
         Args:
-            unet: frozen, of SDXL's topology, full size or small.
+            unet: frozen, of SDXL's topology, full size or small, without LoRAs.
             scheduler: says how noise is added and what is predicted.
             examples: the picture; its conditioning is the three prompts' embeddings joined, or the full
                 prompt's alone (no prompt separation).
@@ -75,12 +75,9 @@ class UnZipLora:
     def _add(self, name: str, paths: list[str]) -> dict[str, Branch]:
         config = self.config
         modules = {}
-        for path in paths:
-            linear = self.unet.get_submodule(path)
-            if not isinstance(linear, nn.Linear):
-                raise ValueError(f"{path} is adapted already: give a fresh UNet")
+        for path, layer in inject(self.unet, paths).items():
             draw = generator(config.seed, "init", name, path)
-            modules[path] = initial_pair(linear.in_features, linear.out_features, config.rank, config.init, draw)
+            modules[path] = initial_pair(layer.in_features, layer.out_features, config.rank, config.init, draw)
         branches = add_lora(self.unet, name, modules, (config.alpha or config.rank) / config.rank, name)
         for branch in branches.values():
             branch.scale.requires_grad_(config.column_separation)

@@ -1,0 +1,367 @@
+"""UnZipLoRA on a tiny base: what trains, what stays, what each LoRA sees, and that a stop leaves no trace."""
+
+import itertools
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+
+from unziplora.config import SplitConfig, resolve
+from unziplora.errors import UserError
+from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
+from unziplora.lora.layer import adapted, remove
+from unziplora.methods.unziplora import UnZipLora
+from unziplora.objective import Conditioning, Examples, denoising_loss, generator, snr_weights
+from unziplora.train import Trainer, train
+
+TINY = {"rank": 2, "steps": 9, "column_periods": 3, "column_warmup": 1, "score_timesteps": 2, "checkpoint_every": 0}
+
+
+def config(**changes: object) -> SplitConfig:
+    words = {"images": ["cat.png"], "content": "cat", "style": "ink", "out": "run", "base": "tiny"}
+    rates = {"content_learning_rate": 1e-2, "style_learning_rate": 1e-2}
+    return resolve(SplitConfig, {**words, **TINY, **rates, **changes})
+
+
+def examples(base, joined: bool = True, seed: int = 0) -> Examples:
+    draw = torch.Generator().manual_seed(seed)
+    unet = base.unet.config
+    size = unet.sample_size
+    width = unet.cross_attention_dim * (3 if joined else 1)
+    pooled = base.unet.add_embedding.linear_1.in_features - 6 * unet.addition_time_embed_dim
+    conditioning = Conditioning(
+        torch.randn(1, 7, width, generator=draw),
+        torch.randn(1, pooled, generator=draw),
+        torch.tensor([[64.0, 64, 0, 0, 64, 64]]),
+    )
+    return Examples(torch.randn(1, unet.in_channels, size, size, generator=draw), conditioning)
+
+
+def scheduler(base) -> DDPMScheduler:
+    return DDPMScheduler.from_config(base.scheduler.config)
+
+
+def build(base, blocks: BlockMap = SDXL_BLOCKS, **changes: object) -> UnZipLora:
+    recipe = config(**changes)
+    return UnZipLora(base.unet, scheduler(base), examples(base, recipe.prompt_separation), recipe, blocks)
+
+
+def run(method: UnZipLora, start: int = 0, stop: int | None = None) -> Trainer:
+    trainer = Trainer(method, method.config, Accelerator(cpu=True))
+    for step in range(start, method.config.steps if stop is None else stop):
+        trainer.step(step)
+    return trainer
+
+
+SWITCHES = list(itertools.product([True, False], repeat=3))
+
+
+@pytest.mark.parametrize(("prompt", "column", "block"), SWITCHES)
+def test_every_combination_of_switches_trains_both_loras_and_never_the_base(tiny_base, prompt, column, block):
+    frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
+    method = build(tiny_base, prompt_separation=prompt, column_separation=column, block_separation=block)
+    run(method)
+    layers = adapted(tiny_base.unet)
+    assert all(layer.base.weight.grad is None for layer in layers.values())
+    for name in ("content", "style"):
+        moved = {path for path, b in method.branches[name].items() if b.delta().abs().max() > 0}
+        if not column and block:
+            others = SDXL_BLOCKS.style if name == "content" else SDXL_BLOCKS.content
+            assert moved == {p for p in layers if not p.startswith(tuple(f"{b}." for b in others))}
+        else:
+            assert moved == set(layers)
+    remove(tiny_base.unet)
+    after = tiny_base.unet.state_dict()
+    assert all(torch.equal(after[name], frozen[name]) for name in frozen)
+
+
+def test_starts_as_the_base_and_stays_with_its_published_size(tiny_base):
+    data = examples(tiny_base)
+    plain = Examples(
+        data.latents,
+        Conditioning(data.conditioning.tokens.chunk(3, -1)[0], data.conditioning.pooled, data.conditioning.time_ids),
+    )
+    args = {"batch_size": 2}
+    before = denoising_loss(tiny_base.unet, scheduler(tiny_base), plain, draw=generator("x"), **args)
+    build(tiny_base)
+    after = denoising_loss(tiny_base.unet, scheduler(tiny_base), data, draw=generator("x"), **args)
+    assert before.item() == after.item(), "ΔW = 0 at step 0"
+
+
+def test_columns_grow_by_a_tenth_and_closed_ones_stay_zero(tiny_base):
+    method = build(tiny_base)
+    trainer = Trainer(method, method.config, Accelerator(cpu=True))
+    shares = []
+    for step in range(9):
+        trainer.step(step)
+        if step == 1:  # later, content may take a column that style holds
+            for path, style in method.columns.held["style"].items():
+                assert not (style & method.columns.held["content"].get(path, torch.zeros_like(style))).any()
+        if step % 3 == 2:
+            shares.append({(n, p): int(h.sum()) for n, p, h in method.columns.items()})
+            for name, path, branch in method.columns.masked():
+                closed = ~method.columns.held[name][path]
+                assert torch.equal(branch.mask, (~closed).float())
+                assert branch.up[closed].abs().max() == 0, "neither decay nor momentum moves a closed column"
+                assert branch.up[~closed].abs().max() > 0
+        if step % 3 == 0:
+            assert all(branch.mask.min() == 1 for _, _, branch in method.columns.masked())
+    for period, counts in enumerate(shares):
+        for (name, path), count in counts.items():
+            assert count == round(len(method.columns.held[name][path]) * (period + 1) / 10), (name, path)
+    for name, owner in (("content", SDXL_BLOCKS.content), ("style", SDXL_BLOCKS.style)):
+        owned = {path for path in method.branches[name] if path.startswith(tuple(f"{b}." for b in owner))}
+        assert owned == set(method.branches[name]) - set(method.columns.held[name])
+
+
+def test_columns_are_chosen_by_the_gradient_of_the_dense_update(tiny_base):
+    """The scores equal those of an explicit ΔW in every masked layer, summed over the same noisy latents."""
+    method = build(tiny_base)
+    run(method, stop=1)
+    step, recipe = 1, method.config
+    wanted = {}
+    for name, path, branch in list(method.columns.masked())[::7]:
+        leaf = branch.delta().detach().requires_grad_()
+        layer = tiny_base.unet.get_submodule(path)
+        stream = branch.stream
+
+        def hook(module, args, output, leaf=leaf, branch=branch, stream=stream):
+            (x,) = args
+            x = (
+                x[..., stream * module.in_features :][..., : module.in_features]
+                if x.shape[-1] > module.in_features
+                else x
+            )
+            return output + x @ leaf.T - x @ branch.delta().detach().T
+
+        handle = layer.register_forward_hook(hook)
+        wanted[name, path] = torch.zeros(len(leaf))
+        for turn in range(recipe.score_timesteps):
+            draw = generator(recipe.seed, "score", step, turn)
+            loss = method._denoising_loss(method.examples, draw)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            wanted[name, path] += (gradient * leaf).abs().mean(1).detach()
+        handle.remove()
+    with method.columns.scored("importance", 1.0) as scores:
+        for turn in range(recipe.score_timesteps):
+            method._denoising_loss(method.examples, generator(recipe.seed, "score", step, turn)).backward()
+    for (name, path), score in wanted.items():
+        assert score.max() > 0
+        torch.testing.assert_close(scores[name][path].total, score, rtol=1e-3, atol=1e-12)
+
+
+def test_the_choice_does_not_depend_on_loss_scaling(fresh_base):
+    held = []
+    for scale in (1.0, 4096.0):
+        method = build(fresh_base())
+        run(method, stop=1)
+        method.before_step(1, gradient_scale=scale)
+        held.append({(n, p): h.tolist() for n, p, h in method.columns.items()})
+    assert held[0] == held[1]
+
+
+def test_each_lora_is_blind_to_the_others_prompt(tiny_base):
+    method = build(tiny_base)
+    run(method)
+    data = examples(tiny_base, seed=5)
+    full, content, style = data.conditioning.tokens.chunk(3, -1)
+
+    def predict(*streams: torch.Tensor) -> torch.Tensor:
+        given = {"text_embeds": data.conditioning.pooled, "time_ids": data.conditioning.time_ids}
+        tokens = torch.cat(streams, -1)
+        with torch.no_grad():
+            return tiny_base.unet(data.latents, 500, tokens, added_cond_kwargs=given).sample
+
+    other = torch.randn_like(full)
+    with method.only("content"):
+        assert torch.equal(predict(full, content, style), predict(full, content, other))
+        assert not torch.equal(predict(full, content, style), predict(full, other, style))
+    with method.only("style"):
+        assert torch.equal(predict(full, content, style), predict(full, other, style))
+        assert not torch.equal(predict(full, content, style), predict(full, content, other))
+
+
+def test_scales_train_only_where_both_hold_a_column_and_stay_within_bounds(tiny_base):
+    method = build(tiny_base, scale_learning_rate=0.9)
+    run(method)
+    for path, content in method.branches["content"].items():
+        style = method.branches["style"][path]
+        both = (content.mask * style.mask).bool()
+        for branch in (content, style):
+            assert branch.scale[~both].eq(1).all()
+            assert branch.scale.min() >= 0
+            assert branch.scale.max() <= 1
+    owned = method.branches["content"]["up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"]
+    assert owned.scale.lt(1).any(), "content owns this layer, style holds columns in it: they overlap"
+
+
+def test_scales_rest_during_a_warm_up(tiny_base):
+    method = build(tiny_base, column_warmup=2, scale_gradient="all", scale_learning_rate=0.5)
+    trainer = run(method, stop=2)
+    assert all(b.scale.eq(1).all() for name in method.branches for b in method.branches[name].values())
+    trainer.step(2)
+    assert any(b.scale.lt(1).any() for name in method.branches for b in method.branches[name].values())
+
+
+def test_paper_preset_reproduces_the_published_start(tiny_base):
+    method = build(tiny_base, preset="paper", optimizer="adamw", precision="fp32", rank=4)
+    assert method.config.column_choice == "strict"
+    assert method.config.score_timesteps == 2  # what the caller sets wins over the preset
+    ups = torch.cat([b.up.flatten() for b in method.branches["content"].values()])
+    assert ups.std().item() == pytest.approx(1 / 4, rel=0.05)
+
+
+def test_export_is_what_the_run_computes(fresh_base):
+    from unziplora.lora.layer import add_lora
+
+    base = fresh_base()
+    method = build(base, alpha=1.0)
+    run(method)
+    plain = fresh_base()
+    for name, modules in method.export().items():
+        add_lora(plain.unet, name, modules, stream=name)
+    data = examples(base, seed=3)
+    given = {"text_embeds": data.conditioning.pooled, "time_ids": data.conditioning.time_ids}
+    outputs = [
+        b.unet(data.latents, 300, data.conditioning.tokens, added_cond_kwargs=given).sample for b in (base, plain)
+    ]
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 8])  # 1: before a choice; 4: inside the second warm-up's choice
+def test_resume_equals_uninterrupted(fresh_base, tmp_path, stop):
+    changes = {"column_warmup": 2, "steps": 11, "schedule": "cosine", "schedule_warmup": 3}
+    whole = build(fresh_base(), **changes)
+    run(whole)
+    first = build(fresh_base(), **changes)
+    run(first, stop=stop).save(tmp_path)
+    second = build(fresh_base(), seed=0, **changes)
+    trainer = Trainer(second, second.config, Accelerator(cpu=True))
+    trainer.load(tmp_path)
+    for step in range(stop, 11):
+        trainer.step(step)
+    one, two = whole.state_dict(), second.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_same_seed_gives_the_same_result_and_another_does_not(fresh_base):
+    states = []
+    for seed in (0, 0, 1):
+        method = build(fresh_base(), seed=seed)
+        run(method)
+        states.append(method.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_gradient_checkpointing_changes_nothing(fresh_base):
+    states = []
+    for checkpointing in (False, True):
+        base = fresh_base()
+        if checkpointing:
+            base.unet.enable_gradient_checkpointing()
+        method = build(base)
+        run(method)
+        states.append(method.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value)
+
+
+def test_prior_preservation_teaches_one_lora_and_leaves_the_other(tiny_base):
+    recipe = config(content_prior=1.0, column_separation=False, block_separation=False)
+    prior = {"content": examples(tiny_base, seed=9)}
+    method = UnZipLora(tiny_base.unet, scheduler(tiny_base), examples(tiny_base), recipe, SDXL_BLOCKS, prior)
+    terms = method.losses(0)
+    next(terms)
+    next(terms).backward()
+    assert any(b.up.grad is not None and b.up.grad.abs().max() > 0 for b in method.branches["content"].values())
+    assert all(b.up.grad is None for b in method.branches["style"].values())
+    assert next(terms, None) is None
+    assert all(b.strength == 1.0 for b in method.branches["style"].values())
+
+
+def test_a_stop_request_finishes_the_step_and_saves(tiny_base):
+    import os
+    import signal
+
+    method = build(tiny_base)
+    trainer = Trainer(method, method.config, Accelerator(cpu=True))
+    saved: list[int] = []
+
+    def report(step):
+        if step.done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert train(trainer, 0, report, saved.append, lambda step: None) == 3
+    assert saved == [3]
+
+
+def test_checkpoints_that_cannot_be_resumed_are_named(tiny_base, tmp_path):
+    method = build(tiny_base)
+    trainer = run(method, stop=1)
+    trainer.save(tmp_path)
+    (tmp_path / "training.pt").write_bytes((tmp_path / "training.pt").read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot be resumed"):
+        trainer.load(tmp_path)
+
+
+def test_block_maps(tmp_path, tiny_base):
+    file = tmp_path / "map.toml"
+    file.write_text('content = ["mid_block"]\nstyle = ["up_blocks.1"]')
+    blocks = read_blocks(str(file))
+    assert blocks.owner("mid_block.attentions.0.x") == "content"
+    assert blocks.owner("up_blocks.1.attentions.2.x") == "style"
+    assert blocks.owner("up_blocks.10.attentions.2.x") is None
+    with pytest.raises(UserError, match=r"no attention layers in 'up_blocks\.7'"):
+        build(tiny_base, BlockMap(("up_blocks.7",), ()))
+    file.write_text('content = ["mid_block"]\nstyle = ["mid_block"]')
+    with pytest.raises(UserError, match="both content and style"):
+        read_blocks(str(file))
+    file.write_text('contents = ["mid_block"]')
+    with pytest.raises(UserError, match="two lists"):
+        read_blocks(str(file))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_loss_by_hand(tiny_base, kind):
+    noise_schedule = DDPMScheduler.from_config({**tiny_base.scheduler.config, "prediction_type": kind})
+    data = examples(tiny_base, joined=False)
+    draw = generator("by hand")
+    loss = denoising_loss(tiny_base.unet, noise_schedule, data, batch_size=1, draw=draw, min_snr_gamma=5.0)
+    draw = generator("by hand")
+    torch.randint(1, (1,), generator=draw)
+    t = int(torch.randint(1000, (1,), generator=draw))
+    noise = torch.randn(data.latents.shape, generator=draw)
+    alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[t]
+    noisy = alpha.sqrt() * data.latents + (1 - alpha).sqrt() * noise
+    given = {"text_embeds": data.conditioning.pooled, "time_ids": data.conditioning.time_ids}
+    guess = tiny_base.unet(noisy, t, data.conditioning.tokens, added_cond_kwargs=given).sample
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * data.latents
+    snr = alpha / (1 - alpha)
+    weight = min(snr, torch.tensor(5.0)) / (snr if kind == "epsilon" else snr + 1)
+    wanted = weight * (guess - (noise if kind == "epsilon" else velocity)).square().mean()
+    torch.testing.assert_close(loss, wanted)
+
+
+def test_min_snr_at_zero_terminal_snr(tiny_base):
+    options = {**tiny_base.scheduler.config, "rescale_betas_zero_snr": True}
+    for kind, wanted in (("epsilon", 1.0), ("v_prediction", 0.0)):
+        noise_schedule = DDPMScheduler.from_config({**options, "prediction_type": kind})
+        assert snr_weights(noise_schedule, torch.tensor([999]), 5.0).item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_mask_weighs_the_loss_and_keeps_its_size(tiny_base):
+    data = examples(tiny_base, joined=False)
+    size = data.latents.shape[-1]
+    left = torch.zeros(1, 1, size, size)
+    left[..., : size // 2] = 1
+
+    def loss(weights: torch.Tensor | None) -> float:
+        masked = Examples(data.latents, data.conditioning, weights)
+        return denoising_loss(tiny_base.unet, scheduler(tiny_base), masked, batch_size=1, draw=generator(1)).item()
+
+    assert loss(torch.full_like(left, 0.3)) == pytest.approx(loss(None), rel=1e-5)
+    assert (loss(left) + loss(1 - left)) / 2 == pytest.approx(loss(None), rel=1e-5)
+    assert loss(left) != pytest.approx(loss(1 - left), rel=1e-5)
