@@ -1,13 +1,27 @@
-"""Open a base model of SDXL's topology, whatever form it comes in."""
+"""Open a base model of SDXL's topology, whatever form it comes in: one `load_base` for all."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import nn
+
+from unziplora import base_files
+from unziplora.base_hub import HUB_ID, download
+from unziplora.config import SDXL
+from unziplora.errors import MachineError, UserError, first_line
+
+BUNDLED = Path(__file__).parent / "bundled"
 
 
 @dataclass
@@ -32,6 +46,7 @@ class Base:
 
     @property
     def vae(self) -> AutoencoderKL:
+        """Kept in fp32 where the base says so (`force_upcast`): SDXL's overflows in fp16."""
         return self.pipe.vae
 
     @property
@@ -39,11 +54,11 @@ class Base:
         return [self.pipe.text_encoder, self.pipe.text_encoder_2]
 
     @property
-    def tokenizers(self) -> list:
+    def tokenizers(self) -> list[Any]:
         return [self.pipe.tokenizer, self.pipe.tokenizer_2]
 
     @property
-    def scheduler(self):  # type: ignore[no-untyped-def]
+    def scheduler(self) -> Any:
         return self.pipe.scheduler
 
     @property
@@ -61,16 +76,160 @@ class Base:
 
 
 def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Base:
-    """Open 'bundled', a diffusers folder, a hub id or a single .safetensors checkpoint."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(
-        source, torch_dtype=dtype, use_safetensors=True, add_watermarker=False
+    """Open 'bundled', a diffusers folder, a hub id or a single .safetensors checkpoint, frozen, in eval mode.
+
+    A single file that is not of SDXL's own size needs its configuration beside it, see `config_folder`.
+
+    Raises:
+        UserError: nothing is there, a part is missing or damaged, or it is not of SDXL's topology.
+        MachineError: the hub cannot be reached, or memory does not suffice.
+    """
+    with _failures(source):
+        path = _locate(source, dtype)
+        with _quiet():
+            pipe = _from_file(path, dtype) if path.is_file() else _from_folder(path, dtype)
+        given = Path(source).expanduser()
+        name = given.resolve().stem if given.exists() and source != "bundled" else source
+        return _finish(pipe, name, device)
+
+
+def _locate(source: str, dtype: torch.dtype) -> Path:
+    """The folder or file that a source stands for, fetched from the hub if need be."""
+    if source == "bundled":
+        return _bundled()
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(source) and path.suffix not in base_files.WEIGHT_SUFFIXES:
+        return download(source, dtype)
+    raise UserError(
+        f"base {source!r}: no such file or folder. Give 'bundled', a diffusers folder, a .safetensors "
+        f"checkpoint or a hub id such as {SDXL!r}"
     )
-    return _finish(pipe, Path(source).name, device)
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    variant = base_files.check_folder(folder, half=dtype != torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(
+        folder,
+        torch_dtype={"default": dtype, "vae": _vae_dtype(folder, dtype)},
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        add_watermarker=False,
+    )
+    return pipe
+
+
+def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    header = base_files.read_header(path)
+    base_files.check_checkpoint(path, header)
+    folder = config_folder(path, header)
+    base_files.check_unet_config(folder, folder)
+    options = {"config": str(folder), "local_files_only": True}
+    parts: dict[str, Any] = {"vae": _file_vae(path, folder, dtype)}
+    if folder == BUNDLED / "sdxl":
+        parts.update(tokenizer=base_files.clip_tokenizer(), tokenizer_2=base_files.clip_tokenizer(pad="!"))
+    pipe = StableDiffusionXLPipeline.from_single_file(
+        str(path), torch_dtype=dtype, add_watermarker=False, **options, **parts
+    )
+    changes = base_files.marked_schedule(header)
+    if changes:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    return pipe
+
+
+def _file_vae(path: Path, folder: Path, dtype: torch.dtype) -> AutoencoderKL:
+    return AutoencoderKL.from_single_file(
+        str(path),
+        config=str(folder),
+        subfolder="vae",
+        torch_dtype=_vae_dtype(folder, dtype),
+        local_files_only=True,
+    )
+
+
+def config_folder(path: Path, header: base_files.Header) -> Path:
+    """The folder that describes a single-file checkpoint.
+
+    In this order: a folder of the file's name without its suffix; the folder that holds the file, when it
+    is a diffusers folder; SDXL's own configuration, when the file's UNet has SDXL's sizes.
+
+    Raises:
+        UserError: none of them is there.
+    """
+    for folder in (path.with_suffix(""), path.parent):
+        if (folder / "model_index.json").is_file():
+            return folder
+    if base_files.is_full_size(header):
+        return BUNDLED / "sdxl"
+    raise UserError(
+        f"{path}: not of SDXL's own size, so its configuration is needed: put a folder {path.stem!r} beside the "
+        "file, with the model_index.json, the config.json of each part and the tokenizers of a diffusers folder"
+    )
+
+
+def _bundled() -> Path:
+    folder = BUNDLED / "emoji-xl"
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"this installation has no bundled base (looked in {folder}); choose another, such as --base {SDXL}"
+        )
+    return folder
+
+
+def _vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
+    config = base_files.read_json(folder / "vae" / "config.json")
+    return torch.float32 if config.get("force_upcast", True) else dtype
 
 
 def _finish(pipe: StableDiffusionXLPipeline, name: str, device: str | torch.device) -> Base:
+    base_files.check_pipeline(pipe, name)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.eval().requires_grad_(False).to(device)
     pipe.set_progress_bar_config(disable=True)
     resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
     return Base(pipe, name, resolution, pipe.scheduler.config.get("prediction_type", "epsilon"))
+
+
+@contextmanager
+def _failures(source: str) -> Iterator[None]:
+    """Turn what the libraries raise on bad files and full memory into messages for a person."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MachineError(
+            f"base {source!r}: not enough memory to load it ({first_line(error)}). Close other programs, "
+            "choose precision bf16 or a smaller base"
+        ) from error
+    except NotImplementedError as error:  # a tensor left on the meta device: the file had none for it
+        raise UserError(f"base {source!r}: weights are missing from the file; download it again") from error
+    except PermissionError as error:
+        raise MachineError(f"base {source!r}: no permission to read {error.filename or 'it'}") from error
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if "allocate memory" in str(error):
+            raise MachineError(f"base {source!r}: not enough memory to load it") from error
+        raise UserError(
+            f"base {source!r} cannot be loaded: {first_line(error)}. Fetch it anew, or convert it to a diffusers folder"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and advice on loading out of our output."""
+    loggers = [logging.getLogger("diffusers"), logging.getLogger("transformers")]
+    levels = [logger.level for logger in loggers]
+    bars = diffusers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars[0]:
+            diffusers.utils.logging.enable_progress_bar()
+        if bars[1]:
+            transformers.utils.logging.enable_progress_bar()

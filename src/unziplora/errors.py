@@ -23,3 +23,8 @@ class Interrupted(UnziploraError):
     """A run was stopped on purpose after saving a checkpoint (exit code 130, as shells do)."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to one line for use inside a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")

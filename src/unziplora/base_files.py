@@ -1,0 +1,276 @@
+"""What is in a base model's files: read from headers and configurations, and refused early where it is not SDXL."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTokenizer
+
+from unziplora.errors import UserError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+LDM = "model.diffusion_model."
+UNPICKLE = "it is a pickle, which can run code when it is opened, so it is never loaded; convert it to .safetensors"
+# What a checkpoint of another family holds, by a key that only it has. Prefixes count.
+FAMILIES = {
+    "conditioner.embedders.0.model.": "the SDXL refiner",
+    "cond_stage_model.model.": "Stable Diffusion 2",
+    "cond_stage_model.transformer.": "Stable Diffusion 1",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "joint_blocks.": "Stable Diffusion 3",
+    "model.diffusion_model.double_blocks.": "FLUX",
+    "double_blocks.": "FLUX",
+    "edm_mean": "Playground 2.5 (EDM noise schedule)",
+    "edm_vpred.": "CosXL (EDM noise schedule)",
+    "control_model.": "a ControlNet",
+    "lora_": "a LoRA, not a base model",
+    "unet.": "a LoRA, not a base model",
+    "down_blocks.": "a UNet alone, in diffusers names",
+}
+CLASSES = {
+    "StableDiffusionPipeline": "Stable Diffusion 1 or 2",
+    "StableDiffusion3Pipeline": "Stable Diffusion 3",
+    "FluxPipeline": "FLUX",
+    "Flux2Pipeline": "FLUX.2",
+    "PixArtSigmaPipeline": "PixArt",
+    "KolorsPipeline": "Kolors",
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """Names and shapes of a safetensors file's tensors, and its metadata; no weights."""
+
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read what a safetensors file holds.
+
+    Raises:
+        UserError: it is a pickle, truncated, or no safetensors file at all.
+    """
+    if path.suffix.lower() in PICKLES:
+        raise UserError(f"{path}: {UNPICKLE}")
+    if path.suffix.lower() != ".safetensors":
+        raise UserError(f"{path}: not a .safetensors file; bases are diffusers folders or .safetensors files")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: only a git-lfs pointer, not the weights; run `git lfs pull` in its repository")
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        raise UserError(f"{path}: {UNPICKLE} (its name says .safetensors, its content does not)")
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return Header(shapes, dict(file.metadata() or {}))
+    except SafetensorError as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error}); copy or download it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing, so {path.parent} is no complete diffusers folder; copy or download it again"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy or download it again") from None
+
+
+def check_folder(folder: Path, half: bool) -> str | None:
+    """Check a diffusers folder without loading it; return the weights' variant, 'fp16' or None.
+
+    Args:
+        half: half precision suffices, so that fp16 files are taken where both are there.
+
+    Raises:
+        UserError: another family; a part is missing, damaged or there as a pickle only.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{folder}: no base model (model_index.json is missing). Give a folder in diffusers layout, as "
+            "pipe.save_pretrained writes it, or a .safetensors checkpoint"
+        )
+    check_class(read_json(folder / "model_index.json"), str(folder))
+    check_unet_config(folder, folder)
+    for name in ("scheduler", "tokenizer", "tokenizer_2"):
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder}: {name} is missing; copy or download the whole folder again")
+    found = [_weights(folder / part) for part in PARTS]
+    choices = [name for name in ("fp16", "") if all(name in variants for variants in found)]
+    if not choices:
+        raise UserError(f"{folder}: some parts are there as fp16 files only, others not; download it again")
+    choice = choices[0] if half else choices[-1]
+    for variants in found:
+        for path in variants[choice]:
+            read_header(path)
+    return choice or None
+
+
+def _weights(part: Path) -> dict[str, list[Path]]:
+    """The weight files of one part by variant ('' or 'fp16'), with every shard that the index names."""
+    files = sorted(part.glob("*.safetensors"))
+    if not files:
+        pickles = [path for path in part.glob("*") if path.suffix in PICKLES]
+        if pickles:
+            raise UserError(f"{pickles[0]}: {UNPICKLE}, for example with pipe.save_pretrained(...)")
+        raise UserError(f"{part}: the weights are missing; copy or download the whole folder again")
+    variants: dict[str, list[Path]] = {}
+    for path in files:
+        variants.setdefault("fp16" if ".fp16" in path.name else "", []).append(path)
+    for index in part.glob("*.safetensors.index*.json"):
+        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
+            if not (part / name).is_file():
+                raise UserError(f"{part / name}: missing; copy or download the whole folder again")
+    return variants
+
+
+def check_class(index: dict[str, Any], source: str) -> None:
+    """Refuse a pipeline of another family by its class, before its weights are fetched.
+
+    Raises:
+        UserError: it is not an SDXL pipeline.
+    """
+    name = index.get("_class_name")
+    if not str(name).startswith("StableDiffusionXL"):
+        raise _other_family(source, CLASSES.get(str(name), f"a {name}"))
+
+
+def check_unet_config(folder: Path, source: Path) -> None:
+    """Refuse a UNet of another family by its configuration.
+
+    Raises:
+        UserError: it is not of SDXL's topology with 4 input channels.
+    """
+    config = read_json(folder / "unet" / "config.json")
+    index = read_json(folder / "model_index.json")
+    if config.get("in_channels", 4) == 9:
+        raise _other_family(str(source), "an inpainting model (9 input channels)")
+    if config.get("in_channels", 4) != 4:
+        raise _other_family(str(source), f"a model with {config['in_channels']} input channels")
+    if index.get("requires_aesthetics_score") or index.get("text_encoder", [""])[0] is None:
+        raise _other_family(str(source), "the SDXL refiner")
+    if config.get("addition_embed_type") != "text_time":
+        raise _other_family(str(source), "Stable Diffusion 1 or 2")
+
+
+def check_checkpoint(path: Path, header: Header) -> None:
+    """Refuse a single file that is not a complete SDXL checkpoint.
+
+    Raises:
+        UserError: another family, a LoRA, or a part is missing.
+    """
+    shapes = header.shapes
+    for prefix, family in FAMILIES.items():
+        if any(key.startswith(prefix) for key in shapes):
+            raise _other_family(str(path), family)
+    entry = shapes.get(LDM + "input_blocks.0.0.weight", (0, 4))
+    if entry[1] == 9:
+        raise _other_family(str(path), "an inpainting model (9 input channels)")
+    wanted = {
+        LDM: "UNet",
+        "first_stage_model.": "VAE",
+        "conditioner.embedders.0.transformer.": "first text encoder",
+        "conditioner.embedders.1.model.": "second text encoder",
+    }
+    missing = [name for prefix, name in wanted.items() if not any(key.startswith(prefix) for key in shapes)]
+    if len(missing) == len(wanted):
+        raise _other_family(str(path), "something else")
+    if missing:
+        raise UserError(
+            f"{path}: no complete checkpoint, without {', '.join(missing)}; use a full checkpoint or a diffusers folder"
+        )
+    if LDM + "label_emb.0.0.weight" not in shapes or entry[1] != 4:
+        raise _other_family(str(path), "another UNet")
+
+
+def is_full_size(header: Header) -> bool:
+    """Whether a checkpoint's UNet has SDXL's own sizes, so that SDXL's own configuration describes it."""
+    expected = {
+        "input_blocks.0.0.weight": (320, 4, 3, 3),
+        "label_emb.0.0.weight": (1280, 2816),
+        "middle_block.1.transformer_blocks.9.attn2.to_k.weight": (1280, 2048),
+    }
+    return all(header.shapes.get(LDM + key) == shape for key, shape in expected.items())
+
+
+def marked_schedule(header: Header) -> dict[str, Any]:
+    """Scheduler settings that a single file is marked with: v-prediction and zero-terminal SNR.
+
+    Finetunes carry empty tensors `v_pred` and `ztsnr` (as ComfyUI reads them) or a modelspec entry.
+    """
+    told = header.metadata.get("modelspec.prediction_type", "").lower()
+    if "v_pred" not in header.shapes and told not in ("v", "v_prediction"):
+        return {}
+    changes: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if "ztsnr" in header.shapes:
+        changes.update(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return changes
+
+
+def check_pipeline(pipe: Any, source: str) -> None:
+    """Check what only the loaded pipeline tells: weights all there, noise schedule known.
+
+    Raises:
+        UserError: weights are missing, or the noise schedule is not one of SDXL's.
+    """
+    for part in PARTS:
+        missing = [name for name, weight in getattr(pipe, part).named_parameters() if weight.is_meta]
+        if missing:
+            raise UserError(
+                f"base {source!r}: {len(missing)} weights of its {part} are missing, such as {missing[0]}; "
+                "download it again"
+            )
+    if not getattr(pipe.unet, "down_blocks", None) or not _has_attention(pipe.unet.up_blocks):
+        raise _other_family(source, "a UNet without SDXL's blocks")
+    config = pipe.scheduler.config
+    kind = type(pipe.scheduler).__name__
+    prediction = config.get("prediction_type", "epsilon")
+    if kind.startswith(("EDM", "FlowMatch")) or prediction not in ("epsilon", "v_prediction"):
+        raise _other_family(source, f"a model with another noise schedule ({kind}, {prediction})")
+
+
+def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's tokenizer, from its merges alone; SDXL pads with the end marker and, for the second encoder, '!'."""
+    path = Path(__file__).parent / "bundled" / "sdxl" / "tokenizer" / "merges.txt.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        merges = file.read().splitlines()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    words: Iterable[str] = (
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(merge.replace(" ", "") for merge in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    )
+    vocabulary = {word: index for index, word in enumerate(words)}
+    pairs = [tuple(merge.split()) for merge in merges]
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, pad_token=pad, model_max_length=77)
+
+
+def _has_attention(blocks: Iterable[Any]) -> bool:
+    return any(getattr(block, "attentions", None) for block in blocks)
+
+
+def _other_family(source: str, family: str) -> UserError:
+    return UserError(
+        f"base {source}: this is {family}; a base of SDXL's topology is needed, such as SDXL base 1.0, one of its "
+        "finetunes, or 'bundled'"
+    )

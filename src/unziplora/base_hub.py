@@ -1,0 +1,53 @@
+"""Fetch a base model from the Hugging Face hub, safetensors only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from unziplora import base_files
+from unziplora.errors import MachineError, UserError, first_line
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def download(source: str, dtype: torch.dtype) -> Path:
+    """Fetch a hub model's safetensors (fp16 files, if it has them and they suffice); return its folder."""
+    from huggingface_hub import hf_hub_download, model_info
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    offline = False
+    names: set[str] = set()
+    try:
+        names = {file.rfilename for file in model_info(source).siblings or []}
+    except GatedRepoError:
+        raise UserError(
+            f"base {source}: the hub wants you to accept its licence: open https://huggingface.co/{source}, accept, "
+            "then run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(f"base {source}: no such folder here, and no such public model on the hub") from None
+    except Exception:  # no network, proxy, time-out, hub out of order: what was fetched before may do
+        offline = True
+    if not offline and "model_index.json" not in names:
+        raise UserError(
+            f"base {source}: this hub model is no diffusers pipeline (it has no model_index.json); download its "
+            ".safetensors checkpoint and give the file's path"
+        )
+    half = any(name.startswith("unet/") and ".fp16." in name for name in names)
+    variant = "fp16" if half and dtype != torch.float32 else None
+    try:
+        index = hf_hub_download(source, "model_index.json", local_files_only=offline)
+        base_files.check_class(base_files.read_json(Path(index)), source)
+        if offline:
+            return Path(index).parent
+        return Path(StableDiffusionXLPipeline.download(source, use_safetensors=True, variant=variant))
+    except (OSError, ValueError) as error:
+        why = "the hub cannot be reached and the model was not fetched before" if offline else "fetching it failed"
+        raise MachineError(
+            f"base {source}: {why} ({first_line(error)}). Check network and disk space, or give a folder or "
+            ".safetensors file that is on this machine"
+        ) from error

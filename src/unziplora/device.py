@@ -1,0 +1,38 @@
+"""Which device and which number format to compute in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from unziplora.errors import UserError, first_line
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a name; 'auto' is CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UserError: this machine or this build of torch has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device {name!r} is not to be had here ({first_line(error)}); use auto or cpu, or install torch "
+            "with support for it"
+        ) from None
+    return device
+
+
+def pick_dtype(precision: Literal["auto", "bf16", "fp16", "fp32"], device: torch.device | str) -> torch.dtype:
+    """The number format of a name; 'auto' is bf16 where the device computes in it, else fp16, fp32 on a CPU."""
+    if precision != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32
