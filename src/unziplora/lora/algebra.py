@@ -1,0 +1,93 @@
+"""The algebra of LoRA pairs: ΔW = B A (arXiv 2106.09685), computed in fp32, without ΔW wherever it can.
+
+A pair is (down, up) = (A, B) with A [rank, in] and B [out, rank]. Those of a convolution, A [rank, in,
+kh, kw] and B [out, rank, 1, 1], are flattened for the computation and come back in their own shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _matrices(pair: Pair) -> Pair:
+    """The pair as two fp32 matrices, A [rank, in·kh·kw] and B [out, rank]."""
+    down, up = pair
+    return down.float().flatten(1), up.float().flatten(1)
+
+
+def _shaped(down: Tensor, up: Tensor, like: Pair) -> Pair:
+    """Matrices of any rank in the shape (linear or convolution) of another pair."""
+    return down.reshape(-1, *like[0].shape[1:]), up.reshape(up.shape[0], -1, *like[1].shape[2:])
+
+
+def delta(pair: Pair) -> Tensor:
+    """The dense update ΔW = B A in fp32, [out, in] or [out, in, kh, kw]."""
+    down, up = _matrices(pair)
+    return (up @ down).reshape(up.shape[0], *pair[0].shape[1:])
+
+
+def scale(pair: Pair, weight: float) -> Pair:
+    """The pair of weight · ΔW."""
+    return pair[0].float(), pair[1].float() * weight
+
+
+def fold_output(pair: Pair, columns: Tensor) -> Pair:
+    """The pair of diag(m) ΔW for a factor per output feature, m [out]: B · m[:, None] (arXiv 2412.04465)."""
+    down, up = pair
+    return down.float(), up.float() * columns.float().reshape(-1, *[1] * (up.dim() - 1))
+
+
+def fold_input(pair: Pair, columns: Tensor) -> Pair:
+    """The pair of ΔW diag(m) for a factor per input feature, m [in]: A · m[None, :] (arXiv 2311.13600)."""
+    down, up = pair
+    return down.float() * columns.float().reshape(1, -1, *[1] * (down.dim() - 2)), up.float()
+
+
+def cat(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
+    """The pair of Σ wᵢ ΔWᵢ, exactly: the factors joined along the rank, of rank Σ rᵢ."""
+    weights = [1.0] * len(pairs) if weights is None else weights
+    downs = [down.float() for down, _ in pairs]
+    ups = [up.float() * weight for (_, up), weight in zip(pairs, weights, strict=True)]
+    return torch.cat(downs, dim=0), torch.cat(ups, dim=1)
+
+
+def norm(pair: Pair) -> float:
+    """The Frobenius norm of ΔW, from the r × r Gram matrices: ‖B A‖² = ⟨BᵀB, A Aᵀ⟩."""
+    down, up = _matrices(pair)
+    return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
+
+
+def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of ΔW: U [out, k], s [k] falling, Vᵀ [k, in], k ≤ rank.
+
+    By QR of both factors, B = Q_b R_b and Aᵀ = Q_a R_a, only R_b R_aᵀ [rank, rank] is decomposed, so the cost
+    is O((out + in) rank²) and the dense matrix is never formed.
+    """
+    down, up = _matrices(pair)
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    return q_up @ u, s, vh @ q_down.T
+
+
+def resize(pair: Pair, rank: int | None = None, energy: float | None = None) -> Pair:
+    """The best approximation of ΔW of a lower rank (Eckart–Young), singular values shared by both.
+
+    Args:
+        pair: the pair to approximate.
+        rank: the most singular values to keep.
+        energy: keep as few as hold this share of ‖ΔW‖², 0 < energy ≤ 1; at least one.
+    """
+    u, s, vh = svd(pair)
+    keep = len(s) if rank is None else min(rank, len(s))
+    if energy is not None:
+        total = s.double().square().cumsum(0)
+        # The last sum stands for all of it; a hair of room keeps rounding from adding a useless direction.
+        keep = min(keep, int((total < energy * total[-1] * (1 - 1e-9)).sum()) + 1)
+    root = s[:keep].sqrt()
+    return _shaped(root[:, None] * vh[:keep], u[:, :keep] * root, pair)
