@@ -1,0 +1,120 @@
+"""Files and folders that are whole or not there at all: written beside their place, then moved to it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from unziplora.errors import MachineError, first_line
+
+Writer = Callable[[BinaryIO], object]
+
+
+def atomic_write(path: Path, data: bytes | str | Writer) -> None:
+    """Write a file atomically: bytes, text (UTF-8), or whatever a function writes into an open file.
+
+    Raises:
+        MachineError: disk full, no permission, or another fault of the machine; nothing is left behind.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            if callable(data):
+                data(file)
+            else:
+                file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would keep other users' programs out
+        temporary.replace(path)
+    except OSError as error:
+        raise explain(path, error) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Make a folder atomically: `fill` writes its files into a temporary one beside it (`.tmp-…`).
+
+    A folder that is there already is replaced; until the new one is complete, it stays.
+
+    Raises:
+        MachineError: disk full, no permission, or another fault of the machine; nothing is left behind.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for file in temporary.rglob("*"):
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            old = path.with_name(f".tmp-old-{path.name}")
+            path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise explain(path, error) from None
+    except Exception as error:
+        # safetensors and torch wrap the system's error in their own, and keep its text
+        if any(word in str(error).lower() for word in ("i/o error", "streamwriter", "no space", "unexpected pos")):
+            raise MachineError(
+                f"{path}: cannot be written ({first_line(error)}); free some space, or write to another disk"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Ask the system to bring a file or folder to disk; folders cannot be synced on Windows."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def explain(path: Path, error: OSError) -> MachineError:
+    """The message for a failed write: what, where, and what to do next."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return MachineError(f"{path}: the disk is full; free some space, or write to another disk")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return MachineError(f"{path}: no permission to write here; choose another folder")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return MachineError(f"{path}: a file is where a folder should be; choose another folder")
+    return MachineError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def lock_file(file: IO[str]) -> None:
+    """Take the system's exclusive lock on an open file, or raise OSError at once."""
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,262 @@
+"""The folder of one run: configuration, log, samples, checkpoints, the two LoRA files and a card."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from unziplora.atomic import atomic_folder, atomic_write, explain, lock_file
+from unziplora.config import Recipe, read_toml, resolve, to_toml
+from unziplora.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["MAY_CHANGE", "RunFolder", "atomic_write"]
+
+R = TypeVar("R", bound=Recipe)
+
+MAY_CHANGE = {
+    "device",
+    "formats",
+    "checkpoint_every",
+    "trackers",
+    *(f"sample_{part}" for part in ("every", "subject", "style", "steps", "guidance", "seeds")),
+}
+"""Keys that may differ when a run is resumed: none of them changes what is learnt."""
+
+_STEP = re.compile(r"step-(\d{6,})")
+# What a run that has learnt nothing yet may hold; such a folder is started over without asking.
+_EARLY = {"config.toml", "log.jsonl", "samples", "checkpoints"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk. Every file in it is written atomically.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def content(self) -> Path:
+        return self.path / "content.safetensors"
+
+    @property
+    def style(self) -> Path:
+        return self.path / "style.safetensors"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    @classmethod
+    def create(cls, path: Path, config: Recipe) -> RunFolder:
+        """Make the folder of a new run and write its configuration, with absolute paths.
+
+        A folder that is empty, or holds a run that has learnt nothing yet, is taken.
+
+        Raises:
+            UserError: the folder holds something.
+            MachineError: no permission, disk full.
+        """
+        run = cls(path)
+        if not run.is_free():
+            known = run.config_file.is_file()
+            raise UserError(
+                f"{path} exists already and {'holds a run' if known else 'is not empty'}: "
+                + ("continue it with --resume, or " if known else "")
+                + "choose another --out"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with run.lock():
+                run.log_file.unlink(missing_ok=True)
+                run.samples.mkdir(exist_ok=True)
+                run.checkpoints.mkdir(exist_ok=True)
+                atomic_write(run.config_file, to_toml(_absolute(config)))
+        except OSError as error:
+            raise explain(path, error) from None
+        return run
+
+    @classmethod
+    def resume(cls, path: Path, config: Recipe) -> RunFolder:
+        """Open the folder of an interrupted run, tidy it, and check that the recipe is the same.
+
+        Raises:
+            UserError: no run is there, or keys differ that decide what is learnt.
+        """
+        run = cls(path)
+        saved = run.config(type(config))
+        changed = [
+            name
+            for name, value in _absolute(config)
+            if name not in MAY_CHANGE and name != "out" and value != getattr(_absolute(saved), name)
+        ]
+        if changed:
+            lines = [f"{name}: {getattr(saved, name)!r} → {getattr(config, name)!r}" for name in changed]
+            raise UserError(
+                f"{path}: a run is resumed with the settings that it began with; these differ: {', '.join(lines)}. "
+                "Leave them out, or start a new run with another --out"
+            )
+        run.tidy()
+        return run
+
+    def config(self, model: type[R]) -> R:
+        """The configuration that the run began with.
+
+        Raises:
+            UserError: this folder holds no run, or its configuration was damaged.
+        """
+        if not self.config_file.is_file():
+            raise UserError(f"{self.path}: no run to resume here (it has no config.toml); leave --resume out")
+        return resolve(model, read_toml(self.config_file))
+
+    def is_free(self) -> bool:
+        """Whether a new run may begin here: nothing there, or only the start of a run; hidden files count not."""
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                return False
+            found = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise explain(self.path, error) from None
+        if not found <= _EARLY or (found and not self.config_file.is_file()):
+            return False
+        return self.latest() is None and not any(self.samples.glob("*"))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from training into this folder; a process that dies lets go of it.
+
+        Raises:
+            UserError: another process is at it.
+        """
+        try:
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise explain(self.path, error) from None
+        with file:
+            try:
+                lock_file(file)
+            except OSError:
+                file.seek(0)
+                raise UserError(
+                    f"{self.path}: process {file.read().strip() or 'unknown'} is training into this folder; "
+                    "wait for it, or choose another --out"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def tidy(self) -> None:
+        """Remove what an interrupted process left half-written."""
+        for parent in (self.path, self.samples, self.checkpoints):
+            for rest in parent.glob(".*"):
+                if rest.name.startswith(".tmp-"):
+                    shutil.rmtree(rest, ignore_errors=True)
+                elif rest.name != ".lock" and re.search(r"\.(toml|jsonl|png|md|safetensors)\.", rest.name):
+                    rest.unlink(missing_ok=True)
+
+    def checkpoint(self, step: int, fill: Callable[[Path], object]) -> Path:
+        """Save a checkpoint as `checkpoints/step-000200`, whole or not at all, then drop older ones.
+
+        Args:
+            step: steps done.
+            fill: writes the files into the folder that it is given.
+
+        Raises:
+            MachineError: disk full, no permission; the checkpoint before it stays.
+        """
+        path = self.checkpoints / f"step-{step:06d}"
+        atomic_folder(path, fill)
+        for other in self.steps():
+            if other != step:
+                shutil.rmtree(self.checkpoints / f"step-{other:06d}", ignore_errors=True)
+        return path
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        names = [_STEP.fullmatch(entry.name) for entry in self.checkpoints.glob("step-*") if entry.is_dir()]
+        return sorted(int(match[1]) for match in names if match)
+
+    def latest(self) -> tuple[int, Path] | None:
+        """Steps done and folder of the newest complete checkpoint."""
+        steps = self.steps()
+        return (steps[-1], self.checkpoints / f"step-{steps[-1]:06d}") if steps else None
+
+    def log(self, **fields: Any) -> None:
+        """Append one line to log.jsonl; numbers that JSON lacks (NaN, infinity) become null.
+
+        Raises:
+            MachineError: disk full, no permission.
+        """
+        fields = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in fields.items()}
+        try:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(fields) + "\n")
+        except OSError as error:
+            raise explain(self.log_file, error) from None
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl; a half-written one is left out."""
+        lines = []
+        if self.log_file.is_file():
+            for line in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    continue
+        return lines
+
+    def rewind_log(self, step: int) -> None:
+        """Drop log lines after a checkpoint, so that a resumed run does not tell its steps twice."""
+        kept = [line for line in self.read_log() if line.get("step", 0) <= step]
+        atomic_write(self.log_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def save_picture(self, name: str, picture: Image.Image) -> Path:
+        """Write a sample as `samples/NAME.png`.
+
+        Raises:
+            MachineError: disk full, no permission.
+        """
+        path = self.samples / f"{name}.png"
+        atomic_write(path, lambda file: picture.save(file, "PNG"))
+        return path
+
+
+def _absolute(config: R) -> R:
+    """The same configuration with absolute picture paths, so that it works from any folder."""
+    paths: dict[str, Any] = {
+        name: [Path(path).expanduser().resolve() for path in getattr(config, name)]
+        for name in ("images", "masks")
+        if name in type(config).model_fields
+    }
+    return config.model_copy(update=paths)

@@ -1,0 +1,234 @@
+"""The run folder: nothing half-written, nothing overwritten, resumable."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unziplora.atomic import atomic_folder, atomic_write
+from unziplora.config import SplitConfig
+from unziplora.errors import MachineError, UserError
+from unziplora.run import RunFolder
+
+
+def recipe(out: Path, **changes: object) -> SplitConfig:
+    return SplitConfig(**{"images": [Path("cat.jpg")], "content": "cat", "style": "sketch", "out": out, **changes})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "cat", recipe(tmp_path / "cat"))
+
+
+def fill(folder: Path) -> None:
+    (folder / "a.bin").write_bytes(b"a" * 1000)
+    (folder / "deep").mkdir()
+    (folder / "deep" / "b.bin").write_bytes(b"b")
+
+
+def test_a_new_folder_holds_the_configuration_with_absolute_paths(run: RunFolder) -> None:
+    saved = run.config(SplitConfig)
+    assert saved.images == [Path("cat.jpg").resolve()]
+    assert saved.content == "cat"
+    assert run.samples.is_dir()
+    assert run.checkpoints.is_dir()
+
+
+def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not empty: choose another --out"):
+        RunFolder.create(tmp_path, recipe(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cat"
+    path.write_text("mine")
+    with pytest.raises(UserError, match="choose another --out"):
+        RunFolder.create(path, recipe(path))
+    with pytest.raises(MachineError, match="a file is where a folder should be"):
+        RunFolder.create(path / "deeper", recipe(path / "deeper"))
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["content.safetensors", "samples/000600.png", "checkpoints/step-000200/x"])
+def test_a_run_that_has_learnt_something_is_never_overwritten(run: RunFolder, left: str) -> None:
+    (run.path / left).parent.mkdir(exist_ok=True)
+    (run.path / left).write_text("result")
+    with pytest.raises(UserError, match="--resume"):
+        RunFolder.create(run.path, recipe(run.path))
+
+
+def test_a_run_that_failed_before_its_first_step_is_started_over(run: RunFolder) -> None:
+    run.log(step=0, note="base missing")
+    again = RunFolder.create(run.path, recipe(run.path, rank=8))
+    assert again.config(SplitConfig).rank == 8
+    assert again.read_log() == []
+
+
+def test_resume_wants_the_same_recipe_and_names_what_differs(run: RunFolder) -> None:
+    with pytest.raises(UserError, match=r"rank: 64 → 8") as caught:
+        RunFolder.resume(run.path, recipe(run.path, rank=8))
+    assert "seed" not in str(caught.value)
+    RunFolder.resume(run.path, recipe(run.path, checkpoint_every=7, sample_seeds=[5]))
+
+
+def test_resume_without_a_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run to resume"):
+        RunFolder.resume(tmp_path, recipe(tmp_path))
+
+
+def test_a_damaged_configuration_is_named(run: RunFolder) -> None:
+    run.config_file.write_text("rank = [")
+    with pytest.raises(UserError, match=r"config\.toml: not valid TOML"):
+        run.config(SplitConfig)
+
+
+def test_a_checkpoint_is_a_folder_and_replaces_the_one_before(run: RunFolder) -> None:
+    assert run.latest() is None
+    run.checkpoint(200, fill)
+    path = run.checkpoint(400, fill)
+    assert run.latest() == (400, path)
+    assert run.steps() == [400]
+    assert (path / "deep" / "b.bin").read_bytes() == b"b"
+    run.checkpoint(400, fill)  # once more in the same place
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000400"]
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_before(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.checkpoint(200, fill)
+
+    def full(folder: Path) -> None:
+        fill(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(MachineError, match="disk is full"):
+        run.checkpoint(400, full)
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000200"]
+
+    def wrapped(folder: Path) -> None:
+        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0")
+
+    with pytest.raises(MachineError, match="free some space"):
+        run.checkpoint(400, wrapped)
+
+    def bug(folder: Path) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run.checkpoint(400, bug)
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000200"]
+
+
+def test_a_process_killed_while_it_writes_leaves_no_false_checkpoint(run: RunFolder) -> None:
+    run.checkpoint(200, fill)
+    code = (
+        "import os, signal, pathlib, unziplora.run as r\n"
+        f"run = r.RunFolder(pathlib.Path({str(run.path)!r}))\n"
+        "def fill(folder):\n"
+        "    (folder / 'a.bin').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with run.lock():\n"
+        "    run.checkpoint(400, fill)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert (run.checkpoints / ".tmp-step-000400").is_dir()
+    assert run.steps() == [200]
+    RunFolder.resume(run.path, recipe(run.path))
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000200"]
+    with run.lock():  # the dead process holds it no longer
+        pass
+
+
+def test_one_process_at_a_time(run: RunFolder) -> None:
+    with run.lock():
+        with pytest.raises(UserError, match=f"process {os.getpid()} is training"), RunFolder(run.path).lock():
+            pass
+        with pytest.raises(UserError, match="is training into this folder"):
+            RunFolder.create(run.path, recipe(run.path))
+    with run.lock():
+        pass
+
+
+def test_log_lines_survive_a_cut_and_are_rewound(run: RunFolder) -> None:
+    for step in (1, 2, 3):
+        run.log(step=step, loss=float("nan") if step == 2 else 0.5)
+    with run.log_file.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [line["step"] for line in run.read_log()] == [1, 2, 3]
+    assert run.read_log()[1]["loss"] is None
+    run.rewind_log(2)
+    assert [json.loads(line)["step"] for line in run.log_file.read_text().splitlines()] == [1, 2]
+
+
+def test_writing_is_atomic(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    atomic_write(path, "one")
+
+    def broken(file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        atomic_write(path, broken)
+    assert path.read_text() == "one"
+    atomic_write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+    assert path.stat().st_mode & 0o444 == 0o444
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EDQUOT, "disk is full"),
+        (errno.EACCES, "no permission"),
+        (errno.EROFS, "no permission"),
+        (errno.EIO, "cannot be written"),
+    ],
+)
+def test_faults_of_the_machine_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(MachineError, match=message):
+        atomic_write(tmp_path / "a.txt", "text")
+    with pytest.raises(MachineError, match=message):
+        atomic_folder(tmp_path / "folder", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_really_full_disk(run: RunFolder) -> None:
+    """A limit on the size of files stands in for a full disk; the system itself refuses the write."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+        with pytest.raises(MachineError, match="disk is full"):
+            run.checkpoint(200, fill)
+        with pytest.raises(MachineError, match="disk is full"):
+            run.save_picture("noise", Image.effect_noise((200, 200), 90))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(run.checkpoints.iterdir()) == []
+    assert list(run.samples.iterdir()) == []
+
+
+def test_samples_are_png(run: RunFolder) -> None:
+    path = run.save_picture("000200", Image.new("RGB", (8, 8), "red"))
+    assert path == run.samples / "000200.png"
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
