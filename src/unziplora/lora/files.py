@@ -1,0 +1,224 @@
+"""Reading and writing LoRA files: any layout in, every fault named, nothing half-written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unziplora.errors import UserError
+from unziplora.lora import families, keys, layouts
+from unziplora.lora.algebra import Pair, scale
+from unziplora.lora.metadata import header
+from unziplora.lora.storage import open_tensors, write_safetensors
+
+Layout = Literal["kohya", "kohya-diffusers", "diffusers"]
+LAYOUTS: tuple[Layout, ...] = ("kohya", "kohya-diffusers", "diffusers")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA in memory, strength 1: alpha is folded into B.
+
+    Attributes:
+        modules: diffusers' path of a UNet module → (A [rank, in], B [out, rank]) in fp32.
+        metadata: the header of its file.
+        text: tensors of text encoders, if any, by diffusers/PEFT's names, such as
+            `text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight`.
+    """
+
+    modules: dict[str, Pair]
+    metadata: dict[str, str] = field(default_factory=dict)
+    text: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def text_modules(self) -> dict[str, Pair]:
+        """The text encoders' modules as pairs, by path with the encoder's name before."""
+        paths = [name.removesuffix(".lora_A.weight") for name in self.text if name.endswith(".lora_A.weight")]
+        return {path: (self.text[f"{path}.lora_A.weight"], self.text[f"{path}.lora_B.weight"]) for path in paths}
+
+
+def text_tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+    """Pairs of text encoder modules as `Lora.text`."""
+    factors = {path: {"lora_A": down, "lora_B": up} for path, (down, up) in pairs.items()}
+    return {f"{path}.{name}.weight": tensor for path, by_name in factors.items() for name, tensor in by_name.items()}
+
+
+def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) -> Lora:
+    """Read a LoRA for an SDXL-topology UNet from a file of any layout.
+
+    Args:
+        path: a .safetensors file.
+        unet_config: the base UNet's configuration, if known: settles doubts about small bases.
+
+    Raises:
+        UserError: no such file, not a safetensors file, broken, for another family, not a plain LoRA.
+        MachineError: the file cannot be read.
+    """
+    path = Path(path)
+    tensors, metadata = open_tensors(path)
+    grouped = understand(path, tensors, metadata, unet_config)
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if broken:
+        raise UserError(
+            f"{path}: {len(broken)} tensors hold NaN or infinity, the first: {broken[0]}. "
+            "The training had diverged or overflowed; take an earlier checkpoint"
+        )
+    text = {name: factors.pair() for name, factors in grouped.text.items()}
+    return Lora({name: f.pair() for name, f in grouped.unet.items()}, metadata, text_tensors(text))
+
+
+def understand(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    unet_config: Mapping[str, Any] | None = None,
+) -> layouts.Grouped:
+    """Group a file's tensors by module, or say what the file is instead.
+
+    Raises:
+        UserError: it is no LoRA for an SDXL-topology UNet.
+    """
+    names = list(tensors)
+    if kind := families.not_a_lora(names):
+        raise UserError(f"{path}: this is {kind}, not a LoRA")
+    if family := families.other_family(names):
+        raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
+    config = dict(unet_config or {})
+    try:
+        grouped = layouts.group(tensors, metadata, config.get("layers_per_block", keys.LAYERS))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    shapes = {name: (f.up.shape[0], f.down.shape[1]) for name, f in grouped.unet.items()}
+    if family := families.unet_family(shapes, config.get("cross_attention_dim")):
+        raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
+    return grouped
+
+
+def write_lora(
+    lora: Lora,
+    path: str | Path,
+    layout: str = "kohya",
+    alpha: float | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: str = "fp16",
+) -> None:
+    """Write a LoRA to a .safetensors file, whole or not at all.
+
+    Args:
+        lora: strength 1; ΔW of the file equals its ΔW.
+        path: file to write or replace; folders above it are made.
+        layout: "kohya" (sgm block names: what every program loads), "kohya-diffusers" (diffusers' block names)
+            or "diffusers" (PEFT's names, for diffusers alone).
+        alpha: one for all modules; default: the highest rank.
+        metadata: see `metadata_for`; default: that of the LoRA.
+        dtype: "fp16", "bf16" or "fp32".
+
+    Raises:
+        UserError: an unknown layout or dtype, no modules, values too large for fp16, a folder at `path`.
+        MachineError: disk full, no permission.
+    """
+    path = Path(path)
+    _check_request(lora, path, layout, alpha, dtype)
+    pairs = {**lora.modules, **lora.text_modules}
+    ranks = {down.shape[0] for down, _ in pairs.values()}
+    chosen = float(alpha or max(ranks))
+    adapter = {}
+    if layout == "diffusers":
+        tensors, adapter[layouts.ADAPTER_METADATA] = layouts.diffusers(pairs, alpha)
+    else:
+        tensors = layouts.kohya(pairs, chosen, "sgm" if layout == "kohya" else "diffusers")
+    head = header(
+        lora.metadata if metadata is None else metadata,
+        ranks=ranks,
+        alpha=chosen,
+        full_size=families.sdxl_sized({name: (up.shape[0], a.shape[1]) for name, (a, up) in lora.modules.items()}),
+        kohya=layout != "diffusers",
+    )
+    stored = {name: _store(path, name, tensor, dtype) for name, tensor in tensors.items()}
+    write_safetensors(path, stored, {**head, **adapter})
+
+
+def _check_request(lora: Lora, path: Path, layout: str, alpha: float | None, dtype: str) -> None:
+    if layout not in LAYOUTS:
+        raise UserError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if alpha is not None and not alpha > 0:
+        raise UserError(f"alpha must be greater than 0, not {alpha:g}")
+    if not lora.modules and not lora.text:
+        raise UserError(f"{path}: there is no module to write")
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: the name of a LoRA file must end in .safetensors")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+
+
+def _store(path: Path, name: str, tensor: Tensor, dtype: str) -> Tensor:
+    """A tensor as it is stored; one that does not fit is an error, not an infinity."""
+    stored = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
+    if not torch.isfinite(stored).all():
+        cause = "holds NaN or infinity" if not torch.isfinite(tensor).all() else f"is too large for {dtype}"
+        raise UserError(f"{path}: {name} {cause}" + ("; store it as bf16 or fp32" if "large" in cause else ""))
+    return stored
+
+
+def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA") -> None:
+    """Check that every module of a LoRA exists in a UNet and has its shape.
+
+    Raises:
+        UserError: names the first module that is missing or of another shape.
+    """
+    weights = {
+        path.removesuffix(".base"): tuple(module.weight.shape)
+        for path, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    for path, (down, up) in lora.modules.items():
+        if path not in weights:
+            raise UserError(f"{name} does not fit this base: the base has no {path}; take the base it was made for")
+        shape = (up.shape[0], *down.shape[1:])
+        if shape != weights[path]:
+            raise UserError(
+                f"{name} does not fit this base: {path} is {_by(shape)} in the LoRA and {_by(weights[path])} in the "
+                "base; take the base it was made for"
+            )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def scale_blocks(lora: Lora, strengths: Mapping[str, float]) -> Lora:
+    """The LoRA with the ΔW of named blocks multiplied, such as {"up_blocks.0.attentions.1": 0.5}.
+
+    A name may be any beginning of a module's path, at a dot; of several that fit, the longest counts.
+
+    Raises:
+        UserError: a name fits no module of this LoRA.
+    """
+    unused = set(strengths)
+    modules = {}
+    for path, pair in lora.modules.items():
+        fitting = [name for name in strengths if path == name or path.startswith(name + ".")]
+        unused -= set(fitting)
+        modules[path] = scale(pair, strengths[max(fitting, key=len)]) if fitting else pair
+    if unused:
+        raise UserError(f"no such block in this LoRA: {sorted(unused)[0]!r}; it has {', '.join(blocks(lora))}")
+    return replace(lora, modules=modules)
+
+
+def blocks(lora: Lora) -> list[str]:
+    """The blocks that a LoRA has modules in, such as `up_blocks.0.attentions.1`, in order of their names."""
+    return sorted({block_of(path) for path in lora.modules})
+
+
+def block_of(path: str) -> str:
+    """The block of a module path: `up_blocks.0.attentions.1`, `mid_block.attentions.0`, or the module itself."""
+    parts = path.split(".")
+    return ".".join(parts[: {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}.get(parts[0], len(parts))])

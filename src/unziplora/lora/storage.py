@@ -1,0 +1,142 @@
+"""safetensors files on disk: opened with every fault named, written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from unziplora.errors import MachineError, UserError
+
+_PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+_CONVERT = "convert it to .safetensors with the program that made it: pickled files can run code and are never opened"
+# A pickle begins with PROTO and its number, 2 to 5.
+_PROTOCOLS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+
+
+def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a safetensors file; files of other kinds are refused by name.
+
+    Raises:
+        UserError: the file is missing, a folder, a pickle, truncated or no safetensors file.
+        MachineError: the machine cannot read it.
+    """
+    try:
+        if path.is_dir():
+            found = sorted(file.name for file in path.glob("*.safetensors"))
+            raise UserError(f"{path} is a folder: name the file" + (f", such as {found[0]}" if found else ""))
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+        with path.open("rb") as file:
+            start, size = file.read(64), path.stat().st_size
+            _refuse_other_files(path, start, size)
+            length = int.from_bytes(start[:8], "little")
+            file.seek(8)
+            head = _header(path, file.read(length), length, size)
+        metadata = {str(key): str(value) for key, value in (head.get("__metadata__") or {}).items()}
+        return load_file(path), metadata
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: damaged safetensors file ({error}); fetch it again") from None
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise MachineError(f"{path}: not enough memory to read it") from None
+
+
+def _refuse_other_files(path: Path, start: bytes, size: int) -> None:
+    if size == 0:
+        raise UserError(f"{path}: the file is empty; fetch it again")
+    if path.suffix.lower() in _PICKLES or start.startswith(b"PK\x03\x04") or start[:2] in _PROTOCOLS:
+        raise UserError(f"{path}: a pickled file; {_CONVERT}")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself; run 'git lfs pull'")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{path}: a web page, not a model: the download asked for a login; fetch it again")
+    if start.startswith(b"GGUF"):
+        raise UserError(f"{path}: a GGUF file; LoRAs are read from .safetensors files")
+    if size < 9 or start[8:9] != b"{":
+        raise UserError(f"{path}: not a safetensors file")
+
+
+def _header(path: Path, raw: bytes, length: int, size: int) -> dict[str, Any]:
+    """The header of a safetensors file as a dictionary; a file shorter than it says is named truncated."""
+    try:
+        head: dict[str, Any] = json.loads(raw)
+        end = max((entry["data_offsets"][1] for name, entry in head.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        if length > len(raw):
+            raise UserError(f"{path}: truncated, or not a safetensors file; fetch it again") from None
+        raise UserError(f"{path}: not a safetensors file (its header is no JSON)") from None
+    if 8 + length + end > size:
+        raise UserError(f"{path}: truncated at {size:,} of {8 + length + end:,} bytes; fetch it again")
+    return head
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors with a header that holds their hash, atomically.
+
+    `modelspec.hash_sha256` and kohya's `sshs_model_hash` are the SHA-256 of everything after the header.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    plain = memoryview(serialise(tensors))
+    length = int.from_bytes(plain[:8], "little")
+    body = plain[8 + length :]
+    digest = hashlib.sha256(body).hexdigest()
+    head = {
+        "__metadata__": {**metadata, "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest},
+        **json.loads(bytes(plain[8 : 8 + length])),
+    }
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomically(path, len(text).to_bytes(8, "little"), text, body)
+
+
+def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
+    """Write a file beside its place and move it there, so that it is whole or not there at all.
+
+    Raises:
+        MachineError: disk full, no permission, or another fault of the machine; nothing is left behind.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would keep other users' programs out
+        temporary.replace(path)
+    except OSError as error:
+        raise MachineError(_reason(path, error, sum(len(chunk) for chunk in chunks))) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(path: Path, error: OSError, size: int) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{path}: no room for {size / 1e6:.1f} MB; free some space, or write to another disk"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{path}: no permission to write here; choose another folder"
+    return f"{path}: cannot be written ({error.strerror or error})"

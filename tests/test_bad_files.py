@@ -1,0 +1,361 @@
+"""Every file that is no LoRA for SDXL, and every fault of the disk: one message each, nothing left behind."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import signal
+import struct
+import zipfile
+
+import pytest
+import sdxl
+import tiny
+import torch
+from safetensors.torch import save_file
+from test_files import KOHYA, kohya, make, store
+
+from unziplora.errors import MachineError, UserError
+from unziplora.lora import storage
+from unziplora.lora.files import Lora, read_lora, write_lora
+from unziplora.lora.storage import write_atomically
+
+
+def refused(path, match):
+    with pytest.raises(UserError, match=match) as caught:
+        read_lora(path)
+    assert str(path) in str(caught.value)
+
+
+def factors(names, width_in=8, width_out=8, parts=KOHYA):
+    """Factors of rank 2 for names as they stand in a file."""
+    shapes = ((2, width_in), (width_out, 2))
+    return {f"{name}.{part}": torch.ones(shape) for name in names for part, shape in zip(parts, shapes, strict=True)}
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_lora(make(), tmp_path / "good.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+# --- not a safetensors file
+
+
+def test_no_such_file(tmp_path):
+    refused(tmp_path / "none.safetensors", "no such file")
+
+
+def test_a_folder(tmp_path):
+    refused(tmp_path, "is a folder: name the file$")
+    write_lora(make(), tmp_path / "cat.safetensors")
+    refused(tmp_path, r"such as cat\.safetensors")
+
+
+def test_an_empty_file(file):
+    file.touch()
+    refused(file, "empty")
+
+
+@pytest.mark.parametrize("size", [5, 9, 40, 4000, -1])
+def test_truncated(file, size):
+    file.write_bytes((file.parent / "good.safetensors").read_bytes()[:size])
+    refused(file, "truncated|not a safetensors")
+
+
+def test_truncated_in_the_tensors_says_where(file):
+    whole = (file.parent / "good.safetensors").read_bytes()
+    file.write_bytes(whole[:-10])
+    refused(file, f"truncated at {len(whole) - 10:,} of {len(whole):,} bytes")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"just some words, nothing else", "not a safetensors file"),
+        (b"\x10" + bytes(7) + b"{not json at all", "not a safetensors file"),
+        (struct.pack("<Q", 17) + b'{"a":{"dtype":1}}', "not a safetensors file"),
+        (struct.pack("<Q", 2) + b"[]", "not a safetensors file"),
+        (struct.pack("<Q", 2) + b"{}", "a file without tensors, not a LoRA"),
+        (
+            struct.pack("<Q", 64) + b'{"a":{"dtype":"XX","shape":[1],"data_offsets":[0,4]}}'.ljust(64) + bytes(4),
+            "damaged",
+        ),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
+        (b"GGUF\x03\0\0\0" + bytes(99), "GGUF"),
+    ],
+)
+def test_other_files(file, content, match):
+    file.write_bytes(content)
+    refused(file, match)
+
+
+class Trap:
+    """Unpickling this would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.ckpt", "a.bin", "a.pth", "a.safetensors"])
+@pytest.mark.parametrize("protocol", [2, 4, "zip", "torch"])
+def test_pickles_are_refused_unopened(tmp_path, name, protocol):
+    path, trace = tmp_path / name, tmp_path / "trace"
+    if protocol == "torch":
+        torch.save({"x": Trap(trace)}, path)
+    elif protocol == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("data.pkl", pickle.dumps(Trap(trace)))
+    else:
+        path.write_bytes(pickle.dumps(Trap(trace), protocol=protocol))
+    refused(path, r"pickled file; convert it to \.safetensors")
+    assert not trace.exists()
+
+
+# --- safetensors, but no LoRA for SDXL
+
+SD1 = "lora_unet_{}_attentions_0_transformer_blocks_0_attn2_to_k"
+BLOCKS = ("down_blocks_0", "mid_block", "up_blocks_3")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "match"),
+    [
+        (factors([SD1.format(b) for b in BLOCKS], 768, 320), r"for SD 1\.x \(cross-attention width 768\)"),
+        (factors([SD1.format(b) for b in BLOCKS], 1024, 320), r"for SD 2\.x \(cross-attention width 1024\)"),
+        (factors([SD1.format("mid_block")], 768, 1280), r"for SD 1\.x"),
+        (factors(["lora_unet_input_blocks_10_1_transformer_blocks_0_attn2_to_k"], 1280, 1536), "refiner"),
+        (factors(["lora_unet_up_blocks_3_attentions_0_proj_in"]), "four levels"),
+        (factors(["lora_unet_double_blocks_0_img_attn_proj"]), "for FLUX"),
+        (
+            factors(["transformer.single_transformer_blocks.0.attn.to_q"], parts=("lora_A.weight", "lora_B.weight")),
+            "for FLUX",
+        ),
+        (factors(["diffusion_model.joint_blocks.0.x_block.attn.proj"]), "for SD3"),
+        (
+            factors(["transformer.transformer_blocks.0.attn.to_q"], parts=("lora_A.weight", "lora_B.weight")),
+            "transformer",
+        ),
+        (factors(["diffusion_model.blocks.0.self_attn.q"], parts=("lora_A.weight", "lora_B.weight")), "video"),
+        (factors(["lora_prior_unet_blocks_0_q"]), "Cascade"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2)}, "a full checkpoint, not a LoRA"),
+        ({"conditioner.embedders.0.x": torch.ones(2)}, "a full checkpoint"),
+        ({"down_blocks.0.resnets.0.conv1.weight": torch.ones(2)}, "plain weights"),
+        ({"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)}, "textual inversion"),
+        ({"control_model.x.weight": torch.ones(2)}, "ControlNet"),
+        ({"decoder.conv_in.weight": torch.ones(2)}, "a VAE"),
+        ({"x": torch.ones(2)}, "no model"),
+    ],
+)
+def test_other_families_and_other_things(file, tensors, match):
+    refused(store(file, tensors), match)
+
+
+def test_the_full_size_names_are_not_taken_for_sd(file):
+    """A small base of SDXL's topology may have SD's text width: what is known of the base settles it."""
+    lora = make(unet=tiny.unet(cross_attention_dim=768))
+    assert len(read_lora(store(file, kohya(lora))).modules) == len(lora.modules)
+    wide = {p: (torch.ones(1, 768 if "attn2.to_k" in p else i), torch.ones(o, 1)) for _, p, (o, i) in sdxl.recorded()}
+    path = store(file, kohya(Lora(wide)))
+    refused(path, r"SD 1\.x")
+    assert len(read_lora(path, {"cross_attention_dim": 768}).modules) == 722
+
+
+Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("LoHa", f"{Q}.hada_w1_a"),
+        ("LoKr", f"{Q}.lokr_w1"),
+        ("DoRA", f"{Q}.dora_scale"),
+        ("DoRA", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_magnitude_vector"),
+        ("OFT", f"{Q}.oft_blocks"),
+        ("GLoRA", f"{Q}.a1.weight"),
+        ("IA3", f"{Q}.on_input"),
+        ("full weight differences", f"{Q}.diff"),
+        ("Tucker", f"{Q}.lora_mid.weight"),
+        ("LoRA with bias", "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.bias"),
+    ],
+)
+def test_other_adapters_are_named(file, name, key):
+    refused(store(file, {**kohya(make()), key: torch.ones(2)}), f"holds .*{name}.*{key}")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_up_blocks_0_attentions_0_strange.lora_up.weight",
+        "bundle_emb.x.string_to_param.*",
+        "unet.x.lora_A.weight",
+    ],
+)
+def test_keys_that_are_not_understood_are_an_error(file, key):
+    refused(store(file, {**kohya(make()), key: torch.ones(2)}), "1 of .* keys are not understood, the first: ")
+
+
+def test_half_a_module(file):
+    tensors = kohya(make())
+    del tensors[next(key for key in tensors if "attn2_to_v.lora_up" in key)]
+    refused(store(file, tensors), r"attn2\.to_v: the up matrix is missing")
+    refused(store(file, {f"{Q}.alpha": torch.tensor(1.0)}), "down and up matrix")
+
+
+def test_a_module_named_twice(file):
+    refused(store(file, {**kohya(make()), **kohya(make(), "diffusers")}), "twice")
+
+
+def test_factors_that_do_not_multiply(file):
+    refused(
+        store(file, {f"{Q}.lora_down.weight": torch.ones(2, 8), f"{Q}.lora_up.weight": torch.ones(8, 3)}), "no LoRA"
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
+def test_an_alpha_without_meaning(file, alpha):
+    refused(store(file, kohya(make(), alpha=lambda path: alpha)), "alpha is")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_training(file, value):
+    tensors = kohya(make())
+    key = next(key for key in tensors if key.endswith("lora_up.weight"))
+    tensors[key][0, 0] = value
+    refused(store(file, tensors), f"1 tensors hold NaN or infinity, the first: {key}")
+
+
+# --- requests that cannot be met
+
+
+@pytest.mark.parametrize(
+    ("request_", "match"),
+    [
+        ({"layout": "webui"}, "unknown layout 'webui': choose one of kohya"),
+        ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
+        ({"alpha": 0}, "alpha must be greater than 0"),
+    ],
+)
+def test_bad_requests(tmp_path, request_, match):
+    with pytest.raises(UserError, match=match):
+        write_lora(make(), tmp_path / "a.safetensors", **request_)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_targets(tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        write_lora(make(), tmp_path / "folder.safetensors")
+    with pytest.raises(UserError, match=r"must end in \.safetensors"):
+        write_lora(make(), tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="no module"):
+        write_lora(Lora({}), tmp_path / "a.safetensors")
+
+
+def test_values_too_large_for_fp16(tmp_path):
+    lora = make()
+    path, (down, up) = next(iter(lora.modules.items()))
+    lora.modules[path] = (down, up * 1e6)
+    with pytest.raises(UserError, match="too large for fp16; store it as bf16 or fp32"):
+        write_lora(lora, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    write_lora(lora, tmp_path / "a.safetensors", dtype="bf16")
+
+
+# --- the machine's faults
+
+
+def faults(monkeypatch, name, number):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage.os, name, fail)
+
+
+@pytest.mark.parametrize(
+    ("number", "match"),
+    [
+        (errno.ENOSPC, r"no room for \d+\.\d MB; free some space"),
+        (errno.EDQUOT, "no room"),
+        (errno.EROFS, "no permission"),
+        (errno.EIO, "cannot be written"),
+    ],
+)
+def test_a_fault_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, number, match):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"before")
+    faults(monkeypatch, "fsync", number)
+    with pytest.raises(MachineError, match=match) as caught:
+        write_lora(make(), path)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_real_limit_on_file_size(tmp_path):
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+    try:
+        with pytest.raises(MachineError, match="no room"):
+            write_lora(make(), tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError, match="cannot be written"):
+        write_lora(make(), tmp_path / "file" / "a.safetensors")
+
+
+def test_a_place_that_cannot_be_written_to():
+    with pytest.raises(MachineError, match="/proc/"):
+        write_lora(make(), "/proc/unziplora.safetensors")
+
+
+def test_an_unreadable_file(file, monkeypatch):
+    def fail(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    file.touch()
+    monkeypatch.setattr(type(file), "open", fail)
+    with pytest.raises(MachineError, match="cannot be read"):
+        read_lora(file)
+
+
+def test_an_interrupt_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a", b"x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_above_are_made_and_the_file_is_readable_to_others(tmp_path):
+    path = tmp_path / "a" / "b" / "c.safetensors"
+    old = os.umask(0o022)
+    try:
+        write_lora(make(), path)
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_header_that_is_no_adapter_metadata(file):
+    lora = make()
+    tensors = {
+        f"unet.{p}.lora_{n}.weight": t for p, pair in lora.modules.items() for n, t in zip("AB", pair, strict=True)
+    }
+    for value in ("{broken", json.dumps([1]), json.dumps({"unet.lora_alpha": "x"})):
+        save_file(tensors, file, {"lora_adapter_metadata": value})
+        refused(file, "lora_adapter_metadata")

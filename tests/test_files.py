@@ -1,0 +1,393 @@
+import hashlib
+import json
+from datetime import datetime, timezone
+from functools import cache
+
+import pytest
+import sdxl
+import tiny
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from unziplora.errors import UserError
+from unziplora.lora import keys
+from unziplora.lora.algebra import delta
+from unziplora.lora.files import (
+    LAYOUTS,
+    Lora,
+    blocks,
+    check_fits,
+    read_lora,
+    scale_blocks,
+    text_tensors,
+    write_lora,
+)
+from unziplora.lora.layer import attention_linears, inject, remove
+from unziplora.lora.metadata import metadata_for
+
+TEXT = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+
+
+@cache
+def tiny_unet():
+    return tiny.unet()
+
+
+def make(paths=None, rank=2, seed=0, unet=None):
+    """A LoRA for some modules of the tiny UNet, with random factors; `rank` may depend on the path's index."""
+    unet = unet or tiny_unet()
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for index, path in enumerate(paths or attention_linears(unet)):
+        out, *inner = unet.get_submodule(path).weight.shape
+        r = rank(index) if callable(rank) else rank
+        ones = [1] * len(inner[1:])
+        down = torch.randn(r, *inner, generator=generator)
+        modules[path] = (down, torch.randn(out, r, *ones, generator=generator))
+    return Lora(modules)
+
+
+def every_kind(unet):
+    """One path of every kind of module: attention, feed-forward, projections, convolutions, embeddings."""
+    seen = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            seen.setdefault((name.split(".")[0], name.rsplit(".", 2)[-1], type(module)), name)
+    return list(seen.values())
+
+
+def same(left, right, **tolerance):
+    assert left.modules.keys() == right.modules.keys()
+    for path, pair in left.modules.items():
+        torch.testing.assert_close(delta(right.modules[path]), delta(pair), **tolerance)
+
+
+def header_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def store(path, tensors, metadata=None):
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+# --- round trips
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0, 3.5])
+@pytest.mark.parametrize("rank", [2, lambda i: 1 + i % 3], ids=["one rank", "mixed ranks"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_round_trip_keeps_every_update(tmp_path, layout, rank, alpha):
+    unet = tiny_unet()
+    lora = make(every_kind(unet), rank)
+    down, up = torch.randn(2, 24), torch.randn(24, 2)
+    lora = Lora(lora.modules, text=text_tensors({TEXT: (down, up)}))
+    write_lora(lora, tmp_path / "a.safetensors", layout, alpha, dtype="fp32")
+    back = read_lora(tmp_path / "a.safetensors")
+    same(lora, back, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(delta(back.text_modules[TEXT]), up @ down)
+    check_fits(back, unet)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_722_modules_of_sdxl(tmp_path, layout):
+    """Every module of the recorded list, at its full width, is written by the recorded name and read back."""
+    pairs = {path: (torch.ones(1, shape[1]), torch.full((shape[0], 1), 2.0)) for _, path, shape in sdxl.recorded()}
+    path = tmp_path / "a.safetensors"
+    write_lora(Lora(pairs), path, layout)
+    names = list(load_file(path))
+    if layout == "kohya":
+        expected = {f"{kohya}.{part}" for kohya, *_ in sdxl.recorded() for part in ("alpha", *KOHYA)}
+        assert set(names) == expected
+    assert header_of(path)["ss_base_model_version"] == "sdxl_base_v1-0"
+    back = read_lora(path)
+    assert back.modules.keys() == pairs.keys()
+    check_fits(back, sdxl.unet())
+
+
+KOHYA = ("lora_down.weight", "lora_up.weight")
+
+
+def test_one_alpha_for_all_modules_also_for_mixed_ranks(tmp_path):
+    write_lora(make(rank=lambda i: 1 + i % 4), tmp_path / "a.safetensors", dtype="fp32")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")} == {4.0}
+    assert header_of(tmp_path / "a.safetensors")["ss_network_dim"] == "Dynamic"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_storage_types(tmp_path, dtype, expected):
+    lora = make()
+    write_lora(lora, tmp_path / "a.safetensors", dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "a.safetensors").values()} == {expected}
+    same(lora, read_lora(tmp_path / "a.safetensors"), atol=0.1, rtol=0.02)
+
+
+# --- other people's files
+
+
+def kohya(lora, blocks="sgm", alpha=None):
+    tensors = {}
+    for path, (down, up) in lora.modules.items():
+        name = keys.to_kohya(path, blocks)
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha(path))
+    return tensors
+
+
+def test_per_module_alphas_are_folded(tmp_path):
+    lora = make()
+    path = store(tmp_path / "a.safetensors", kohya(lora, alpha=lambda path: 0.5 if "attn1" in path else 4.0))
+    for name, (down, up) in read_lora(path).modules.items():
+        strength = 0.25 if "attn1" in name else 2.0
+        torch.testing.assert_close(up, lora.modules[name][1] * strength)
+        assert torch.equal(down, lora.modules[name][0])
+
+
+def test_a_missing_alpha_is_strength_one(tmp_path):
+    lora = make()
+    same(lora, read_lora(store(tmp_path / "a.safetensors", kohya(lora))))
+
+
+def test_mixed_block_names(tmp_path):
+    lora = make()
+    paths = list(lora.modules)
+    sgm, plain = (Lora({p: lora.modules[p] for p in part}) for part in (paths[::2], paths[1::2]))
+    path = store(tmp_path / "a.safetensors", {**kohya(sgm), **kohya(plain, "diffusers")})
+    same(lora, read_lora(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet.{path}.lora_{AB}.weight",
+        "unet.{path}.lora_{AB}.default.weight",
+        "unet.{path}.lora.{downup}.weight",
+        "{path}.lora.{downup}.weight",
+        "base_model.model.{path}.lora_{AB}.weight",
+        "unet.{old}_lora.{downup}.weight",
+        "{old}_lora.{downup}.weight",
+        "diffusion_model.{sgm}.lora_{downup}.weight",
+    ],
+)
+def test_layouts_of_old_and_other_writers(tmp_path, name):
+    lora = make()
+    tensors = {}
+    for path, pair in lora.modules.items():
+        old = path.replace(".to_", ".processor.to_").replace("to_out.0", "to_out")
+        for index, tensor in enumerate(pair):
+            parts = {"AB": "AB"[index], "downup": ("down", "up")[index], "sgm": keys.to_sgm(path)}
+            tensors[name.format(path=path, old=old, **parts)] = tensor
+    same(lora, read_lora(store(tmp_path / "a.safetensors", tensors)))
+
+
+def test_linear_layers_written_as_convolutions(tmp_path):
+    lora = make()
+    tensors = {key: tensor[:, :, None, None] for key, tensor in kohya(lora).items()}
+    back = read_lora(store(tmp_path / "a.safetensors", tensors))
+    same(lora, back)
+    check_fits(back, tiny_unet())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapter_metadata_gives_the_alphas(tmp_path, rslora):
+    lora = make(rank=4)
+    special = next(iter(lora.modules))
+    adapter = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {special: 2}, "unet.use_rslora": rslora}
+    tensors = {
+        f"unet.{p}.lora_{n}.weight": t for p, pair in lora.modules.items() for n, t in zip("AB", pair, strict=True)
+    }
+    path = store(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(adapter)})
+    for name, (_, up) in read_lora(path).modules.items():
+        strength = (2 if name == special else 8) / (2 if rslora else 4)
+        torch.testing.assert_close(up, lora.modules[name][1] * strength)
+
+
+def test_text_encoders_of_either_layout(tmp_path):
+    down, up = torch.randn(2, 24), torch.randn(24, 2)
+    flat = {
+        f"lora_te2_{TEXT.partition('.')[2].replace('.', '_')}.{part}": t
+        for part, t in zip(KOHYA, (down, up), strict=True)
+    }
+    dotted = {f"{TEXT}.lora_linear_layer.{part}.weight": t for part, t in (("down", down), ("up", up))}
+    for tensors in (flat, dotted):
+        back = read_lora(store(tmp_path / "a.safetensors", tensors))
+        assert not back.modules
+        torch.testing.assert_close(back.text, text_tensors({TEXT: (down, up)}))
+
+
+# --- diffusers itself
+
+
+def folded(pipe, lora):
+    for path, pair in lora.modules.items():
+        pipe.unet.get_submodule(path).weight.data += delta(pair)
+
+
+def predict(pipe):
+    generator = torch.Generator().manual_seed(5)
+    config = pipe.unet.config
+    return pipe.unet(
+        torch.randn(1, 4, 8, 8, generator=generator),
+        torch.tensor([500]),
+        encoder_hidden_states=torch.randn(1, 7, config.cross_attention_dim, generator=generator),
+        added_cond_kwargs={
+            "text_embeds": torch.randn(1, tiny.WIDTHS[1], generator=generator),
+            "time_ids": torch.ones(1, 6),
+        },
+    ).sample.detach()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A LoRA of mixed ranks for attention, feed-forward and projections, of a size that shows."""
+    paths = [n for n, m in tiny_unet().named_modules() if isinstance(m, torch.nn.Linear) and ".attentions." in n]
+    return make(paths, rank=lambda i: 1 + i % 3)
+
+
+@pytest.fixture(scope="module")
+def expected(trained):
+    pipe = tiny.pipeline()
+    plain = predict(pipe)
+    folded(pipe, trained)
+    changed = predict(pipe)
+    assert (changed - plain).abs().max() > 0.01
+    return changed
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_diffusers_loads_our_file_as_if_folded_into_the_weights(tmp_path, trained, expected, layout, alpha):
+    write_lora(trained, tmp_path / "a.safetensors", layout, alpha, dtype="fp32")
+    pipe = tiny.pipeline()
+    pipe.load_lora_weights(str(tmp_path / "a.safetensors"))
+    torch.testing.assert_close(predict(pipe), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_diffusers_loads_text_encoders_too(tmp_path):
+    pipe = tiny.pipeline()
+    layer = TEXT.removesuffix(".q_proj")
+    pairs = {f"{layer}.{end}": (torch.randn(2, 24), torch.randn(24, 2)) for end in ("q_proj", "v_proj", "out_proj")}
+    lora = Lora(make().modules, text=text_tensors(pairs))
+    for layout in ("kohya", "diffusers"):
+        write_lora(lora, tmp_path / "a.safetensors", layout, alpha=0.5, dtype="fp32")
+        pipe.load_lora_weights(str(tmp_path / "a.safetensors"), adapter_name=layout)
+        found = {n.rpartition(".")[2]: m for n, m in pipe.text_encoder_2.named_modules() if "layers.0.self_attn." in n}
+        for path, pair in pairs.items():
+            update = found[path.rpartition(".")[2]].get_delta_weight(layout)
+            torch.testing.assert_close(update, delta(pair), atol=1e-5, rtol=1e-5)
+
+
+def test_we_read_what_diffusers_saves(tmp_path, trained):
+    layers = {f"{p}.lora_{n}.weight": t for p, pair in trained.modules.items() for n, t in zip("AB", pair, strict=True)}
+    tiny.pipeline().save_lora_weights(tmp_path, unet_lora_layers=layers)
+    same(trained, read_lora(tmp_path / "pytorch_lora_weights.safetensors"))
+
+
+# --- header
+
+
+def test_the_header(tmp_path):
+    described = metadata_for(
+        title="cat",
+        trigger="a sks cat",
+        hint="say it",
+        base="some/base",
+        prediction="v_prediction",
+        settings={"steps": 600},
+        thumbnail=Image.new("RGBA", (600, 300), "red"),
+        date=datetime(2026, 1, 2, tzinfo=timezone.utc),
+        method="UnZipLoRA",
+    )
+    write_lora(make(rank=4), tmp_path / "a.safetensors", metadata=described, alpha=2)
+    found = header_of(tmp_path / "a.safetensors")
+    assert all(isinstance(value, str) for value in found.values())
+    wanted = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": "cat",
+        "modelspec.trigger_phrase": "a sks cat",
+        "modelspec.usage_hint": "say it",
+        "modelspec.resolution": "1024x1024",
+        "modelspec.date": "2026-01-02T00:00:00+00:00",
+        "modelspec.prediction_type": "v",
+        "ss_output_name": "cat",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "2",
+        "ss_v2": "False",
+        "ss_network_args": "{}",
+        "unziplora.method": "UnZipLoRA",
+    }
+    assert {key: found[key] for key in wanted} == wanted
+    assert json.loads(found["ss_tag_frequency"]) == {"cat": {"a sks cat": 1}}
+    assert json.loads(found["unziplora.settings"]) == {"steps": 600}
+    assert found["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    assert "lora_adapter_metadata" not in found  # diffusers raises where a kohya file has it
+
+
+def test_a_small_base_is_not_called_sdxl(tmp_path):
+    write_lora(make(), tmp_path / "a.safetensors")
+    found = header_of(tmp_path / "a.safetensors")
+    assert not found["ss_base_model_version"].startswith("sdxl")
+    assert "xl-v1-base" not in found["modelspec.architecture"]
+
+
+def test_the_hash_is_that_of_everything_after_the_header(tmp_path):
+    write_lora(make(), tmp_path / "a.safetensors", metadata={"modelspec.title": "é✓"})
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
+    assert header_of(tmp_path / "a.safetensors")["modelspec.hash_sha256"] == f"0x{digest}"
+
+
+def test_conversion_keeps_foreign_metadata_but_not_what_is_no_longer_true(tmp_path):
+    lora = make()
+    old = {"ss_learning_rate": "1e-4", "ss_network_dim": "128", "sshs_legacy_hash": "x", "lora_adapter_metadata": "{}"}
+    write_lora(Lora(lora.modules, old), tmp_path / "a.safetensors")
+    found = header_of(tmp_path / "a.safetensors")
+    assert found["ss_learning_rate"] == "1e-4"
+    assert found["ss_network_dim"] == "2"
+    assert not {"sshs_legacy_hash", "lora_adapter_metadata"} & set(found)
+
+
+def test_metadata_must_be_strings(tmp_path):
+    with pytest.raises(UserError, match="steps"):
+        write_lora(make(), tmp_path / "a.safetensors", metadata={"steps": 3})
+    assert not list(tmp_path.iterdir())
+
+
+# --- blocks and bases
+
+
+def test_blocks_are_scaled_by_the_longest_name():
+    lora = make()
+    strengths = {"up_blocks": 0.5, "up_blocks.0.attentions.1": 2.0, "mid_block": 0.0}
+    for path, pair in scale_blocks(lora, strengths).modules.items():
+        factor = 2.0 if "up_blocks.0.attentions.1." in path else 0.5 if path.startswith("up") else 1.0
+        factor = 0.0 if path.startswith("mid") else factor
+        torch.testing.assert_close(delta(pair), factor * delta(lora.modules[path]))
+    assert "mid_block.attentions.0" in blocks(lora)
+
+
+def test_a_block_that_is_not_there_is_an_error_that_names_the_blocks():
+    with pytest.raises(UserError, match=r"up_blocks\.7.*up_blocks\.0\.attentions\.0"):
+        scale_blocks(make(), {"up_blocks.7": 1.0})
+
+
+def test_a_lora_that_does_not_fit_the_base():
+    unet = tiny.unet()
+    lora = make()
+    check_fits(lora, unet)
+    inject(unet, attention_linears(unet))
+    check_fits(lora, unet)
+    remove(unet)
+    with pytest.raises(UserError, match=r"cat does not fit.*to_q is 16×16 in the LoRA and 32×32"):
+        check_fits(lora, tiny.unet(block_out_channels=(8, 32, 64)), "cat")
+    shallow = tiny.unet(transformer_layers_per_block=(1, 1, 1))
+    with pytest.raises(UserError, match=r"has no down_blocks\.2\.attentions\.0\.transformer_blocks\.1"):
+        check_fits(lora, shallow)
