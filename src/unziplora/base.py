@@ -112,7 +112,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     variant = base_files.check_folder(folder, half=dtype != torch.float32)
     pipe = StableDiffusionXLPipeline.from_pretrained(
         folder,
-        torch_dtype={"default": dtype, "vae": _vae_dtype(folder, dtype)},
+        dtype={"default": dtype, "vae": _vae_dtype(folder, dtype)},
         variant=variant,
         use_safetensors=True,
         local_files_only=True,
@@ -130,9 +130,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     parts: dict[str, Any] = {"vae": _file_vae(path, folder, dtype)}
     if folder == BUNDLED / "sdxl":
         parts.update(tokenizer=base_files.clip_tokenizer(), tokenizer_2=base_files.clip_tokenizer(pad="!"))
-    pipe = StableDiffusionXLPipeline.from_single_file(
-        str(path), torch_dtype=dtype, add_watermarker=False, **options, **parts
-    )
+    pipe = StableDiffusionXLPipeline.from_single_file(str(path), dtype=dtype, add_watermarker=False, **options, **parts)
     changes = base_files.marked_schedule(header)
     if changes:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
@@ -144,7 +142,7 @@ def _file_vae(path: Path, folder: Path, dtype: torch.dtype) -> AutoencoderKL:
         str(path),
         config=str(folder),
         subfolder="vae",
-        torch_dtype=_vae_dtype(folder, dtype),
+        dtype=_vae_dtype(folder, dtype),
         local_files_only=True,
     )
 

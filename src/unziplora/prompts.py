@@ -1,0 +1,144 @@
+"""Prompts and their embeddings: one for all, or three that stay separate (arXiv 2412.04465, section 3.2)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unziplora.base import Base
+from unziplora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a picture shall show: one prompt, or that and what each of the two LoRAs shall see of it.
+
+    Attributes:
+        full: seen by the frozen base, and by every LoRA where the other two are not given.
+        content: seen by the content LoRA.
+        style: seen by the style LoRA.
+    """
+
+    full: str
+    content: str | None = None
+    style: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, text in (("full", self.full), ("content", self.content), ("style", self.style)):
+            if text is not None and not text.strip():
+                raise UserError(f"the {name} prompt is empty: say what the picture shall show")
+        if (self.content is None) != (self.style is None):
+            raise UserError("three prompts go together: give both a content and a style prompt, or neither")
+
+    @property
+    def separate(self) -> bool:
+        """Whether the LoRAs see prompts of their own."""
+        return self.content is not None
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Text embeddings of B prompts.
+
+    Attributes:
+        tokens: hidden states of both text encoders, [B, T, D], or three streams joined, [B, T, 3·D].
+        pooled: pooled embedding of the second text encoder, [B, P].
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+    def repeat(self, count: int) -> Embeddings:
+        """The rows repeated, for a batch of pictures."""
+        return Embeddings(self.tokens.repeat(count, 1, 1), self.pooled.repeat(count, 1))
+
+
+@torch.no_grad()
+def embed(base: Base, prompts: Sequence[str]) -> Embeddings:
+    """Encode prompts exactly as diffusers' pipeline does, on the UNet's device, [B, T, D] and [B, P].
+
+    Each prompt is encoded by itself, so that its embedding does not depend on its neighbours. A prompt
+    longer than CLIP's 75 tokens is warned about, with the words that are cut.
+    """
+    rows: dict[str, tuple[Tensor, Tensor]] = {}
+    with visiting(base.text_encoders, base.device):
+        for text in dict.fromkeys(prompts):
+            _warn_if_cut(base, text)
+            with _silent("diffusers"):
+                tokens, _, pooled, _ = base.pipe.encode_prompt(
+                    text, device=base.device, do_classifier_free_guidance=False
+                )
+            rows[text] = tokens.to(base.dtype), pooled.to(base.dtype)
+    return Embeddings(torch.cat([rows[text][0] for text in prompts]), torch.cat([rows[text][1] for text in prompts]))
+
+
+def embed_negative(base: Base, prompts: Sequence[str]) -> Embeddings:
+    """Encode negative prompts; an empty one is zeros where the base was trained so (as SDXL was)."""
+    embeddings = embed(base, prompts)
+    if base.pipe.config.get("force_zeros_for_empty_prompt", True):
+        kept = torch.tensor([bool(text.strip()) for text in prompts], device=base.device)
+        return Embeddings(embeddings.tokens * kept[:, None, None], embeddings.pooled * kept[:, None])
+    return embeddings
+
+
+def join(full: Embeddings, content: Embeddings, style: Embeddings) -> Embeddings:
+    """Join three prompts' embeddings on the feature axis, [B, T, 3·D], in the order of `STREAMS`.
+
+    The adapted layers split them again (see `BranchedLinear`). The pooled embedding is the full prompt's.
+    """
+    return Embeddings(torch.cat([full.tokens, content.tokens, style.tokens], dim=-1), full.pooled)
+
+
+def condition(base: Base, prompts: Prompts) -> Embeddings:
+    """The embeddings of one picture's prompts: plain, or three joined where the LoRAs see their own."""
+    if not prompts.separate:
+        return embed(base, [prompts.full])
+    return join(*(embed(base, [text or ""]) for text in (prompts.full, prompts.content, prompts.style)))
+
+
+def time_ids(width: int, height: int, count: int = 1) -> Tensor:
+    """SDXL's size conditioning for uncropped pictures: original size, crop, target size, in pixels, [B, 6]."""
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(count, 1)
+
+
+def cut(base: Base, text: str) -> str:
+    """The end of a prompt that CLIP does not read, because it reads 75 tokens at most."""
+    tokenizer = base.tokenizers[0]
+    ids = tokenizer(text, verbose=False).input_ids
+    return tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])
+
+
+def _warn_if_cut(base: Base, text: str) -> None:
+    if lost := cut(base, text):
+        limit = base.tokenizers[0].model_max_length - 2
+        warnings.warn(f"prompt {text[:40]!r}…: CLIP reads {limit} tokens; not read: {lost!r}", stacklevel=4)
+
+
+@contextmanager
+def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Have modules on a device for a while; they go back to where they were."""
+    homes = [next(module.parameters()).device for module in modules]
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

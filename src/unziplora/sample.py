@@ -1,0 +1,244 @@
+"""Make pictures: with a base alone or with LoRAs in it, from one prompt or from three separate ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+
+from unziplora.base import Base
+from unziplora.errors import MachineError, UserError, first_line
+from unziplora.lora.layer import BranchedLinear, inject
+from unziplora.prompts import Embeddings, Prompts, condition, embed_negative, join, visiting
+from unziplora.schedulers import make_scheduler
+
+Progress = Callable[[int, int], None]
+"""Called with (denoising steps done, steps in all), over all pictures."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample.
+
+    Attributes:
+        steps: denoising steps.
+        guidance: classifier-free guidance (arXiv 2207.12598); 1 switches it off.
+        guidance_rescale: φ of arXiv 2305.08891, useful with zero-terminal SNR.
+        negative: what to steer away from; three in the order full, content, style, or one for all.
+        width, height: pixels, multiples of 8; None is the base's own size.
+        scheduler: 'base' or a name of `SCHEDULERS`.
+        batch_size: pictures computed at once.
+    """
+
+    steps: int = 30
+    guidance: float = 5.0
+    guidance_rescale: float = 0.0
+    negative: str | tuple[str, str, str] = ""
+    width: int | None = None
+    height: int | None = None
+    scheduler: str = "base"
+    batch_size: int = 1
+
+
+def generate(
+    base: Base,
+    prompts: Prompts | str,
+    *,
+    seeds: Sequence[int],
+    steps: int = 30,
+    guidance: float = 5.0,
+    guidance_rescale: float = 0.0,
+    negative: str | tuple[str, str, str] = "",
+    width: int | None = None,
+    height: int | None = None,
+    scheduler: str = "base",
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> list[Image.Image]:
+    """Make one picture per seed with whatever LoRAs are in the UNet: `generate_latents`, then `decode`.
+
+    The keywords are `Settings`. Errors as in these two.
+    """
+    settings = Settings(steps, guidance, guidance_rescale, negative, width, height, scheduler, batch_size)
+    return decode(base, generate_latents(base, prompts, seeds, settings, progress))
+
+
+@torch.no_grad()
+def generate_latents(
+    base: Base,
+    prompts: Prompts | str,
+    seeds: Sequence[int],
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Denoise one latent per seed, [N, C, h, w] on the UNet's device, in the UNet's scaling.
+
+    With three prompts the base sees the full one and each LoRA its own (arXiv 2412.04465, section 3.2): their
+    embeddings are joined on the feature axis, and so are their negative ones. A picture depends on its seed
+    alone, not on the others made with it; the global random state is not touched. The UNet is left as it was.
+
+    Raises:
+        UserError: no seeds, a size that does not fit, an unknown scheduler, an empty prompt.
+        MachineError: out of memory.
+    """
+    settings = settings or Settings()
+    prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
+    width, height = settings.width or base.resolution, settings.height or base.resolution
+    _check(base, seeds, settings, width, height)
+    make_scheduler(base, settings.scheduler)  # a wrong name is told before any work
+    results = []
+    with _memory(f"{settings.batch_size} × {width}×{height} pixels"), _ready(base, prompts):
+        positive, negative = condition(base, prompts), _negative(base, settings, prompts)
+        for start in range(0, len(seeds), settings.batch_size):
+            batch = seeds[start : start + settings.batch_size]
+            report = _share(progress, settings.steps, start, len(batch), len(seeds))
+            results.append(_denoise(base, positive, negative, batch, settings, (height, width), report))
+    return torch.cat(results)
+
+
+def _denoise(
+    base: Base,
+    positive: Embeddings,
+    negative: Embeddings | None,
+    seeds: Sequence[int],
+    settings: Settings,
+    size: tuple[int, int],
+    report: Callable[[int], None],
+) -> Tensor:
+    """diffusers' own SDXL pipeline around the UNet alone, for a batch of seeds."""
+    pipe = StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=base.unet,
+        scheduler=make_scheduler(base, settings.scheduler),
+        add_watermarker=False,
+    )
+    pipe.vae_scale_factor = base.pipe.vae_scale_factor
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (1, base.unet.config.in_channels, *(side // pipe.vae_scale_factor for side in size))
+    # drawn in fp32 on the CPU: the same start whatever the device and the number format
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+
+    def step_done(pipe: object, step: int, timestep: object, tensors: dict) -> dict:
+        report(step + 1)
+        return {}
+
+    count = len(seeds)
+    against = negative.repeat(count) if negative else None
+    return pipe(
+        prompt_embeds=positive.repeat(count).tokens,
+        pooled_prompt_embeds=positive.repeat(count).pooled,
+        negative_prompt_embeds=against.tokens if against else None,
+        negative_pooled_prompt_embeds=against.pooled if against else None,
+        latents=noise.to(base.device, base.dtype),
+        generator=generators,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        guidance_rescale=settings.guidance_rescale,
+        callback_on_step_end=step_done,
+        output_type="latent",
+    ).images
+
+
+@torch.no_grad()
+def decode(base: Base, latents: Tensor) -> list[Image.Image]:
+    """Latents [N, C, h, w] in the UNet's scaling → pictures, one at a time, in the VAE's own number format.
+
+    Raises:
+        MachineError: out of memory.
+    """
+    vae, pictures = base.vae, []
+    config = vae.config
+    with visiting([vae], latents.device), _memory("decoding a picture"):
+        for row in latents.to(vae.dtype).split(1):
+            if not torch.isfinite(row).all():
+                warnings.warn("a picture came out as NaN: take precision bf16 or fp32", stacklevel=3)
+            row = row / config.scaling_factor
+            if config.get("latents_mean") and config.get("latents_std"):
+                mean, std = (row.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+                row = row * std + mean
+            image = vae.decode(row.nan_to_num(), return_dict=False)[0]
+            pictures += base.pipe.image_processor.postprocess(image.float(), output_type="pil")
+    return pictures
+
+
+def _negative(base: Base, settings: Settings, prompts: Prompts) -> Embeddings | None:
+    if settings.guidance <= 1:
+        return None
+    texts = settings.negative
+    if isinstance(texts, str):
+        texts = (texts, texts, texts)
+    streams = [embed_negative(base, [text]) for text in (texts if prompts.separate else texts[:1])]
+    return join(*streams) if prompts.separate else streams[0]
+
+
+@contextmanager
+def _ready(base: Base, prompts: Prompts) -> Iterator[None]:
+    """The UNet in eval mode; for three prompts, with every cross-attention K and V able to split them."""
+    unet, was_training = base.unet, base.unet.training
+    unet.eval()
+    added = []
+    if prompts.separate:
+        cross = [name for name, _ in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+        added = [name for name in cross if not isinstance(unet.get_submodule(name), BranchedLinear)]
+        try:
+            inject(unet, added)
+        except ValueError as error:
+            raise UserError(f"three separate prompts need LoRAs on linear layers alone ({error})") from None
+    try:
+        yield
+    finally:
+        for name in added:
+            parent, _, child = name.rpartition(".")
+            setattr(unet.get_submodule(parent), child, unet.get_submodule(name).base)
+        unet.train(was_training)
+
+
+def _check(base: Base, seeds: Sequence[int], settings: Settings, width: int, height: int) -> None:
+    if not seeds:
+        raise UserError("no seeds: give at least one, such as --seeds 0")
+    if any(seed < 0 for seed in seeds):
+        raise UserError(f"seeds are whole numbers from 0 on (got {min(seeds)})")
+    if settings.steps < 1 or settings.batch_size < 1:
+        raise UserError("steps and batch_size must be at least 1")
+    unit = base.pipe.vae_scale_factor
+    for name, side in (("width", width), ("height", height)):
+        if side < unit or side % unit:
+            near = max(unit, round(side / unit) * unit)
+            raise UserError(f"{name} {side}: must be a multiple of {unit}; the nearest is {near}")
+
+
+def _share(progress: Progress | None, steps: int, start: int, count: int, pictures: int) -> Callable[[int], None]:
+    """Report a batch's steps as part of the whole."""
+
+    def report(done: int) -> None:
+        if progress:
+            progress(steps * start + done * count, steps * pictures)
+
+    return report
+
+
+@contextmanager
+def _memory(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MachineError(
+            f"out of memory ({what}: {first_line(error)}): take a smaller size, batch_size 1 or precision bf16"
+        ) from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise MachineError(f"out of memory ({what}): take a smaller size or batch_size 1") from error

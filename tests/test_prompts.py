@@ -1,0 +1,90 @@
+import warnings
+
+import pytest
+import torch
+
+from unziplora.base import Base
+from unziplora.errors import UserError
+from unziplora.prompts import Prompts, condition, cut, embed, embed_negative, join, time_ids, visiting
+
+
+def test_embeddings_are_the_pipelines_own(shared_base: Base):
+    got = embed(shared_base, ["a cat", "a sketch"])
+    for row, text in enumerate(["a cat", "a sketch"]):
+        tokens, _, pooled, _ = shared_base.pipe.encode_prompt(text, device=shared_base.device)
+        assert torch.equal(got.tokens[row], tokens[0])
+        assert torch.equal(got.pooled[row], pooled[0])
+
+
+def test_an_embedding_does_not_depend_on_its_neighbours(shared_base: Base):
+    alone, among = embed(shared_base, ["a cat"]), embed(shared_base, ["dog", "a cat", "dog"])
+    assert torch.equal(alone.tokens[0], among.tokens[1])
+    assert torch.equal(among.tokens[0], among.tokens[2])
+
+
+def test_join_puts_full_content_and_style_side_by_side(shared_base: Base):
+    full, content, style = (embed(shared_base, [text]) for text in ("a cat in ink", "a cat", "ink"))
+    joined = join(full, content, style)
+    assert joined.tokens.shape == (1, 77, 3 * 40)
+    for part, expected in zip(joined.tokens.split(40, dim=-1), (full, content, style), strict=True):
+        assert torch.equal(part, expected.tokens)
+    assert torch.equal(joined.pooled, full.pooled)
+    assert torch.equal(condition(shared_base, Prompts("a cat in ink", "a cat", "ink")).tokens, joined.tokens)
+
+
+def test_empty_negative_prompt_is_what_the_base_was_trained_with(shared_base: Base):
+    both = embed_negative(shared_base, ["", "blurry"])
+    assert not both.tokens[0].any()
+    assert not both.pooled[0].any()
+    assert torch.equal(both.tokens[1], embed(shared_base, ["blurry"]).tokens[0])
+
+
+def test_empty_negative_prompt_is_encoded_where_the_base_wants_it(tiny_base: Base):
+    tiny_base.pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    assert torch.equal(embed_negative(tiny_base, [""]).tokens, embed(tiny_base, [""]).tokens)
+
+
+def test_over_long_prompt_is_warned_about_with_what_is_cut(shared_base: Base):
+    # every letter is one token in the tiny vocabulary
+    text = "a" * 75 + " tail"
+    with pytest.warns(UserWarning, match=r"75 tokens; not read: 't ?a ?i ?l'"):
+        long = embed(shared_base, [text])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(long.tokens, embed(shared_base, ["a" * 75]).tokens)
+    assert cut(shared_base, "a cat") == ""
+
+
+@pytest.mark.parametrize("texts", [("",), ("a cat", " ", "ink"), ("a cat", "a cat", "")])
+def test_empty_prompts_are_refused(texts: tuple[str, ...]):
+    with pytest.raises(UserError, match="prompt is empty"):
+        Prompts(*texts)
+
+
+def test_two_of_three_prompts_are_refused():
+    with pytest.raises(UserError, match="go together"):
+        Prompts("a cat in ink", "a cat")
+
+
+def test_time_ids_are_original_size_crop_and_target_size():
+    assert time_ids(64, 32, 2).tolist() == [[32, 64, 0, 0, 32, 64]] * 2
+
+
+class Traveller(torch.nn.Linear):
+    """Notes where it was sent, since a test has no second device."""
+
+    def to(self, device: torch.device) -> "Traveller":  # type: ignore[override]
+        self.trips = [*getattr(self, "trips", []), str(device)]
+        return self
+
+
+def test_visiting_modules_go_home_also_after_a_failure():
+    module = Traveller(2, 2)
+
+    def fail() -> None:
+        with visiting([module], torch.device("meta")):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert module.trips == ["meta", "cpu"]

@@ -1,0 +1,217 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from unziplora.base import Base
+from unziplora.errors import MachineError, UserError
+from unziplora.lora.layer import BranchedLinear, adapted, add_lora, attention_linears
+from unziplora.prompts import Prompts
+from unziplora.sample import Settings, decode, generate, generate_latents
+from unziplora.schedulers import SCHEDULERS, make_scheduler
+
+FAST = Settings(steps=2)
+CAT = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
+
+
+def random_lora(base: Base, seed: int, paths: list[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """A rank-2 LoRA that changes pictures visibly."""
+    draw = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for path in paths or attention_linears(base.unet):
+        out, wide = base.unet.get_submodule(path).weight.shape
+        pairs[path] = (torch.randn(2, wide, generator=draw) / 4, torch.randn(out, 2, generator=draw) / 4)
+    return pairs
+
+
+@pytest.fixture
+def split_base(tiny_base: Base) -> Base:
+    """The tiny base with a content and a style LoRA, as training leaves it."""
+    content, style = random_lora(tiny_base, 1), random_lora(tiny_base, 2)
+    add_lora(tiny_base.unet, "content", content, stream="content")
+    add_lora(tiny_base.unet, "style", style, stream="style")
+    return tiny_base
+
+
+def turn(base: Base, **strengths: float) -> None:
+    for layer in adapted(base.unet).values():
+        for name, strength in strengths.items():
+            layer.branches[name].strength = strength
+
+
+def test_three_equal_prompts_are_direct_addition(split_base: Base):
+    text = "a sks cat in ink style"
+    joined = generate_latents(split_base, Prompts(text, text, text), [0], FAST)
+    direct = generate_latents(split_base, text, [0], FAST)
+    # one product for both LoRAs, or one each: the same but for the order of the sum
+    torch.testing.assert_close(joined, direct, rtol=1e-4, atol=1e-4)
+
+
+def test_three_prompts_differ_from_one(split_base: Base):
+    joined = generate_latents(split_base, CAT, [0], FAST)
+    assert not torch.allclose(joined, generate_latents(split_base, CAT.full, [0], FAST), atol=1e-3)
+
+
+def test_strength_zero_is_the_base(split_base: Base, shared_base: Base):
+    turn(split_base, content=0.0, style=0.0)
+    expected = generate_latents(shared_base, CAT.full, [0], FAST)
+    assert torch.equal(generate_latents(split_base, CAT.full, [0], FAST), expected)
+    assert torch.equal(generate_latents(split_base, CAT, [0], FAST), expected)
+
+
+def test_content_lora_is_blind_to_the_style_prompt(split_base: Base):
+    other = Prompts(CAT.full, CAT.content, "something else")
+    assert not torch.equal(generate_latents(split_base, CAT, [0], FAST), generate_latents(split_base, other, [0], FAST))
+    turn(split_base, style=0.0)
+    assert torch.equal(generate_latents(split_base, CAT, [0], FAST), generate_latents(split_base, other, [0], FAST))
+
+
+def test_style_lora_is_blind_to_the_content_prompt(split_base: Base):
+    other = Prompts(CAT.full, "something else", CAT.style)
+    turn(split_base, content=0.0)
+    assert torch.equal(generate_latents(split_base, CAT, [0], FAST), generate_latents(split_base, other, [0], FAST))
+
+
+def test_frozen_base_sees_the_full_prompt_alone(split_base: Base, shared_base: Base):
+    turn(split_base, content=0.0, style=0.0)
+    other = Prompts("another picture", CAT.content, CAT.style)
+    got = generate_latents(split_base, other, [0], FAST)
+    assert torch.equal(got, generate_latents(shared_base, "another picture", [0], FAST))
+
+
+def test_three_prompts_work_on_layers_without_loras(tiny_base: Base):
+    """B-LoRA adapts two blocks alone; the other cross-attentions must split the joined embeddings too."""
+    paths = [p for p in attention_linears(tiny_base.unet) if p.startswith("up_blocks.0.attentions.0")]
+    add_lora(tiny_base.unet, "content", random_lora(tiny_base, 1, paths), stream="content")
+    before = set(adapted(tiny_base.unet))
+    text = CAT.full
+    joined = generate_latents(tiny_base, Prompts(text, text, text), [0], FAST)
+    assert set(adapted(tiny_base.unet)) == before == set(paths)
+    assert torch.equal(joined, generate_latents(tiny_base, text, [0], FAST))
+
+
+def test_negative_prompt_reaches_all_streams_or_each_its_own(split_base: Base):
+    one = generate_latents(split_base, CAT, [0], Settings(steps=2, negative="blurry"))
+    three = generate_latents(split_base, CAT, [0], Settings(steps=2, negative=("blurry",) * 3))
+    assert torch.equal(one, three)
+    for index in range(3):
+        negative = ["blurry"] * 3
+        negative[index] = "a dog"
+        changed = generate_latents(split_base, CAT, [0], Settings(steps=2, negative=tuple(negative)))
+        assert not torch.equal(changed, one)
+
+
+def test_guidance_one_needs_no_negative_prompt(split_base: Base):
+    one = generate_latents(split_base, CAT, [0], Settings(steps=2, guidance=1.0))
+    assert torch.equal(one, generate_latents(split_base, CAT, [0], Settings(steps=2, guidance=1.0, negative="x")))
+
+
+def test_a_picture_depends_on_its_seed_alone(shared_base: Base):
+    before = torch.get_rng_state()
+    alone = generate_latents(shared_base, "a cat", [7], FAST)
+    among = generate_latents(shared_base, "a cat", [3, 7, 5], FAST)
+    batched = generate_latents(shared_base, "a cat", [3, 7, 5], Settings(steps=2, batch_size=3))
+    assert torch.equal(alone[0], among[1])
+    torch.testing.assert_close(alone[0], batched[1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(among[0], among[1], atol=1e-2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["base", *SCHEDULERS])
+def test_every_scheduler_is_reproducible_also_in_batches(shared_base: Base, name: str):
+    settings = Settings(steps=3, scheduler=name)
+    one = generate_latents(shared_base, "a cat", [7], settings)
+    assert torch.isfinite(one).all()
+    assert torch.equal(one, generate_latents(shared_base, "a cat", [7], settings))
+    batched = generate_latents(shared_base, "a cat", [3, 7], Settings(steps=3, scheduler=name, batch_size=2))
+    torch.testing.assert_close(one[0], batched[1], rtol=1e-3, atol=1e-3)
+
+
+def test_default_pictures_are_those_of_diffusers_pipeline(shared_base: Base):
+    expected = shared_base.pipe(
+        "a cat", num_inference_steps=2, guidance_scale=5.0, generator=torch.Generator().manual_seed(0)
+    ).images[0]
+    (got,) = generate(shared_base, "a cat", seeds=[0], steps=2)
+    assert got.size == (64, 64)
+    assert got.tobytes() == expected.tobytes()
+
+
+def test_size_is_the_bases_or_the_users(shared_base: Base):
+    assert generate(shared_base, "a cat", seeds=[0], steps=1, width=80, height=40)[0].size == (80, 40)
+    assert generate_latents(shared_base, "a cat", [0, 1], Settings(steps=1)).shape == (2, 4, 8, 8)
+
+
+def test_progress_counts_the_steps_of_all_pictures(shared_base: Base):
+    seen: list[tuple[int, int]] = []
+    generate_latents(
+        shared_base, "a cat", [0, 1, 2], Settings(steps=2, batch_size=2), lambda *report: seen.append(report)
+    )
+    assert seen == [(2, 6), (4, 6), (5, 6), (6, 6)]
+
+
+def test_unet_is_left_in_training_mode(tiny_base: Base):
+    tiny_base.unet.train()
+    generate_latents(tiny_base, CAT, [0], FAST)
+    assert tiny_base.unet.training
+    assert not any(isinstance(module, BranchedLinear) for module in tiny_base.unet.modules())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"width": 100}, "width 100: must be a multiple of 8; the nearest is 96"),
+        ({"height": 4}, "height 4"),
+        ({"steps": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"scheduler": "eular"}, "did you mean 'euler'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(shared_base: Base, settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        generate(shared_base, "a cat", seeds=[0], **settings)
+
+
+def test_seeds_that_cannot_be_are_refused(shared_base: Base):
+    with pytest.raises(UserError, match="no seeds"):
+        generate(shared_base, "a cat", seeds=[])
+    with pytest.raises(UserError, match="from 0 on"):
+        generate(shared_base, "a cat", seeds=[-1])
+
+
+def test_zero_terminal_snr_starts_at_the_last_timestep(tiny_base: Base):
+    config = {**tiny_base.scheduler.config, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    tiny_base.pipe.scheduler = type(tiny_base.scheduler).from_config(config)
+    scheduler = make_scheduler(tiny_base, "ddim")
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps[0] == 999
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert torch.isfinite(generate_latents(tiny_base, "a cat", [0], FAST)).all()
+    with pytest.raises(UserError, match="zero-terminal SNR"):
+        make_scheduler(tiny_base, "heun")
+
+
+def test_out_of_memory_is_the_machines_fault(tiny_base: Base, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(tiny_base.unet, "forward", full)
+    with pytest.raises(MachineError, match="smaller size"):
+        generate_latents(tiny_base, "a cat", [0], FAST)
+
+
+def test_nan_is_warned_about_and_decoded_all_the_same(shared_base: Base):
+    with pytest.warns(UserWarning, match="NaN"):
+        assert len(decode(shared_base, torch.full((1, 4, 8, 8), float("nan")))) == 1
+
+
+def test_cross_combination_takes_each_lora_from_its_own_run(fresh_base: Callable[[], Base]):
+    """Content of one run with style of another: the sum of both, whoever put them in, in any order."""
+    first, second = fresh_base(), fresh_base()
+    content, style = random_lora(first, 1), random_lora(first, 9)
+    add_lora(first.unet, "content", content, stream="content")
+    add_lora(first.unet, "style", style, stream="style")
+    add_lora(second.unet, "style", style, stream="style")
+    add_lora(second.unet, "content", content, stream="content")
+    one, other = (generate_latents(base, CAT, [0], FAST) for base in (first, second))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
