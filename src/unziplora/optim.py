@@ -27,11 +27,15 @@ def make_optimizers(groups: Groups, config: SplitConfig) -> list[torch.optim.Opt
         prodigy = _load("prodigyopt", "Prodigy", "prodigy")
         options = {"betas": config.betas, "decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
         matrices = [prodigy([group], **options) for group in groups if group["name"] != "scales"]
-        scales = [torch.optim.AdamW([group], betas=config.betas) for group in groups if group["name"] == "scales"]
-        return [*matrices, *scales]
+        return [*matrices, *(_adamw([group], config) for group in groups if group["name"] == "scales")]
     if config.optimizer == "adamw8bit":
         return [_load("bitsandbytes.optim", "AdamW8bit", "8bit")(groups, betas=config.betas)]
-    return [torch.optim.AdamW(groups, betas=config.betas)]
+    return [_adamw(groups, config)]
+
+
+def _adamw(groups: Groups, config: SplitConfig) -> torch.optim.AdamW:
+    # Fused: the LoRAs are hundreds of small matrices, and a loop over them would cost as much as the UNet.
+    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
 
 
 def _load(module: str, name: str, extra: str) -> Any:

@@ -45,7 +45,8 @@ class Branch(nn.Module):
 
     def columns(self) -> Tensor:
         """Factor of each output column, strength · mask ⊙ scale, [out]."""
-        return self.strength * self.mask * self.scale
+        columns = self.mask * self.scale
+        return columns if self.strength == 1.0 else columns * self.strength
 
     def delta(self) -> Tensor:
         """The dense update ΔW = diag(columns) B A, [out, in], in fp32."""

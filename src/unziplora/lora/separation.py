@@ -28,10 +28,12 @@ class ColumnSeparation:
         held: the columns chosen so far, [out] bool, by LoRA name and module path of the masked layers.
         keep_masked: rows of B of columns that are not held stay zero; otherwise the optimiser's weight
             decay and momentum may move them (the official code).
+        overlap: columns that both LoRAs have open, [out] 0/1, by module path, where there are any.
     """
 
     def __init__(self, branches: Branches, owners: Mapping[str, str | None], keep_masked: bool = True) -> None:
         self.branches, self.keep_masked = branches, keep_masked
+        self.overlap: dict[str, Tensor] = {}
         self.held = {
             name: {
                 path: torch.zeros_like(branch.mask, dtype=torch.bool)
@@ -105,18 +107,33 @@ class ColumnSeparation:
             for branch in self.branches[name].values():
                 branch.scale.clamp_(0.0, 1.0)
 
-    @torch.no_grad()
-    def gate_scales(self, warm: bool, overlap_only: bool) -> None:
-        """Let scales rest during a warm-up; if asked, train them only where both LoRAs have the column open."""
+    def settle_scales(self, resting: bool, overlap_only: bool) -> None:
+        """Say which scales train from here on, until masks change: none, those in an overlap, or all."""
+        self.overlap = {}
         for path, content in self.branches["content"].items():
             style = self.branches["style"][path]
+            both = content.mask * style.mask
+            if both.any():
+                self.overlap[path] = both
+            trains = not resting and (path in self.overlap or not overlap_only)
             for branch in (content, style):
-                if warm:
-                    branch.scale.grad = None
-                elif overlap_only and branch.scale.grad is not None:
-                    branch.scale.grad.mul_(content.mask * style.mask)
+                branch.scale.requires_grad_(trains)
+                branch.scale.grad = None
+
+    @torch.no_grad()
+    def gate_scales(self) -> None:
+        """Keep the scales' gradients only in columns that both LoRAs have open."""
+        for path, both in self.overlap.items():
+            for name in NAMES:
+                gradient = self.branches[name][path].scale.grad
+                if gradient is not None:
+                    gradient.mul_(both)
 
     def orthogonality(self) -> Tensor:
-        """L⊥ on the effective scales, mask ⊙ scale, of all layers; a scalar."""
+        """L⊥ on the effective scales, mask ⊙ scale, over all layers; a scalar."""
         content, style = (self.branches[name] for name in NAMES)
-        return orthogonality([(c.mask * c.scale, style[path].mask * style[path].scale) for path, c in content.items()])
+        if not self.overlap:
+            return next(iter(content.values())).scale.new_zeros(())
+        # Layers without an overlap add zeros to the mean over layers.
+        overlaps = [(both * content[path].scale, style[path].scale) for path, both in self.overlap.items()]
+        return orthogonality(overlaps) * (len(overlaps) / len(content))

@@ -64,6 +64,7 @@ class UnZipLora:
         owners = {path: blocks.owner(path) if config.block_separation else None for path in paths}
         self.branches = {name: self._add(name, paths) for name in NAMES}
         self.columns: ColumnSeparation | None = None
+        self.settled: tuple[int, bool] | None = None  # the period and warm-up for which scales are settled
         if config.column_separation:
             self.columns = ColumnSeparation(self.branches, owners, keep_masked=not config.decay_masked)
         else:
@@ -80,7 +81,7 @@ class UnZipLora:
             modules[path] = initial_pair(layer.in_features, layer.out_features, config.rank, config.init, draw)
         branches = add_lora(self.unet, name, modules, (config.alpha or config.rank) / config.rank, name)
         for branch in branches.values():
-            branch.scale.requires_grad_(config.column_separation)
+            branch.scale.requires_grad_(False)  # until column separation says which ones train
         return branches
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -125,6 +126,9 @@ class UnZipLora:
             periods, share = config.column_periods, config.column_share
             self.columns.choose(scores, share, now.period, periods, config.column_choice)
             self.columns.close()
+        if self.settled != (now.period, now.warm):
+            self.columns.settle_scales(now.warm, config.scale_gradient == "overlap")
+            self.settled = (now.period, now.warm)
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """The terms of the step's loss, scalars; propagate each before asking for the next.
@@ -170,9 +174,9 @@ class UnZipLora:
                 branch.strength = strength
 
     def after_backward(self, step: int) -> None:
-        """Let scales rest during a warm-up, and, if so set, wherever the LoRAs do not overlap."""
-        if self.columns is not None:
-            self.columns.gate_scales(self.phase(step).warm, self.config.scale_gradient == "overlap")
+        """Unless all scales train, keep their gradients only where the LoRAs overlap."""
+        if self.columns is not None and self.config.scale_gradient == "overlap":
+            self.columns.gate_scales()
 
     def after_step(self, step: int) -> None:
         """Keep scales in [0, 1] and masked columns at zero."""
@@ -198,6 +202,7 @@ class UnZipLora:
         if self.columns is not None:
             for name, path, held in self.columns.items():
                 held.copy_(state[f"{name}.{path}.held"])
+        self.settled = None
 
     @torch.no_grad()
     def export(self) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:

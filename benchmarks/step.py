@@ -1,0 +1,215 @@
+"""Time and peak memory of one training step of `split`, beside the bare UNet in the same run.
+
+    python benchmarks/step.py --size small                  # the bundled base's size, on a CPU
+    python benchmarks/step.py --size sdxl --device cuda --precision bf16 --resolution 1024
+
+The UNet has random weights: neither time nor memory depends on them. The floor is forward + backward of the
+frozen UNet without any LoRA, with the gradient carried to its input: what no method that trains inside the
+UNet can go below. `weights` is forward + backward with a gradient for every weight, as full fine-tuning
+needs. Rounds of all are interleaved, so that a busy machine disturbs them alike; medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from unziplora.config import SplitConfig, resolve
+from unziplora.lora.blocks import SDXL_BLOCKS
+from unziplora.methods.unziplora import UnZipLora
+from unziplora.objective import Conditioning, Examples, denoising_loss, generator
+from unziplora.train import Trainer
+
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {
+        "sample_size": 8,
+        "in_channels": 16,
+        "out_channels": 16,
+        "block_out_channels": (64, 128, 192),
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (2, 4, 6),
+        "cross_attention_dim": 256,
+        "addition_time_embed_dim": 64,
+        "projection_class_embeddings_input_dim": 160 + 6 * 64,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+    },
+}
+PLACE = {"images": ["none.png"], "content": "subject", "style": "style", "out": "none"}
+KINDS = ("floor", "weights", "split")
+
+
+def make_unet(size: str, dtype: torch.dtype, device: str) -> UNet2DConditionModel:
+    """A UNet of SDXL's topology with random weights."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        **SIZES[size],
+    )
+    return unet.to(device, dtype).requires_grad_(False)
+
+
+def make_examples(unet: UNet2DConditionModel, latent_side: int, joined: bool) -> Examples:
+    """One random picture with random prompts of 77 tokens."""
+    config, device = unet.config, unet.device
+    width = config.cross_attention_dim * (3 if joined else 1)
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    shape = (1, config.in_channels, latent_side, latent_side)
+    rows = torch.randn(1, 77, width), torch.randn(1, pooled), torch.full((1, 6), 1024.0)
+    return Examples(torch.randn(shape).to(device), Conditioning(*(row.to(device, unet.dtype) for row in rows)))
+
+
+def bare(
+    unet: UNet2DConditionModel, latent_side: int, batch: int, autocast: Callable[[], Any]
+) -> Callable[[int], None]:
+    """Forward + backward of the UNet as it is."""
+    scheduler, examples = DDPMScheduler(), make_examples(unet, latent_side, joined=False)
+    # The conditioning carries a gradient, so that the backward pass runs down to the first block's attention.
+    examples.conditioning.tokens.requires_grad_()
+
+    def step(index: int) -> None:
+        with autocast():
+            loss = denoising_loss(unet, scheduler, examples, batch_size=batch, draw=generator(index))
+        loss.backward()
+        unet.zero_grad()
+
+    return step
+
+
+def ours(unet: UNet2DConditionModel, options: argparse.Namespace, accelerator: Accelerator) -> Callable[[int], None]:
+    """A whole step of `split`: forward, backward, clipping, optimiser, masks."""
+    words = {**PLACE, "steps": 10**6, "column_periods": 1, "rank": options.rank, "batch_size": options.batch}
+    config = resolve(SplitConfig, words)
+    examples = make_examples(unet, options.latent_side, joined=True)
+    method = UnZipLora(unet, DDPMScheduler(), examples, config, SDXL_BLOCKS, autocast=accelerator.autocast)
+    trainer = Trainer(method, config, accelerator)
+    start = config.column_warmup - 1  # the next step scores and chooses columns: the steady state comes after it
+    trainer.step(start)
+    trainer.step(start + 1)
+    return lambda index: void(trainer.step(start + 2 + index))
+
+
+def void(_: object) -> None:
+    """Drop a value."""
+
+
+def make(kind: str, options: argparse.Namespace) -> Callable[[int], None]:
+    """The step function of one kind on a UNet of its own."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
+    accelerator = Accelerator(
+        cpu=options.device == "cpu", mixed_precision="no" if options.precision == "fp32" else options.precision
+    )
+    unet = make_unet(options.size, dtype, options.device)
+    if options.checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    if kind == "split":
+        return ours(unet, options, accelerator)
+    unet.requires_grad_(kind == "weights")
+    return bare(unet, options.latent_side, options.batch, accelerator.autocast)
+
+
+def timed(step: Callable[[int], None], index: int, device: str) -> float:
+    """Seconds of one step."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(index)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(kind: str, options: argparse.Namespace) -> int:
+    """Peak bytes of three steps: of the device on CUDA, of a process of its own on a CPU."""
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step = make(kind, options)
+        for index in range(3):
+            step(index)
+        return torch.cuda.max_memory_allocated()
+    command = [sys.executable, __file__, "--memory-of", kind, *sys.argv[1:]]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--resolution", type=int, help="pixels; default: 64 for small, 1024 for sdxl")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rank", type=int, help="default: 16 for small, 64 for sdxl")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--out", type=Path, help="also write the result as JSON")
+    parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.resolution = options.resolution or {"small": 64, "sdxl": 1024}[options.size]
+    options.latent_side = options.resolution // 8
+    options.rank = options.rank or {"small": 16, "sdxl": 64}[options.size]
+    if options.memory_of:
+        step = make(options.memory_of, options)
+        for index in range(3):
+            step(index)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    memory = {kind: peak_memory(kind, options) for kind in KINDS}
+    steps = {kind: make(kind, options) for kind in KINDS}
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for index in range(options.rounds + 2):
+        for kind, step in steps.items():
+            seconds = timed(step, index, options.device)
+            if index >= 2:
+                times[kind].append(seconds)
+    report(options, {kind: statistics.median(values) for kind, values in times.items()}, memory)
+
+
+def report(options: argparse.Namespace, seconds: dict[str, float], memory: dict[str, int]) -> None:
+    """Print the table, and write it as JSON if asked for."""
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
+    threads = "" if options.device == "cuda" else f", {torch.get_num_threads()} threads"
+    print(
+        f"{options.size} UNet, {options.resolution} px, batch {options.batch}, rank {options.rank}, "
+        f"{options.precision}, checkpointing {'on' if options.checkpointing else 'off'}; {name}{threads}; "
+        f"torch {torch.__version__}; median of {options.rounds}"
+    )
+    print("| | seconds per step | × floor | peak memory |\n|---|---|---|---|")
+    labels = {"floor": "UNet, frozen: forward + backward (floor)", "weights": "UNet, all weights", "split": "`split`"}
+    for kind in KINDS:
+        ratio = seconds[kind] / seconds["floor"]
+        print(f"| {labels[kind]} | {seconds[kind]:.3f} | {ratio:.2f} | {memory[kind] / 2**30:.2f} GiB |")
+    if options.out:
+        settings = {key: value for key, value in vars(options).items() if key not in ("out", "memory_of")}
+        result = {"device": name, "torch": torch.__version__, "settings": settings, "seconds": seconds, "bytes": memory}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
