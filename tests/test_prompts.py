@@ -23,13 +23,14 @@ def test_an_embedding_does_not_depend_on_its_neighbours(shared_base: Base):
 
 
 def test_join_puts_full_content_and_style_side_by_side(shared_base: Base):
-    full, content, style = (embed(shared_base, [text]) for text in ("a cat in ink", "a cat", "ink"))
-    joined = join(full, content, style)
-    assert joined.tokens.shape == (1, 77, 3 * 40)
-    for part, expected in zip(joined.tokens.split(40, dim=-1), (full, content, style), strict=True):
-        assert torch.equal(part, expected.tokens)
-    assert torch.equal(joined.pooled, full.pooled)
-    assert torch.equal(condition(shared_base, Prompts("a cat in ink", "a cat", "ink")).tokens, joined.tokens)
+    rows = embed(shared_base, ["a cat in ink", "a cat", "ink"])
+    tokens = join(*rows.tokens.split(1))
+    assert tokens.shape == (1, 77, 3 * 40)
+    for part, expected in zip(tokens.split(40, dim=-1), rows.tokens.split(1), strict=True):
+        assert torch.equal(part, expected)
+    got = condition(shared_base, Prompts("a cat in ink", "a cat", "ink"))
+    assert torch.equal(got.tokens, tokens)
+    assert torch.equal(got.pooled, rows.pooled[:1])
 
 
 def test_empty_negative_prompt_is_what_the_base_was_trained_with(shared_base: Base):

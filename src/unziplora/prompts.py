@@ -87,19 +87,27 @@ def embed_negative(base: Base, prompts: Sequence[str]) -> Embeddings:
     return embeddings
 
 
-def join(full: Embeddings, content: Embeddings, style: Embeddings) -> Embeddings:
-    """Join three prompts' embeddings on the feature axis, [B, T, 3·D], in the order of `STREAMS`.
+def join(full: Tensor, content: Tensor, style: Tensor) -> Tensor:
+    """Join three prompts' token embeddings on the feature axis, [B, T, D] each → [B, T, 3·D].
 
-    The adapted layers split them again (see `BranchedLinear`). The pooled embedding is the full prompt's.
+    The order is that of `STREAMS`; the adapted layers split them again (see `BranchedLinear`).
     """
-    return Embeddings(torch.cat([full.tokens, content.tokens, style.tokens], dim=-1), full.pooled)
+    return torch.cat([full, content, style], dim=-1)
 
 
 def condition(base: Base, prompts: Prompts) -> Embeddings:
-    """The embeddings of one picture's prompts: plain, or three joined where the LoRAs see their own."""
+    """The embeddings of one picture's prompts: plain, or three joined where the LoRAs see their own.
+
+    The pooled embedding is the full prompt's.
+    """
     if not prompts.separate:
         return embed(base, [prompts.full])
-    return join(*(embed(base, [text or ""]) for text in (prompts.full, prompts.content, prompts.style)))
+    return joined(embed(base, [text or "" for text in (prompts.full, prompts.content, prompts.style)]))
+
+
+def joined(streams: Embeddings) -> Embeddings:
+    """Three prompts' embeddings as one row: tokens joined, pooled of the first."""
+    return Embeddings(join(*streams.tokens.split(1)), streams.pooled[:1])
 
 
 def time_ids(width: int, height: int, count: int = 1) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from unziplora.base import Base
 from unziplora.errors import MachineError, UserError, first_line
 from unziplora.lora.layer import BranchedLinear, inject
-from unziplora.prompts import Embeddings, Prompts, condition, embed_negative, join, visiting
+from unziplora.prompts import Embeddings, Prompts, condition, embed_negative, joined, visiting
 from unziplora.schedulers import make_scheduler
 
 Progress = Callable[[int, int], None]
@@ -180,8 +180,9 @@ def _negative(base: Base, settings: Settings, prompts: Prompts) -> Embeddings | 
     texts = settings.negative
     if isinstance(texts, str):
         texts = (texts, texts, texts)
-    streams = [embed_negative(base, [text]) for text in (texts if prompts.separate else texts[:1])]
-    return join(*streams) if prompts.separate else streams[0]
+    if not prompts.separate:
+        return embed_negative(base, texts[:1])
+    return joined(embed_negative(base, texts))
 
 
 @contextmanager
