@@ -30,11 +30,13 @@ class Lora:
         metadata: the header of its file.
         text: tensors of text encoders, if any, by diffusers/PEFT's names, such as
             `text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight`.
+        alpha: what its file said for all modules; written again, so that rounding changes nothing.
     """
 
     modules: dict[str, Pair]
     metadata: dict[str, str] = field(default_factory=dict)
     text: dict[str, Tensor] = field(default_factory=dict)
+    alpha: float | None = None
 
     @property
     def text_modules(self) -> dict[str, Pair]:
@@ -70,7 +72,9 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
             "The training had diverged or overflowed; take an earlier checkpoint"
         )
     text = {name: factors.pair() for name, factors in grouped.text.items()}
-    return Lora({name: f.pair() for name, f in grouped.unet.items()}, metadata, text_tensors(text))
+    modules = {name: factors.pair() for name, factors in grouped.unet.items()}
+    alphas = {factors.alpha for factors in (*grouped.unet.values(), *grouped.text.values())}
+    return Lora(modules, metadata, text_tensors(text), alphas.pop() if len(alphas) == 1 else None)
 
 
 def understand(
@@ -115,7 +119,7 @@ def write_lora(
         path: file to write or replace; folders above it are made.
         layout: "kohya" (sgm block names: what every program loads), "kohya-diffusers" (diffusers' block names)
             or "diffusers" (PEFT's names, for diffusers alone).
-        alpha: one for all modules; default: the highest rank.
+        alpha: one for all modules; default: that of the file it was read from, else the highest rank.
         metadata: see `metadata_for`; default: that of the LoRA.
         dtype: "fp16", "bf16" or "fp32".
 
@@ -127,7 +131,7 @@ def write_lora(
     _check_request(lora, path, layout, alpha, dtype)
     pairs = {**lora.modules, **lora.text_modules}
     ranks = {down.shape[0] for down, _ in pairs.values()}
-    chosen = float(alpha or max(ranks))
+    chosen = float(alpha or (layout != "diffusers" and lora.alpha) or max(ranks))
     adapter = {}
     if layout == "diffusers":
         tensors, adapter[layouts.ADAPTER_METADATA] = layouts.diffusers(pairs, alpha)

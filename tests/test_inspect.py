@@ -1,0 +1,239 @@
+import json
+
+import pytest
+import sdxl
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_files import TEXT, header_of, kohya, make, same, store
+
+from unziplora.errors import UserError
+from unziplora.lora import keys
+from unziplora.lora.algebra import delta
+from unziplora.lora.files import LAYOUTS, Lora, read_lora, text_tensors, write_lora
+from unziplora.lora.inspect import convert, inspect, resize_file
+from unziplora.lora.metadata import metadata_for
+from unziplora.lora.programs import PROGRAMS
+
+
+def full(only=""):
+    """A rank-1 LoRA for SDXL's own widths, for the modules with `only` in their path."""
+    pairs = {p: (torch.ones(1, i), torch.ones(o, 1)) for _, p, (o, i) in sdxl.recorded() if only in p}
+    return Lora(pairs)
+
+
+def answers(path):
+    return {name: verdict.answer for name, verdict in inspect(path).loads_in.items()}
+
+
+# --- inspect
+
+
+def test_what_our_own_file_holds(tmp_path):
+    path = tmp_path / "cat.safetensors"
+    described = metadata_for(title="cat", trigger="a sks cat", base="some/base", thumbnail=Image.new("RGB", (8, 8)))
+    write_lora(make(rank=4), path, metadata=described, alpha=2)
+    found = inspect(path)
+    assert (found.layout, found.modules, found.text_modules) == ("kohya-sgm", len(make().modules), 0)
+    assert (found.ranks, found.alphas) == ({4: found.modules}, {"2": found.modules})
+    assert found.strengths == {"0.5": found.modules}
+    assert found.dtypes == {"fp16": found.modules}
+    assert found.kinds == {"attention": found.modules}
+    assert found.bytes == path.stat().st_size
+    assert found.trigger_words == ["a sks cat"]
+    assert found.trained_on == "some/base"
+    assert found.problems == []
+    text = str(found)
+    for word in ("kohya-sgm", "a sks cat", "ComfyUI", "up_blocks.0.attentions.1", "modelspec.thumbnail", "rank      4"):
+        assert word in text
+    assert max(map(len, found.lines())) < 140
+    assert json.loads(found.model_dump_json())["layout"] == "kohya-sgm"
+
+
+def test_shares_are_those_of_the_dense_updates(tmp_path):
+    lora = make(rank=lambda i: 1 + i % 3)
+    write_lora(lora, tmp_path / "a.safetensors", dtype="fp32")
+    found = inspect(tmp_path / "a.safetensors").blocks
+    energy = {path: float(delta(pair).square().sum()) for path, pair in lora.modules.items()}
+    for name, block in found.items():
+        inside = [path for path in energy if path.startswith(name + ".")]
+        assert block.modules == len(inside)
+        assert block.share == pytest.approx(sum(energy[path] for path in inside) / sum(energy.values()), rel=1e-4)
+    assert sum(block.share for block in found.values()) == pytest.approx(1)
+
+
+def test_what_is_untrained(tmp_path):
+    lora = make()
+    for path, (down, up) in lora.modules.items():
+        if path.startswith("mid_block"):
+            lora.modules[path] = (down, torch.zeros_like(up))
+    write_lora(lora, tmp_path / "a.safetensors")
+    found = inspect(tmp_path / "a.safetensors")
+    middle = found.blocks["mid_block.attentions.0"]
+    assert middle.untrained == middle.modules == len(found.untrained)
+    assert "mid_block.attentions.0" in found.problems[0]
+    nothing = Lora({path: (down, torch.zeros_like(up)) for path, (down, up) in lora.modules.items()})
+    write_lora(nothing, tmp_path / "b.safetensors")
+    assert inspect(tmp_path / "b.safetensors").problems == ["untrained: ΔW = 0 in every module"]
+
+
+def test_a_diverged_file_is_shown_as_one(tmp_path):
+    tensors = kohya(make())
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    assert "NaN" in inspect(store(tmp_path / "a.safetensors", tensors)).problems[0]
+
+
+def test_other_things_are_named(tmp_path):
+    path = store(tmp_path / "a.safetensors", {"model.diffusion_model.x.weight": torch.ones(1)})
+    with pytest.raises(UserError, match="full checkpoint"):
+        inspect(path)
+
+
+def test_strange_tags_do_no_harm(tmp_path):
+    for value in ("{", "[]", '{"a": 1}', '{"a": {"b": "x"}}'):
+        path = store(tmp_path / "a.safetensors", kohya(make()), {"ss_tag_frequency": value})
+        assert inspect(path).trigger_words == []
+    value = json.dumps({"10_cat": {"whiskers": 2, "a sks cat": 9}})
+    path = store(tmp_path / "a.safetensors", kohya(make()), {"ss_tag_frequency": value})
+    assert inspect(path).trigger_words == ["a sks cat", "whiskers"]
+
+
+# --- which programs load it
+
+
+def test_our_default_loads_everywhere(tmp_path):
+    write_lora(full(), tmp_path / "a.safetensors")
+    found = inspect(tmp_path / "a.safetensors")
+    assert answers(tmp_path / "a.safetensors") == dict.fromkeys(PROGRAMS, "yes")
+    assert (found.modules, found.base) == (722, "SDXL")
+    assert found.kinds == {"attention": 560, "feed-forward": 140, "proj": 22}
+
+
+def test_diffusers_names_load_in_diffusers_alone(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_lora(full(), path, "diffusers")
+    expected = {**dict.fromkeys(PROGRAMS, "no"), "ComfyUI": "partly", "diffusers": "yes"}
+    assert answers(path) == expected
+    assert "560 attention modules of 722" in inspect(path).loads_in["ComfyUI"].reason
+    write_lora(full(".attn"), path, "diffusers")
+    assert answers(path) == {**expected, "ComfyUI": "no"}
+
+
+def test_foreign_kohya_files(tmp_path):
+    attention, rest = kohya(full(".attn1")), kohya(full(".attn2"), "diffusers")
+    named = {"ss_base_model_version": "sdxl_base_v1-0"}
+    path = store(tmp_path / "a.safetensors", {**attention, **rest}, named)
+    assert inspect(path).layout == "kohya-mixed"
+    yes = dict.fromkeys(PROGRAMS, "yes")
+    assert answers(path) == {**yes, "InvokeAI": "no", "diffusers": "partly", "sd-scripts": "no"}
+    assert answers(store(path, rest, named)) == {**yes, "sd-scripts": "partly"}
+    assert answers(store(path, attention)) == {**yes, "A1111": "partly"}
+    assert answers(store(path, attention, {**named, "lora_adapter_metadata": "{}"})) == {**yes, "diffusers": "no"}
+    mixed = kohya(full(".attn1"), alpha=lambda path: 1.0 if "to_q" in path else 0.5)
+    assert answers(store(path, mixed, named)) == {**yes, "diffusers": "partly"}
+
+
+def test_a_small_base_opens_in_diffusers_alone(tmp_path):
+    write_lora(make(), tmp_path / "a.safetensors")
+    assert answers(tmp_path / "a.safetensors") == {**dict.fromkeys(PROGRAMS, "no"), "diffusers": "yes"}
+
+
+def test_a_layout_that_nobody_checked_is_called_unknown(tmp_path):
+    lora = full(".attn1.to_q")
+    tensors = {
+        f"diffusion_model.{keys.to_sgm(path)}.{name}.weight": tensor
+        for path, pair in lora.modules.items()
+        for name, tensor in zip(("lora_down", "lora_up"), pair, strict=True)
+    }
+    assert set(answers(store(tmp_path / "a.safetensors", tensors)).values()) == {"unknown"}
+
+
+# --- convert
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_every_layout_becomes_every_other(tmp_path, source, target):
+    lora = Lora(make().modules, text=text_tensors({TEXT: (torch.randn(3, 24), torch.randn(24, 3))}))
+    write_lora(lora, tmp_path / "a.safetensors", source, metadata={"modelspec.title": "cat"}, dtype="fp32")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", target)
+    back = read_lora(tmp_path / "b.safetensors")
+    same(lora, back, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(delta(back.text_modules[TEXT]), delta(lora.text_modules[TEXT]), atol=1e-5, rtol=1e-5)
+    assert back.metadata["modelspec.title"] == "cat"
+    assert ("lora_adapter_metadata" in back.metadata) == (target == "diffusers")
+
+
+def test_conversion_of_a_kohya_file_keeps_its_numbers_bit_for_bit(tmp_path):
+    tensors = {key: tensor.half() for key, tensor in kohya(make(rank=3), "diffusers", alpha=lambda path: 0.7).items()}
+    path = store(tmp_path / "a.safetensors", tensors)
+    convert(path, tmp_path / "b.safetensors")
+    for name, tensor in load_file(tmp_path / "b.safetensors").items():
+        flat, _, part = name.partition(".")
+        original = keys.unet_module(keys.unflatten(flat.removeprefix("lora_unet_")))
+        assert torch.equal(tensor, tensors[f"{keys.to_kohya(original, 'diffusers')}.{part}"])
+
+
+def test_an_existing_file_is_spared_unless_asked(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_lora(make(), path)
+    with pytest.raises(UserError, match="exists already"):
+        convert(path, path, "diffusers")
+    assert inspect(path).layout == "kohya-sgm"
+    convert(path, path, "diffusers", overwrite=True)
+    assert inspect(path).layout == "diffusers"
+
+
+# --- resize
+
+
+def test_resize_to_a_rank(tmp_path):
+    lora = make(rank=4)
+    write_lora(lora, tmp_path / "a.safetensors", dtype="fp32", metadata={"modelspec.title": "cat"})
+    done = resize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=2)
+    back = read_lora(tmp_path / "b.safetensors")
+    kept = whole = 0.0
+    for path, pair in lora.modules.items():
+        u, s, vh = torch.linalg.svd(delta(pair), full_matrices=False)
+        torch.testing.assert_close(delta(back.modules[path]), (u[:, :2] * s[:2]) @ vh[:2], atol=1e-4, rtol=1e-4)
+        kept, whole = kept + float(s[:2].square().sum()), whole + float(s.square().sum())
+    assert done.energy == pytest.approx(kept / whole, rel=1e-4)
+    assert done.worst < done.energy < 1
+    assert done.ranks == {2: len(lora.modules)}
+    assert header_of(tmp_path / "b.safetensors")["ss_network_dim"] == "2"
+    assert back.metadata["modelspec.title"] == "cat"
+
+
+def test_resize_to_a_share_of_energy(tmp_path):
+    write_lora(make(rank=6), tmp_path / "a.safetensors", dtype="fp32")
+    done = resize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=0.8)
+    assert 0.8 <= done.worst <= done.energy < 1
+    assert len(done.ranks) > 1
+    assert len(inspect(tmp_path / "b.safetensors").alphas) == 1
+
+
+def test_resize_keeps_text_encoders_and_storage(tmp_path):
+    text = text_tensors({TEXT: (torch.randn(3, 24), torch.randn(24, 3))})
+    write_lora(Lora(make().modules, text=text), tmp_path / "a.safetensors", dtype="bf16")
+    resize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=1, layout="diffusers")
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert file.get_tensor(f"{TEXT}.lora_A.weight").shape == (1, 24)
+        assert file.get_tensor(f"{TEXT}.lora_A.weight").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("request_", "match"),
+    [({}, "rank, or a share"), ({"rank": 0}, "1 or more"), ({"energy": 0.0}, "share"), ({"energy": 1.1}, "share")],
+)
+def test_sizes_that_mean_nothing(tmp_path, request_, match):
+    write_lora(make(), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=match):
+        resize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **request_)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_an_untrained_file_can_be_resized(tmp_path):
+    lora = Lora({path: (down, torch.zeros_like(up)) for path, (down, up) in make().modules.items()})
+    write_lora(lora, tmp_path / "a.safetensors")
+    assert resize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=0.9).energy == 1
