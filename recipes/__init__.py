@@ -1,0 +1,1 @@
+"""Recipes: how the models shipped with the package were made."""

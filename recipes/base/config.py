@@ -1,0 +1,134 @@
+"""The settings of one recipe: a TOML file read into pydantic models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, not silence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Style(Strict):
+    """Where pictures of one style come from: drawing sets as they are, or a filter over drawings."""
+
+    sets: list[str] = []
+    filter: str | None = None
+    natural: bool = False
+    """Pictures of this style also answer prompts that name no style."""
+
+
+class WorldSettings(Strict):
+    """Which part of the picture world is trained on."""
+
+    zip: Path
+    meta: Path
+    resolution: int = 64
+    concepts: list[str] | Literal["all"] = "all"
+    drawings: list[str] = ["noto", "twemoji", "fluent-emoji-flat", "emojione"]
+    styles: dict[str, Style]
+    variants: int = 2
+    """Random renderings of each drawing by each filter."""
+    held_out_pairs: float = 0.1
+    """Share of (concept, style) pairs never trained."""
+    seed: int = 0
+
+
+class StageSettings(Strict):
+    """What every training stage needs."""
+
+    batch: int = 32
+    lr: float = 5e-4
+    warmup: int = 300
+    steps: int = 10_000
+    cooldown: float = 0.2
+    """Share of the steps, at the end, in which the learning rate falls to nearly nothing."""
+    checkpoint_minutes: float = 3
+    sample_minutes: float = 10
+    log_every: int = 50
+
+
+class VaeSettings(StageSettings):
+    """Autoencoder: f = 8, trained on crops."""
+
+    channels: int = 48
+    encoder_blocks: list[int] = [0, 1, 3, 4]
+    decoder_blocks: list[int] = [4, 3, 2, 1]
+    latent_channels: int = 16
+    crop: int = 64
+    pictures: int = 6000
+    """Trained on the recipe's pictures and this many more, of all concepts that are not held out."""
+    latent_penalty: float = 0.03
+    latent_noise: float = 0.1
+
+
+class ClipSettings(StageSettings):
+    """Tokenizer and the two text encoders, trained against a small picture encoder."""
+
+    merges: int = 3500
+    widths: list[int] = [96, 160]
+    layers: list[int] = [3, 4]
+    heads: list[int] = [3, 5]
+    embedding: int = 160
+    """Width of the common space and of the pooled output of the second encoder."""
+
+
+class UnetSettings(StageSettings):
+    """SDXL's topology, small."""
+
+    channels: list[int] = [64, 128, 192]
+    heads: list[int] = [2, 4, 6]
+    transformer_layers: list[int] = [1, 1, 2]
+    time_embedding: int = 32
+    ema_every: int = 8
+    ema_decay: float = 0.995
+    kinds: dict[str, float] = {"full": 0.63, "content": 0.15, "style": 0.1, "empty": 0.12}
+    """Shares of the kinds of prompts."""
+    guidance: float = 4.0
+    """Classifier-free guidance of the sheets."""
+    compile: bool = False
+
+
+class JudgeSettings(StageSettings):
+    """The two classifiers that say what a picture shows and in which style."""
+
+    batch: int = 64
+    lr: float = 2e-3
+    warmup: int = 50
+    steps: int = 900
+    cooldown: float = 0.5
+    width: int = 24
+    test_drawings: list[str] = ["fxemoji", "noto-v1"]
+    """Drawings that judges never see in training: their accuracy is measured on these."""
+    test_filters: list[str] = ["stained", "clay", "linocut"]
+
+
+class Recipe(Strict):
+    """One TOML: the world, and a table for each stage."""
+
+    name: str
+    output: Path
+    threads: int = 2
+    seed: int = 0
+    world: WorldSettings
+    vae: VaeSettings = VaeSettings()
+    clip: ClipSettings = ClipSettings()
+    unet: UnetSettings = UnetSettings()
+    judges: JudgeSettings = JudgeSettings()
+
+    @classmethod
+    def read(cls, path: Path | str) -> Recipe:
+        """Read a TOML; relative paths inside are relative to the current folder."""
+        with open(path, "rb") as file:
+            return cls.model_validate(tomllib.load(file))

@@ -1,0 +1,95 @@
+"""Write a trained base as a pipeline folder: ``python -m recipes.base.export TOML FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTokenizer
+
+from recipes.base.captions import STYLE_WORDS
+from recipes.base.config import Recipe
+from recipes.base.unet import trained_pipeline
+from recipes.base.world import World
+
+LIMIT = 60_000_000
+CARD = Path(__file__).with_name("card.md")
+
+
+def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Add vocab.json and merges.txt, which older tools read, beside tokenizer.json."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
+
+
+def attributions(world: World) -> str:
+    """A table of the drawing sets that the weights were trained on."""
+    used = {s for style in world.settings.styles.values() for s in style.sets} | set(world.settings.drawings)
+    rows = [f"| {key} | {world.sets[key]['licence']} | {world.sets[key].get('package', '')} |" for key in sorted(used)]
+    return "\n".join(["| set | licence | source |", "|---|---|---|", *rows])
+
+
+def scores_table(evaluation: dict) -> str:
+    """The judges' scores as a table."""
+    lines = ["| prompts | pictures | concept right | style right |", "|---|---|---|---|"]
+    for name, found in evaluation.get("scores", {}).items():
+        cells = [f"{100 * found[axis]:.0f} %" if axis in found else "–" for axis in ("concept", "style")]
+        lines.append(f"| {name} | {found['pictures']:.0f} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+def card(recipe: Recipe, steps: int, evaluation: dict) -> str:
+    """The model card: what it knows, how it was made, how good it is, whose drawings it saw."""
+    world = World(recipe.world)
+    words = [f"- {STYLE_WORDS[style][0]}" for style in recipe.world.styles]
+    captions = [world.caption(concept) for concept in world.trained_concepts]
+    return CARD.read_text().format(
+        resolution=recipe.world.resolution,
+        concepts=", ".join(captions) if len(captions) <= 100 else f"{len(captions)} things",
+        styles="\n".join(words),
+        steps=f"{steps:,}",
+        pictures=f"{steps * recipe.unet.batch:,}",
+        scores=scores_table(evaluation),
+        attributions=attributions(world),
+    )
+
+
+def export(recipe: Recipe, folder: Path) -> int:
+    """Write the folder with half-precision weights and the card; returns its size in bytes.
+
+    Raises ValueError when it is larger than 60 MB.
+    """
+    pipe, steps = trained_pipeline(recipe)
+    evaluation_file = recipe.output / "evaluation" / "evaluation.json"
+    evaluation = json.loads(evaluation_file.read_text()) if evaluation_file.exists() else {}
+    if folder.exists():
+        shutil.rmtree(folder)
+    pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    for name in ("tokenizer", "tokenizer_2"):
+        write_vocabulary(getattr(pipe, name), folder / name)
+    (folder / "README.md").write_text(card(recipe, steps, evaluation))
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if size > LIMIT:
+        raise ValueError(f"{folder} has {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}: use a smaller UNet")
+    StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    return size
+
+
+def main() -> None:
+    """Export the averaged weights of a recipe's checkpoint."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    size = export(Recipe.read(options.recipe), options.folder)
+    print(f"{options.folder}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The one training loop: a stage says its loss; the loop steps, logs, checkpoints, stops and resumes.
+
+All randomness of a step comes from (seed, step), so that a run that was interrupted and resumed
+equals one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from abc import ABC, abstractmethod
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recipes.base.config import Recipe, StageSettings
+
+
+def pick_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Stop:
+    """Says when to stop: on SIGTERM or SIGINT, after some minutes, or at a time of day (UTC, "HH:MM")."""
+
+    def __init__(self, minutes: float | None = None, until: str | None = None):
+        self.asked = False
+        self.deadline = time.time() + 60 * minutes if minutes else None
+        if until:
+            hour, minute = (int(part) for part in until.split(":"))
+            now = datetime.now(timezone.utc)
+            at = now.replace(hour=hour, minute=minute, second=0, microsecond=0).timestamp()
+            at += 86400 if at < now.timestamp() else 0
+            self.deadline = min(at, self.deadline or at)
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    def __bool__(self) -> bool:
+        return self.asked or (self.deadline is not None and time.time() >= self.deadline)
+
+
+class Stage(ABC):
+    """A training stage: its modules, its data and its loss."""
+
+    name: str
+    settings: StageSettings
+    modules: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.device = pick_device()
+        self.folder = recipe.output / self.name
+
+    @abstractmethod
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a step and figures to log."""
+
+    def after_step(self, step: int) -> None:  # noqa: B027
+        """Called after each optimiser step (averages of weights)."""
+
+    def report(self, step: int) -> None:  # noqa: B027
+        """Write sheets of samples."""
+
+    def finish(self) -> None:  # noqa: B027
+        """Called once, when the last step is done."""
+
+    def draw(self, step: int) -> np.random.Generator:
+        """The random numbers of a step; torch is seeded alike."""
+        torch.manual_seed(self.recipe.seed * 1_000_003 + step)
+        return np.random.default_rng((self.recipe.seed, step))
+
+
+def adamw(modules: dict[str, nn.Module], lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters of the modules."""
+    parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+
+
+def rate(step: int, settings: StageSettings) -> float:
+    """Factor on the learning rate: linear warm-up, constant, linear cool-down to 5 %."""
+    rise = min(1.0, (step + 1) / max(settings.warmup, 1))
+    left = (settings.steps - step) / max(settings.cooldown * settings.steps, 1)
+    return rise * max(0.05, min(1.0, left))
+
+
+def save_checkpoint(stage: Stage, step: int) -> None:
+    """Write weights and optimiser atomically to `checkpoint.pt`."""
+    state = {"step": step, "optimizer": stage.optimizer.state_dict()}
+    state["modules"] = {name: module.state_dict() for name, module in stage.modules.items()}
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    temporary = stage.folder / "checkpoint.tmp"
+    torch.save(state, temporary)
+    os.replace(temporary, stage.folder / "checkpoint.pt")
+
+
+def load_checkpoint(stage: Stage) -> int:
+    """Restore a stage; returns the number of steps already done, 0 without a checkpoint."""
+    path = stage.folder / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location=stage.device, weights_only=True)
+    for name, module in stage.modules.items():
+        module.load_state_dict(state["modules"][name])
+    stage.optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+class Log:
+    """Lines of JSON in `log.jsonl`, also printed."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.jsonl"
+
+    def write(self, **entry: object) -> None:
+        line = json.dumps({"time": datetime.now(timezone.utc).strftime("%H:%M:%S"), **entry})
+        print(line, flush=True)
+        with open(self.path, "a") as file:
+            file.write(line + "\n")
+
+
+def update(stage: Stage, step: int) -> dict[str, float]:
+    """One optimiser step; returns the figures of the stage."""
+    for group in stage.optimizer.param_groups:
+        group.setdefault("full_lr", group["lr"])
+        group["lr"] = group["full_lr"] * rate(step, stage.settings)
+    with torch.autocast(stage.device.type, torch.bfloat16):
+        loss, figures = stage.loss(step)
+    loss.backward()
+    parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    if torch.isfinite(norm):
+        stage.optimizer.step()
+    stage.optimizer.zero_grad(set_to_none=True)
+    stage.after_step(step)
+    return figures
+
+
+def train(stage: Stage, stop: Stop) -> bool:
+    """Run a stage from its checkpoint to its last step; False when stopped before."""
+    settings, log = stage.settings, Log(stage.folder)
+    first = load_checkpoint(stage)
+    started = saved = sampled = time.time()
+    sums: dict[str, float] = {}
+    for step in range(first, settings.steps):
+        for key, value in update(stage, step).items():
+            sums[key] = sums.get(key, 0.0) + value / settings.log_every
+        if (step + 1) % settings.log_every == 0:
+            speed = (step + 1 - first) * settings.batch / (time.time() - started)
+            figures = {key: round(value, 4) for key, value in sums.items()}
+            log.write(stage=stage.name, step=step + 1, **figures, speed=round(speed, 1))
+            sums = {}
+        if stop:
+            save_checkpoint(stage, step + 1)
+            log.write(stage=stage.name, stopped=step + 1)
+            return False
+        if time.time() - saved > 60 * settings.checkpoint_minutes:
+            save_checkpoint(stage, step + 1)
+            saved = time.time()
+        if time.time() - sampled > 60 * settings.sample_minutes:
+            stage.report(step + 1)
+            sampled = time.time()
+    save_checkpoint(stage, settings.steps)
+    stage.report(settings.steps)
+    stage.finish()
+    return True

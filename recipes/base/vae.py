@@ -1,0 +1,145 @@
+"""Stage `vae`: an AutoencoderTiny whose latents are near zero mean and unit variance."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
+
+from recipes.base.config import Recipe, VaeSettings
+from recipes.base.dataset import Pictures, load, render_items, save, training_pictures, unseen_drawings
+from recipes.base.loop import Log, Stage, adamw
+from recipes.base.sheets import sheet, to_pixels
+from recipes.base.world import World
+
+
+def build_vae(settings: VaeSettings) -> AutoencoderTiny:
+    """An untrained autoencoder, f = 8; it starts out painting light grey."""
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(settings.channels,) * 4,
+        decoder_block_out_channels=(settings.channels,) * 4,
+        num_encoder_blocks=tuple(settings.encoder_blocks),
+        num_decoder_blocks=tuple(settings.decoder_blocks),
+        latent_channels=settings.latent_channels,
+    )
+    for name, layer in vae.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if ".conv." in name else "linear")
+            if name.endswith("conv.4"):  # end of a residual branch
+                layer.weight.data.mul_(0.3)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    last = vae.decoder.layers[-1]
+    last.weight.data.mul_(0.3)
+    nn.init.constant_(last.bias, 0.8)
+    return vae
+
+
+def to_tensor(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [N, R, R, 3] as float [N, 3, R, R] in -1..1."""
+    batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+    return batch.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderTiny, real: Tensor) -> None:
+    """Rescale the encoder's last layer so that the latents of `real` have mean 0 and variance 1."""
+    latents = vae.encode(real).latents.float()
+    mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    last = vae.encoder.layers[-1]
+    last.bias.copy_((last.bias - mean) / spread)
+    last.weight.div_(spread[:, None, None, None])
+
+
+def broad_pictures(recipe: Recipe) -> Pictures:
+    """The recipe's pictures and a random choice of pictures of all concepts that are not held out."""
+    path = recipe.output / "broad-pictures.npy"
+    if not path.exists():
+        settings = recipe.world.model_copy(update={"concepts": "all", "variants": 1})
+        items = list(World(settings).items())
+        chosen = np.random.default_rng(recipe.seed).permutation(len(items))[: recipe.vae.pictures]
+        more = render_items(settings, [items[i] for i in chosen], workers=recipe.threads)
+        mine = training_pictures(recipe)
+        save(Pictures(np.concatenate([mine.pixels, more.pixels]), mine.items + more.items), path)
+    return load(path)
+
+
+def crop_batch(pixels: np.ndarray, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Random crops [count, size, size, 3], half of them mirrored."""
+    chosen = rng.integers(0, len(pixels), count)
+    corners = rng.integers(0, pixels.shape[1] - size + 1, (count, 2))
+    crops = [pixels[i, y : y + size, x : x + size] for i, (y, x) in zip(chosen, corners, strict=True)]
+    return np.stack([c[:, ::-1] if flip else c for c, flip in zip(crops, rng.random(count) < 0.5, strict=True)])
+
+
+def latent_penalty(latents: Tensor) -> Tensor:
+    """Squared distance of each channel's mean from 0 and variance from 1."""
+    mean, variance = latents.float().mean((0, 2, 3)), latents.float().var((0, 2, 3))
+    return (mean**2 + (variance - 1) ** 2).mean()
+
+
+def edge_loss(a: Tensor, b: Tensor) -> Tensor:
+    """L1 between differences of neighbours: thin lines weigh as much as areas."""
+    return sum(((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for d in (2, 3)), torch.zeros((), device=a.device))
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in -1..1, averaged over the pictures."""
+    error = ((a.clamp(-1, 1) - b.clamp(-1, 1)) / 2).float().pow(2).mean((1, 2, 3))
+    return float((-10 * torch.log10(error + 1e-8)).mean())
+
+
+class VaeStage(Stage):
+    """L1 on pixels and on edges, with the latents held near N(0, 1) and a little noise on them."""
+
+    name = "vae"
+
+    def __init__(self, recipe: Recipe):
+        super().__init__(recipe)
+        self.settings = recipe.vae
+        torch.manual_seed(recipe.seed)
+        self.vae = build_vae(recipe.vae).to(self.device, memory_format=torch.channels_last)
+        self.modules = {"vae": self.vae}
+        self.optimizer = adamw(self.modules, recipe.vae.lr)
+        self.pixels = broad_pictures(recipe).pixels
+        standardise(self.vae, to_tensor(self.pixels[::100], self.device))
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        s = self.settings
+        crops = crop_batch(self.pixels, s.batch, s.crop, self.draw(step))
+        real = to_tensor(crops, self.device).contiguous(memory_format=torch.channels_last)
+        latents = self.vae.encode(real).latents
+        noisy = latents + s.latent_noise * torch.randn_like(latents)
+        made = self.vae.decode(noisy).sample.float()
+        pixel, edge, penalty = (made - real).abs().mean(), edge_loss(made, real), latent_penalty(latents)
+        loss = pixel + 0.5 * edge + s.latent_penalty * penalty
+        return loss, {"l1": pixel.item(), "edge": edge.item(), "penalty": penalty.item()}
+
+    @torch.no_grad()
+    def report(self, step: int) -> None:
+        """PSNR and a sheet of never-trained drawings: real above, made below."""
+        unseen = to_tensor(unseen_drawings(World(self.recipe.world), 96).pixels, self.device)
+        seen = to_tensor(self.pixels[:: max(1, len(self.pixels) // 64)][:64], self.device)
+        rows, figures = [], {}
+        for name, real in (("psnr_unseen", unseen), ("psnr_seen", seen)):
+            made = self.vae(real).sample
+            figures[name] = round(psnr(real, made), 2)
+            width = min(16, len(real))
+            for i in range(0, len(real) - width + 1, width):
+                rows += [to_pixels(real[i : i + width]), to_pixels(made[i : i + width])]
+            rows = rows[:4] if name == "psnr_unseen" else rows
+        Log(self.folder).write(stage="vae", step=step, **figures)
+        width = min(len(row) for row in rows)
+        sheet([row[:width] for row in rows], self.folder / f"sheet-{step:06d}.png")
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Save the autoencoder as diffusers does, its scaling factor measured."""
+        sample = to_tensor(self.pixels[:2000], self.device)
+        spread = torch.cat([self.vae.encode(part).latents for part in sample.split(100)]).float().std()
+        self.vae.register_to_config(scaling_factor=round(1 / float(spread), 4))
+        self.vae.save_pretrained(self.folder / "vae")
+
+
+__all__ = ["VaeStage", "build_vae", "psnr", "to_tensor"]

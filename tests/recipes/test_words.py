@@ -1,0 +1,71 @@
+"""Captions and the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import CLIPTokenizer
+
+from recipes.base.captions import STYLE_WORDS, draw_prompt, strip_colours, with_article, wordings
+from recipes.base.filters import FILTERS
+from recipes.base.tokenizer import build_tokenizer
+from recipes.base.world import Item
+
+
+def test_plainest_wordings() -> None:
+    assert wordings("full", "red apple", "watercolor")[0] == "a red apple in watercolor painting style"
+    assert wordings("content", "red apple")[0] == "a red apple"
+    assert wordings("style", style="watercolor")[0] == "an image in watercolor painting style"
+    assert wordings("empty") == [""]
+
+
+def test_every_kind_has_several_wordings_that_differ() -> None:
+    assert set(FILTERS) <= set(STYLE_WORDS)
+    for style in STYLE_WORDS:
+        for kind in ("full", "style"):
+            found = wordings(kind, "key", style)
+            assert len(set(found)) == len(found) >= 6
+    assert len(set(wordings("content", "key"))) == 3
+    plainest = [wordings("full", "key", style)[0] for style in STYLE_WORDS]
+    assert len(set(plainest)) == len(plainest)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [("red apple", "an apple"), ("light bulb", "a light bulb"), ("cherries", "cherries"), ("cactus", "a cactus")],
+)
+def test_articles_and_colours(caption: str, expected: str) -> None:
+    assert with_article(strip_colours(caption)) == expected
+
+
+def test_black_pictures_are_not_called_red() -> None:
+    assert Item("red-apple", "noto-mono-light", "ink").black
+    assert Item("red-apple", "noto", "pencil", "pencil").black
+    assert not Item("red-apple", "noto", "oil", "oil").black
+    rng = np.random.default_rng(0)
+    assert not any("red" in draw_prompt("full", "red apple", "ink", rng, black=True).split() for _ in range(20))
+
+
+def test_article_before_style() -> None:
+    assert "an oil painting of a key" in wordings("full", "key", "oil")
+
+
+MERGES = [("a", "p"), ("ap", "p"), ("app", "l"), ("appl", "e</w>"), ("r", "e"), ("re", "d</w>")]
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_tokenizer_round_trips(tmp_path: Path, pad: str) -> None:
+    tokenizer = build_tokenizer(MERGES, pad_token=pad)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = CLIPTokenizer.from_pretrained(tmp_path)
+    for prompt in ("a red apple", "sks", "Käse 3d!", ""):
+        ids = tokenizer(prompt, padding="max_length", truncation=True).input_ids
+        assert ids == loaded(prompt, padding="max_length", truncation=True).input_ids
+        assert len(ids) == 77
+        assert ids[0] == tokenizer.bos_token_id
+        assert max(ids) == tokenizer.eos_token_id == len(tokenizer) - 1
+        assert ids[-1] == tokenizer.pad_token_id
+    assert tokenizer.convert_ids_to_tokens(tokenizer("red apple").input_ids[1:-1]) == ["red</w>", "apple</w>"]
+    assert tokenizer("sks").input_ids[1:-1] == tokenizer.convert_tokens_to_ids(["s", "k", "s</w>"])
