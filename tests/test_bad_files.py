@@ -76,6 +76,7 @@ def test_truncated_in_the_tensors_says_where(file):
         (b"just some words, nothing else", "not a safetensors file"),
         (b"\x10" + bytes(7) + b"{not json at all", "not a safetensors file"),
         (struct.pack("<Q", 17) + b'{"a":{"dtype":1}}', "not a safetensors file"),
+        (b"\xff" * 8 + b"{" * 99, "truncated, or not a safetensors file"),
         (struct.pack("<Q", 2) + b"[]", "not a safetensors file"),
         (struct.pack("<Q", 2) + b"{}", "a file without tensors, not a LoRA"),
         (
@@ -211,10 +212,10 @@ def test_a_module_named_twice(file):
     refused(store(file, {**kohya(make()), **kohya(make(), "diffusers")}), "twice")
 
 
-def test_factors_that_do_not_multiply(file):
-    refused(
-        store(file, {f"{Q}.lora_down.weight": torch.ones(2, 8), f"{Q}.lora_up.weight": torch.ones(8, 3)}), "no LoRA"
-    )
+@pytest.mark.parametrize("shapes", [((2, 8), (8, 3)), ((0, 8), (8, 0)), ((2, 8), (8, 2, 1, 1)), ((2,), (2,))])
+def test_factors_that_do_not_multiply(file, shapes):
+    tensors = {f"{Q}.{part}": torch.ones(shape) for part, shape in zip(KOHYA, shapes, strict=True)}
+    refused(store(file, tensors), "make no LoRA")
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])

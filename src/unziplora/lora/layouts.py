@@ -201,7 +201,7 @@ def _factors(name: str, parts: dict[str, Tensor], adapter: dict[str, Any]) -> Fa
     if missing:
         raise UserError(f"{name}: the {' and '.join(missing)} matrix is missing: the file is incomplete")
     down, up = parts["down"], parts["up"]
-    if down.dim() not in (2, 4) or up.dim() != down.dim() or down.shape[0] != up.shape[1]:
+    if down.dim() not in (2, 4) or up.dim() != down.dim() or not down.shape[0] == up.shape[1] > 0:
         raise UserError(f"{name}: A {list(down.shape)} and B {list(up.shape)} make no LoRA")
     if down.dim() == 4 and down.shape[2:] == up.shape[2:] == (1, 1) and not re.search(r"conv\w*$", name):
         down, up = down.flatten(1), up.flatten(1)  # a linear layer that was written as a 1×1 convolution

@@ -42,7 +42,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             _refuse_other_files(path, start, size)
             length = int.from_bytes(start[:8], "little")
             file.seek(8)
-            head = _header(path, file.read(length), length, size)
+            head = _header(path, file.read(min(length, size)), length, size)
         metadata = {str(key): str(value) for key, value in (head.get("__metadata__") or {}).items()}
         return load_file(path), metadata
     except safetensors.SafetensorError as error:
