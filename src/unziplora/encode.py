@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unziplora.base import Base
-from unziplora.lora.layer import STREAMS
 from unziplora.objective import Conditioning, Examples
-from unziplora.prompts import embed, join
+from unziplora.prompts import Prompts, condition, time_ids
 
 
 @torch.no_grad()
@@ -39,26 +38,10 @@ def scale_latents(base: Base, latents: Tensor) -> Tensor:
     return latents * config["scaling_factor"]
 
 
-def condition(
-    base: Base, prompts: Mapping[str, str], resolution: int, count: int, separate: bool = True
-) -> Conditioning:
-    """Conditioning of `count` pictures that share the prompts.
-
-    Args:
-        prompts: by the names full, content and style; pooled embedding and sizes go with the full one.
-        resolution: side of the pictures, in pixels; uncropped, as SDXL's own sampling assumes.
-        separate: join the three embeddings on the feature axis; otherwise the full prompt's alone.
-    """
-    embedded = embed(base, [prompts[name] for name in STREAMS])
-    full, content, style = (embedded.tokens[i : i + 1] for i in range(3))
-    tokens = join(full, content, style) if separate else full
-    size = (resolution, resolution)
-    pipe: Any = base.pipe
-    time_ids = pipe._get_add_time_ids(
-        size, (0, 0), size, dtype=torch.float32, text_encoder_projection_dim=embedded.pooled.shape[-1]
-    )
-    rows = (tokens, embedded.pooled[:1], time_ids)
-    return Conditioning(*(row.repeat(count, *[1] * (row.dim() - 1)) for row in rows))
+def conditioning(base: Base, prompts: Prompts, resolution: int, count: int) -> Conditioning:
+    """Conditioning of `count` uncropped square pictures of a side in pixels that share the prompts."""
+    embedded = condition(base, prompts).repeat(count)
+    return Conditioning(embedded.tokens, embedded.pooled, time_ids(resolution, resolution, count))
 
 
 def loss_weights(masks: Sequence[Tensor], latents: Tensor, background: float) -> Tensor | None:

@@ -1,0 +1,227 @@
+"""The whole job on a tiny base: the run folder, its files, resuming, and what is refused before any work."""
+
+import errno
+import json
+import os
+import signal
+import tempfile
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from unziplora.config import SplitConfig, resolve
+from unziplora.errors import Interrupted, MachineError, UserError
+from unziplora.lora.files import read_lora
+from unziplora.progress import Progress
+from unziplora.split import split
+
+WORDS = {"content": "cat", "style": "ink"}
+SMALL = {
+    "rank": 2,
+    "steps": 6,
+    "column_periods": 2,
+    "column_warmup": 1,
+    "score_timesteps": 1,
+    "checkpoint_every": 2,
+    "sample_steps": 2,
+    "sample_seeds": [0],
+    "content_learning_rate": 1e-2,
+    "style_learning_rate": 1e-2,
+    "save_precision": "fp32",
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "cat.png"
+    Image.effect_mandelbrot((96, 80), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture
+def config(picture, tiny_folder, tmp_path):
+    def make(**changes: object) -> SplitConfig:
+        values = {"images": [picture], "base": str(tiny_folder), "out": tmp_path / "run", **WORDS, **SMALL, **changes}
+        return resolve(SplitConfig, values)
+
+    return make
+
+
+def tensors(path) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_a_run_leaves_what_a_user_expects(config, tmp_path):
+    told: list[Progress] = []
+    run = split(config(formats=["kohya", "diffusers"], sample_every=4), progress=told.append)
+    found = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    assert found == {
+        "README.md",
+        "config.toml",
+        "log.jsonl",
+        "content.safetensors",
+        "style.safetensors",
+        "content.diffusers.safetensors",
+        "style.diffusers.safetensors",
+        "samples/step-000004.png",
+        "samples/samples.png",
+    }
+    losses = [json.loads(line)["loss"] for line in run.log_file.read_text().splitlines()]
+    assert len(losses) == 6
+    assert all(loss > 0 for loss in losses)
+    assert [event.step for event in told if event.loss == event.loss] == [1, 2, 3, 4, 5, 6]
+    content = read_lora(run.content)
+    assert content.metadata["modelspec.trigger_phrase"] == "a sks cat"
+    assert json.loads(content.metadata["unziplora.settings"])["rank"] == 2
+    twin = read_lora(run.path / "content.diffusers.safetensors")
+    assert twin.modules.keys() == content.modules.keys()
+    for path, (down, up) in content.modules.items():
+        torch.testing.assert_close(twin.modules[path][1] @ twin.modules[path][0], up @ down)
+    assert any(up.abs().max() > 0 for _, up in content.modules.values())
+
+
+def test_a_finished_run_is_not_overwritten(config):
+    run = split(config(steps=4, column_periods=1, sample_seeds=[]))
+    before = run.content.read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        split(config(steps=4, column_periods=1, sample_seeds=[]))
+    with pytest.raises(UserError, match="finished"):
+        split(config(steps=4, column_periods=1, sample_seeds=[]), resume=True)
+    assert run.content.read_bytes() == before
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_run_that_was_interrupted_ends_like_one_that_was_not(config, tmp_path, stop):
+    whole = split(config(out=tmp_path / "whole", sample_seeds=[]))
+
+    def interrupt(event: Progress) -> None:
+        if event.step == stop and event.loss == event.loss:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=f"stopped after step {stop} of 6(.|\n)*--resume"):
+        split(config(out=tmp_path / "cut", sample_seeds=[]), progress=interrupt)
+    cut = split(config(out=tmp_path / "cut", sample_seeds=[]), resume=True)
+    for name in ("content", "style"):
+        one, two = tensors(getattr(whole, name)), tensors(getattr(cut, name))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert [json.loads(line)["step"] for line in cut.log_file.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_run_continues_from_its_last_whole_checkpoint(config, tmp_path):
+    """A kill leaves no chance to save: the run dies between checkpoints, with a half-written one beside them."""
+    whole = split(config(out=tmp_path / "whole", sample_seeds=[]))
+
+    class Killed(BaseException):
+        pass
+
+    def kill(event: Progress) -> None:
+        if event.step == 5 and event.loss == event.loss:
+            raise Killed
+
+    with pytest.raises(Killed):
+        split(config(out=tmp_path / "cut", sample_seeds=[]), progress=kill)
+    half = tmp_path / "cut" / "checkpoints" / ".tmp-step-000006"
+    half.mkdir()
+    (half / "method.safetensors").write_bytes(b"half")
+    cut = split(config(out=tmp_path / "cut", sample_seeds=[]), resume=True)
+    for name in ("content", "style"):
+        one, two = tensors(getattr(whole, name)), tensors(getattr(cut, name))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_resuming_with_another_recipe_is_refused(config):
+    def kill(event: Progress) -> None:
+        if event.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        split(config(), progress=kill)
+    with pytest.raises(UserError, match="content_learning_rate"):
+        split(config(content_learning_rate=0.5), resume=True)
+
+
+@pytest.mark.parametrize("switch", ["prompt_separation", "column_separation", "block_separation"])
+def test_switches_masks_and_priors_run_through(config, picture, tmp_path, switch):
+    mask = tmp_path / "mask.png"
+    Image.new("L", (96, 80), 255).save(mask)
+    changes = {switch: False, "masks": [mask], "content_prior": 1.0, "style_prior": 0.5, "prior_images": 1}
+    run = split(config(steps=4, sample_seeds=[], **changes))
+    assert all(up.isfinite().all() for _, up in read_lora(run.style).modules.values())
+
+
+def test_a_mask_of_ones_and_gradient_checkpointing_change_nothing(config, tmp_path):
+    mask = tmp_path / "mask.png"
+    Image.new("L", (96, 80), 255).save(mask)
+    plain = split(config(out=tmp_path / "a", steps=4, sample_seeds=[]))
+    other = split(config(out=tmp_path / "b", steps=4, sample_seeds=[], masks=[mask], gradient_checkpointing=True))
+    one, two = tensors(plain.content), tensors(other.content)
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
+
+
+def test_low_precision_trains_both_loras(config):
+    run = split(config(precision="bf16", steps=4, sample_seeds=[]))
+    for path in (run.content, run.style):
+        assert any(up.abs().max() > 0 for _, up in read_lora(path).modules.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"resolution": 72}, UserError, "multiple of 32"),
+        ({"blocks": "nowhere.toml"}, UserError, "nowhere.toml"),
+        ({"full_prompt": "a {thing}"}, UserError, "prompt template"),
+        ({"base": "no/where/at all"}, UserError, "no such file or folder"),
+        ({"precision": "fp16"}, UserError, "needs a GPU"),
+        ({"device": "cuda:99"}, UserError, "device"),
+        ({"content_learning_rate": 1e30}, UserError, "loss is"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_leaves_no_lora_behind(config, changes, error, message):
+    made = config(**changes)
+    with pytest.raises(error, match=message):
+        split(made)
+    assert not list(made.out.rglob("*.safetensors")) or not (made.out / "content.safetensors").exists()
+
+
+def test_a_missing_picture_is_told_before_a_folder_is_made(config, tmp_path):
+    with pytest.raises(UserError, match="no such picture"):
+        split(config(images=[tmp_path / "nothing.png"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
+    """The disk fills up while the files are written: the error is the machine's, and resuming finishes the run."""
+    mkstemp = tempfile.mkstemp
+
+    def full(*args: object, prefix: str = "", **kwargs: object):
+        if "style.safetensors" in prefix:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return mkstemp(*args, prefix=prefix, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", full)
+        with pytest.raises(MachineError, match="no room|full"):
+            split(config(sample_seeds=[]))
+    run = split(config(sample_seeds=[]), resume=True)
+    assert run.content.exists()
+
+
+def test_optimisers_and_their_absence(config, tmp_path, monkeypatch):
+    run = split(
+        config(steps=4, optimizer="prodigy", content_learning_rate=1.0, style_learning_rate=1.0, sample_seeds=[])
+    )
+    assert any(up.abs().max() > 0 for _, up in read_lora(run.content).modules.values())
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"unziplora\[8bit\]"):
+        split(config(out=tmp_path / "other", optimizer="adamw8bit"))
+
+
+def test_tensorboard_receives_the_losses(config):
+    run = split(config(steps=4, trackers=["tensorboard"], sample_seeds=[]))
+    assert list((run.path / "trackers").rglob("events.out.tfevents*"))
