@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import save_file
 from test_files import KOHYA, kohya, make, store
 
+from unziplora import atomic
 from unziplora.errors import MachineError, UserError
-from unziplora.lora import storage
 from unziplora.lora.files import Lora, read_lora, write_lora
-from unziplora.lora.storage import write_atomically
 
 
 def refused(path, match):
@@ -275,14 +274,14 @@ def faults(monkeypatch, name, number):
     def fail(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(storage.os, name, fail)
+    monkeypatch.setattr(atomic.os, name, fail)
 
 
 @pytest.mark.parametrize(
     ("number", "match"),
     [
-        (errno.ENOSPC, r"no room for \d+\.\d MB; free some space"),
-        (errno.EDQUOT, "no room"),
+        (errno.ENOSPC, "the disk is full; free some space"),
+        (errno.EDQUOT, "the disk is full"),
         (errno.EROFS, "no permission"),
         (errno.EIO, "cannot be written"),
     ],
@@ -303,7 +302,7 @@ def test_a_real_limit_on_file_size(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
     try:
-        with pytest.raises(MachineError, match="no room"):
+        with pytest.raises(MachineError, match="the disk is full"):
             write_lora(make(), tmp_path / "a.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -313,7 +312,7 @@ def test_a_real_limit_on_file_size(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(MachineError, match="cannot be written"):
+    with pytest.raises(MachineError, match="a file is where a folder should be"):
         write_lora(make(), tmp_path / "file" / "a.safetensors")
 
 
@@ -336,9 +335,9 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(handle):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage.os, "fsync", interrupt)
+    monkeypatch.setattr(atomic.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "a", b"x")
+        write_lora(make(), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from unziplora.atomic import atomic_write
 from unziplora.errors import MachineError, UserError
 
 _PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
@@ -100,43 +98,4 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[
     }
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    write_atomically(path, len(text).to_bytes(8, "little"), text, body)
-
-
-def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
-    """Write a file beside its place and move it there, so that it is whole or not there at all.
-
-    Raises:
-        MachineError: disk full, no permission, or another fault of the machine; nothing is left behind.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would keep other users' programs out
-        temporary.replace(path)
-    except OSError as error:
-        raise MachineError(_reason(path, error, sum(len(chunk) for chunk in chunks))) from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _reason(path: Path, error: OSError, size: int) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{path}: no room for {size / 1e6:.1f} MB; free some space, or write to another disk"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{path}: no permission to write here; choose another folder"
-    return f"{path}: cannot be written ({error.strerror or error})"
+    atomic_write(path, lambda file: [file.write(part) for part in (len(text).to_bytes(8, "little"), text, body)])
