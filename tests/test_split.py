@@ -206,7 +206,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "mkstemp", full)
-        with pytest.raises(MachineError, match="no room|full"):
+        with pytest.raises(MachineError, match=r"no room|full"):
             split(config(sample_seeds=[]))
     run = split(config(sample_seeds=[]), resume=True)
     assert run.content.exists()

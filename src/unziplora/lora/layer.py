@@ -104,7 +104,7 @@ def _low_rank(x: Tensor, branches: list[Branch]) -> Tensor:
     """
     down = torch.cat([b.down for b in branches])
     up = torch.cat([b.columns()[:, None] * b.up for b in branches], dim=1)
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != up.dtype and not torch.is_autocast_enabled(x.device.type):
         down, up = down.to(x.dtype), up.to(x.dtype)
     return F.linear(F.linear(x, down), up)
 
