@@ -1,0 +1,14 @@
+"""Split one picture into a content LoRA and a style LoRA for SDXL, in files that every tool loads.
+
+    from unziplora.config import SplitConfig
+    from unziplora.split import split
+
+    run = split(SplitConfig.make(images=["cat.jpg"], content="cat", style="pencil sketch", out="runs/cat"))
+    print(run.content, run.style)
+
+Nothing is imported here: torch and diffusers take seconds, and `unziplora --help` needs neither.
+"""
+
+from importlib.metadata import version
+
+__version__ = version("unziplora")

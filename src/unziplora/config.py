@@ -16,6 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+R = TypeVar("R", bound="Recipe")
+
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
@@ -28,6 +30,15 @@ class Recipe(BaseModel):
     """Common ground of all recipes: unknown keys are errors, values are checked and never changed later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @classmethod
+    def make(cls: type[R], **keys: Any) -> R:
+        """The recipe from keys, under the preset that they name.
+
+        Raises:
+            UserError: a key is unknown, missing, of a wrong type or out of bounds; all faults are listed.
+        """
+        return resolve(cls, keys)
 
 
 class SplitConfig(Recipe):
@@ -187,8 +198,6 @@ BUNDLED: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER, "bundled": BUNDLED}
-
-R = TypeVar("R", bound=Recipe)
 
 
 def resolve(model: type[R], *layers: dict[str, Any]) -> R:
