@@ -356,6 +356,7 @@ def test_a_header_that_is_no_adapter_metadata(file):
     tensors = {
         f"unet.{p}.lora_{n}.weight": t for p, pair in lora.modules.items() for n, t in zip("AB", pair, strict=True)
     }
-    for value in ("{broken", json.dumps([1]), json.dumps({"unet.lora_alpha": "x"})):
+    strange = ([1], {"unet.lora_alpha": "x"}, {"unet.lora_alpha": 0}, {"unet.alpha_pattern": {"(": 1}})
+    for value in ("{broken", *map(json.dumps, strange)):
         save_file(tensors, file, {"lora_adapter_metadata": value})
         refused(file, "lora_adapter_metadata")

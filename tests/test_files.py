@@ -170,7 +170,6 @@ def test_mixed_block_names(tmp_path):
         "unet.{path}.lora_{AB}.default.weight",
         "unet.{path}.lora.{downup}.weight",
         "{path}.lora.{downup}.weight",
-        "base_model.model.{path}.lora_{AB}.weight",
         "unet.{old}_lora.{downup}.weight",
         "{old}_lora.{downup}.weight",
         "diffusion_model.{sgm}.lora_{downup}.weight",
@@ -207,6 +206,20 @@ def test_adapter_metadata_gives_the_alphas(tmp_path, rslora):
     for name, (_, up) in read_lora(path).modules.items():
         strength = (2 if name == special else 8) / (2 if rslora else 4)
         torch.testing.assert_close(up, lora.modules[name][1] * strength)
+
+
+def test_peft_files_have_their_alpha_beside_them(tmp_path):
+    lora = make(rank=4)
+    parts = {f"{p}.lora_{n}.weight": t for p, pair in lora.modules.items() for n, t in zip("AB", pair, strict=True)}
+    path = store(tmp_path / "a.safetensors", {f"base_model.model.{name}": tensor for name, tensor in parts.items()})
+    for content in (None, "{", "[]"):
+        if content:
+            (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(UserError, match=r"alpha is in adapter_config\.json"):
+            read_lora(path)
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 2, "alpha_pattern": {}, "use_rslora": false}')
+    for name, (_, up) in read_lora(path).modules.items():
+        torch.testing.assert_close(up, lora.modules[name][1] * 0.5)
 
 
 def test_text_encoders_of_either_layout(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from unziplora.errors import UserError
 from unziplora.lora import families, keys, layouts
 from unziplora.lora.algebra import Pair, scale
+from unziplora.lora.grouping import PEFT_PREFIX, Grouped, group
 from unziplora.lora.metadata import header
 from unziplora.lora.storage import open_tensors, write_safetensors
 
@@ -82,7 +84,7 @@ def understand(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     unet_config: Mapping[str, Any] | None = None,
-) -> layouts.Grouped:
+) -> Grouped:
     """Group a file's tensors by module, or say what the file is instead.
 
     Raises:
@@ -95,13 +97,26 @@ def understand(
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
     config = dict(unet_config or {})
     try:
-        grouped = layouts.group(tensors, metadata, config.get("layers_per_block", keys.LAYERS))
+        metadata = {**metadata, **_peft_config(path, names)}
+        grouped = group(tensors, metadata, config.get("layers_per_block", keys.LAYERS))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     shapes = {name: (f.up.shape[0], f.down.shape[1]) for name, f in grouped.unet.items()}
     if family := families.unet_family(shapes, config.get("cross_attention_dim")):
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
     return grouped
+
+
+def _peft_config(path: Path, names: list[str]) -> dict[str, str]:
+    """The configuration that PEFT writes beside its own files, where the alpha is, as diffusers' metadata."""
+    if not any(name.startswith(PEFT_PREFIX) for name in names):
+        return {}
+    config = path.parent / "adapter_config.json"
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        return {layouts.ADAPTER_METADATA: json.dumps({f"unet.{key}": value for key, value in values.items()})}
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"a PEFT adapter's alpha is in {config.name}, which is missing beside it, or broken") from None
 
 
 def write_lora(

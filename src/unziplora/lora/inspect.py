@@ -12,7 +12,7 @@ from torch import Tensor
 from unziplora.lora import algebra, families
 from unziplora.lora.convert import Resized, convert, counted, dtype_name, resize_file
 from unziplora.lora.files import block_of, understand
-from unziplora.lora.layouts import Factors, Grouped
+from unziplora.lora.grouping import Factors, Grouped
 from unziplora.lora.metadata import trigger_words
 from unziplora.lora.programs import Verdict, loads_in
 from unziplora.lora.storage import open_tensors

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from unziplora.lora.layouts import ADAPTER_METADATA, Grouped
+from unziplora.lora.grouping import Grouped
+from unziplora.lora.layouts import ADAPTER_METADATA
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 
@@ -45,6 +46,8 @@ _BY_LAYOUT: dict[str, dict[str, tuple[Answer, str]]] = {
         "sd-scripts": ("no", "knows only kohya's names"),
     },
     "diffusers-old": {"diffusers": ("yes", "an older layout of its own")},
+    "peft": {"diffusers": ("no", "loads nothing: the names lack the prefix 'unet.'")},
+    "no prefix": {"diffusers": ("no", "loads nothing: the names lack the prefix 'unet.'")},
 }
 
 
