@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from recipes.base.captions import Kind, wordings
 from recipes.base.config import Recipe
-from recipes.base.judges import Judge
+from recipes.base.judges import AXES, FOLDER, Judge
 from recipes.base.sheets import sheet
 from recipes.base.unet import sample, trained_pipeline
 from recipes.base.world import World, is_held_out_pair
@@ -72,10 +72,16 @@ def score(asked: list[Question], concepts: list[str], styles: list[str]) -> dict
 
 
 def evaluate(
-    pipe: StableDiffusionXLPipeline, recipe: Recipe, *, count: int = 96, guidance: float | None = None, steps: int = 20
+    pipe: StableDiffusionXLPipeline,
+    recipe: Recipe,
+    *,
+    judges_folder: Path = FOLDER,
+    count: int = 96,
+    guidance: float | None = None,
+    steps: int = 20,
 ) -> dict[str, dict[str, float]]:
     """Scores of every group of questions; sheets of the samples go to the recipe's output folder."""
-    judge_concept, judge_style = (Judge.load(recipe.name, axis) for axis in ("concept", "style"))
+    judge_concept, judge_style = (Judge.load(recipe.name, axis, judges_folder) for axis in AXES)
     scores = {}
     for name, asked in questions(recipe, count).items():
         pixels = answer(pipe, asked, recipe.world.resolution, guidance or recipe.unet.guidance, steps)

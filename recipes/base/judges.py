@@ -128,14 +128,10 @@ def measure(judge: Judge, axis: Axis, recipe: Recipe) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    """Train both judges of a recipe and write them with their accuracy into `recipes/base/judges`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("recipe", type=Path)
-    recipe = Recipe.read(parser.parse_args().recipe)
-    torch.set_num_threads(recipe.threads)
+def train_judges(recipe: Recipe, stop: Stop) -> None:
+    """Train both judges and write them, with their accuracy, into FOLDER."""
     FOLDER.mkdir(exist_ok=True)
-    stop, about = Stop(), {}
+    about = {}
     for axis in AXES:
         stage = JudgeStage(recipe, axis)
         if not train(stage, stop):
@@ -146,6 +142,15 @@ def main() -> None:
         save_file(weights, FOLDER / f"{recipe.name}-{axis}.safetensors")
         print(axis, about[axis]["accuracy"])
     (FOLDER / f"{recipe.name}.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def main() -> None:
+    """Train the judges of a recipe; they are written into `recipes/base/judges`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("recipe", type=Path)
+    recipe = Recipe.read(parser.parse_args().recipe)
+    torch.set_num_threads(recipe.threads)
+    train_judges(recipe, Stop())
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 
 from recipes.base import clip as clip_module
+from recipes.base import judges
 from recipes.base.clip import ClipStage
-from recipes.base.config import Recipe
+from recipes.base.config import JudgeSettings, Recipe
+from recipes.base.evaluate import evaluate
+from recipes.base.export import export
 from recipes.base.loop import Stage, train
-from recipes.base.unet import UnetStage
+from recipes.base.unet import UnetStage, trained_pipeline
 from recipes.base.vae import VaeStage
 
 
@@ -55,3 +59,44 @@ def test_all_stages_and_sheet(recipe: Recipe) -> None:
     assert (recipe.output / "unet" / "sheet-000006.png").exists()
     log = (recipe.output / "unet" / "log.jsonl").read_text()
     assert all(np.isfinite(float(part.split(",")[0])) for part in log.split('"loss": ')[1:])
+
+
+def test_judges_evaluation_and_export(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in (VaeStage, ClipStage, UnetStage):
+        train(stage(recipe), After(1000))
+    recipe.judges = JudgeSettings(batch=8, steps=3, width=8, test_drawings=["fxemoji"], test_filters=["clay"])
+    monkeypatch.setattr(judges, "FOLDER", tmp_path)
+    judges.train_judges(recipe, After(1000))
+    concept = judges.Judge.load("toy", "concept", tmp_path)
+    assert concept.labels == ["house", "key", "red-apple", "star"]
+
+    pipe, steps = trained_pipeline(recipe)
+    assert steps == 6
+    scores = evaluate(pipe, recipe, judges_folder=tmp_path, count=4, steps=2)
+    assert set(scores) == {"seen pairs", "unseen pairs", "content only", "style only"}
+    assert all(0 <= value <= 1 for found in scores.values() for key, value in found.items() if key != "pictures")
+
+    folder = tmp_path / "base"
+    size = export(recipe, folder)
+    assert 0 < size < 60_000_000
+    assert "never trained" in (folder / "README.md").read_text().lower()
+    assert not [file for file in folder.rglob("*") if file.suffix in (".bin", ".pt")]
+    loaded = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    made = loaded("a key in neon sign style", num_inference_steps=2, output_type="np").images
+    assert made.shape == (1, 32, 32, 3)
+    again = UnetStage(recipe.model_copy(update={"output": tmp_path / "next"}), init=folder)
+    assert torch.allclose(weights(again)[:100], weights(again).half().float()[:100])
+
+
+def test_empty_sides_agree_with_the_pipeline(recipe: Recipe) -> None:
+    for stage in (VaeStage, ClipStage, UnetStage):
+        train(stage(recipe), After(1000))
+    pipe, _ = trained_pipeline(recipe)
+    stage = UnetStage(recipe)
+    hidden, added = stage.conditions(["a key", ""], np.random.default_rng(1))
+    theirs, empty, pooled, _ = pipe.encode_prompt("a key", device="cpu")
+    assert torch.allclose(hidden[0], theirs[0], atol=2e-2)
+    assert torch.allclose(added["text_embeds"][0], pooled[0], atol=1e-5)
+    assert torch.allclose(stage.text.encode([""])[0][0], empty[0], atol=2e-2)
+    ids = pipe._get_add_time_ids((32, 32), (0, 0), (32, 32), torch.float32, text_encoder_projection_dim=32)
+    assert added["time_ids"][0].tolist() == ids[0].tolist()
