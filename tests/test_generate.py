@@ -2,33 +2,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from tiny import random_lora
 
 from unziplora.base import Base
 from unziplora.errors import MachineError, UserError
+from unziplora.generate import Settings, decode, generate, generate_latents
 from unziplora.lora.layer import BranchedLinear, adapted, add_lora, attention_linears
 from unziplora.prompts import Prompts
-from unziplora.sample import Settings, decode, generate, generate_latents
 from unziplora.schedulers import SCHEDULERS, make_scheduler
 
 FAST = Settings(steps=2)
 CAT = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
 
 
-def random_lora(base: Base, seed: int, paths: list[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """A rank-2 LoRA that changes pictures visibly."""
-    draw = torch.Generator().manual_seed(seed)
-    pairs = {}
-    for path in paths or attention_linears(base.unet):
-        out, wide = base.unet.get_submodule(path).weight.shape
-        pairs[path] = (torch.randn(2, wide, generator=draw) / 4, torch.randn(out, 2, generator=draw) / 4)
-    return pairs
-
-
 @pytest.fixture
 def split_base(tiny_base: Base) -> Base:
     """The tiny base with a content and a style LoRA, as training leaves it."""
-    content, style = random_lora(tiny_base, 1), random_lora(tiny_base, 2)
+    content, style = random_lora(tiny_base.unet, 1), random_lora(tiny_base.unet, 2)
     add_lora(tiny_base.unet, "content", content, stream="content")
     add_lora(tiny_base.unet, "style", style, stream="style")
     return tiny_base
@@ -83,7 +73,7 @@ def test_frozen_base_sees_the_full_prompt_alone(split_base: Base, shared_base: B
 def test_three_prompts_work_on_layers_without_loras(tiny_base: Base):
     """B-LoRA adapts two blocks alone; the other cross-attentions must split the joined embeddings too."""
     paths = [p for p in attention_linears(tiny_base.unet) if p.startswith("up_blocks.0.attentions.0")]
-    add_lora(tiny_base.unet, "content", random_lora(tiny_base, 1, paths), stream="content")
+    add_lora(tiny_base.unet, "content", random_lora(tiny_base.unet, 1, paths), stream="content")
     before = set(adapted(tiny_base.unet))
     text = CAT.full
     joined = generate_latents(tiny_base, Prompts(text, text, text), [0], FAST)
@@ -208,7 +198,7 @@ def test_nan_is_warned_about_and_decoded_all_the_same(shared_base: Base):
 def test_cross_combination_takes_each_lora_from_its_own_run(fresh_base: Callable[[], Base]):
     """Content of one run with style of another: the sum of both, whoever put them in, in any order."""
     first, second = fresh_base(), fresh_base()
-    content, style = random_lora(first, 1), random_lora(first, 9)
+    content, style = random_lora(first.unet, 1), random_lora(first.unet, 9)
     add_lora(first.unet, "content", content, stream="content")
     add_lora(first.unet, "style", style, stream="style")
     add_lora(second.unet, "style", style, stream="style")

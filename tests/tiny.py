@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from unziplora.lora.layer import attention_linears
+
 WIDTHS = (16, 24)  # of the two text encoders; single-file loading tells them apart by width
 SIDE = 64  # pixels
 SCHEDULER = {
@@ -103,6 +105,17 @@ def pipeline(seed: int = 0, **changes: object) -> StableDiffusionXLPipeline:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def random_lora(unet: torch.nn.Module, seed: int, paths: list[str] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """A rank-2 LoRA, on all attention linears by default, strong enough to change pictures visibly."""
+    draw = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for path in paths or attention_linears(unet):
+        out, *wide = unet.get_submodule(path).weight.shape
+        up = torch.randn(out, 2, *[1] * (len(wide) - 1), generator=draw) / 4
+        pairs[path] = (torch.randn(2, *wide, generator=draw) / 4, up)
+    return pairs
 
 
 def save_checkpoint(pipe: StableDiffusionXLPipeline, path: Path) -> None:

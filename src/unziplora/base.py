@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import nn
@@ -20,6 +17,7 @@ from unziplora import base_files
 from unziplora.base_hub import HUB_ID, download
 from unziplora.config import SDXL
 from unziplora.errors import MachineError, UserError, first_line
+from unziplora.quiet import quiet
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -86,7 +84,7 @@ def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | tor
     """
     with _failures(source):
         path = _locate(source, dtype)
-        with _quiet():
+        with quiet():
             pipe = _from_file(path, dtype) if path.is_file() else _from_folder(path, dtype)
         given = Path(source).expanduser()
         name = given.resolve().stem if given.exists() and source != "bundled" else source
@@ -210,24 +208,3 @@ def _failures(source: str) -> Iterator[None]:
         raise UserError(
             f"base {source!r} cannot be loaded: {first_line(error)}. Fetch it anew, or convert it to a diffusers folder"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and advice on loading out of our output."""
-    loggers = [logging.getLogger("diffusers"), logging.getLogger("transformers")]
-    levels = [logger.level for logger in loggers]
-    bars = diffusers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.is_progress_bar_enabled()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars[0]:
-            diffusers.utils.logging.enable_progress_bar()
-        if bars[1]:
-            transformers.utils.logging.enable_progress_bar()

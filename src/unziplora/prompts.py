@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from unziplora.base import Base
 from unziplora.errors import UserError
+from unziplora.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def embed(base: Base, prompts: Sequence[str]) -> Embeddings:
     with visiting(base.text_encoders, base.device):
         for text in dict.fromkeys(prompts):
             _warn_if_cut(base, text)
-            with _silent("diffusers"):
+            with quiet():
                 tokens, _, pooled, _ = base.pipe.encode_prompt(
                     text, device=base.device, do_classifier_free_guidance=False
                 )
@@ -139,14 +139,3 @@ def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
     finally:
         for module, home in zip(modules, homes, strict=True):
             module.to(home)
-
-
-@contextmanager
-def _silent(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
-
-from unziplora.base import Base
 from unziplora.errors import UserError
+
+if TYPE_CHECKING:
+    from unziplora.base import Base
 
 # name → diffusers class and what to change in its configuration. Latents are never clipped to −1…1.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,6 +30,20 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 SCHEDULER_NAMES = ("base", *SCHEDULERS)
 
 
+def find_name(name: str) -> str:
+    """The key of `SCHEDULERS` (or 'base') that a user means by a name such as 'DPM++ 2M Karras'.
+
+    Raises:
+        ValueError: there is none.
+    """
+    key = name.strip().lower().replace(" ", "_").replace("-", "_")
+    if key not in SCHEDULER_NAMES:
+        near = get_close_matches(key, SCHEDULER_NAMES, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown; {hint}Known are {', '.join(SCHEDULER_NAMES)}")
+    return key
+
+
 def make_scheduler(base: Base, name: str = "base") -> Any:
     """A fresh scheduler; 'base' is the one that the base comes with.
 
@@ -39,11 +53,12 @@ def make_scheduler(base: Base, name: str = "base") -> Any:
     Raises:
         UserError: there is no scheduler of that name, or it knows no zero-terminal SNR and the base needs it.
     """
-    key = name.lower().replace(" ", "_").replace("-", "_")
-    if key not in SCHEDULER_NAMES:
-        near = get_close_matches(key, SCHEDULER_NAMES, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown scheduler {name!r}: {hint}Known are {', '.join(SCHEDULER_NAMES)}")
+    try:
+        key = find_name(name)
+    except ValueError as error:
+        raise UserError(f"scheduler {name!r}: {error}") from None
+    import diffusers  # slow to import, and the names above are wanted by --help
+
     if key == "base":
         kind, changes = type(base.scheduler), {}
     else:

@@ -1,0 +1,161 @@
+"""What `sample` and `grid` are told: the same models serve TOML file, flags and Python."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from unziplora.config import Recipe, key
+from unziplora.schedulers import SCHEDULER_NAMES, find_name
+
+Axis = Literal["auto", "prompt", "seed", "content_strength", "style_strength"]
+
+
+class SampleConfig(Recipe):
+    """Make pictures with a content LoRA, a style LoRA, both, or neither."""
+
+    # what with
+    content: Path | None = key(None, "Run folder or LoRA file that gives the content.", "Input")
+    style: Path | None = key(None, "Run folder or LoRA file that gives the style.", "Input")
+    base: str | None = key(None, "Base model; default: the one that the run was trained on.", "Input")
+    out: Path = key(Path("samples"), "Folder for the pictures.", "Input")
+
+    # what of
+    prompts: list[str] = key(
+        [],
+        "What to show; {token}, {content} and {style} stand for the runs' words. Default: the runs' own prompts.",
+        "Prompts",
+    )
+    content_prompt: str | None = key(
+        None, "What the content LoRA sees in separate mode; default: as in its run.", "Prompts"
+    )
+    style_prompt: str | None = key(
+        None, "What the style LoRA sees in separate mode; default: as in its run.", "Prompts"
+    )
+    mode: Literal["auto", "separate", "direct"] = key(
+        "auto",
+        "Both LoRAs together: separate prompts (as in training), or direct addition with one prompt, as UIs do; "
+        "auto: separate where the words are known.",
+        "Prompts",
+    )
+    negative: str = key("", "What to steer away from.", "Prompts")
+
+    # how strong
+    content_strength: float = key(
+        1.0, "Strength of the content LoRA; 0 switches it off.", "Strength", allow_inf_nan=False
+    )
+    style_strength: float = key(1.0, "Strength of the style LoRA; 0 switches it off.", "Strength", allow_inf_nan=False)
+    content_blocks: list[str] = key(
+        [], "Strength per block of the content LoRA, such as up_blocks.0.attentions.1=0.5.", "Strength"
+    )
+    style_blocks: list[str] = key([], "Strength per block of the style LoRA.", "Strength")
+
+    # how
+    steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
+    guidance: float = key(5.0, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
+    guidance_rescale: float = key(
+        0.0, "Guidance rescale (arXiv 2305.08891); 0.7 suits zero-terminal SNR.", "Sampling", ge=0, le=1
+    )
+    scheduler: str = key("base", f"Sampler: {', '.join(SCHEDULER_NAMES)}.", "Sampling")
+    width: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
+    height: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
+    seeds: list[int] = key([0], "One picture per seed and prompt.", "Sampling", min_length=1)
+    batch_size: int = key(1, "Pictures computed at once.", "Sampling", ge=1)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Number format of the base.", "Sampling")
+    device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")
+
+    @field_validator("scheduler")
+    @classmethod
+    def _known_scheduler(cls, name: str) -> str:
+        return find_name(name)
+
+    @field_validator("width", "height")
+    @classmethod
+    def _whole_latents(cls, side: int | None) -> int | None:
+        if side is not None and side % 8:
+            raise ValueError(f"must be a multiple of 8; the nearest is {max(8, round(side / 8) * 8)}")
+        return side
+
+    @field_validator("seeds")
+    @classmethod
+    def _natural(cls, seeds: list[int]) -> list[int]:
+        if any(not 0 <= seed < 2**63 for seed in seeds):
+            raise ValueError("seeds are whole numbers from 0 on")
+        return list(dict.fromkeys(seeds))
+
+    @field_validator("content_blocks", "style_blocks")
+    @classmethod
+    def _pairs(cls, entries: list[str]) -> list[str]:
+        read_blocks(entries)
+        return entries
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SampleConfig:
+        for name in ("content", "style"):
+            given = [key for key in (f"{name}_blocks",) if getattr(self, key)]
+            if given and getattr(self, name) is None:
+                raise ValueError(f"{given[0]} without a {name} LoRA: give --{name} too")
+        if self.mode == "separate" and (self.content is None or self.style is None):
+            raise ValueError("mode separate is for both LoRAs together: give --content and --style")
+        if any(not text.strip() for text in [*self.prompts, self.content_prompt or "-", self.style_prompt or "-"]):
+            raise ValueError("a prompt is empty: say what the picture shall show")
+        if self.content is None and self.style is None and not self.prompts:
+            raise ValueError("nothing to show: give --content, --style or --prompts")
+        return self
+
+
+class GridConfig(SampleConfig):
+    """Make a labelled grid of pictures: strength × strength, or prompts × seeds."""
+
+    out: Path = key(Path("grid.png"), "Picture file to write.", "Input")
+    rows: Axis = key(
+        "auto", "What changes from row to row; auto: content strength, or prompts where one LoRA is given.", "Grid"
+    )
+    columns: Axis = key("auto", "What changes along a row; auto: style strength, or seeds.", "Grid")
+    content_strengths: list[float] = key([0.0, 0.5, 1.0], "Strengths on a content axis.", "Grid", min_length=1)
+    style_strengths: list[float] = key([0.0, 0.5, 1.0], "Strengths on a style axis.", "Grid", min_length=1)
+
+    @model_validator(mode="after")
+    def _axes(self) -> GridConfig:
+        rows, columns = self.axes()
+        if rows == columns:
+            raise ValueError(f"rows and columns both show {rows}: choose two different ones")
+        for axis in (rows, columns):
+            if axis.endswith("_strength") and getattr(self, axis.removesuffix("_strength")) is None:
+                raise ValueError(f"an axis of {axis} needs --{axis.removesuffix('_strength')}")
+        for axis, values in (("prompt", self.prompts), ("seed", self.seeds)):
+            if len(values) > 1 and axis not in (rows, columns):
+                raise ValueError(f"{len(values)} {axis}s, but no axis shows them: give one, or --columns {axis}")
+        return self
+
+    def axes(self) -> tuple[str, str]:
+        """What rows and columns show."""
+        both = self.content is not None and self.style is not None and len(self.prompts) < 2
+        rows = "content_strength" if both and self.columns != "content_strength" else "prompt"
+        columns = "style_strength" if both and self.rows != "style_strength" else "seed"
+        return (
+            rows if self.rows == "auto" else self.rows,
+            columns if self.columns == "auto" else self.columns,
+        )
+
+
+def read_blocks(entries: list[str]) -> dict[str, float]:
+    """Block strengths such as ['up_blocks.0=0.5'] by block.
+
+    Raises:
+        ValueError: an entry is not of the form block=strength.
+    """
+    blocks: dict[str, float] = {}
+    for entry in entries:
+        name, sign, value = entry.partition("=")
+        try:
+            strength = float(value)
+        except ValueError:
+            strength = math.nan
+        if not sign or not name.strip() or not math.isfinite(strength):
+            raise ValueError(f"{entry!r}: write block=strength, such as up_blocks.0.attentions.1=0.5")
+        blocks[name.strip().strip(".")] = strength
+    return blocks

@@ -1,0 +1,175 @@
+"""The job `sample`: LoRAs from run folders or files, pictures to a folder, each with its settings inside."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from unziplora.atomic import atomic_write
+from unziplora.base import Base, load_base
+from unziplora.config_sample import SampleConfig, read_blocks
+from unziplora.device import pick_device, pick_dtype
+from unziplora.errors import UserError
+from unziplora.generate import Progress, Settings, decode, generate, generate_latents
+from unziplora.lora.files import read_lora
+from unziplora.mount import Mounted, Part
+from unziplora.prompts import Prompts
+from unziplora.sources import Source, base_name, find_source, plan, with_metadata
+
+__all__ = ["Progress", "Session", "Settings", "decode", "generate", "generate_latents", "open_session", "sample"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A base with the LoRAs of a configuration in it, and the prompts to sample.
+
+    Attributes:
+        base: with the LoRAs at the configured strengths.
+        mounted: the dials of the LoRAs 'content' and 'style', those that are given.
+        prompts: one entry per picture of a seed.
+        settings: how to sample.
+    """
+
+    base: Base
+    mounted: Mounted
+    prompts: list[Prompts]
+    settings: Settings
+
+
+@contextmanager
+def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Session]:
+    """Load base and LoRAs for sampling; a base that is given is used as it is, and left as it was.
+
+    Raises:
+        UserError, MachineError: as `load_base`, `read_lora`, `Mounted` and `plan`.
+    """
+    sources = [find_source(path, kind) for kind in ("content", "style") if (path := getattr(config, kind)) is not None]
+    if base is None:
+        # a LoRA file may name its base in its header, which is read without the base's help
+        known = [with_metadata(source, read_lora(source.file).metadata) for source in sources]
+        prompts = plan(config, known)
+        device = pick_device(config.device)
+        base = load_base(base_name(config, known), pick_dtype(config.precision, device), device)
+    loras = [read_lora(source.file, base.unet.config) for source in sources]
+    sources = [with_metadata(source, lora.metadata) for source, lora in zip(sources, loras, strict=True)]
+    prompts = plan(config, sources)
+    parts = [
+        Part(source.kind, lora, read_blocks(getattr(config, f"{source.kind}_blocks")), str(source.file))
+        for source, lora in zip(sources, loras, strict=True)
+    ]
+    mounted = Mounted(base, parts, separate=prompts[0].separate)
+    try:
+        mounted.turn(**strengths(config, sources))
+        yield Session(base, mounted, prompts, settings(config))
+    finally:
+        mounted.remove()
+
+
+def strengths(config: SampleConfig, sources: list[Source]) -> dict[str, float]:
+    """The strengths of the LoRAs that are there, by kind."""
+    return {source.kind: getattr(config, f"{source.kind}_strength") for source in sources}
+
+
+def settings(config: SampleConfig) -> Settings:
+    """The part of a configuration that says how to sample."""
+    return Settings(
+        config.steps,
+        config.guidance,
+        config.guidance_rescale,
+        config.negative,
+        config.width,
+        config.height,
+        config.scheduler,
+        config.batch_size,
+    )
+
+
+def sample(config: SampleConfig, base: Base | None = None, progress: Progress | None = None) -> list[Path]:
+    """Make one picture per prompt and seed and write it as `<seed>.png`, or `<prompt>-<seed>.png` for several.
+
+    Every file carries its settings as text, in A1111's form and as JSON. A file that is there with other
+    settings stays: the new one gets a number.
+
+    Args:
+        base: sample with this one, instead of loading the configured one.
+
+    Raises:
+        UserError: something given does not exist, is damaged, or does not fit together.
+        MachineError: out of memory, disk full, no permission.
+    """
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out} is a file; give a folder for the pictures")
+    paths = []
+    with open_session(config, base) as session:
+        count = len(session.prompts)
+        for index, prompts in enumerate(session.prompts):
+
+            def report(done: int, total: int, index: int = index) -> None:
+                if progress:
+                    progress(index * total + done, count * total)
+
+            latents = generate_latents(session.base, prompts, config.seeds, session.settings, report)
+            for seed, latent in zip(config.seeds, latents.split(1), strict=True):
+                (picture,) = decode(session.base, latent)
+                stem = f"{index + 1:02d}-{seed}" if count > 1 else str(seed)
+                text = describe(config, session.base, prompts, picture, seed)
+                paths.append(write_picture(picture, config.out / f"{stem}.png", text))
+    return paths
+
+
+def describe(config: SampleConfig, base: Base, prompts: Prompts, picture: Image.Image, seed: int) -> dict[str, str]:
+    """What a PNG says of itself: `parameters` as A1111 and its kin read it, `unziplora` as JSON."""
+    lines = [prompts.full]
+    if config.negative:
+        lines.append(f"Negative prompt: {config.negative}")
+    lines.append(
+        f"Steps: {config.steps}, Sampler: {config.scheduler}, CFG scale: {config.guidance:g}, Seed: {seed}, "
+        f"Size: {picture.width}x{picture.height}, Model: {base.name}, Version: unziplora {version('unziplora')}"
+    )
+    told = config.model_dump(mode="json", exclude={"out", "seeds", "prompts", "device", "batch_size"})
+    told.update(
+        seed=seed,
+        base=base.name,
+        prompt=prompts.full,
+        content_prompt=prompts.content,
+        style_prompt=prompts.style,
+        width=picture.width,
+        height=picture.height,
+        version=version("unziplora"),
+    )
+    return {"parameters": "\n".join(lines), "unziplora": json.dumps(told, sort_keys=True, ensure_ascii=False)}
+
+
+def write_picture(picture: Image.Image, path: Path, text: dict[str, str]) -> Path:
+    """Write a PNG with text entries atomically; return where: a number is added if another picture is there.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    free, number = path, 1
+    while free.exists() and _text(free) != text:
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    info = PngImagePlugin.PngInfo()
+    for name, value in text.items():
+        info.add_itxt(name, value)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    atomic_write(free, buffer.getvalue())
+    return free
+
+
+def _text(path: Path) -> dict[str, str]:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return {name: str(value) for name, value in getattr(picture, "text", {}).items()}
+    except OSError:
+        return {}

@@ -1,0 +1,157 @@
+"""Where LoRAs for sampling come from, run folders or files, and the words that go with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unziplora.config import SplitConfig, read_toml
+from unziplora.config_sample import SampleConfig
+from unziplora.errors import UserError
+from unziplora.prompts import Prompts
+
+WORD = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A LoRA file and what is known of its training.
+
+    Attributes:
+        kind: 'content' or 'style'.
+        file: the LoRA.
+        run: keys of the run's configuration; empty for a file that tells nothing.
+    """
+
+    kind: str
+    file: Path
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt(self, name: str) -> str | None:
+        """The run's template of the full, content or style prompt, or None if no run is known."""
+        if not self.run.get("content") or not self.run.get("style"):
+            return None
+        key = f"{name}_prompt"
+        return str(self.run.get(key, SplitConfig.model_fields[key].default))
+
+
+def find_source(path: Path, kind: str) -> Source:
+    """The LoRA of a kind in a run folder, or a LoRA file, with its run's configuration where it is known.
+
+    That is config.toml beside the file, or the settings that our own files carry in their header.
+
+    Raises:
+        UserError: there is no such folder or file, or the run is not finished.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        file = path / f"{kind}.safetensors"
+        if not file.is_file():
+            known = (
+                "the run is not finished: resume it" if (path / "config.toml").is_file() else "this is no run folder"
+            )
+            raise UserError(f"{path}: there is no {file.name} in it; {known}, or give a LoRA file")
+        return Source(kind, file, _run(file))
+    if not path.is_file():
+        raise UserError(f"--{kind} {path}: no such run folder or LoRA file")
+    return Source(kind, path, _run(path))
+
+
+def _run(file: Path) -> dict[str, Any]:
+    config = file.parent / "config.toml"
+    if config.is_file() and file.name.split(".")[0] in ("content", "style"):
+        return read_toml(config)
+    return {}
+
+
+def with_metadata(source: Source, metadata: Mapping[str, str]) -> Source:
+    """The source with the settings from its file's header, if no run folder told them."""
+    if source.run:
+        return source
+    try:
+        settings = json.loads(metadata.get("unziplora.settings", "{}"))
+    except ValueError:
+        return source
+    return Source(source.kind, source.file, settings if isinstance(settings, dict) else {})
+
+
+def base_name(config: SampleConfig, sources: list[Source]) -> str:
+    """The base to use: the one asked for, else the runs' common one, else SDXL base 1.0.
+
+    Raises:
+        UserError: the runs were trained on different bases.
+    """
+    if config.base:
+        return config.base
+    known = {str(source.run["base"]): source.file for source in sources if source.run.get("base")}
+    if len(known) > 1:
+        told = ", ".join(f"{file} on {base}" for base, file in known.items())
+        raise UserError(f"the LoRAs were trained on different bases ({told}): choose one with --base")
+    return next(iter(known), str(SplitConfig.model_fields["base"].default))
+
+
+def plan(config: SampleConfig, sources: list[Source]) -> list[Prompts]:
+    """The prompts of every picture: three each where both LoRAs get their own, else one.
+
+    Raises:
+        UserError: no prompt is given and none is known, or a word in braces is not known.
+    """
+    by_kind = {source.kind: source for source in sources}
+    words = _words(by_kind)
+    templates: dict[str, str | None] = {
+        "content": config.content_prompt or _template(by_kind, "content", "content"),
+        "style": config.style_prompt or _template(by_kind, "style", "style"),
+    }
+    if len(by_kind) == 2:
+        default = _template(by_kind, "content", "full")
+    else:
+        default = templates[sources[0].kind] if sources else None
+    fulls: list[str | None] = list(config.prompts) or [default]
+    if fulls[0] is None:
+        files = ", ".join(str(source.file) for source in sources)
+        raise UserError(f"{files} does not tell its words: say what to show with --prompts")
+    separate = len(by_kind) == 2 and config.mode != "direct"
+    unknown = [name for name, text in templates.items() if text is None]
+    if separate and unknown:
+        if config.mode == "separate":
+            raise UserError(
+                f"mode separate: give --{unknown[0]}-prompt, which {by_kind[unknown[0]].file} does not tell"
+            )
+        separate = False
+    content, style = (fill(templates[name] or "", words) if separate else None for name in ("content", "style"))
+    return [Prompts(fill(text or "", words), content, style) for text in fulls]
+
+
+def _template(by_kind: Mapping[str, Source], kind: str, name: str) -> str | None:
+    return by_kind[kind].prompt(name) if kind in by_kind else None
+
+
+def _words(by_kind: Mapping[str, Source]) -> dict[str, str]:
+    """Token and content word come from the content LoRA, the style words from the style LoRA, if there."""
+    words: dict[str, str] = {}
+    for kind, names in (("style", ("token", "content", "style")), ("content", ("token", "content"))):
+        run = by_kind[kind].run if kind in by_kind else {}
+        words.update({name: str(run[name]) for name in names if run.get(name)})
+    if "style" not in words and "content" in by_kind and by_kind["content"].run.get("style"):
+        words["style"] = str(by_kind["content"].run["style"])
+    return words
+
+
+def fill(template: str, words: Mapping[str, str]) -> str:
+    """Put words into {token}, {content} and {style}.
+
+    Raises:
+        UserError: a word is not known.
+    """
+
+    def word(match: re.Match[str]) -> str:
+        if match[1] not in words:
+            known = ", ".join(f"{{{name}}}" for name in words) or "none, because no run folder is given"
+            raise UserError(f"prompt {template!r}: {match[0]} is not known here; known: {known}")
+        return words[match[1]]
+
+    return WORD.sub(word, template).replace("style style", "style")

@@ -1,0 +1,141 @@
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+
+from unziplora.base import Base
+from unziplora.config import resolve
+from unziplora.config_sample import GridConfig
+from unziplora.errors import UserError
+from unziplora.generate import generate
+from unziplora.grid import grid, sheet
+from unziplora.lora.files import Lora, write_lora
+from unziplora.lora.layer import adapted, add_lora
+
+
+def tile(red: int, side: int = 32) -> Image.Image:
+    return Image.new("RGB", (side, side), (red, 0, 0))
+
+
+@pytest.fixture
+def loras(tiny_base: Base, tmp_path: Path) -> dict[str, Path]:
+    files = {}
+    for kind, seed in (("content", 1), ("style", 2)):
+        files[kind] = tmp_path / f"{kind}-lora.safetensors"
+        write_lora(Lora(tiny.random_lora(tiny_base.unet, seed)), files[kind], dtype="fp32")
+    return files
+
+
+def cells(picture: Image.Image, side: int, rows: int, columns: int) -> list[Image.Image]:
+    """Cut the pictures out of a sheet, row by row: they lie at the lower right, 4 pixels apart."""
+    left, top = picture.width - columns * (side + 4), picture.height - rows * (side + 4)
+    corners = [(left + x * (side + 4), top + y * (side + 4)) for y in range(rows) for x in range(columns)]
+    return [picture.crop((x, y, x + side, y + side)) for x, y in corners]
+
+
+def test_sheet_without_labels_is_pictures_and_gaps():
+    picture = sheet([[tile(10), tile(20)], [tile(30), None]])
+    assert picture.size == (2 * 36 + 4, 2 * 36 + 4)
+    assert picture.getpixel((4, 4)) == (10, 0, 0)
+    assert picture.getpixel((40, 4)) == (20, 0, 0)
+    assert picture.getpixel((4, 40)) == (30, 0, 0)
+    assert picture.getpixel((40, 40)) == (255, 255, 255)
+
+
+def test_labels_take_room_above_and_left_and_are_drawn():
+    plain, labelled = sheet([[tile(1)]]), sheet([[tile(1)]], ["content 0.5"], ["style 1"])
+    assert labelled.width > plain.width
+    assert labelled.height > plain.height
+    left, top = labelled.width - plain.width, labelled.height - plain.height
+    assert labelled.crop((0, top, left, labelled.height)).getextrema()[0][0] < 128
+    assert labelled.crop((left, 0, labelled.width, top)).getextrema()[0][0] < 128
+    assert labelled.getpixel((left + 4, top + 4)) == (1, 0, 0)
+
+
+def test_long_labels_are_wrapped_and_cut():
+    short = sheet([[tile(1, 128)]], ["a cat"], ["a cat"])
+    long = sheet([[tile(1, 128)]], ["a cat " * 99], ["a cat " * 99])
+    assert long.width <= short.width + 200
+    assert long.height <= short.height + 60
+
+
+def test_smaller_pictures_are_centred_and_other_modes_shown():
+    picture = sheet([[tile(9, 32), Image.new("L", (16, 16), 50)]])
+    assert picture.getpixel((40 + 16, 4 + 16)) == (50, 50, 50)
+    assert picture.getpixel((40, 4)) == (255, 255, 255)
+
+
+def test_sheets_that_cannot_be_are_refused():
+    with pytest.raises(UserError, match="at least one"):
+        sheet([[None]])
+    with pytest.raises(UserError, match="fewer or smaller"):
+        sheet([[tile(1, 1000)] * 20])
+
+
+def test_strength_grid_shows_every_pair(fresh_base, loras: dict[str, Path], tmp_path: Path):
+    base = fresh_base()
+    config = GridConfig(
+        **loras,
+        prompts=["a cat"],
+        steps=1,
+        content_strengths=[0, 1],
+        style_strengths=[0, 0.5, 1],
+        out=tmp_path / "g.png",
+    )
+    assert config.axes() == ("content_strength", "style_strength")
+    seen = []
+    path = grid(config, base, lambda *report: seen.append(report))
+    assert seen[-1] == (6, 6)
+    assert not adapted(base.unet)
+    with Image.open(path) as picture:
+        picture.load()
+        assert json.loads(picture.text["unziplora"])["style_strengths"] == [0, 0.5, 1]
+    shown = cells(picture, 64, 2, 3)
+    pairs = {name: tiny.random_lora(base.unet, seed) for name, seed in (("content", 1), ("style", 2))}
+    for name, lora in pairs.items():
+        add_lora(base.unet, name, lora)
+    expected = []
+    for content in (0.0, 1.0):
+        for style in (0.0, 0.5, 1.0):
+            for layer in adapted(base.unet).values():
+                layer.branches["content"].strength, layer.branches["style"].strength = content, style
+            expected += generate(base, "a cat", seeds=[0], steps=1)
+    assert [cell.tobytes() for cell in shown] == [picture.tobytes() for picture in expected]
+    assert len({cell.tobytes() for cell in shown}) == 6
+
+
+def test_prompt_grid_shows_every_prompt_with_every_seed(shared_base: Base, tmp_path: Path):
+    config = GridConfig(prompts=["a cat", "a dog"], seeds=[1, 2, 3], steps=1, out=tmp_path / "g.png")
+    assert config.axes() == ("prompt", "seed")
+    with Image.open(grid(config, shared_base)) as picture:
+        shown = cells(picture.convert("RGB"), 64, 2, 3)
+    expected = [p for prompt in config.prompts for p in generate(shared_base, prompt, seeds=[1, 2, 3], steps=1)]
+    assert [cell.tobytes() for cell in shown] == [picture.tobytes() for picture in expected]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"prompts": ["x"], "rows": "seed", "columns": "seed"}, "choose two different"),
+        ({"prompts": ["x"], "rows": "content_strength"}, "needs --content"),
+        ({"content": "a", "style": "b", "seeds": [1, 2]}, "2 seeds, but no axis shows them"),
+        ({"content": "a", "content_strengths": []}, "content_strengths"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(keys: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        resolve(GridConfig, keys)
+
+
+def test_grid_is_written_to_a_png_file_only(shared_base: Base, tmp_path: Path):
+    for out in (tmp_path, tmp_path / "grid.jpg"):
+        with pytest.raises(UserError, match=r"name of a \.png file"):
+            grid(GridConfig(prompts=["x"], out=out), shared_base)
+
+
+def test_axes_follow_what_is_given():
+    assert GridConfig(content="a", style="b", rows="seed").axes() == ("seed", "style_strength")
+    assert GridConfig(content="a", columns="content_strength").axes() == ("prompt", "content_strength")
+    assert GridConfig(content="a", style="b", prompts=["x", "y"], seeds=[1, 2]).axes() == ("prompt", "seed")

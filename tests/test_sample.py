@@ -1,0 +1,278 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from unziplora.base import Base
+from unziplora.config import SplitConfig, resolve, to_toml
+from unziplora.config_sample import SampleConfig
+from unziplora.errors import MachineError, UserError
+from unziplora.generate import Settings, generate_latents
+from unziplora.lora.files import Lora, write_lora
+from unziplora.lora.layer import adapted, add_lora, attention_linears
+from unziplora.prompts import Prompts
+from unziplora.sample import open_session, sample
+from unziplora.sources import base_name, find_source, plan
+
+FAST = Settings(steps=2)
+
+
+def make_run(folder: Path, base: Base, source: Path, content: str, style: str, seed: int) -> Path:
+    """What training leaves behind: two LoRA files and the configuration."""
+    config = resolve(
+        SplitConfig, {"images": ["x.png"], "content": content, "style": style, "out": folder, "base": str(source)}
+    )
+    folder.mkdir()
+    (folder / "config.toml").write_text(to_toml(config))
+    for kind, offset in (("content", 0), ("style", 1)):
+        lora = Lora(tiny.random_lora(base.unet, seed + offset))
+        write_lora(lora, folder / f"{kind}.safetensors", dtype="fp32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cat(shared_base: Base, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "cat", shared_base, tiny_folder, "cat", "ink", 1)
+
+
+@pytest.fixture(scope="module")
+def dog(shared_base: Base, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "dog", shared_base, tiny_folder, "dog", "oil paint", 11)
+
+
+def latents(config: SampleConfig, base: Base, seed: int = 0) -> torch.Tensor:
+    with open_session(config, base) as session:
+        return generate_latents(base, session.prompts[0], [seed], FAST)
+
+
+def expected(base: Base, prompts: Prompts | str, **loras: int) -> torch.Tensor:
+    """Branches put in by hand, by LoRA name and seed."""
+    pairs = {name: tiny.random_lora(base.unet, seed) for name, seed in loras.items()}
+    for name, lora in pairs.items():
+        add_lora(base.unet, name, lora, stream=name)
+    return generate_latents(base, prompts, [0], FAST)
+
+
+def test_content_alone_and_style_alone_use_their_runs_prompts(fresh_base, cat: Path):
+    got = latents(SampleConfig(content=cat), fresh_base())
+    torch.testing.assert_close(got, expected(fresh_base(), "a sks cat", content=1), rtol=1e-4, atol=1e-4)
+    got = latents(SampleConfig(style=cat), fresh_base())
+    torch.testing.assert_close(got, expected(fresh_base(), "an image in ink style", style=2), rtol=1e-4, atol=1e-4)
+
+
+def test_both_see_three_prompts(fresh_base, cat: Path):
+    prompts = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
+    got = latents(SampleConfig(content=cat, style=cat), fresh_base())
+    torch.testing.assert_close(got, expected(fresh_base(), prompts, content=1, style=2), rtol=1e-4, atol=1e-4)
+
+
+def test_direct_addition_sees_one_prompt(fresh_base, cat: Path):
+    got = latents(SampleConfig(content=cat, style=cat, mode="direct"), fresh_base())
+    want = expected(fresh_base(), "a sks cat in ink style", content=1, style=2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_content_of_one_run_with_style_of_another(fresh_base, cat: Path, dog: Path):
+    prompts = Prompts("a sks cat in oil paint style", "a sks cat", "an image in oil paint style")
+    got = latents(SampleConfig(content=cat, style=dog), fresh_base())
+    torch.testing.assert_close(got, expected(fresh_base(), prompts, content=1, style=12), rtol=1e-4, atol=1e-4)
+
+
+def test_plain_file_gives_the_same_as_its_run(fresh_base, cat: Path, tmp_path: Path):
+    for layout in ("kohya", "diffusers"):
+        lora = Lora(tiny.random_lora(fresh_base().unet, 1))
+        write_lora(lora, tmp_path / f"{layout}.safetensors", layout, dtype="fp32")
+        config = SampleConfig(content=tmp_path / f"{layout}.safetensors", prompts=["a sks cat"])
+        got = latents(config, fresh_base())
+        torch.testing.assert_close(got, latents(SampleConfig(content=cat), fresh_base()), rtol=1e-4, atol=1e-4)
+
+
+def test_strength_zero_and_all_blocks_zero_are_the_base(fresh_base, shared_base: Base, cat: Path):
+    want = generate_latents(shared_base, "a sks cat in ink style", [0], FAST)
+    off = SampleConfig(content=cat, style=cat, content_strength=0, style_strength=0)
+    assert torch.equal(latents(off, fresh_base()), want)
+    blocks = ["down_blocks=0", "mid_block=0", "up_blocks=0"]
+    off = SampleConfig(content=cat, style=cat, content_blocks=blocks, style_blocks=blocks)
+    assert torch.equal(latents(off, fresh_base()), want)
+
+
+def test_longest_block_name_counts_and_multiplies_the_strength(tiny_base: Base, cat: Path):
+    blocks = ["up_blocks=0", "up_blocks.0.attentions.1=0.5"]
+    config = SampleConfig(content=cat, content_strength=3, content_blocks=blocks)
+    with open_session(config, tiny_base):
+        found = {path: layer.branches["content"].strength for path, layer in adapted(tiny_base.unet).items()}
+    for path, strength in found.items():
+        kept = path.startswith("up_blocks.0.attentions.1.")
+        assert strength == (1.5 if kept else 0.0 if path.startswith("up_blocks.") else 3.0)
+
+
+def test_the_base_is_left_as_it_was(tiny_base: Base, shared_base: Base, cat: Path):
+    latents(SampleConfig(content=cat, style=cat), tiny_base)
+    assert not adapted(tiny_base.unet)
+    assert tiny_base.unet.state_dict().keys() == shared_base.unet.state_dict().keys()
+
+
+def test_convolutions_and_text_encoders_are_loaded_through_diffusers(fresh_base, shared_base: Base, tmp_path: Path):
+    base = fresh_base()
+    paths = [*attention_linears(base.unet), "down_blocks.1.resnets.0.conv1"]
+    q = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+    text = {f"{q}.lora_A.weight": torch.randn(2, 24), f"{q}.lora_B.weight": torch.randn(24, 2)}
+    file = tmp_path / "locon.safetensors"
+    write_lora(Lora(tiny.random_lora(base.unet, 1, paths), {}, text), file, dtype="fp32")
+    config = SampleConfig(content=file, prompts=["a cat"])
+    changed = latents(config, base)
+    plain = generate_latents(shared_base, "a cat", [0], FAST)
+    assert not torch.allclose(changed, plain, atol=1e-2)
+    torch.testing.assert_close(latents(SampleConfig(**{**config.model_dump(), "content_strength": 0}), base), plain)
+    torch.testing.assert_close(generate_latents(base, "a cat", [0], FAST), plain)
+    both = SampleConfig(content=file, style=file, mode="separate", prompts=["x"], content_prompt="x", style_prompt="x")
+    with pytest.raises(UserError, match="--mode direct"):
+        latents(both, base)
+
+
+def test_diffusers_and_our_branches_agree(fresh_base, tmp_path: Path):
+    """The same file, once through PEFT and once through BranchedLinear."""
+    file = tmp_path / "lora.safetensors"
+    write_lora(Lora(tiny.random_lora(fresh_base().unet, 1)), file, dtype="fp32")
+    ours = latents(SampleConfig(content=file, prompts=["a cat"], content_strength=0.7), fresh_base())
+    base = fresh_base()
+    base.pipe.load_lora_weights(str(file), adapter_name="x")
+    base.pipe.set_adapters(["x"], [0.7])
+    torch.testing.assert_close(ours, generate_latents(base, "a cat", [0], FAST), rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_are_named_by_seed_and_carry_their_settings(tiny_base: Base, cat: Path, tmp_path: Path):
+    config = SampleConfig(content=cat, seeds=[3, 5], steps=1, out=tmp_path / "out", negative="blurry", guidance=4)
+    paths = sample(config, tiny_base)
+    assert [path.name for path in paths] == ["3.png", "5.png"]
+    with Image.open(paths[1]) as picture:
+        assert picture.size == (64, 64)
+        told = json.loads(picture.text["unziplora"])
+        lines = picture.text["parameters"].splitlines()
+    assert (told["seed"], told["prompt"], told["content_strength"]) == (5, "a sks cat", 1.0)
+    assert lines[:2] == ["a sks cat", "Negative prompt: blurry"]
+    assert lines[2].startswith("Steps: 1, Sampler: base, CFG scale: 4, Seed: 5, Size: 64x64, Model: tiny-xl")
+
+
+def test_nothing_is_overwritten_but_the_same_picture(tiny_base: Base, cat: Path, tmp_path: Path):
+    config = SampleConfig(content=cat, steps=1, out=tmp_path)
+    assert [path.name for path in sample(config, tiny_base)] == ["0.png"]
+    assert [path.name for path in sample(config, tiny_base)] == ["0.png"]
+    other = SampleConfig(content=cat, steps=2, out=tmp_path)
+    assert [path.name for path in sample(other, tiny_base)] == ["0-2.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0-2.png", "0.png"]
+
+
+def test_several_prompts_are_numbered_and_progress_runs_over_all(tiny_base: Base, tmp_path: Path):
+    seen = []
+    config = SampleConfig(prompts=["a cat", "a dog"], steps=1, seeds=[4, 4, 6], out=tmp_path)
+    paths = sample(config, tiny_base, lambda *report: seen.append(report))
+    assert [path.name for path in paths] == ["01-4.png", "01-6.png", "02-4.png", "02-6.png"]
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_base_is_loaded_as_the_run_says(cat: Path, tmp_path: Path):
+    (path,) = sample(SampleConfig(style=cat, steps=1, out=tmp_path, device="cpu"))
+    with Image.open(path) as picture:
+        assert json.loads(picture.text["unziplora"])["base"] == "tiny-xl"
+
+
+def test_words_and_base_are_read_from_a_files_header(tiny_base: Base, tmp_path: Path):
+    settings = {"token": "ohwx", "content": "fox", "style": "chalk", "base": "somebody/some-xl"}
+    for kind, seed in (("content", 1), ("style", 2)):
+        lora = Lora(tiny.random_lora(tiny_base.unet, seed), {"unziplora.settings": json.dumps(settings)})
+        write_lora(lora, tmp_path / f"my-{kind}.safetensors")
+    config = SampleConfig(content=tmp_path / "my-content.safetensors", style=tmp_path / "my-style.safetensors")
+    with open_session(config, tiny_base) as session:
+        assert session.prompts == [Prompts("a ohwx fox in chalk style", "a ohwx fox", "an image in chalk style")]
+
+
+def test_words_are_filled_into_prompts(cat: Path, dog: Path):
+    sources = [find_source(cat, "content"), find_source(dog, "style")]
+    config = SampleConfig(content=cat, style=dog, prompts=["{token} {content} as {style} style style, {}"])
+    (prompts,) = plan(config, sources)
+    assert prompts == Prompts("sks cat as oil paint style, {}", "a sks cat", "an image in oil paint style")
+    with pytest.raises(UserError, match=r"\{colour\} is not known here; known: \{token\}, \{content\}, \{style\}"):
+        plan(SampleConfig(content=cat, style=dog, prompts=["{colour}"]), sources)
+
+
+def test_different_bases_ask_for_a_choice(cat: Path, dog: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    other.mkdir()
+    text = (dog / "config.toml").read_text().splitlines()
+    (other / "config.toml").write_text("\n".join('base = "x/y"' if t.startswith("base =") else t for t in text))
+    (other / "style.safetensors").write_bytes((dog / "style.safetensors").read_bytes())
+    sources = [find_source(cat, "content"), find_source(other, "style")]
+    config = SampleConfig(content=cat, style=other)
+    with pytest.raises(UserError, match="different bases"):
+        base_name(config, sources)
+    assert base_name(SampleConfig(content=cat, style=other, base="x/y"), sources) == "x/y"
+
+
+def test_lora_for_another_size_does_not_fit(tiny_base: Base, tmp_path: Path):
+    pairs = tiny.random_lora(tiny.unet(block_out_channels=(8, 16, 64)), 1)
+    write_lora(Lora(pairs), tmp_path / "wide.safetensors", dtype="fp32")
+    with pytest.raises(UserError, match="does not fit base tiny-xl"):
+        latents(SampleConfig(content=tmp_path / "wide.safetensors", prompts=["x"]), tiny_base)
+    assert not adapted(tiny_base.unet)
+
+
+def test_refusals_of_sources(tiny_base: Base, cat: Path, tmp_path: Path):
+    def refused(message: str, **keys: object) -> None:
+        with pytest.raises(UserError, match=message):
+            sample(SampleConfig(**{"out": tmp_path / "out", **keys}), tiny_base)
+
+    refused("no such run folder or LoRA file", content=tmp_path / "nowhere")
+    refused("this is no run folder", content=tmp_path)
+    (tmp_path / "config.toml").touch()
+    refused("the run is not finished", content=tmp_path)
+    refused(
+        "has no modules in block 'up_block'; it has down_blocks.1.attentions.0",
+        content=cat,
+        content_blocks=["up_block=0"],
+    )
+    (tmp_path / "evil.safetensors").write_bytes(pickle.dumps({}))
+    refused("pickle", content=tmp_path / "evil.safetensors")
+    plain = tmp_path / "plain.safetensors"
+    write_lora(Lora(tiny.random_lora(tiny_base.unet, 1)), plain)
+    refused("say what to show with --prompts", content=plain)
+    refused("give --style-prompt", content=cat, style=plain, mode="separate", prompts=["x"])
+    refused("is a file", content=cat, out=plain)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_folder_is_the_machines_fault(tiny_base: Base, cat: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError, match="a file is where a folder should be"):
+        sample(SampleConfig(content=cat, steps=1, out=tmp_path / "file" / "out"), tiny_base)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "nothing to show"),
+        ({"prompts": [" "]}, "a prompt is empty"),
+        ({"prompts": ["x"], "seeds": []}, "seeds"),
+        ({"prompts": ["x"], "seeds": [-1]}, "from 0 on"),
+        ({"prompts": ["x"], "width": 100}, "width: must be a multiple of 8; the nearest is 96"),
+        ({"prompts": ["x"], "scheduler": "eular"}, "did you mean 'euler'"),
+        ({"prompts": ["x"], "content_blocks": ["up=0"]}, "give --content too"),
+        ({"content": "x", "content_blocks": ["up"]}, "write block=strength"),
+        ({"content": "x", "content_blocks": ["up=much"]}, "write block=strength"),
+        ({"content": "x", "content_strength": float("nan")}, "finite"),
+        ({"content": "x", "mode": "separate"}, "give --content and --style"),
+        ({"prompts": ["x"], "stepps": 3}, "did you mean 'steps'"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(keys: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        resolve(SampleConfig, keys)
+
+
+def test_scheduler_is_found_by_its_usual_names():
+    assert SampleConfig(prompts=["x"], scheduler="DPM++ 2M Karras").scheduler == "dpm++_2m_karras"
+    assert SampleConfig(prompts=["x"], scheduler="Euler a").scheduler == "euler_a"
