@@ -93,20 +93,21 @@ class BranchedLinear(nn.Module):
             elif branch.strength:
                 groups.setdefault(stream, []).append(branch)
         for stream, branches in groups.items():
-            y = y + _low_rank(streams[stream], branches).to(y.dtype)
+            y = _add_low_rank(y, streams[stream], branches)
         return y
 
 
-def _low_rank(x: Tensor, branches: list[Branch]) -> Tensor:
-    """Σ_i (x A_iᵀ) (diag(columns_i) B_i)ᵀ for branches that read the same x, [..., out].
+def _add_low_rank(y: Tensor, x: Tensor, branches: list[Branch]) -> Tensor:
+    """y + Σ_i (x A_iᵀ) (diag(columns_i) B_i)ᵀ for branches that read the same x, [..., out].
 
-    The column factor goes into B, [out, rank]: the same as on the output, without a second output in memory.
+    The column factor goes into B, [out, rank], and the sum into the product: no second output in memory.
     """
     down = torch.cat([b.down for b in branches])
     up = torch.cat([b.columns()[:, None] * b.up for b in branches], dim=1)
     if x.dtype != up.dtype and not torch.is_autocast_enabled(x.device.type):
         down, up = down.to(x.dtype), up.to(x.dtype)
-    return F.linear(F.linear(x, down), up)
+    inner = F.linear(x, down).flatten(0, -2)
+    return torch.addmm(y.flatten(0, -2), inner, up.T).view(y.shape)
 
 
 def _observed(x: Tensor, branch: Branch) -> Tensor:
