@@ -164,6 +164,7 @@ def test_the_full_size_names_are_not_taken_for_sd(file):
     path = store(file, kohya(Lora(wide)))
     refused(path, r"SD 1\.x")
     assert len(read_lora(path, {"cross_attention_dim": 768}).modules) == 722
+    assert len(read_lora(store(file, kohya(Lora(wide)), {"unziplora.version": "0.1.0"})).modules) == 722
 
 
 Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -387,6 +387,27 @@ def test_blocks_are_scaled_by_the_longest_name():
     assert "mid_block.attentions.0" in blocks(lora)
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["base known", "base unknown"])
+def test_a_base_with_blocks_of_another_length(tmp_path, known):
+    unet = tiny.unet(layers_per_block=1)
+    lora, path = make(unet=unet), tmp_path / "a.safetensors"
+    config = unet.config if known else None
+    write_lora(lora, path, metadata=metadata_for(title="a", layers_per_block=1), dtype="fp32")
+    assert any("input_blocks_3_1" in name for name in load_file(path))
+    same(lora, read_lora(path, config))
+    write_lora(lora, path, metadata=metadata_for(title="a"), dtype="fp32")  # its length forgotten: still our own names
+    same(lora, read_lora(path, config))
+    store(
+        path,
+        {
+            f"{keys.to_kohya(p, layers=1)}.{part}": t
+            for p, pair in lora.modules.items()
+            for part, t in zip(KOHYA, pair, strict=True)
+        },
+    )
+    same(lora, read_lora(path, unet.config))
+
+
 def test_a_block_that_is_not_there_is_an_error_that_names_the_blocks():
     with pytest.raises(UserError, match=r"up_blocks\.7.*up_blocks\.0\.attentions\.0"):
         scale_blocks(make(), {"up_blocks.7": 1.0})

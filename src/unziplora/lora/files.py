@@ -15,7 +15,7 @@ from unziplora.errors import UserError
 from unziplora.lora import families, keys, layouts
 from unziplora.lora.algebra import Pair, scale
 from unziplora.lora.grouping import PEFT_PREFIX, Grouped, group
-from unziplora.lora.metadata import header
+from unziplora.lora.metadata import LAYERS_KEY, header
 from unziplora.lora.storage import open_tensors, write_safetensors
 
 Layout = Literal["kohya", "kohya-diffusers", "diffusers"]
@@ -98,13 +98,22 @@ def understand(
     config = dict(unet_config or {})
     try:
         metadata = {**metadata, **_peft_config(path, names)}
-        grouped = group(tensors, metadata, config.get("layers_per_block", keys.LAYERS))
+        grouped = group(tensors, metadata, _layers(metadata, config))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     shapes = {name: (f.up.shape[0], f.down.shape[1]) for name, f in grouped.unet.items()}
-    if family := families.unet_family(shapes, config.get("cross_attention_dim")):
+    family = families.unet_family(shapes, config.get("cross_attention_dim"))
+    if family and "unziplora.version" not in metadata:  # our own files are for SDXL's topology, whatever its widths
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
     return grouped
+
+
+def _layers(metadata: Mapping[str, str], config: Mapping[str, Any]) -> int:
+    """Resnets per block, which sgm's names depend on: 2 as in SDXL, unless the file or the base says otherwise."""
+    if LAYERS_KEY in metadata and metadata[LAYERS_KEY].isdigit():
+        return int(metadata[LAYERS_KEY])
+    layers = config.get("layers_per_block")
+    return layers if isinstance(layers, int) and "unziplora.version" not in metadata else keys.LAYERS
 
 
 def _peft_config(path: Path, names: list[str]) -> dict[str, str]:
@@ -148,12 +157,14 @@ def write_lora(
     ranks = {down.shape[0] for down, _ in pairs.values()}
     chosen = float(alpha or (layout != "diffusers" and lora.alpha) or max(ranks))
     adapter = {}
+    described = lora.metadata if metadata is None else metadata
     if layout == "diffusers":
         tensors, adapter[layouts.ADAPTER_METADATA] = layouts.diffusers(pairs, alpha)
     else:
-        tensors = layouts.kohya(pairs, chosen, "sgm" if layout == "kohya" else "diffusers")
+        spelling = "sgm" if layout == "kohya" else "diffusers"
+        tensors = layouts.kohya(pairs, chosen, spelling, _layers(described, {}))
     head = header(
-        lora.metadata if metadata is None else metadata,
+        described,
         ranks=ranks,
         alpha=chosen,
         full_size=families.sdxl_sized({name: (up.shape[0], a.shape[1]) for name, (a, up) in lora.modules.items()}),

@@ -16,18 +16,19 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 """Header key in which diffusers keeps rank and alpha of its own layout (and of no other: it raises)."""
 
 
-def kohya(pairs: Mapping[str, Pair], alpha: float, blocks: str = "sgm") -> dict[str, Tensor]:
+def kohya(pairs: Mapping[str, Pair], alpha: float, blocks: str = "sgm", layers: int = keys.LAYERS) -> dict[str, Tensor]:
     """UNet and text encoder modules by kohya's names, one alpha for all: B is multiplied by rank / alpha.
 
     Args:
         pairs: UNet modules by diffusers' path, those of text encoders by `text_encoder…` path.
         alpha: written for every module.
         blocks: "sgm" or "diffusers" spelling inside the names.
+        layers: resnets per down block of the base, for sgm's.
     """
     tensors = {}
     for path, (down, up) in pairs.items():
         text = path.startswith("text_encoder")
-        name = keys.text_to_kohya(path) if text else keys.to_kohya(path, blocks)
+        name = keys.text_to_kohya(path) if text else keys.to_kohya(path, blocks, layers)
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
         tensors[f"{name}.lora_down.weight"] = down
         tensors[f"{name}.lora_up.weight"] = up * (down.shape[0] / alpha)

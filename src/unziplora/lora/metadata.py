@@ -14,6 +14,7 @@ from PIL import Image
 
 from unziplora.errors import UserError
 
+LAYERS_KEY = "unziplora.layers_per_block"
 THUMBNAIL = 256
 """Longest side of the thumbnail in pixels."""
 
@@ -40,6 +41,7 @@ def metadata_for(
     resolution: tuple[int, int] = (1024, 1024),
     prediction: str = "epsilon",
     zero_terminal_snr: bool = False,
+    layers_per_block: int = 2,
     method: str = "",
     settings: Mapping[str, Any] | None = None,
     tags: Mapping[str, int] | None = None,
@@ -59,6 +61,7 @@ def metadata_for(
         resolution: width and height of training in pixels.
         prediction: the base's prediction type, diffusers' name ("epsilon" or "v_prediction").
         zero_terminal_snr: the base's noise schedule ends in pure noise.
+        layers_per_block: of the base's UNet; sgm's names depend on it, so it is kept where it is not SDXL's 2.
         method: how it was made.
         settings: everything it was made with, written as JSON.
         tags: words of the training captions and their counts; default: the trigger, once.
@@ -87,6 +90,7 @@ def metadata_for(
         "ss_training_comment": comment,
         "unziplora.version": version("unziplora"),
         "unziplora.method": method,
+        LAYERS_KEY: str(layers_per_block) if layers_per_block != 2 else "",
         "unziplora.settings": json.dumps(settings, sort_keys=True, default=str) if settings else "",
     }
     return {key: value for key, value in found.items() if value}
