@@ -1,0 +1,103 @@
+"""The `unziplora` command. Torch and diffusers are imported inside commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+import click
+
+from unziplora.cli.output import debugging, failed, note, warnings_shown
+from unziplora.errors import UserError
+
+COMMANDS = {
+    "split": "unziplora.cli.split",
+    "sample": "unziplora.cli.pictures",
+    "grid": "unziplora.cli.pictures",
+    "inspect": "unziplora.cli.files",
+    "convert": "unziplora.cli.files",
+    "resize": "unziplora.cli.files",
+    "doctor": "unziplora.cli.machine",
+    "demo": "unziplora.cli.machine",
+}
+"""Commands in the order of the help, and the module that defines each: only the one that runs is imported."""
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""Libraries read these when they are imported; what is set already wins."""
+
+
+class Group(click.Group):
+    """Commands that are imported when they are named; a mistyped one brings up the nearest."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return getattr(import_module(COMMANDS[name]), f"{name}_command") if name in COMMANDS else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and name not in COMMANDS:
+            near = get_close_matches(name, COMMANDS, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise UserError(f"no command {name!r}: {hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Each command explains itself with an example: unziplora split --help",
+)
+@click.version_option(None, "--version", "-V", package_name="unziplora", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Split one picture into a content LoRA and a style LoRA for SDXL.
+
+    \b
+    Is this machine ready?        unziplora doctor
+    See it work on a small base:  unziplora demo
+    Your own picture:             unziplora split cat.jpg --content cat --style "pencil sketch"
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 the machine's fault, 2 the request's, 130 stopped."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in args
+    if not debugging():
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+    try:
+        with warnings_shown(quiet="--quiet" in args or "-q" in args):
+            cli.main(args, prog_name="unziplora", standalone_mode=False)
+            sys.stdout.flush()
+            return 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        note(error.format_message())
+        return 2
+    except click.ClickException as error:
+        ctx = getattr(error, "ctx", None)
+        where = f" (see {ctx.command_path} --help)" if ctx else ""
+        return failed(UserError(error.format_message().rstrip(".") + where), as_json)
+    except BrokenPipeError:
+        # the reader of a pipe has gone: what is left in the buffer must not raise once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        return failed(KeyboardInterrupt(), as_json)
+    except Exception as error:
+        if debugging():
+            raise
+        return failed(error, as_json)

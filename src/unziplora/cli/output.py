@@ -1,0 +1,120 @@
+"""What a command prints: one result on stdout, everything else on stderr, and no traceback for expected faults."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from unziplora.errors import Interrupted, MachineError, UnziploraError, first_line
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from unziplora.config import SplitConfig
+
+PACKAGE = str(Path(__file__).parent.parent)
+
+
+def debugging() -> bool:
+    """Whether faults keep their tracebacks (UNZIPLORA_DEBUG=1)."""
+    return os.environ.get("UNZIPLORA_DEBUG", "") not in ("", "0")
+
+
+def note(text: str) -> None:
+    """A line for a person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(result: BaseModel | dict[str, Any], text: str | Callable[[], str], as_json: bool) -> None:
+    """Print a command's result on stdout: as one JSON document, or as text."""
+    if as_json:
+        data = result if isinstance(result, dict) else result.model_dump(mode="json")
+        print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+    else:
+        print(text if isinstance(text, str) else text())
+
+
+@contextmanager
+def stdout_kept() -> Iterator[None]:
+    """Send what libraries print to stderr, so that stdout holds the result alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextmanager
+def warnings_shown(quiet: bool = False) -> Iterator[None]:
+    """Show each of our own warnings once, as one line; those of the libraries only while debugging."""
+    told: set[str] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        ours = filename.startswith(PACKAGE) and category is UserWarning
+        if ((ours and not quiet) or debugging()) and str(message) not in told:
+            told.add(str(message))
+            note(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out, on the GPU or the CPU; torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in ("can't allocate memory", "out of memory", "OUT_OF_MEMORY")
+    )
+
+
+@contextmanager
+def memory_advice(config: SplitConfig) -> Iterator[None]:
+    """Turn running out of memory into a message that names the next smaller setting."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error) or debugging():
+            raise
+        from unziplora.memory import smaller
+
+        advice = smaller(config)
+        raise MachineError(
+            f"not enough memory ({first_line(error)}). "
+            + (f"Next smaller setting: {advice}" if advice else "Choose a smaller base, or a machine with more memory")
+        ) from error
+
+
+def failed(error: BaseException, as_json: bool) -> int:
+    """Tell an exception in one message and return the exit code."""
+    if isinstance(error, UnziploraError):
+        code, text = error.exit_code, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, text = 130, "interrupted"
+    elif out_of_memory(error):
+        code, text = 1, f"not enough memory ({first_line(error)}): close other programs, or choose smaller settings"
+    else:
+        code = 1
+        text = (
+            f"a fault in unziplora itself: {type(error).__name__}: {first_line(error)}. "
+            "Set UNZIPLORA_DEBUG=1 and run again for the details to report"
+        )
+    prefix = "" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "error: "
+    note(prefix + text)
+    if as_json:
+        print(json.dumps({"error": text, "exit_code": code}, ensure_ascii=False))
+    return code

@@ -1,0 +1,102 @@
+"""`unziplora sample` and `grid`: pictures with the LoRAs of runs or files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from unziplora.cli.common import config_option, counted, dry_run_option, json_option, quiet_option
+from unziplora.cli.flags import RecipeCommand, layers, options
+from unziplora.cli.output import emit, stdout_kept
+from unziplora.config import Recipe, resolve, to_toml
+from unziplora.config_sample import GridConfig, SampleConfig
+from unziplora.progress import show
+
+
+def run_sample(
+    ctx: click.Context, run: str | None, config_file: str | None, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    """Carry out `sample`."""
+    config = resolve(SampleConfig, *_layers(ctx, run, config_file))
+    if dry_run:
+        return _plan(config, as_json)
+    with stdout_kept(), show(quiet) as view:
+        from unziplora.sample import sample
+
+        paths = sample(config, progress=counted(view))
+    emit({"pictures": [str(path) for path in paths]}, "\n".join(str(path) for path in paths), as_json)
+
+
+def run_grid(
+    ctx: click.Context, run: str | None, config_file: str | None, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    """Carry out `grid`."""
+    config = resolve(GridConfig, *_layers(ctx, run, config_file))
+    if dry_run:
+        return _plan(config, as_json)
+    with stdout_kept(), show(quiet) as view:
+        from unziplora.grid import grid
+
+        path = grid(config, progress=counted(view))
+    emit({"picture": str(path)}, str(path), as_json)
+
+
+def _layers(ctx: click.Context, run: str | None, config_file: str | None) -> list[dict[str, object]]:
+    """The keys of file and flags; a run folder named first gives both content and style."""
+    file, flags = layers(ctx, config_file)
+    both = {} if run is None else {"content": Path(run), "style": Path(run)}
+    return [file, both, flags]
+
+
+def _plan(config: Recipe, as_json: bool) -> None:
+    emit({"config": config.model_dump(mode="json")}, lambda: to_toml(config), as_json)
+
+
+_RUN = "RUN is a run folder of `unziplora split`: the same as --content RUN --style RUN."
+
+sample_command = RecipeCommand(
+    "sample",
+    callback=click.pass_context(run_sample),
+    help=f"""Make pictures with a content LoRA, a style LoRA, or both.
+
+    {_RUN} LoRA files of other programs will do as well.
+
+    \b
+    The picture anew:           unziplora sample runs/cat
+    The cat alone:              unziplora sample --content runs/cat --prompts "a sks cat on a beach"
+    The style alone:            unziplora sample --style runs/cat --prompts "a dog in pencil sketch style"
+    This cat, another's style:  unziplora sample --content runs/cat --style runs/fox
+    """,
+    short_help="Make pictures with a content LoRA, a style LoRA, or both.",
+    params=[
+        click.Argument(["run"], required=False, metavar="[RUN]"),
+        config_option(),
+        dry_run_option("make nothing"),
+        json_option(),
+        quiet_option(),
+        *options(SampleConfig),
+    ],
+)
+
+grid_command = RecipeCommand(
+    "grid",
+    callback=click.pass_context(run_grid),
+    help=f"""Make one labelled sheet of pictures: strength by strength, or prompts by seeds.
+
+    {_RUN}
+
+    \b
+      unziplora grid runs/cat --out cat.png
+      unziplora grid --style runs/cat --prompts "a dog" --prompts "a car" --seeds 0 --seeds 1
+    """,
+    short_help="Make one labelled sheet of pictures.",
+    params=[
+        click.Argument(["run"], required=False, metavar="[RUN]"),
+        config_option(),
+        dry_run_option("make nothing"),
+        json_option(),
+        quiet_option(),
+        *options(GridConfig),
+    ],
+)

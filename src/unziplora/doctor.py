@@ -1,0 +1,228 @@
+"""Is this machine ready, and which settings fit it?"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+
+from unziplora.progress import size
+
+GIB = 2**30
+PACKAGES = ("unziplora", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow")
+EXTRAS = {
+    "bitsandbytes": ("8bit", "8-bit AdamW, for small cards"),
+    "prodigyopt": ("prodigy", "the Prodigy optimiser"),
+    "tensorboard": ("tensorboard", "curves in TensorBoard"),
+    "wandb": ("wandb", "curves in Weights & Biases"),
+    "trackio": ("trackio", "curves in Trackio"),
+}
+"""Optional packages: our extra that installs each, and what it is for."""
+
+DISK_WANTED = 10 * GIB
+"""SDXL in fp16 is 7 GB to fetch; a run adds half a gigabyte."""
+
+HUB = "https://huggingface.co"
+
+
+class Check(BaseModel):
+    """One finding: 'ok', 'note' (works, but less well) or 'problem' (must be mended), and what to do."""
+
+    name: str
+    state: Literal["ok", "note", "problem"]
+    text: str
+
+
+class Device(BaseModel):
+    """A device to train on.
+
+    Attributes:
+        name: as `--device` takes it.
+        model: what it is called.
+        memory: bytes of its memory, free now and in all.
+        bf16: whether it computes in bf16.
+    """
+
+    name: str
+    model: str
+    memory_free: int
+    memory_total: int
+    bf16: bool
+
+
+class Report(BaseModel):
+    """What `doctor` found."""
+
+    python: str
+    system: str
+    packages: dict[str, str]
+    extras: dict[str, str | None]
+    devices: list[Device]
+    disk_free: int
+    bundled_base: bool
+    checks: list[Check]
+    advice: str
+
+    @property
+    def ready(self) -> bool:
+        """Whether nothing must be mended."""
+        return all(check.state != "problem" for check in self.checks)
+
+    def __str__(self) -> str:
+        marks = {"ok": "ok      ", "note": "note    ", "problem": "PROBLEM "}
+        rows = [f"{marks[check.state]}{check.name:<14}{check.text}" for check in self.checks]
+        return "\n".join([*rows, "", self.advice])
+
+
+def examine(online: bool = False) -> Report:
+    """Look at versions, devices, memory, disk, optional packages and the bundled base.
+
+    Args:
+        online: also try to reach the model hub; otherwise nothing is sent anywhere.
+    """
+    from unziplora.base import BUNDLED
+
+    devices = find_devices()
+    packages = {name: found for name in PACKAGES if (found := installed(name)) is not None}
+    bundled = (BUNDLED / "emoji-xl" / "model_index.json").is_file()
+    disk = shutil.disk_usage(Path.cwd()).free
+    checks = [
+        _python(),
+        *(_missing(name) for name in PACKAGES if name not in packages),
+        Check(name="packages", state="ok", text=", ".join(f"{name} {number}" for name, number in packages.items())),
+        *(_device(device) for device in devices),
+        _disk(disk),
+        _bundled(bundled),
+        *(_extra(name) for name in EXTRAS),
+    ]
+    if online:
+        checks.append(_hub())
+    return Report(
+        python=platform.python_version(),
+        system=platform.platform(),
+        packages=packages,
+        extras={name: installed(name) for name in EXTRAS},
+        devices=devices,
+        disk_free=disk,
+        bundled_base=bundled,
+        checks=checks,
+        advice=advice(devices[0], bundled, installed("bitsandbytes") is not None),
+    )
+
+
+def installed(name: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def find_devices() -> list[Device]:
+    """The devices that torch can compute on, best first; the CPU is always the last."""
+    import psutil
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(index)
+        with torch.cuda.device(index):
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = torch.cuda.get_device_name(index)
+        found.append(Device(name=f"cuda:{index}", model=name, memory_free=free, memory_total=total, bf16=bf16))
+    memory = psutil.virtual_memory()
+    sizes = {"memory_free": memory.available, "memory_total": memory.total}
+    if torch.backends.mps.is_available():
+        found.append(Device(name="mps", model="Apple GPU", bf16=False, **sizes))
+    model = f"{psutil.cpu_count(logical=False) or 1} cores, {platform.machine()}"
+    return [*found, Device(name="cpu", model=model, bf16=False, **sizes)]
+
+
+def advice(device: Device, bundled: bool, eight_bit: bool) -> str:
+    """Which command fits this machine; the limits are `memory.estimate`'s for SDXL, with some room."""
+    small = "try it with: unziplora demo" if bundled else "the bundled small base is not installed"
+    if device.name == "cpu":
+        fits = device.memory_total >= 16 * GIB
+        return "No GPU: the small bundled base runs in minutes; " + (
+            f"SDXL would fit ({size(device.memory_total)}) but takes hours. {small[0].upper()}{small[1:]}"
+            if fits
+            else f"SDXL does not fit. {small[0].upper()}{small[1:]}"
+        )
+    gib = device.memory_total / GIB
+    flags = next((flags for least, flags in FITTING if gib >= least), None)
+    if flags is None:
+        return f"{device.model} has {gib:.0f} GiB: too little for SDXL; {small}"
+    if "adamw8bit" in flags and not eight_bit:
+        flags += "   (first: pip install 'unziplora[8bit]')"
+    return f"{device.model}, {gib:.0f} GiB: unziplora split PICTURE --content WORD --style WORDS {flags}".rstrip()
+
+
+FITTING: list[tuple[float, str]] = [
+    (19.5, ""),
+    (11.5, "--gradient-checkpointing"),
+    (9.5, "--gradient-checkpointing --optimizer adamw8bit --resolution 768"),
+]
+"""Least memory of a card in GiB, and the flags with which SDXL trains in it."""
+
+
+def _python() -> Check:
+    state: Literal["ok", "problem"] = "ok" if sys.version_info >= (3, 10) else "problem"
+    text = f"{platform.python_version()} on {platform.platform(terse=True)}"
+    return Check(name="python", state=state, text=text + ("" if state == "ok" else ": install 3.10 or newer"))
+
+
+def _missing(name: str) -> Check:
+    return Check(name=name, state="problem", text="not installed: pip install unziplora")
+
+
+def _device(device: Device) -> Check:
+    text = f"{device.model}, {size(device.memory_total)} ({size(device.memory_free)} free)"
+    if device.name.startswith("cuda"):
+        text += ", bf16" if device.bf16 else ", no bf16: fp16 is used"
+    if device.name != "cpu" and device.memory_free < 0.5 * device.memory_total:
+        return Check(name=device.name, state="note", text=f"{text}; other programs hold more than half of it")
+    return Check(name=device.name, state="ok", text=text)
+
+
+def _disk(free: int) -> Check:
+    text = f"{size(free)} free in {Path.cwd()}"
+    if free < GIB:
+        return Check(name="disk", state="problem", text=f"{text}: a run needs 1 GiB; free some space")
+    if free < DISK_WANTED:
+        return Check(name="disk", state="note", text=f"{text}: SDXL takes 7 GB to fetch")
+    return Check(name="disk", state="ok", text=text)
+
+
+def _bundled(found: bool) -> Check:
+    if found:
+        return Check(name="bundled base", state="ok", text="installed")
+    return Check(name="bundled base", state="note", text="not in this installation: give --base a model of your own")
+
+
+def _extra(name: str) -> Check:
+    extra, purpose = EXTRAS[name]
+    found = installed(name)
+    if found and find_spec(name):
+        return Check(name=name, state="ok", text=f"{found}: {purpose}")
+    return Check(name=name, state="note", text=f"not installed; for {purpose}: pip install 'unziplora[{extra}]'")
+
+
+def _hub() -> Check:
+    from urllib.error import URLError
+    from urllib.request import Request, urlopen
+
+    try:
+        with urlopen(Request(HUB, method="HEAD"), timeout=10):
+            return Check(name="model hub", state="ok", text=f"{HUB} answers")
+    except (URLError, OSError, ValueError) as error:
+        return Check(
+            name="model hub",
+            state="note",
+            text=f"{HUB} does not answer ({error}): give --base a folder or file on this machine",
+        )

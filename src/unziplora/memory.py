@@ -1,0 +1,263 @@
+"""How much memory a run needs, before it starts: what follows from sizes exactly, and what is estimated."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from unziplora.base import BUNDLED, config_folder
+from unziplora.base_files import check_folder, read_header, read_json
+from unziplora.base_hub import HUB_ID
+from unziplora.config import SplitConfig
+from unziplora.device import pick_device, pick_dtype
+from unziplora.errors import UserError, first_line
+from unziplora.lora.layer import attention_linears
+from unziplora.progress import size
+from unziplora.quiet import quiet
+
+FULL_SIZE = BUNDLED / "sdxl"
+"""Configuration of SDXL itself, without weights."""
+
+_OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
+"""State per trained number: two moments in fp32, two in 8 bits, or two moments, a start and a sum."""
+
+_CUDA_CONTEXT = 600 * 2**20
+_VAE_MAPS = 5 * 128
+"""Maps of the full resolution that SDXL's VAE holds at once while it encodes: five of its 128 channels."""
+
+
+class Sizes(BaseModel):
+    """Numbers of a base that memory follows from.
+
+    Attributes:
+        source: what the user called the base.
+        assumed: the base is not on this machine: SDXL's sizes are taken.
+        resolution: the base's own, in pixels.
+        unet, vae, text: parameters.
+        linears: (in, out) of every adapted layer.
+        unet_config: the UNet's configuration.
+    """
+
+    source: str
+    assumed: bool
+    resolution: int
+    unet: int
+    vae: int
+    text: int
+    linears: list[tuple[int, int]]
+    unet_config: dict[str, Any]
+
+    @property
+    def latent_scale(self) -> int:
+        return self.resolution // int(self.unet_config["sample_size"])
+
+    def weights(self, half: bool) -> int:
+        """Bytes of the whole base; the VAE stays in fp32."""
+        return (self.unet + self.text) * (2 if half else 4) + self.vae * 4
+
+    def adapter(self, rank: int) -> int:
+        """Parameters of one LoRA: A [r, in] and B [out, r] of every adapted layer."""
+        return rank * sum(i + o for i, o in self.linears)
+
+
+class Line(BaseModel):
+    """One part of the memory."""
+
+    part: str
+    bytes: int
+    exact: bool
+
+
+class Memory(BaseModel):
+    """Memory of a run at its peak.
+
+    Attributes:
+        base: the base's name.
+        assumed: see `Sizes`.
+        device: where it is needed.
+        precision: of the frozen base.
+        resolution: pixels.
+        lines: the parts; `exact` ones follow from sizes, the others are estimates.
+        available: bytes free on the device now, if that can be told.
+    """
+
+    base: str
+    assumed: bool
+    device: str
+    precision: str
+    resolution: int
+    lines: list[Line]
+    available: int | None
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return sum(line.bytes for line in self.lines)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether that is free now; None if it cannot be told."""
+        return None if self.available is None else self.total <= self.available
+
+    def table(self, prefix: str = "") -> str:
+        """Plain text, one part per line."""
+        width = max(len(line.part) for line in self.lines)
+        rows = [f"Memory on {self.device} ({self.precision}, {self.resolution} px), at the peak:"]
+        rows += [
+            f"  {line.part:<{width}}  {size(line.bytes):>10}" + ("" if line.exact else "  (estimate)")
+            for line in self.lines
+        ]
+        rows.append(f"  {'together':<{width}}  {size(self.total):>10}")
+        if self.available is not None:
+            verdict = "fits" if self.fits else "does not fit"
+            rows.append(f"  {'free now':<{width}}  {size(self.available):>10}  ({verdict})")
+        if self.assumed:
+            rows.append(f"{self.base} is not on this machine: the sizes are SDXL's own.")
+        return "\n".join(prefix + row for row in rows)
+
+
+def inspect_base(source: str) -> Sizes:
+    """The sizes of a base, from its configuration alone: no weights are read, nothing is fetched.
+
+    Raises:
+        UserError: no such base, or its configuration is damaged.
+    """
+    folder = _folder(source)
+    index = read_json((folder or FULL_SIZE) / "model_index.json")
+    assumed, folder = folder is None, folder or FULL_SIZE
+    try:
+        with torch.device("meta"), quiet():
+            parts = {name: _part(folder, name, index) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(f"base {source!r}: its configuration cannot be used ({first_line(error)})") from None
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    unet = parts["unet"]
+    layers = [unet.get_submodule(path) for path in attention_linears(unet)]
+    scale = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
+    return Sizes(
+        source=source,
+        assumed=assumed,
+        resolution=unet.config.sample_size * scale,
+        unet=counts["unet"],
+        vae=counts["vae"],
+        text=counts["text_encoder"] + counts["text_encoder_2"],
+        linears=[(layer.in_features, layer.out_features) for layer in layers],
+        unet_config={key: value for key, value in unet.config.items() if not key.startswith("_")},
+    )
+
+
+def _folder(source: str) -> Path | None:
+    """The folder with the base's configuration, or None if it would have to be fetched."""
+    path = BUNDLED / "emoji-xl" if source == "bundled" else Path(source).expanduser()
+    if path.is_dir():
+        check_folder(path, half=True)
+        return path
+    if path.is_file():
+        return config_folder(path, read_header(path))
+    if source != "bundled" and HUB_ID.fullmatch(source) and path.suffix != ".safetensors":
+        return _fetched(source)
+    raise UserError(f"base {source!r}: no such file or folder")
+
+
+def _fetched(source: str) -> Path | None:
+    """The folder of a hub model that was fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    parts = ("model_index.json", *(f"{p}/config.json" for p in ("unet", "vae", "text_encoder", "text_encoder_2")))
+    found = [try_to_load_from_cache(source, part) for part in parts]
+    return Path(found[0]).parent if all(isinstance(path, str) for path in found) and found[0] else None
+
+
+def _part(folder: Path, name: str, index: dict[str, Any]) -> Any:
+    """One model of a base, built from its configuration on the present device."""
+    library, kind = index[name]
+    model = getattr(import_module(library), kind)
+    if library == "diffusers":
+        return model.from_config(read_json(folder / name / "config.json"))
+    return model(model.config_class(**read_json(folder / name / "config.json")))
+
+
+def estimate(config: SplitConfig, sizes: Sizes | None = None) -> Memory:
+    """The memory that `split` needs at its peak, part by part.
+
+    Weights, LoRAs, gradients and optimiser follow from sizes; activations are read off the graph of a
+    training step (see `activations.kept_bytes`), to which an allowance for work in progress is added.
+
+    Raises:
+        UserError: no such base or device.
+    """
+    from unziplora.activations import kept_bytes
+
+    sizes = sizes or inspect_base(config.base)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.precision, device)
+    half = dtype != torch.float32
+    resolution = config.resolution or sizes.resolution
+    trained = 2 * sizes.adapter(config.rank)
+    columns = 2 * sum(out for _, out in sizes.linears) if config.column_separation else 0
+    kept = kept_bytes(
+        sizes.unet_config,
+        rank=config.rank,
+        latent=resolution // sizes.latent_scale,
+        batch=config.batch_size,
+        half=half,
+        checkpointing=config.gradient_checkpointing,
+        streams=3 if config.prompt_separation else 1,
+    )
+    optimizer = _OPTIMIZER_BYTES[config.optimizer] * trained + 8 * columns
+    exact = {
+        "UNet": sizes.unet * (2 if half else 4),
+        # The VAE stays in fp32; on a GPU both leave once latents and embeddings are computed.
+        "VAE and text encoders": 0 if device.type == "cuda" else sizes.weights(half) - sizes.unet * (2 if half else 4),
+        "LoRAs, scales and masks": 4 * trained + 9 * columns,
+        "gradients": 4 * (trained + columns),
+        "optimiser": optimizer,
+    }
+    about = {
+        "activations": kept,
+        "work in progress": kept // 4 + (_CUDA_CONTEXT if device.type == "cuda" else 0),
+    }
+    encoding = sizes.weights(half) + _VAE_MAPS * resolution**2 * 4
+    about["encoding at the start, beyond that"] = max(0, encoding - sum(exact.values()) - sum(about.values()))
+    lines = [Line(part=part, bytes=count, exact=True) for part, count in exact.items() if count]
+    lines += [Line(part=part, bytes=count, exact=False) for part, count in about.items() if count]
+    return Memory(
+        base=config.base,
+        assumed=sizes.assumed,
+        device=str(device),
+        precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
+        resolution=resolution,
+        lines=lines,
+        available=free_bytes(device),
+    )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that are free on a device now; for a GPU its own memory, else the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def smaller(config: SplitConfig) -> str | None:
+    """The next setting that needs less memory, as flags, the gentlest first; None if nothing is left."""
+    if config.batch_size > 1:
+        return f"--batch-size {max(1, config.batch_size // 2)}"
+    if not config.gradient_checkpointing:
+        return "--gradient-checkpointing (slower, the same result)"
+    device = pick_device(config.device)
+    if device.type == "cuda" and config.precision == "fp32":
+        return "--precision bf16"
+    if device.type == "cuda" and config.optimizer != "adamw8bit":
+        return "--optimizer adamw8bit (needs bitsandbytes: pip install 'unziplora[8bit]')"
+    if config.resolution is None or config.resolution > 512:
+        return f"--resolution {768 if (config.resolution or 1024) > 768 else 512}"
+    if config.rank > 8:
+        return f"--rank {config.rank // 2}"
+    return None
