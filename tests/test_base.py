@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -15,6 +15,7 @@ from unziplora.base import BUNDLED, Base, load_base
 from unziplora.base_files import Header, clip_tokenizer, is_full_size, read_header
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import MachineError, UserError
+from unziplora.generate import generate
 
 
 @pytest.fixture
@@ -79,6 +80,40 @@ def test_fp16_files_are_taken_where_they_suffice(folder: Path, tiny_folder: Path
     expected = load_base(str(tiny_folder)).unet.conv_in.weight
     assert torch.equal(load_base(str(folder)).unet.conv_in.weight, expected)
     assert torch.equal(only_halves.unet.conv_in.weight, expected.half().float())
+
+
+def test_parts_may_be_there_in_fp16_alone(folder: Path):
+    for path in (folder / "unet").glob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    assert load_base(str(folder)).unet.conv_in.weight.dtype == torch.float32
+
+
+def test_shards_are_read_and_a_missing_one_is_named(folder: Path, shared_base: Base):
+    next((folder / "unet").glob("*.safetensors")).unlink()
+    shared_base.unet.save_pretrained(folder / "unet", max_shard_size="500KB")
+    shards = sorted((folder / "unet").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert torch.equal(load_base(str(folder)).unet.conv_in.weight, shared_base.unet.conv_in.weight)
+    shards[0].unlink()
+    with pytest.raises(UserError, match=f"{shards[0].name}: missing"):
+        load_base(str(folder))
+
+
+def test_tiny_autoencoder_is_as_good_as_sdxls(shared_base: Base, tmp_path: Path):
+    """TAESDXL's class, which small bases come with."""
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )
+    parts = {**shared_base.pipe.components, "vae": vae}
+    type(shared_base.pipe)(**parts, add_watermarker=False).save_pretrained(tmp_path / "taesd")
+    base = load_base(str(tmp_path / "taesd"))
+    expected = base.pipe("a cat", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
+    (got,) = generate(base, "a cat", seeds=[0], steps=1)
+    assert base.resolution == 64
+    assert got.tobytes() == expected.tobytes()
 
 
 def test_v_prediction_and_zero_terminal_snr_are_read_from_the_scheduler(folder: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LDM = "model.diffusion_model."
+# model.safetensors, diffusion_pytorch_model.fp16.safetensors, model-00001-of-00002.safetensors …
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
 UNPICKLE = "it is a pickle, which can run code when it is opened, so it is never loaded; convert it to .safetensors"
 # What a checkpoint of another family holds, by a key that only it has. Prefixes count.
 FAMILIES = {
@@ -113,27 +116,26 @@ def check_folder(folder: Path, half: bool) -> str | None:
         if not (folder / name).is_dir():
             raise UserError(f"{folder}: {name} is missing; copy or download the whole folder again")
     found = [_weights(folder / part) for part in PARTS]
-    choices = [name for name in ("fp16", "") if all(name in variants for variants in found)]
-    if not choices:
-        raise UserError(f"{folder}: some parts are there as fp16 files only, others not; download it again")
-    choice = choices[0] if half else choices[-1]
+    plain = all("" in variants for variants in found)
+    choice = "" if plain and not (half and any("fp16" in variants for variants in found)) else "fp16"
     for variants in found:
-        for path in variants[choice]:
+        for path in variants.get(choice) or variants[""]:
             read_header(path)
     return choice or None
 
 
 def _weights(part: Path) -> dict[str, list[Path]]:
     """The weight files of one part by variant ('' or 'fp16'), with every shard that the index names."""
-    files = sorted(part.glob("*.safetensors"))
-    if not files:
+    named = [(WEIGHTS.fullmatch(path.name), path) for path in sorted(part.glob("*.safetensors"))]
+    variants: dict[str, list[Path]] = {}
+    for match, path in named:
+        if match and match[1] in (None, "fp16"):
+            variants.setdefault(match[1] or "", []).append(path)
+    if not variants:
         pickles = [path for path in part.glob("*") if path.suffix in PICKLES]
         if pickles:
             raise UserError(f"{pickles[0]}: {UNPICKLE}, for example with pipe.save_pretrained(...)")
         raise UserError(f"{part}: the weights are missing; copy or download the whole folder again")
-    variants: dict[str, list[Path]] = {}
-    for path in files:
-        variants.setdefault("fp16" if ".fp16" in path.name else "", []).append(path)
     for index in part.glob("*.safetensors.index*.json"):
         for name in sorted(set(read_json(index).get("weight_map", {}).values())):
             if not (part / name).is_file():

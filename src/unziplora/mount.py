@@ -58,12 +58,16 @@ class Mounted:
             )
         self._peft = bool(foreign)
         self._weights = dict.fromkeys(self.names, 1.0)
-        for part in parts:
-            factors = {path: block_strength(path, part.blocks) for path in part.lora.modules}
-            if self._peft:
-                _load_peft(base, part, factors)
-            else:
-                self._add(part, factors)
+        try:
+            for part in parts:
+                factors = {path: block_strength(path, part.blocks) for path in part.lora.modules}
+                if self._peft:
+                    _load_peft(base, part, factors)
+                else:
+                    self._add(part, factors)
+        except UserError:
+            self.remove()
+            raise
 
     def _add(self, part: Part, factors: Mapping[str, float]) -> None:
         stream = part.name if part.name in STREAMS else "full"

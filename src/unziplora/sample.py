@@ -108,20 +108,24 @@ def sample(config: SampleConfig, base: Base | None = None, progress: Progress | 
         raise UserError(f"--out {config.out} is a file; give a folder for the pictures")
     paths = []
     with open_session(config, base) as session:
-        count = len(session.prompts)
-        for index, prompts in enumerate(session.prompts):
-
-            def report(done: int, total: int, index: int = index) -> None:
-                if progress:
-                    progress(index * total + done, count * total)
-
-            latents = generate_latents(session.base, prompts, config.seeds, session.settings, report)
-            for seed, latent in zip(config.seeds, latents.split(1), strict=True):
-                (picture,) = decode(session.base, latent)
-                stem = f"{index + 1:02d}-{seed}" if count > 1 else str(seed)
+        size = config.batch_size
+        batches = [config.seeds[start : start + size] for start in range(0, len(config.seeds), size)]
+        tasks = [(number, prompts, seeds) for number, prompts in enumerate(session.prompts, 1) for seeds in batches]
+        done, total = 0, len(session.prompts) * len(config.seeds) * config.steps
+        for number, prompts, seeds in tasks:
+            report = _shift(progress, done, total)
+            latents = generate_latents(session.base, prompts, seeds, session.settings, report)
+            for seed, picture in zip(seeds, decode(session.base, latents), strict=True):
+                stem = f"{number:02d}-{seed}" if len(session.prompts) > 1 else str(seed)
                 text = describe(config, session.base, prompts, picture, seed)
                 paths.append(write_picture(picture, config.out / f"{stem}.png", text))
+            done += len(seeds) * config.steps
     return paths
+
+
+def _shift(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Report a batch's steps as part of the whole job."""
+    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def describe(config: SampleConfig, base: Base, prompts: Prompts, picture: Image.Image, seed: int) -> dict[str, str]:

@@ -53,11 +53,12 @@ def make_scheduler(base: Base, name: str = "base") -> Any:
     Raises:
         UserError: there is no scheduler of that name, or it knows no zero-terminal SNR and the base needs it.
     """
+    import diffusers  # here, so that the names alone are had without it
+
     try:
         key = find_name(name)
     except ValueError as error:
         raise UserError(f"scheduler {name!r}: {error}") from None
-    import diffusers  # slow to import, and the names above are wanted by --help
 
     if key == "base":
         kind, changes = type(base.scheduler), {}
