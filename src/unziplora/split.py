@@ -185,6 +185,7 @@ class Job:
                 resolution=pictures[0].size,
                 prediction=base.prediction_type,
                 zero_terminal_snr=base.zero_terminal_snr,
+                layers_per_block=base.unet.config.layers_per_block,
                 method=f"{METHOD}, {name} LoRA",
                 settings=config.model_dump(mode="json", exclude={"images", "masks", "out"}),
                 thumbnail=pictures[0],

@@ -112,25 +112,26 @@ def _add_low_rank(y: Tensor, x: Tensor, branches: list[Branch]) -> Tensor:
 
 def _observed(x: Tensor, branch: Branch) -> Tensor:
     """x ΔWᵀ, [..., out], that shows (∂L/∂ΔW, ΔW) to the branch's observer during backward."""
+    up = (branch.columns()[:, None] * branch.up).detach()
     # The branch's own parameter goes in so that there is a gradient to show even if x needs none.
-    return _Observed.apply(x, branch.delta().detach(), branch.up, branch.observer)
+    return _Observed.apply(x, branch.down.detach(), up, branch.up, branch.observer)
 
 
 class _Observed(torch.autograd.Function):
-    """x ΔWᵀ with a dense ΔW that exists, like its gradient, for one layer at a time only."""
+    """x (B A)ᵀ; ΔW and its gradient exist during backward alone, for one layer at a time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, anchor: Tensor, observer: Observer) -> Tensor:
-        ctx.save_for_backward(x, delta)
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, anchor: Tensor, observer: Observer) -> Tensor:
+        ctx.save_for_backward(x, down, up)
         ctx.observer = observer
-        return F.linear(x, delta.to(x.dtype))
+        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        x, delta = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, down, up = ctx.saved_tensors
         (grad,) = grads
-        ctx.observer(grad.flatten(0, -2).float().T @ x.flatten(0, -2).float(), delta)
-        return grad @ delta.to(grad.dtype), None, None, None
+        ctx.observer(grad.flatten(0, -2).float().T @ x.flatten(0, -2).float(), up.float() @ down.float())
+        return grad @ up.to(grad.dtype) @ down.to(grad.dtype), None, None, None, None
 
 
 def adapted(unet: nn.Module) -> dict[str, BranchedLinear]:
