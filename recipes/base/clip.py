@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recipes.base.captions import Kind, draw_prompt
 from recipes.base.config import Recipe
+from recipes.base.dataset import training_pictures
 from recipes.base.loop import Log, Stage, adamw
 from recipes.base.text import TextEncoders, build_encoder
 from recipes.base.tokenizer import build_tokenizer, fetch_merges
@@ -77,8 +78,15 @@ class ClipStage(Stage):
             "scale": nn.ParameterList([torch.tensor(math.log(10.0), device=self.device)]),
         }
         self.optimizer = adamw(self.modules, s.lr, weight_decay=0.05)
+        self.own = len(training_pictures(recipe))
         self.pictures = broad_pictures(recipe)
         self.world = World(recipe.world)
+
+    def choose(self, rng: np.random.Generator) -> np.ndarray:
+        """Indices of a batch: the recipe's own pictures, which come first, at least at the share `own`."""
+        count, everything = self.settings.batch, len(self.pictures)
+        own = rng.integers(0, self.own, count)
+        return np.where(rng.random(count) < self.settings.own, own, rng.integers(0, everything, count))
 
     def prompts(self, items: list[Item], kinds: list[Kind], rng: np.random.Generator) -> list[str]:
         """A random wording of each picture's caption."""
@@ -95,7 +103,7 @@ class ClipStage(Stage):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         rng = self.draw(step)
-        chosen = rng.integers(0, len(self.pictures), self.settings.batch)
+        chosen = self.choose(rng)
         items = [self.pictures.items[i] for i in chosen]
         kinds = [KINDS[k] for k in rng.choice(3, len(items), p=SHARES)]
         true = matches(items, kinds).to(self.device)

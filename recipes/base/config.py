@@ -73,6 +73,21 @@ class VaeSettings(StageSettings):
     latent_noise: float = 0.1
 
 
+class DecoderSettings(StageSettings):
+    """Texture for the decoder."""
+
+    batch: int = 16
+    lr: float = 3e-4
+    warmup: int = 50
+    steps: int = 2000
+    crop: int = 64
+    latent_noise: float = 0.15
+    critic_width: int = 24
+    critic_start: int = 300
+    """Steps over which the critic's weight rises."""
+    adversarial: float = 0.03
+
+
 class ClipSettings(StageSettings):
     """Tokenizer and the two text encoders, trained against a small picture encoder."""
 
@@ -82,6 +97,8 @@ class ClipSettings(StageSettings):
     heads: list[int] = [3, 5]
     embedding: int = 160
     """Width of the common space and of the pooled output of the second encoder."""
+    own: float = 0.6
+    """Share of each batch that is drawn from the recipe's own pictures, not from the broad ones."""
 
 
 class UnetSettings(StageSettings):
@@ -123,6 +140,7 @@ class Recipe(Strict):
     seed: int = 0
     world: WorldSettings
     vae: VaeSettings = VaeSettings()
+    decoder: DecoderSettings = DecoderSettings()
     clip: ClipSettings = ClipSettings()
     unet: UnetSettings = UnetSettings()
     judges: JudgeSettings = JudgeSettings()

@@ -80,10 +80,15 @@ class Stage(ABC):
         return np.random.default_rng((self.recipe.seed, step))
 
 
-def adamw(modules: dict[str, nn.Module], lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
+def adamw(
+    modules: dict[str, nn.Module],
+    lr: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.99),
+) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters of the modules."""
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
 
 
 def rate(step: int, settings: StageSettings) -> float:

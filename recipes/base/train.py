@@ -1,4 +1,4 @@
-"""Train the stages of a recipe: ``python -m recipes.base.train TOML [vae] [clip] [unet]``."""
+"""Train the stages of a recipe: ``python -m recipes.base.train TOML [vae] [decoder] [clip] [unet]``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def _vae(recipe: Recipe, init: Path | None) -> Stage:
     return VaeStage(recipe)
 
 
+def _decoder(recipe: Recipe, init: Path | None) -> Stage:
+    from recipes.base.decoder import DecoderStage
+
+    return DecoderStage(recipe)
+
+
 def _clip(recipe: Recipe, init: Path | None) -> Stage:
     from recipes.base.clip import ClipStage
 
@@ -30,7 +36,12 @@ def _unet(recipe: Recipe, init: Path | None) -> Stage:
     return UnetStage(recipe, init)
 
 
-STAGES: dict[str, Callable[[Recipe, Path | None], Stage]] = {"vae": _vae, "clip": _clip, "unet": _unet}
+STAGES: dict[str, Callable[[Recipe, Path | None], Stage]] = {
+    "vae": _vae,
+    "decoder": _decoder,
+    "clip": _clip,
+    "unet": _unet,
+}
 
 
 def main() -> None:

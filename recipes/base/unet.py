@@ -21,7 +21,7 @@ from recipes.base.dataset import Pictures, training_pictures
 from recipes.base.loop import Stage, adamw
 from recipes.base.sheets import sheet
 from recipes.base.text import TextEncoders
-from recipes.base.vae import to_tensor
+from recipes.base.vae import open_vae, to_tensor
 from recipes.base.world import World
 
 
@@ -85,7 +85,7 @@ def trained_pipeline(recipe: Recipe) -> tuple[StableDiffusionXLPipeline, int]:
     """The pipeline of a recipe's checkpoint, with averaged weights, and the steps it was trained for."""
     cpu = torch.device("cpu")
     text = TextEncoders.load(recipe.output / "clip", cpu)
-    vae = AutoencoderTiny.from_pretrained(recipe.output / "vae", subfolder="vae", torch_dtype=torch.float32)
+    vae = open_vae(recipe)
     width = sum(encoder.config.hidden_size for encoder in text.encoders)
     unet = build_unet(recipe.unet, vae.config.latent_channels, width, text.encoders[1].config.projection_dim)
     unet.register_to_config(sample_size=recipe.world.resolution // 8)
@@ -134,8 +134,10 @@ class UnetStage(Stage):
         super().__init__(recipe)
         s = self.settings = recipe.unet
         self.text = TextEncoders.load(init or recipe.output / "clip", self.device)
-        folder = init or recipe.output / "vae"
-        vae = AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+        if init:
+            vae = AutoencoderTiny.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32)
+        else:
+            vae = open_vae(recipe)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
         torch.manual_seed(recipe.seed)
         if init:

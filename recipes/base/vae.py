@@ -90,6 +90,29 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float((-10 * torch.log10(error + 1e-8)).mean())
 
 
+@torch.no_grad()
+def report_reconstructions(stage: Stage, vae: AutoencoderTiny, pixels: np.ndarray, step: int) -> None:
+    """Log PSNR on never-trained drawings and on training pictures; a sheet, real above, made below."""
+    unseen = to_tensor(unseen_drawings(World(stage.recipe.world), 96).pixels, stage.device)
+    seen = to_tensor(pixels[:: max(1, len(pixels) // 64)][:64], stage.device)
+    rows, figures = [], {}
+    for name, real in (("psnr_unseen", unseen), ("psnr_seen", seen)):
+        made = vae(real).sample
+        figures[name] = round(psnr(real, made), 2)
+        width = min(16, len(real))
+        for i in range(0, min(len(real), 4 * width) - width + 1, width):
+            rows += [to_pixels(real[i : i + width]), to_pixels(made[i : i + width])]
+    Log(stage.folder).write(stage=stage.name, step=step, **figures)
+    width = min(len(row) for row in rows)
+    sheet([row[:width] for row in rows], stage.folder / f"sheet-{step:06d}.png")
+
+
+def open_vae(recipe: Recipe) -> AutoencoderTiny:
+    """The trained autoencoder of a recipe, with the decoder of stage `decoder` where it has run."""
+    folder = next(f for f in (recipe.output / "decoder", recipe.output / "vae") if (f / "vae").exists())
+    return AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+
+
 class VaeStage(Stage):
     """L1 on pixels and on edges, with the latents held near N(0, 1) and a little noise on them."""
 
@@ -116,22 +139,9 @@ class VaeStage(Stage):
         loss = pixel + 0.5 * edge + s.latent_penalty * penalty
         return loss, {"l1": pixel.item(), "edge": edge.item(), "penalty": penalty.item()}
 
-    @torch.no_grad()
     def report(self, step: int) -> None:
-        """PSNR and a sheet of never-trained drawings: real above, made below."""
-        unseen = to_tensor(unseen_drawings(World(self.recipe.world), 96).pixels, self.device)
-        seen = to_tensor(self.pixels[:: max(1, len(self.pixels) // 64)][:64], self.device)
-        rows, figures = [], {}
-        for name, real in (("psnr_unseen", unseen), ("psnr_seen", seen)):
-            made = self.vae(real).sample
-            figures[name] = round(psnr(real, made), 2)
-            width = min(16, len(real))
-            for i in range(0, len(real) - width + 1, width):
-                rows += [to_pixels(real[i : i + width]), to_pixels(made[i : i + width])]
-            rows = rows[:4] if name == "psnr_unseen" else rows
-        Log(self.folder).write(stage="vae", step=step, **figures)
-        width = min(len(row) for row in rows)
-        sheet([row[:width] for row in rows], self.folder / f"sheet-{step:06d}.png")
+        """PSNR and reconstructions."""
+        report_reconstructions(self, self.vae, self.pixels, step)
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -73,6 +73,7 @@ def recipe(world_settings: WorldSettings, tmp_path: Path) -> Recipe:
             "vae": few
             | {"channels": 8, "encoder_blocks": [0, 1, 1, 1], "decoder_blocks": [1, 1, 1, 0], "crop": 32}
             | {"pictures": 8},
+            "decoder": few | {"crop": 32, "critic_width": 8},
             "clip": few | {"merges": 64, "widths": [16, 32], "layers": [2, 2], "heads": [2, 2], "embedding": 32},
             "unet": few | {"channels": [16, 32, 32], "heads": [1, 2, 2], "time_embedding": 8},
         }

@@ -13,6 +13,7 @@ from recipes.base import clip as clip_module
 from recipes.base import judges
 from recipes.base.clip import ClipStage
 from recipes.base.config import JudgeSettings, Recipe
+from recipes.base.decoder import DecoderStage
 from recipes.base.evaluate import evaluate
 from recipes.base.export import export
 from recipes.base.loop import Stage, train
@@ -54,7 +55,7 @@ def test_vae_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path) -> Non
 
 
 def test_all_stages_and_sheet(recipe: Recipe) -> None:
-    for stage in (VaeStage, ClipStage, UnetStage):
+    for stage in (VaeStage, DecoderStage, ClipStage, UnetStage):
         assert train(stage(recipe), After(1000))
     assert (recipe.output / "unet" / "sheet-000006.png").exists()
     log = (recipe.output / "unet" / "log.jsonl").read_text()
