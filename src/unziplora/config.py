@@ -147,11 +147,17 @@ class SplitConfig(Recipe):
             raise ValueError(f"content and style are the same word ({self.content!r}): name the subject and its style")
         if self.masks and len(self.masks) != len(self.images):
             raise ValueError(f"{len(self.masks)} masks for {len(self.images)} images: give one mask per image")
-        if self.column_separation and self.column_warmup * self.column_periods >= self.steps:
+        if self.column_separation and self.steps // self.column_periods <= self.column_warmup:
             raise ValueError(
                 f"{self.steps} steps leave no room for {self.column_periods} column warm-ups of "
                 f"{self.column_warmup}: raise steps, lower column_warmup or column_periods, "
                 "or switch column_separation off"
+            )
+        rates = (self.content_learning_rate, self.style_learning_rate)
+        if self.optimizer == "prodigy" and 0 < max(rates) < 0.1:
+            raise ValueError(
+                f"Prodigy finds the step size itself, and its learning rates are factors (got {rates[0]:g} and "
+                f"{rates[1]:g}): set content_learning_rate and style_learning_rate to 1"
             )
         return self
 
@@ -232,7 +238,8 @@ def describe(error: ValidationError, model: type[Recipe]) -> str:
             near = get_close_matches(name, model.model_fields, 1)
             lines.append(f"unknown key {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         elif fault["type"] == "missing":
-            lines.append(f"{name} is missing: {model.model_fields[name].description}")
+            field = model.model_fields.get(name)
+            lines.append(f"{name} is missing" + (f": {field.description}" if field else ""))
         else:
             message = fault["msg"].removeprefix("Value error, ")
             lines.append(f"{name}: {message} (got {fault['input']!r})" if name else message)
