@@ -79,11 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault(name, value)
     try:
         with warnings_shown(quiet="--quiet" in args or "-q" in args):
-            cli.main(args, prog_name="unziplora", standalone_mode=False)
+            code = cli.main(args, prog_name="unziplora", standalone_mode=False)
             sys.stdout.flush()
-            return 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
+            return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         note(error.format_message())
         return 2

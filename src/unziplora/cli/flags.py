@@ -67,6 +67,12 @@ class RecipeCommand(click.Command):
             with formatter.section(title):
                 formatter.write_dl(records, col_max=36)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command with its own options; keys are fetched with `given`."""
+        keys = {param.name for param in self.params if isinstance(param, KeyOption)}
+        own = {name: value for name, value in ctx.params.items() if name not in keys}
+        return ctx.invoke(self.callback, **own) if self.callback else None
+
 
 def shape_of(annotation: Any) -> Shape:
     """How a key of this type is given on the command line."""

@@ -1,0 +1,433 @@
+"""The command line, run in this process: results, faults with their exit codes, and what is printed where."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import pytest
+import torch
+from PIL import Image
+from pydantic import Field
+
+from unziplora import cli
+from unziplora.cli import flags
+from unziplora.cli.split import split_command
+from unziplora.config import Recipe, SplitConfig, resolve
+from unziplora.config_sample import GridConfig, SampleConfig
+from unziplora.errors import Interrupted, MachineError
+from unziplora.lora.files import Lora, read_lora, write_lora
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Call = Callable[..., Done]
+
+SPLIT = ["split", "cat.png", "--content", "cat", "--style", "pencil sketch"]
+QUICK = ["--steps", "4", "--column-periods", "1", "--column-warmup", "1", "--score-timesteps", "1", "--rank", "2"]
+SMALL = [*QUICK, "--sample-steps", "1", "--sample-seeds", "0", "--sample-guidance", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run a command in an empty folder with a picture cat.png in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UNZIPLORA_DEBUG", raising=False)
+    Image.linear_gradient("L").convert("RGB").resize((80, 80)).save(tmp_path / "cat.png")
+
+    def run(*args: object) -> Done:
+        code = cli.main([str(arg) for arg in args])
+        found = capsys.readouterr()
+        return Done(code, found.out, found.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the tiny base. Read only."""
+    folder = tmp_path_factory.mktemp("cli")
+    Image.linear_gradient("L").convert("RGB").resize((80, 80)).save(folder / "cat.png")
+    args = ["split", folder / "cat.png", *SPLIT[2:], "--base", tiny_folder, "--out", folder / "run", *SMALL, "-q"]
+    assert cli.main([str(arg) for arg in args]) == 0
+    return folder / "run"
+
+
+def lora_file(path: Path, rank: int = 4) -> Path:
+    draw = torch.Generator().manual_seed(0)
+    pair = torch.randn(rank, 16, generator=draw), torch.randn(16, rank, generator=draw)
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    write_lora(Lora({name: pair}, {}), path)
+    return path
+
+
+class TestHelp:
+    def test_needs_neither_torch_nor_patience(self) -> None:
+        code = (
+            "import sys, time; t = time.perf_counter()\n"
+            "from unziplora.cli import COMMANDS, main\n"
+            "for args in ([], *([name] for name in COMMANDS)):\n"
+            "    assert main([*args, '--help']) == 0\n"
+            "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'numpy', 'PIL'} & set(sys.modules)\n"
+            "print(time.perf_counter() - t, heavy, file=sys.stderr)\n"
+            "sys.exit(bool(heavy))\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert float(result.stderr.split()[0]) < 2  # nine helps, on a busy machine
+
+    @pytest.mark.parametrize("name", cli.COMMANDS)
+    def test_each_command_shows_an_example(self, call: Call, name: str) -> None:
+        done = call(name, "--help")
+        assert done.code == 0
+        assert f"unziplora {name}" in done.out
+        assert name in call("--help").out
+
+    @pytest.mark.parametrize(
+        ("name", "model"), [("split", SplitConfig), ("sample", SampleConfig), ("grid", GridConfig)]
+    )
+    def test_every_key_is_a_flag_under_its_group(self, call: Call, name: str, model: type[Recipe]) -> None:
+        text = call(name, "--help").out
+        for key, field in model.model_fields.items():
+            assert "--" + key.replace("_", "-") in text
+            assert f"\n{field.json_schema_extra['group']}:\n" in text  # type: ignore[index,call-overload]
+
+    def test_defaults_and_presets_are_shown(self, call: Call) -> None:
+        text = " ".join(call("split", "--help").out.split())
+        assert "Rank of both LoRAs. [default: 64; bundled: 16]" in text
+        assert "[default: on]" in text
+
+    def test_no_command_shows_the_help(self, call: Call) -> None:
+        done = call()
+        assert done.code == 2
+        assert "Commands:" in done.err
+
+    def test_version(self, call: Call) -> None:
+        assert re.fullmatch(r"unziplora \d+\.\d+\.\d+\n", call("--version").out)
+
+
+class TestWrongRequests:
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["spilt"], "no command 'spilt': did you mean 'split'?"),
+            (["xyzzy"], "no command 'xyzzy': there are split, sample"),
+            ([*SPLIT, "--rnak", "3"], "No such option '--rnak'"),
+            ([*SPLIT, "--rank", "many"], "'many' is not a valid integer"),
+            ([*SPLIT, "--rank", "0"], "rank: Input should be greater than or equal to 1"),
+            ([*SPLIT, "--optimizer", "sgd"], "'sgd' is not one of"),
+            (["split", "cat.png", "--content", "cat", "--style", "Cat"], "the same word"),
+            (["split", "cat.png", "--content", "", "--style", "x"], "content: "),
+            (["split"], "images is missing"),
+            (["split", "cat.png"], "content is missing"),
+            (["split", "--resume"], "--resume needs the run folder"),
+            ([*SPLIT, "--resume", "--out", "nowhere"], "no run to resume here"),
+            ([*SPLIT, "--config", "gone.toml"], "gone.toml: no such configuration file"),
+            (["split", "gone.png", *SPLIT[2:]], "gone.png: no such picture"),
+            (["inspect"], "Missing argument"),
+            (["inspect", "gone.safetensors"], "gone.safetensors: no such file"),
+            (["resize", "a.safetensors", "b.safetensors"], "--rank 16, or --energy 0.95"),
+            (["sample"], "nothing to show: give --content, --style or --prompts"),
+            (["sample", "nowhere"], "nowhere"),
+            (["sample", "--content-blocks", "up"], "content_blocks"),
+        ],
+    )
+    def test_one_message_and_exit_code_2(self, call: Call, tmp_path: Path, args: list[str], message: str) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        done = call(*args)
+        assert done.code == 2
+        assert done.err.startswith("error: ")
+        assert message in done.err
+        assert "Traceback" not in done.err
+        assert done.out == ""
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_after_a_missing_base_the_same_command_can_be_mended(self, call: Call, tiny_folder: Path) -> None:
+        done = call(*SPLIT, "--base", "gone.safetensors", "--quiet")
+        assert done.code == 2
+        assert "gone.safetensors': no such file or folder" in done.err
+        assert call(*SPLIT, "--base", tiny_folder, *QUICK, "--sample-seeds", "none", "--quiet").code == 0
+
+    def test_a_mistyped_flag_brings_up_the_nearest(self, call: Call) -> None:
+        assert "--rank" in call(*SPLIT, "--rnak", "3").err
+
+    def test_a_folder_that_is_taken_stays_as_it_is(self, call: Call, finished: Path) -> None:
+        before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+        done = call(*SPLIT, "--out", finished)
+        assert done.code == 2
+        assert "--resume, or choose another --out" in done.err
+        assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+    def test_json_tells_the_fault_too(self, call: Call) -> None:
+        done = call("split", "gone.png", *SPLIT[2:], "--json")
+        assert done.json == {"error": "gone.png: no such picture", "exit_code": 2}
+        assert done.err == "error: gone.png: no such picture\n"
+
+
+class TestSplit:
+    def test_makes_the_run_folder(self, finished: Path) -> None:
+        assert (finished / "config.toml").is_file()
+        assert read_lora(finished / "content.safetensors").modules
+        assert read_lora(finished / "style.safetensors").modules
+        assert list((finished / "samples").glob("*.png"))
+
+    def test_prints_one_json_document_and_tells_progress_on_stderr(self, call: Call, tiny_folder: Path) -> None:
+        done = call(*SPLIT, "--base", tiny_folder, *SMALL, "--sample-seeds", "none", "--json")
+        assert done.code == 0
+        assert done.json["content"] == "runs/cat/content.safetensors"
+        assert Path(done.json["style"]).is_file()
+        assert "step 4/4" in done.err
+        assert "\r" not in done.err
+        assert "\x1b" not in done.err
+
+    def test_quiet_says_nothing_but_the_result(self, call: Call, tiny_folder: Path) -> None:
+        done = call(*SPLIT, "--base", tiny_folder, *QUICK, "--sample-seeds", "none", "--out", "q", "--quiet")
+        assert done.code == 0
+        assert "step" not in done.err
+        assert done.out.splitlines()[0] == "content  q/content.safetensors"
+
+    def test_flags_win_over_the_file_and_the_file_over_the_preset(self, call: Call, tiny_folder: Path) -> None:
+        Path("my.toml").write_text('content = "dog"\nrank = 3\nsteps = 50\nsample_seeds = [7]\n')
+        done = call(*SPLIT, "--base", tiny_folder, "--config", "my.toml", "--steps", "40", "--dry-run", "--json")
+        assert done.code == 0
+        config = done.json["config"]
+        assert (config["content"], config["rank"], config["steps"]) == ("cat", 3, 40)
+        assert config["sample_seeds"] == [7]
+        assert config["images"] == ["cat.png"]
+
+    def test_a_dry_run_shows_settings_prompts_and_memory_and_writes_nothing(
+        self, call: Call, tmp_path: Path, tiny_folder: Path
+    ) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        done = call(*SPLIT, "--base", tiny_folder, "--dry-run")
+        assert done.code == 0
+        assert 'out = "runs/cat"' in done.out
+        assert "# full: a sks cat in pencil sketch style" in done.out
+        assert "together" in done.out
+        assert sorted(tmp_path.rglob("*")) == before
+        Path("again.toml").write_text(done.out)  # comments included, it is a configuration file
+        assert call("split", "--config", "again.toml", "--dry-run").out == done.out
+
+    def test_a_dry_run_opens_the_pictures(self, call: Call, tiny_folder: Path) -> None:
+        Path("notes.png").write_text("dear diary")
+        done = call("split", "notes.png", *SPLIT[2:], "--base", tiny_folder, "--dry-run")
+        assert done.code == 2
+        assert "not a picture" in done.err
+
+    def test_our_warnings_are_single_lines_told_once(self, call: Call, tiny_folder: Path) -> None:
+        Image.new("RGB", (20, 20)).save("tiny.png")
+        done = call("split", "tiny.png", *SPLIT[2:], "--base", tiny_folder, "--dry-run")
+        assert done.err.count("warning: tiny.png is only 20×20 pixels") == 1
+        assert ".py" not in done.err
+
+    def test_resume_takes_up_the_configuration_of_the_run(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+        from unziplora.run import RunFolder
+
+        config = resolve(SplitConfig, {"images": ["cat.png"], "content": "cat", "style": "x", "out": "r", "rank": 5})
+        RunFolder.create(Path("r"), config)
+        seen = {}
+
+        def split(config: SplitConfig, resume: bool, progress: object) -> RunFolder:
+            seen.update(rank=config.rank, device=config.device, resume=resume, images=config.images)
+            return RunFolder(config.out)
+
+        monkeypatch.setattr("unziplora.split.split", split)
+        assert call("split", "--resume", "--out", "r", "--device", "cpu").code == 0
+        assert seen == {"rank": 5, "device": "cpu", "resume": True, "images": [Path("cat.png").resolve()]}
+
+
+class TestFaultsOfTheMachine:
+    @pytest.fixture
+    def failing(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+        def run(error: BaseException, *args: object) -> Done:
+            def split(*_: object, **__: object) -> None:
+                raise error
+
+            monkeypatch.setattr("unziplora.split.split", split)
+            return call(*SPLIT, *args)
+
+        return run
+
+    def test_exit_code_1(self, failing: Callable[..., Done]) -> None:
+        done = failing(MachineError("runs/cat: the disk is full"))
+        assert (done.code, done.err) == (1, "error: runs/cat: the disk is full\n")
+
+    def test_a_stopped_run_names_the_command_that_resumes(self, failing: Callable[..., Done]) -> None:
+        done = failing(Interrupted("stopped after step 3; continue with: unziplora split --resume --out runs/cat"))
+        assert done.code == 130
+        assert done.err.startswith("stopped after step 3")
+
+    def test_a_second_ctrl_c(self, failing: Callable[..., Done]) -> None:
+        assert failing(KeyboardInterrupt()).code == 130
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            MemoryError(),
+        ],
+    )
+    def test_too_little_memory_names_the_next_smaller_setting(
+        self, failing: Callable[..., Done], error: Exception
+    ) -> None:
+        done = failing(error)
+        assert done.code == 1
+        assert "Next smaller setting: --gradient-checkpointing" in done.err
+        assert "--batch-size 2" in failing(error, "--batch-size", "4").err
+        assert "--resolution 768" in failing(error, "--gradient-checkpointing").err
+        least = ["--gradient-checkpointing", "--resolution", "512", "--rank"]
+        assert "--rank 32" in failing(error, *least, "64").err
+        assert "smaller base" in failing(error, *least, "4").err
+
+    def test_a_bug_is_told_in_one_line_unless_details_are_wanted(
+        self, failing: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        done = failing(ZeroDivisionError("division by zero"))
+        assert done.code == 1
+        assert "a fault in unziplora itself: ZeroDivisionError" in done.err
+        assert len(done.err.splitlines()) == 1
+        monkeypatch.setenv("UNZIPLORA_DEBUG", "1")
+        with pytest.raises(ZeroDivisionError):
+            failing(ZeroDivisionError("division by zero"))
+
+    def test_a_reader_who_leaves_is_no_fault(self, finished: Path) -> None:
+        command = [sys.executable, "-m", "unziplora", "inspect", str(finished / "style.safetensors")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+
+
+class TestFiles:
+    def test_inspect(self, call: Call, finished: Path) -> None:
+        done = call("inspect", finished / "style.safetensors")
+        assert done.code == 0
+        assert "loads in" in done.out
+        assert "pencil sketch" in done.out
+        one = call("inspect", finished / "style.safetensors", "--json").json
+        assert one["ranks"] == {"2": one["modules"]}
+        both = call("inspect", finished / "style.safetensors", finished / "content.safetensors", "--json").json
+        assert len(both["files"]) == 2
+
+    def test_convert_and_back(self, call: Call) -> None:
+        path = lora_file(Path("a.safetensors"))
+        done = call("convert", path, "b.safetensors", "--layout", "diffusers", "--json")
+        assert done.code == 0
+        assert done.json["modules"] == 1
+        assert call("convert", "b.safetensors", "c.safetensors").code == 0
+        before, after = (read_lora(Path(name)).modules for name in ("a.safetensors", "c.safetensors"))
+        for name, pair in before.items():
+            torch.testing.assert_close(pair[1] @ pair[0], after[name][1] @ after[name][0])
+
+    def test_what_is_there_is_replaced_only_when_asked(self, call: Call) -> None:
+        path = lora_file(Path("a.safetensors"))
+        Path("b.safetensors").write_text("mine")
+        assert call("convert", path, "b.safetensors").code == 2
+        assert Path("b.safetensors").read_text() == "mine"
+        assert call("convert", path, "b.safetensors", "--force").code == 0
+
+    def test_resize(self, call: Call) -> None:
+        path = lora_file(Path("a.safetensors"), rank=4)
+        done = call("resize", path, "b.safetensors", "--rank", "2")
+        assert done.code == 0
+        assert "rank 2" in done.out
+        assert call("resize", path, "c.safetensors", "--energy", "0.5", "--json").json["energy"] >= 0.5
+
+    def test_pickles_are_refused(self, call: Call) -> None:
+        torch.save({"a": torch.zeros(1)}, "a.pt")
+        for command in (["inspect", "a.pt"], ["convert", "a.pt", "b.safetensors"]):
+            done = call(*command)
+            assert done.code == 2
+            assert "never opened" in done.err
+
+
+class TestPictures:
+    def test_sample_a_run(self, call: Call, finished: Path) -> None:
+        done = call("sample", finished, "--steps", "1", "--guidance", "1", "--seeds", "0", "--seeds", "1", "--json")
+        assert done.code == 0, done.err
+        assert len(done.json["pictures"]) == 2
+        with Image.open(done.json["pictures"][0]) as picture:
+            assert picture.size == (64, 64)
+
+    def test_grid(self, call: Call, finished: Path) -> None:
+        options = ["--steps", "1", "--guidance", "1", "--content-strengths", "0.5", "--style-strengths", "1"]
+        done = call("grid", finished, *options, "--out", "g.png")
+        assert done.code == 0, done.err
+        assert done.out == "g.png\n"
+        assert Path("g.png").is_file()
+
+    def test_a_dry_run_shows_the_settings(self, call: Call, finished: Path) -> None:
+        done = call("sample", finished, "--steps", "3", "--dry-run", "--json")
+        assert done.json["config"]["steps"] == 3
+        assert done.json["config"]["content"] == done.json["config"]["style"] == str(finished)
+
+
+class TestFlags:
+    class Toy(Recipe):
+        numbers: list[int] = Field([1, 2], description="Numbers.")
+        pair: tuple[float, float] = Field((0.5, 1.0), description="Pair.")
+        dial: float | None = Field(None, description="Dial.")
+        switch: bool = Field(True, description="Switch.")
+        table: dict[str, float] = Field({}, description="Table.")
+        path: Path | None = Field(None, description="Path.")
+
+    def given(self, *args: str) -> dict[str, Any]:
+        command = flags.RecipeCommand("toy", params=flags.options(self.Toy))
+        return flags.given(command.make_context("toy", list(args)))
+
+    def test_only_what_was_typed_counts(self) -> None:
+        assert self.given() == {}
+        assert self.given("--no-switch", "--dial", "0.5") == {"switch": False, "dial": 0.5}
+
+    def test_lists_pairs_and_tables(self) -> None:
+        found = self.given("--numbers", "3", "--numbers", "4", "--pair", "1", "2", "--table", "a=1", "--table", "b=2")
+        assert found == {"numbers": [3, 4], "pair": (1.0, 2.0), "table": {"a": "1", "b": "2"}}
+        assert self.Toy(**found).table == {"a": 1.0, "b": 2.0}
+
+    def test_none_clears(self) -> None:
+        found = self.given("--numbers", "none", "--dial", "none", "--path", "none")
+        assert found == {"numbers": [], "dial": None, "path": None}
+
+    def test_a_table_entry_without_a_value(self, call: Call) -> None:
+        with pytest.raises(Exception, match="give NAME=VALUE"):
+            self.given("--table", "a")
+
+
+def test_libraries_warnings_are_kept_back(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def inspect(*_: object) -> None:
+        warnings.warn_explicit("deprecated", UserWarning, "/site-packages/torch/x.py", 1)
+        warnings.warn_explicit("told", UserWarning, str(Path(cli.__file__).parent / "x.py"), 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unziplora.lora.inspect.inspect", inspect)
+    done = call("inspect", "a.safetensors")
+    assert done.code == 130
+    assert done.err.split("\n") == ["warning: told", "", "interrupted", ""]
+
+
+def test_the_default_run_folder_is_named_after_the_picture() -> None:
+    from unziplora.cli.split import _default_out
+
+    assert _default_out(["a/My cat (1).jpg"]) == "runs/My-cat-1"
+    assert _default_out(["…"]) == "runs/picture"
+    assert _default_out(None) is None
+
+
+def test_commands_are_what_the_help_lists() -> None:
+    assert isinstance(split_command, click.Command)
+    assert set(cli.COMMANDS) >= {"split", "sample", "grid", "inspect", "convert", "resize", "doctor", "demo"}

@@ -1,0 +1,118 @@
+"""The configuration: layers, presets, faults, TOML, and the generated documentation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unziplora.config import PRESETS, SplitConfig, read_toml, resolve, to_toml
+from unziplora.errors import UserError
+
+GIVEN: dict[str, Any] = {"images": ["cat.jpg"], "content": "cat", "style": "pencil sketch", "out": "runs/cat"}
+
+
+def fault(**changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(SplitConfig, {**GIVEN, **changes})
+    return str(caught.value)
+
+
+def test_later_layers_win() -> None:
+    config = resolve(SplitConfig, GIVEN, {"rank": 8, "seed": 3}, {"rank": 4})
+    assert (config.rank, config.seed, config.steps) == (4, 3, 600)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_lie_under_what_is_given(preset: str) -> None:
+    config = resolve(SplitConfig, GIVEN, {"preset": preset, "steps": 123})
+    assert config.steps == 123
+    for name, value in PRESETS[preset].items():
+        if name != "steps":
+            assert getattr(config, name) == value
+
+
+def test_the_bundled_base_brings_its_preset() -> None:
+    assert resolve(SplitConfig, GIVEN, {"base": "bundled"}).rank == PRESETS["bundled"]["rank"]
+    assert resolve(SplitConfig, GIVEN, {"base": "bundled", "preset": "default"}).rank == 64
+
+
+def test_unknown_keys_bring_up_the_nearest() -> None:
+    assert fault(rnak=8) == "unknown key 'rnak': did you mean 'rank'?"
+    assert fault(zzzz=8) == "unknown key 'zzzz'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": "many"}, "rank: Input should be a valid integer"),
+        ({"rank": 0}, "rank: Input should be greater than or equal to 1 (got 0)"),
+        ({"rank": 8.5}, "rank: "),
+        ({"optimizer": "sgd"}, "optimizer: Input should be 'adamw', 'adamw8bit' or 'prodigy'"),
+        ({"content": "  "}, "content: must not be blank"),
+        ({"style": ""}, "style: "),
+        ({"images": []}, "images: "),
+        ({"images": "cat.jpg"}, "images: "),
+        ({"content_learning_rate": -1.0}, "content_learning_rate: "),
+        ({"content_learning_rate": float("nan")}, "content_learning_rate: "),
+        ({"betas": [0.9]}, "betas"),
+        ({"column_separation": "perhaps"}, "column_separation: "),
+        ({"content": "Cat", "style": "cat"}, "content and style are the same word ('Cat')"),
+        ({"masks": ["a.png", "b.png"]}, "2 masks for 1 images: give one mask per image"),
+        ({"steps": 30}, "30 steps leave no room for 3 column warm-ups of 10"),
+    ],
+)
+def test_each_wrong_value_is_named(changes: dict[str, Any], message: str) -> None:
+    assert message in fault(**changes)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    lines = fault(rank=0, rnak=1, seed=-1).splitlines()
+    assert len(lines) == 3
+
+
+def test_missing_keys_are_explained() -> None:
+    with pytest.raises(UserError, match='content is missing: Word for the subject, such as "cat"'):
+        resolve(SplitConfig, {"images": ["a.png"], "style": "x", "out": "y"})
+
+
+def test_toml_gives_the_same_configuration_back(tmp_path: Path) -> None:
+    config = resolve(SplitConfig, GIVEN, {"betas": [0.8, 0.9], "sample_seeds": [], "alpha": 3.5, "masks": ["m.png"]})
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert resolve(SplitConfig, read_toml(path)) == config
+
+
+def test_unreadable_toml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such configuration file"):
+        read_toml(tmp_path / "gone.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("rank = = 3")
+    with pytest.raises(UserError, match="not valid TOML"):
+        read_toml(broken)
+    broken.write_bytes(b"\xff\xfe\0r")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_toml(broken)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_toml(tmp_path)
+
+
+def test_prompts_take_the_words() -> None:
+    prompts = resolve(SplitConfig, GIVEN).prompts()
+    assert prompts["full"] == "a sks cat in pencil sketch style"
+    assert prompts["content"] == "a sks cat"
+    assert prompts["style"] == "an image in pencil sketch style"
+    with pytest.raises(UserError, match="use only"):
+        resolve(SplitConfig, GIVEN, {"full_prompt": "a {subject}"}).prompts()
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = resolve(SplitConfig, GIVEN)
+    with pytest.raises(ValueError, match="frozen"):
+        config.rank = 3  # type: ignore[misc]
+
+
+def test_every_key_is_explained_and_grouped() -> None:
+    for name, field in SplitConfig.model_fields.items():
+        assert field.description, name
+        assert isinstance(field.json_schema_extra, dict), name
+        assert field.json_schema_extra["group"], name

@@ -1,0 +1,197 @@
+"""What the doctor finds, and the memory estimate that its advice rests on."""
+
+import json
+import socket
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from unziplora import activations, cli, doctor
+from unziplora.activations import kept_bytes
+from unziplora.base import BUNDLED
+from unziplora.config import SDXL, SplitConfig
+from unziplora.doctor import FITTING, GIB, Check, Device, Report, advice, examine
+from unziplora.errors import UserError
+from unziplora.lora.layer import add_lora
+from unziplora.memory import estimate, inspect_base, smaller
+
+CARD = Device(name="cuda:0", model="Card", memory_free=23 * GIB, memory_total=24 * GIB, bf16=True)
+
+
+def recipe(**changes: Any) -> SplitConfig:
+    given = {"images": [Path("cat.jpg")], "content": "cat", "style": "sketch", "out": Path("out"), "device": "cpu"}
+    return SplitConfig(**{**given, **changes})
+
+
+class TestDoctor:
+    def test_looks_at_this_machine_and_sends_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("the doctor reached for the network")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        report = examine()
+        assert report.packages["torch"] == torch.__version__
+        assert report.devices[-1].name == "cpu"
+        assert report.devices[-1].memory_total > 0
+        assert "model hub" not in str(report)
+        assert report.ready
+        assert Report.model_validate_json(report.model_dump_json()) == report
+
+    def test_asks_the_hub_only_when_told_to(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "HUB", "http://127.0.0.1:9")
+        found = examine(online=True).checks[-1]
+        assert (found.name, found.state) == ("model hub", "note")
+        assert "does not answer" in found.text
+
+    def test_a_full_disk_is_a_problem_and_exit_code_1(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(GIB, GIB, 1000))
+        assert cli.main(["doctor", "--json"]) == 1
+        report = json.loads(capsys.readouterr().out)
+        assert [check["state"] for check in report["checks"] if check["name"] == "disk"] == ["problem"]
+
+    def test_missing_packages_name_the_command_that_installs_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "installed", lambda name: None if name in ("wandb", "peft") else "1.0")
+        report = examine()
+        assert "pip install 'unziplora[wandb]'" in str(report)
+        assert Check(name="peft", state="problem", text="not installed: pip install unziplora") in report.checks
+        assert not report.ready
+
+    def test_a_card_that_others_fill_is_noted(self) -> None:
+        crowded = CARD.model_copy(update={"memory_free": 2 * GIB, "bf16": False})
+        found = doctor._device(crowded)
+        assert found.state == "note"
+        assert "no bf16" in found.text
+        assert doctor._device(CARD).state == "ok"
+
+    @pytest.mark.parametrize(
+        ("gib", "flags"),
+        [(80, "--style WORDS"), (24, "--style WORDS"), (16, "--gradient-checkpointing"), (10, "--resolution 768")],
+    )
+    def test_advice_for_a_card(self, gib: int, flags: str) -> None:
+        assert advice(CARD.model_copy(update={"memory_total": gib * GIB}), True, True).endswith(flags)
+
+    def test_advice_for_small_machines(self) -> None:
+        assert "too little" in advice(CARD.model_copy(update={"memory_total": 4 * GIB}), True, True)
+        assert "unziplora[8bit]" in advice(CARD.model_copy(update={"memory_total": 10 * GIB}), True, False)
+        cpu = CARD.model_copy(update={"name": "cpu", "memory_total": 8 * GIB})
+        assert "SDXL does not fit" in advice(cpu, True, False)
+        assert "unziplora demo" in advice(cpu, True, False)
+        assert "takes hours" in advice(cpu.model_copy(update={"memory_total": 32 * GIB}), False, False)
+
+
+class TestSizes:
+    def test_sdxl_without_its_weights(self) -> None:
+        sizes = inspect_base(SDXL)
+        assert sizes.unet == 2_567_463_684
+        assert sizes.vae == 83_653_863
+        assert len(sizes.linears) == 560
+        assert sizes.adapter(64) == 92_897_280
+        assert sizes.resolution == 1024
+        assert sizes.assumed
+
+    def test_a_folder_and_a_file(self, tiny_folder: Path, tiny_checkpoint: Path) -> None:
+        for source in (tiny_folder, tiny_checkpoint):
+            sizes = inspect_base(str(source))
+            assert sizes.unet == sum(p.numel() for p in tiny.unet().parameters())
+            assert sizes.resolution == tiny.SIDE
+            assert not sizes.assumed
+
+    def test_what_is_not_there_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="no such file or folder"):
+            inspect_base(str(tmp_path / "gone.safetensors"))
+        with pytest.raises(UserError, match=r"model_index\.json is missing"):
+            inspect_base(str(tmp_path))
+
+
+class TestMemory:
+    def test_exact_parts_follow_from_sizes(self, tiny_folder: Path) -> None:
+        sizes = inspect_base(str(tiny_folder))
+        config = recipe(base=str(tiny_folder), rank=4)
+        parts = {line.part: line for line in estimate(config, sizes).lines}
+        trained = 2 * 4 * sum(i + o for i, o in sizes.linears)
+        columns = 2 * sum(o for _, o in sizes.linears)
+        assert parts["UNet"].bytes == 4 * sizes.unet
+        assert parts["gradients"].bytes == 4 * (trained + columns)
+        assert parts["optimiser"].bytes == 8 * (trained + columns)
+        assert all(parts[name].exact for name in ("UNet", "LoRAs, scales and masks", "gradients", "optimiser"))
+        assert not parts["activations"].exact
+
+    @pytest.mark.parametrize(
+        "less",
+        [{"gradient_checkpointing": True}, {"optimizer": "adamw8bit"}, {"rank": 8}, {"resolution": 32}],
+        ids=str,
+    )
+    def test_each_smaller_setting_needs_less(self, tiny_folder: Path, less: dict[str, Any]) -> None:
+        sizes = inspect_base(str(tiny_folder))
+        more = estimate(recipe(base=str(tiny_folder), batch_size=4), sizes).total
+        assert estimate(recipe(base=str(tiny_folder), batch_size=4, **less), sizes).total < more
+
+    def test_the_table_says_what_is_estimated(self, tiny_folder: Path) -> None:
+        memory = estimate(recipe(base=str(tiny_folder)))
+        text = memory.table("# ")
+        assert "(estimate)" in text
+        assert "(fits)" in text
+        assert all(line.startswith("# ") for line in text.splitlines())
+        assert "does not fit" in memory.model_copy(update={"available": 1}).table()
+
+    def test_smaller_settings_come_to_an_end(self) -> None:
+        told, changes = [], dict[str, Any](batch_size=2)
+        while (hint := smaller(recipe(**changes))) is not None:
+            told.append(hint.split(" (")[0])
+            key, *value = told[-1].removeprefix("--").replace("-", "_").split()
+            changes[key] = int(value[0]) if value else True
+        assert told[0] == "--batch-size 1"
+        assert "--gradient-checkpointing" in told
+        assert told[-1] == "--rank 8"
+
+    def test_sdxl_fits_the_cards_that_the_doctor_says(self) -> None:
+        """Needs for SDXL in bf16 by the same arithmetic as on a GPU: no VAE and text encoders while training."""
+        sizes = inspect_base(SDXL)
+        for least, flags in FITTING:
+            side = 768 if "768" in flags else 1024
+            trained = 2 * sizes.adapter(64)
+            state = 2 if "adamw8bit" in flags else 8
+            kept = kept_bytes(
+                sizes.unet_config,
+                rank=64,
+                latent=side // 8,
+                batch=1,
+                half=True,
+                checkpointing="checkpointing" in flags,
+            )
+            assert 2 * sizes.unet + (8 + state) * trained + 1.25 * kept + 0.6 * GIB < least * GIB
+
+
+class TestActivations:
+    def kept(self, **changes: Any) -> int:
+        given = {"rank": 4, "latent": 8, "batch": 1, "half": False, "checkpointing": False}
+        return kept_bytes(dict(tiny.unet().config), **{**given, **changes})
+
+    def test_the_count_without_numbers_is_that_of_a_real_step(self) -> None:
+        unet: Any = tiny.unet().requires_grad_(False).train()
+        for name in ("content", "style"):
+            pairs = activations._pairs(unet, 4)
+            add_lora(unet, name, {path: (d * 0, u * 0) for path, (d, u) in pairs.items()}, stream=name)
+        counter = activations._Counter(unet)
+        with counter.counting():
+            unet(**activations._inputs(unet, 1, 8, 3, torch.float32))
+        assert self.kept() == pytest.approx(counter.total, rel=0.1)
+
+    def test_grows_with_pictures_and_pixels_and_shrinks_with_checkpointing(self) -> None:
+        assert self.kept(batch=2) > 1.5 * self.kept()
+        assert self.kept(latent=16) > 2 * self.kept()
+        assert self.kept(checkpointing=True) < 0.6 * self.kept()
+        assert self.kept(half=True) < self.kept()
+
+
+def test_the_bundled_base_is_found_or_its_absence_is_said() -> None:
+    there = (BUNDLED / "emoji-xl" / "model_index.json").is_file()
+    found = next(check for check in examine().checks if check.name == "bundled base")
+    assert found.state == ("ok" if there else "note")
