@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from unziplora.cli.reference import reference
 from unziplora.config import PRESETS, SplitConfig, read_toml, resolve, to_toml
 from unziplora.errors import UserError
 
@@ -116,3 +117,10 @@ def test_every_key_is_explained_and_grouped() -> None:
         assert field.description, name
         assert isinstance(field.json_schema_extra, dict), name
         assert field.json_schema_extra["group"], name
+
+
+def test_the_documentation_of_the_keys_is_up_to_date() -> None:
+    page = Path(__file__).parent.parent / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == reference(), (
+        "run: python -m unziplora.cli.reference > docs/configuration.md"
+    )

@@ -12,10 +12,10 @@ from unziplora.errors import UserError
 
 _LAYOUT = click.Option(
     ["--layout"],
-    type=click.Choice(["kohya", "diffusers"]),
+    type=click.Choice(["kohya", "kohya-diffusers", "diffusers"]),
     default="kohya",
     show_default=True,
-    help="Layout to write: kohya loads in ComfyUI, Forge, A1111, InvokeAI, diffusers; diffusers is for PEFT.",
+    help="Layout to write: kohya loads in ComfyUI, Forge, A1111, InvokeAI, diffusers; diffusers in diffusers alone.",
 )
 _DTYPE = click.Option(
     ["--dtype"], type=click.Choice(["fp32", "fp16", "bf16"]), help="Number format to store.  [default: as it was]"
