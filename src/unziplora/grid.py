@@ -44,7 +44,8 @@ def sheet(
     count = max(len(row) for row in images)
     font = _font(width)
     heads = [_wrap(label, font, width) for label in columns]
-    sides = [_wrap(label, font, max(96, width), lines=6) for label in rows]
+    fitting = max(1, height // (_size("X\nX", font)[1] - _size("X", font)[1]))
+    sides = [_wrap(label, font, max(128, width), fitting) for label in rows]
     left = max((_size(side, font)[0] for side in sides), default=0) + 4 * GAP if sides else 0
     top = max((_size(head, font)[1] for head in heads), default=0) + 2 * GAP if heads else 0
     size = (left + count * (width + GAP) + GAP, top + len(images) * (height + GAP) + GAP)
