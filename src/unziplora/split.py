@@ -14,7 +14,9 @@ from accelerate.state import AcceleratorState
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 
+from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
+from unziplora.card import card
 from unziplora.config import SplitConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.encode import conditioning, encode_pictures, loss_weights, to_device
@@ -22,6 +24,7 @@ from unziplora.errors import Interrupted, UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.images import load_mask, load_picture, to_tensor
 from unziplora.lora.blocks import read_blocks
+from unziplora.lora.families import sdxl_sized
 from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.metadata import metadata_for
 from unziplora.lora.separation import NAMES
@@ -92,6 +95,8 @@ class Job:
         self.export(method, base, pictures)
         if config.sample_seeds:
             self.sample(base, method, pictures, "samples")
+        shapes = {path: (up.shape[0], down.shape[1]) for path, (down, up) in method.export()["content"].items()}
+        atomic_write(run.card, card(run, config, sdxl_sized(shapes)))
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # twice the size of everything else
         accelerator.end_training()
 

@@ -1,0 +1,51 @@
+"""The card of a run folder."""
+
+from pathlib import Path
+
+import pytest
+
+from unziplora.card import card
+from unziplora.config import SDXL, SplitConfig, resolve
+from unziplora.run import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    for name in ("content.safetensors", "style.safetensors", "style.diffusers.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "samples.png").write_bytes(b"")
+    return RunFolder(tmp_path)
+
+
+def recipe(run: RunFolder, **changes: object) -> SplitConfig:
+    given = {"images": ["/home/me/cat.jpg"], "content": "cat", "style": 'pencil "sketch"', "out": run.path}
+    return resolve(SplitConfig, {**given, **changes})
+
+
+def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
+    text = card(run, recipe(run), full_size=True)
+    for program in ("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers", "unziplora"):
+        assert f"**{program}" in text or f", {program}**" in text
+    assert "| `content.safetensors` | the content | `a sks cat` |" in text
+    assert '| `style.diffusers.safetensors` (diffusers layout) | the style | `in pencil "sketch" style` |' in text
+    assert "![samples](samples/samples.png)" in text
+    assert f"base_model: {SDXL}" in text
+    assert 'instance_prompt: "a sks cat in pencil \\"sketch\\" style"' in text
+    assert "rank = 64" in text
+
+
+def test_files_for_a_small_base_promise_nothing(run: RunFolder) -> None:
+    text = card(run, recipe(run, base="bundled"), full_size=False)
+    assert "cannot load them" in text
+    assert "lora:" not in text.split("Settings")[0]
+
+
+def test_tells_nothing_about_the_machine(run: RunFolder) -> None:
+    text = card(run, recipe(run, base=str(run.path)), full_size=False)
+    assert "/home/me" not in text
+    assert f'base = "{run.path.name}"' in text
+
+
+def test_measured_scores_are_listed(run: RunFolder) -> None:
+    assert "| DINO | 0.349 |" in card(run, recipe(run), True, {"DINO": 0.349})
