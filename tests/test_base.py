@@ -160,8 +160,11 @@ def test_other_pipelines_are_refused(folder: Path, change: dict, message: str):
         load_base(str(folder))
 
 
-def test_other_noise_schedules_are_refused(folder: Path):
-    edit(folder / "scheduler" / "scheduler_config.json", prediction_type="sample")
+@pytest.mark.parametrize(
+    "change", [{"prediction_type": "sample"}, {"_class_name": "EDMEulerScheduler"}, {"_class_name": "FlowMatchX"}]
+)
+def test_other_noise_schedules_are_refused(folder: Path, change: dict):
+    edit(folder / "scheduler" / "scheduler_config.json", **change)
     with pytest.raises(UserError, match="noise schedule"):
         load_base(str(folder))
 

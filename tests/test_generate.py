@@ -92,6 +92,12 @@ def test_negative_prompt_reaches_all_streams_or_each_its_own(split_base: Base):
         assert not torch.equal(changed, one)
 
 
+def test_guidance_rescale_reaches_the_pipeline(shared_base: Base):
+    plain = generate_latents(shared_base, "a cat", [0], FAST)
+    rescaled = generate_latents(shared_base, "a cat", [0], Settings(steps=2, guidance_rescale=0.7))
+    assert not torch.allclose(plain, rescaled, atol=1e-3)
+
+
 def test_guidance_one_needs_no_negative_prompt(split_base: Base):
     one = generate_latents(split_base, CAT, [0], Settings(steps=2, guidance=1.0))
     assert torch.equal(one, generate_latents(split_base, CAT, [0], Settings(steps=2, guidance=1.0, negative="x")))

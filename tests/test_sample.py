@@ -12,6 +12,7 @@ from unziplora.config import SplitConfig, resolve, to_toml
 from unziplora.config_sample import SampleConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.generate import Settings, generate_latents
+from unziplora.lora.algebra import fold_output
 from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.layer import adapted, add_lora, attention_linears
 from unziplora.prompts import Prompts
@@ -89,6 +90,22 @@ def test_plain_file_gives_the_same_as_its_run(fresh_base, cat: Path, tmp_path: P
         config = SampleConfig(content=tmp_path / f"{layout}.safetensors", prompts=["a sks cat"])
         got = latents(config, fresh_base())
         torch.testing.assert_close(got, latents(SampleConfig(content=cat), fresh_base()), rtol=1e-4, atol=1e-4)
+
+
+def test_exported_file_alone_is_the_branch_alone(fresh_base, tmp_path: Path):
+    """Column mask, soft scale and strength of a trained branch, folded into a file of each layout."""
+    base = fresh_base()
+    branches = add_lora(base.unet, "content", tiny.random_lora(base.unet, 1), strength=0.5)
+    for branch in branches.values():
+        branch.mask.copy_(torch.arange(len(branch.mask)) % 3 != 0)
+        branch.scale.data.uniform_(0, 1)
+    want = generate_latents(base, "a cat", [0], FAST)
+    folded = {path: fold_output((b.down.detach(), b.up.detach()), b.columns().detach()) for path, b in branches.items()}
+    for layout in ("kohya", "diffusers"):
+        file = tmp_path / f"{layout}.safetensors"
+        write_lora(Lora(folded), file, layout, dtype="fp32")
+        got = latents(SampleConfig(content=file, prompts=["a cat"]), fresh_base())
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_strength_zero_and_all_blocks_zero_are_the_base(fresh_base, shared_base: Base, cat: Path):
@@ -227,6 +244,7 @@ def test_refusals_of_sources(tiny_base: Base, cat: Path, tmp_path: Path):
             sample(SampleConfig(**{"out": tmp_path / "out", **keys}), tiny_base)
 
     refused("no such run folder or LoRA file", content=tmp_path / "nowhere")
+    refused("cannot be opened", content="x" * 300)
     refused("this is no run folder", content=tmp_path)
     (tmp_path / "config.toml").touch()
     refused("the run is not finished", content=tmp_path)

@@ -123,7 +123,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     header = base_files.read_header(path)
     base_files.check_checkpoint(path, header)
     folder = config_folder(path, header)
-    base_files.check_unet_config(folder, folder)
+    base_files.check_unet_config(folder, str(path))
     options = {"config": str(folder), "local_files_only": True}
     parts: dict[str, Any] = {"vae": _file_vae(path, folder, dtype)}
     if folder == BUNDLED / "sdxl":
@@ -184,8 +184,9 @@ def _finish(pipe: StableDiffusionXLPipeline, name: str, device: str | torch.devi
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.eval().requires_grad_(False).to(device)
     pipe.set_progress_bar_config(disable=True)
-    resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    return Base(pipe, name, resolution, pipe.scheduler.config.get("prediction_type", "epsilon"))
+    size = pipe.unet.config.sample_size or 128
+    side = size if isinstance(size, int) else max(size)
+    return Base(pipe, name, side * pipe.vae_scale_factor, pipe.scheduler.config.get("prediction_type", "epsilon"))
 
 
 @contextmanager

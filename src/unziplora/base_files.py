@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,8 @@ def check_folder(folder: Path, half: bool) -> str | None:
             "pipe.save_pretrained writes it, or a .safetensors checkpoint"
         )
     check_class(read_json(folder / "model_index.json"), str(folder))
-    check_unet_config(folder, folder)
-    for name in ("scheduler", "tokenizer", "tokenizer_2"):
+    check_unet_config(folder, str(folder))
+    for name in ("tokenizer", "tokenizer_2"):
         if not (folder / name).is_dir():
             raise UserError(f"{folder}: {name} is missing; copy or download the whole folder again")
     found = [_weights(folder / part) for part in PARTS]
@@ -154,22 +154,24 @@ def check_class(index: dict[str, Any], source: str) -> None:
         raise _other_family(source, CLASSES.get(str(name), f"a {name}"))
 
 
-def check_unet_config(folder: Path, source: Path) -> None:
-    """Refuse a UNet of another family by its configuration.
+def check_unet_config(folder: Path, source: str) -> None:
+    """Refuse a UNet of another family, or another noise schedule, by the configurations.
 
     Raises:
-        UserError: it is not of SDXL's topology with 4 input channels.
+        UserError: it is not of SDXL's topology with 4 input channels, or of another noise schedule.
     """
     config = read_json(folder / "unet" / "config.json")
     index = read_json(folder / "model_index.json")
     if config.get("in_channels", 4) == 9:
-        raise _other_family(str(source), "an inpainting model (9 input channels)")
+        raise _other_family(source, "an inpainting model (9 input channels)")
     if config.get("in_channels", 4) != 4:
-        raise _other_family(str(source), f"a model with {config['in_channels']} input channels")
+        raise _other_family(source, f"a model with {config['in_channels']} input channels")
     if index.get("requires_aesthetics_score") or index.get("text_encoder", [""])[0] is None:
-        raise _other_family(str(source), "the SDXL refiner")
+        raise _other_family(source, "the SDXL refiner")
     if config.get("addition_embed_type") != "text_time":
-        raise _other_family(str(source), "Stable Diffusion 1 or 2")
+        raise _other_family(source, "Stable Diffusion 1 or 2")
+    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    _check_schedule(schedule, str(schedule.get("_class_name")), source)
 
 
 def check_checkpoint(path: Path, header: Header) -> None:
@@ -241,8 +243,10 @@ def check_pipeline(pipe: Any, source: str) -> None:
             )
     if not getattr(pipe.unet, "down_blocks", None) or not _has_attention(pipe.unet.up_blocks):
         raise _other_family(source, "a UNet without SDXL's blocks")
-    config = pipe.scheduler.config
-    kind = type(pipe.scheduler).__name__
+    _check_schedule(pipe.scheduler.config, type(pipe.scheduler).__name__, source)
+
+
+def _check_schedule(config: Mapping[str, Any], kind: str, source: str) -> None:
     prediction = config.get("prediction_type", "epsilon")
     if kind.startswith(("EDM", "FlowMatch")) or prediction not in ("epsilon", "v_prediction"):
         raise _other_family(source, f"a model with another noise schedule ({kind}, {prediction})")

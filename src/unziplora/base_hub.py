@@ -44,6 +44,9 @@ def download(source: str, dtype: torch.dtype) -> Path:
         base_files.check_class(base_files.read_json(Path(index)), source)
         if offline:
             return Path(index).parent
+        for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+            hf_hub_download(source, name)
+        base_files.check_unet_config(Path(index).parent, source)  # before gigabytes are fetched
         return Path(StableDiffusionXLPipeline.download(source, use_safetensors=True, variant=variant))
     except (OSError, ValueError) as error:
         why = "the hub cannot be reached and the model was not fetched before" if offline else "fetching it failed"

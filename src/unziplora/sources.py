@@ -48,17 +48,19 @@ def find_source(path: Path, kind: str) -> Source:
         UserError: there is no such folder or file, or the run is not finished.
     """
     path = path.expanduser()
-    if path.is_dir():
-        file = path / f"{kind}.safetensors"
-        if not file.is_file():
-            known = (
-                "the run is not finished: resume it" if (path / "config.toml").is_file() else "this is no run folder"
-            )
-            raise UserError(f"{path}: there is no {file.name} in it; {known}, or give a LoRA file")
-        return Source(kind, file, _run(file))
-    if not path.is_file():
-        raise UserError(f"--{kind} {path}: no such run folder or LoRA file")
-    return Source(kind, path, _run(path))
+    try:
+        if path.is_file():
+            return Source(kind, path, _run(path))
+        if not path.is_dir():
+            raise UserError(f"--{kind} {path}: no such run folder or LoRA file")
+    except OSError as error:
+        raise UserError(f"--{kind} {path}: cannot be opened ({error.strerror})") from None
+    file = path / f"{kind}.safetensors"
+    if not file.is_file():
+        known = (path / "config.toml").is_file()
+        advice = "the run is not finished: resume it" if known else "this is no run folder"
+        raise UserError(f"{path}: there is no {file.name} in it; {advice}, or give a LoRA file")
+    return Source(kind, file, _run(file))
 
 
 def _run(file: Path) -> dict[str, Any]:
