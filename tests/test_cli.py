@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -313,6 +315,25 @@ class TestFaultsOfTheMachine:
             assert process.stderr is not None
             process.stdout.close()
             assert process.stderr.read() == ""
+
+
+def test_ctrl_c_saves_and_the_printed_command_goes_on(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
+    args = [*SPLIT, "--base", str(tiny_folder), "--rank", "2", "--steps", "31", "--sample-seeds", "none"]
+    command = [sys.executable, "-m", "unziplora", *args, "--out", "stopped"]
+    log = tmp_path / "stopped" / "log.jsonl"
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and log.read_text()) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate()
+    assert process.returncode == 130, told
+    resume = told.strip().splitlines()[-1].split()
+    assert resume[:3] == ["unziplora", "split", "--resume"]
+    assert not (tmp_path / "stopped" / "style.safetensors").exists()
+    assert call(*resume[1:], "--quiet").code == 0
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 32))
+    assert (tmp_path / "stopped" / "style.safetensors").is_file()
 
 
 class TestFiles:

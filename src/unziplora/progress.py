@@ -136,8 +136,11 @@ class Rich:
             return
         if self.task is None:
             self.task = self.bar.add_task("", total=event.steps, figures="")
-        figures = describe(event).split("  ", 1)
-        self.bar.update(self.task, completed=event.step, total=event.steps, figures=figures[1] if figures[1:] else "")
+        # a message brings no figures: the last ones stay
+        fields: dict[str, Any] = {}
+        if event.loss == event.loss or event.seconds_per_step:
+            fields["figures"] = "  ".join(describe(event).split("  ")[1:])
+        self.bar.update(self.task, completed=event.step, total=event.steps, **fields)
 
 
 class Silent:

@@ -1,0 +1,65 @@
+"""What is shown of a running job, on a terminal and elsewhere."""
+
+import io
+
+import pytest
+
+from unziplora.progress import Lines, Progress, Rich, Silent, describe, duration, show, size
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 50, "1048576.0 GiB")],
+)
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_a_report_tells_step_loss_speed_time_left_and_memory() -> None:
+    assert describe(Progress(5, 20, 0.25, 2.0, 3 << 30)) == "step 5/20  loss 0.2500  2.00 s/step  30 s left  3.0 GiB"
+    assert describe(Progress(5, 20)) == "step 5/20"
+
+
+def test_lines_are_few_and_the_last_step_is_told() -> None:
+    stream = io.StringIO()
+    with Lines(stream, seconds=1000) as view:
+        view(Progress(0, 100, message="loading"))
+        for step in range(1, 101):
+            view(Progress(step, 100, 0.5))
+        view(Progress(100, 100, message="wrote a.safetensors"))
+    assert stream.getvalue().splitlines() == [
+        "loading",
+        "step 1/100  loss 0.5000",
+        "step 100/100  loss 0.5000",
+        "wrote a.safetensors",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_that_keeps_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with show(stream=stream) as view:
+        assert isinstance(view, Rich)
+        view(Progress(0, 2, message="[not markup]"))
+        view(Progress(2, 2, 0.125, 1.0))
+        view(Progress(2, 2, message="wrote a.safetensors"))
+    assert "[not markup]" in stream.getvalue()
+    assert "loss 0.1250" in stream.getvalue().split("wrote a.safetensors")[-1]
+
+
+def test_quiet_and_pipes() -> None:
+    assert isinstance(show(quiet=True), Silent)
+    assert isinstance(show(stream=io.StringIO()), Lines)
