@@ -41,6 +41,14 @@ def test_a_new_folder_holds_the_configuration_with_absolute_paths(run: RunFolder
     assert run.checkpoints.is_dir()
 
 
+def test_a_base_on_disk_is_saved_absolute_and_a_name_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-xl").mkdir()
+    for base, saved in (("tiny-xl", str(tmp_path / "tiny-xl")), ("bundled", "bundled"), ("some/xl", "some/xl")):
+        run = RunFolder.create(tmp_path / saved.replace("/", "-"), recipe(Path("x"), base=base))
+        assert run.config(SplitConfig).base == saved
+
+
 def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not empty: choose another --out"):

@@ -253,10 +253,14 @@ class RunFolder:
 
 
 def _absolute(config: R) -> R:
-    """The same configuration with absolute picture paths, so that it works from any folder."""
+    """The same configuration with absolute paths, so that it works from any folder."""
     paths: dict[str, Any] = {
         name: [Path(path).expanduser().resolve() for path in getattr(config, name)]
         for name in ("images", "masks")
         if name in type(config).model_fields
     }
+    for name in ("base", "blocks"):  # a file or folder, or a name that stays one
+        value = getattr(config, name, None)
+        if value not in (None, "bundled", "sdxl") and Path(value).expanduser().exists():
+            paths[name] = str(Path(value).expanduser().resolve())
     return config.model_copy(update=paths)
