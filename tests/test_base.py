@@ -12,7 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from unziplora import base_hub
 from unziplora.base import BUNDLED, Base, load_base
-from unziplora.base_files import Header, clip_tokenizer, is_full_size, read_header
+from unziplora.base_checkpoint import clip_tokenizer, is_full_size
+from unziplora.base_files import Header, read_header
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import MachineError, UserError
 from unziplora.generate import generate

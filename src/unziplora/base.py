@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from safetensors import SafetensorError
 from torch import nn
 
-from unziplora import base_files
+from unziplora import base_checkpoint, base_files
 from unziplora.base_hub import HUB_ID, download
 from unziplora.config import SDXL
 from unziplora.errors import MachineError, UserError, first_line
@@ -121,15 +121,15 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
 
 def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     header = base_files.read_header(path)
-    base_files.check_checkpoint(path, header)
+    base_checkpoint.check_checkpoint(path, header)
     folder = config_folder(path, header)
     base_files.check_unet_config(folder, str(path))
     options = {"config": str(folder), "local_files_only": True}
     parts: dict[str, Any] = {"vae": _file_vae(path, folder, dtype)}
     if folder == BUNDLED / "sdxl":
-        parts.update(tokenizer=base_files.clip_tokenizer(), tokenizer_2=base_files.clip_tokenizer(pad="!"))
+        parts.update(tokenizer=base_checkpoint.clip_tokenizer(), tokenizer_2=base_checkpoint.clip_tokenizer(pad="!"))
     pipe = StableDiffusionXLPipeline.from_single_file(str(path), dtype=dtype, add_watermarker=False, **options, **parts)
-    changes = base_files.marked_schedule(header)
+    changes = base_checkpoint.marked_schedule(header)
     if changes:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     return pipe
@@ -157,7 +157,7 @@ def config_folder(path: Path, header: base_files.Header) -> Path:
     for folder in (path.with_suffix(""), path.parent):
         if (folder / "model_index.json").is_file():
             return folder
-    if base_files.is_full_size(header):
+    if base_checkpoint.is_full_size(header):
         return BUNDLED / "sdxl"
     raise UserError(
         f"{path}: not of SDXL's own size, so its configuration is needed: put a folder {path.stem!r} beside the "

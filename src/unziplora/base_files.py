@@ -1,8 +1,7 @@
-"""What is in a base model's files: read from headers and configurations, and refused early where it is not SDXL."""
+"""What is in a base model's folder: read from headers and configurations, and refused early where it is not SDXL."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -11,33 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTokenizer
 
 from unziplora.errors import UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-LDM = "model.diffusion_model."
 # model.safetensors, diffusion_pytorch_model.fp16.safetensors, model-00001-of-00002.safetensors …
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
 UNPICKLE = "it is a pickle, which can run code when it is opened, so it is never loaded; convert it to .safetensors"
-# What a checkpoint of another family holds, by a key that only it has. Prefixes count.
-FAMILIES = {
-    "conditioner.embedders.0.model.": "the SDXL refiner",
-    "cond_stage_model.model.": "Stable Diffusion 2",
-    "cond_stage_model.transformer.": "Stable Diffusion 1",
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "joint_blocks.": "Stable Diffusion 3",
-    "model.diffusion_model.double_blocks.": "FLUX",
-    "double_blocks.": "FLUX",
-    "edm_mean": "Playground 2.5 (EDM noise schedule)",
-    "edm_vpred.": "CosXL (EDM noise schedule)",
-    "control_model.": "a ControlNet",
-    "lora_": "a LoRA, not a base model",
-    "unet.": "a LoRA, not a base model",
-    "down_blocks.": "a UNet alone, in diffusers names",
-}
 CLASSES = {
     "StableDiffusionPipeline": "Stable Diffusion 1 or 2",
     "StableDiffusion3Pipeline": "Stable Diffusion 3",
@@ -151,7 +132,7 @@ def check_class(index: dict[str, Any], source: str) -> None:
     """
     name = index.get("_class_name")
     if not str(name).startswith("StableDiffusionXL"):
-        raise _other_family(source, CLASSES.get(str(name), f"a {name}"))
+        raise other_family(source, CLASSES.get(str(name), f"a {name}"))
 
 
 def check_unet_config(folder: Path, source: str) -> None:
@@ -163,69 +144,15 @@ def check_unet_config(folder: Path, source: str) -> None:
     config = read_json(folder / "unet" / "config.json")
     index = read_json(folder / "model_index.json")
     if config.get("in_channels", 4) == 9:
-        raise _other_family(source, "an inpainting model (9 input channels)")
+        raise other_family(source, "an inpainting model (9 input channels)")
     if config.get("in_channels", 4) != 4:
-        raise _other_family(source, f"a model with {config['in_channels']} input channels")
+        raise other_family(source, f"a model with {config['in_channels']} input channels")
     if index.get("requires_aesthetics_score") or index.get("text_encoder", [""])[0] is None:
-        raise _other_family(source, "the SDXL refiner")
+        raise other_family(source, "the SDXL refiner")
     if config.get("addition_embed_type") != "text_time":
-        raise _other_family(source, "Stable Diffusion 1 or 2")
+        raise other_family(source, "Stable Diffusion 1 or 2")
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
     _check_schedule(schedule, str(schedule.get("_class_name")), source)
-
-
-def check_checkpoint(path: Path, header: Header) -> None:
-    """Refuse a single file that is not a complete SDXL checkpoint.
-
-    Raises:
-        UserError: another family, a LoRA, or a part is missing.
-    """
-    shapes = header.shapes
-    for prefix, family in FAMILIES.items():
-        if any(key.startswith(prefix) for key in shapes):
-            raise _other_family(str(path), family)
-    entry = shapes.get(LDM + "input_blocks.0.0.weight", (0, 4))
-    if entry[1] == 9:
-        raise _other_family(str(path), "an inpainting model (9 input channels)")
-    wanted = {
-        LDM: "UNet",
-        "first_stage_model.": "VAE",
-        "conditioner.embedders.0.transformer.": "first text encoder",
-        "conditioner.embedders.1.model.": "second text encoder",
-    }
-    missing = [name for prefix, name in wanted.items() if not any(key.startswith(prefix) for key in shapes)]
-    if len(missing) == len(wanted):
-        raise _other_family(str(path), "something else")
-    if missing:
-        raise UserError(
-            f"{path}: no complete checkpoint, without {', '.join(missing)}; use a full checkpoint or a diffusers folder"
-        )
-    if LDM + "label_emb.0.0.weight" not in shapes or entry[1] != 4:
-        raise _other_family(str(path), "another UNet")
-
-
-def is_full_size(header: Header) -> bool:
-    """Whether a checkpoint's UNet has SDXL's own sizes, so that SDXL's own configuration describes it."""
-    expected = {
-        "input_blocks.0.0.weight": (320, 4, 3, 3),
-        "label_emb.0.0.weight": (1280, 2816),
-        "middle_block.1.transformer_blocks.9.attn2.to_k.weight": (1280, 2048),
-    }
-    return all(header.shapes.get(LDM + key) == shape for key, shape in expected.items())
-
-
-def marked_schedule(header: Header) -> dict[str, Any]:
-    """Scheduler settings that a single file is marked with: v-prediction and zero-terminal SNR.
-
-    Finetunes carry empty tensors `v_pred` and `ztsnr` (as ComfyUI reads them) or a modelspec entry.
-    """
-    told = header.metadata.get("modelspec.prediction_type", "").lower()
-    if "v_pred" not in header.shapes and told not in ("v", "v_prediction"):
-        return {}
-    changes: dict[str, Any] = {"prediction_type": "v_prediction"}
-    if "ztsnr" in header.shapes:
-        changes.update(rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    return changes
 
 
 def check_pipeline(pipe: Any, source: str) -> None:
@@ -242,40 +169,22 @@ def check_pipeline(pipe: Any, source: str) -> None:
                 "download it again"
             )
     if not getattr(pipe.unet, "down_blocks", None) or not _has_attention(pipe.unet.up_blocks):
-        raise _other_family(source, "a UNet without SDXL's blocks")
+        raise other_family(source, "a UNet without SDXL's blocks")
     _check_schedule(pipe.scheduler.config, type(pipe.scheduler).__name__, source)
 
 
 def _check_schedule(config: Mapping[str, Any], kind: str, source: str) -> None:
     prediction = config.get("prediction_type", "epsilon")
     if kind.startswith(("EDM", "FlowMatch")) or prediction not in ("epsilon", "v_prediction"):
-        raise _other_family(source, f"a model with another noise schedule ({kind}, {prediction})")
-
-
-def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
-    """CLIP's tokenizer, from its merges alone; SDXL pads with the end marker and, for the second encoder, '!'."""
-    path = Path(__file__).parent / "bundled" / "sdxl" / "tokenizer" / "merges.txt.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        merges = file.read().splitlines()
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    words: Iterable[str] = (
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        *(merge.replace(" ", "") for merge in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    )
-    vocabulary = {word: index for index, word in enumerate(words)}
-    pairs = [tuple(merge.split()) for merge in merges]
-    return CLIPTokenizer(vocab=vocabulary, merges=pairs, pad_token=pad, model_max_length=77)
+        raise other_family(source, f"a model with another noise schedule ({kind}, {prediction})")
 
 
 def _has_attention(blocks: Iterable[Any]) -> bool:
     return any(getattr(block, "attentions", None) for block in blocks)
 
 
-def _other_family(source: str, family: str) -> UserError:
+def other_family(source: str, family: str) -> UserError:
+    """The message for a base of another family."""
     return UserError(
         f"base {source}: this is {family}; a base of SDXL's topology is needed, such as SDXL base 1.0, one of its "
         "finetunes, or 'bundled'"

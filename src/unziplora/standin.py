@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from unziplora.base_files import clip_tokenizer
+from unziplora.base_checkpoint import clip_tokenizer
 from unziplora.quiet import quiet
 
 SIDE = 64

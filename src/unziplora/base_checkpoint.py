@@ -1,0 +1,104 @@
+"""A base model as one checkpoint in the original SDXL layout: what it is, and what it does not carry itself."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTokenizer
+
+from unziplora.base_files import Header, other_family
+from unziplora.errors import UserError
+
+LDM = "model.diffusion_model."
+# What a checkpoint of another family holds, by a key that only it has. Prefixes count.
+FAMILIES = {
+    "conditioner.embedders.0.model.": "the SDXL refiner",
+    "cond_stage_model.model.": "Stable Diffusion 2",
+    "cond_stage_model.transformer.": "Stable Diffusion 1",
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "joint_blocks.": "Stable Diffusion 3",
+    "model.diffusion_model.double_blocks.": "FLUX",
+    "double_blocks.": "FLUX",
+    "edm_mean": "Playground 2.5 (EDM noise schedule)",
+    "edm_vpred.": "CosXL (EDM noise schedule)",
+    "control_model.": "a ControlNet",
+    "lora_": "a LoRA, not a base model",
+    "unet.": "a LoRA, not a base model",
+    "down_blocks.": "a UNet alone, in diffusers names",
+}
+
+
+def check_checkpoint(path: Path, header: Header) -> None:
+    """Refuse a single file that is not a complete SDXL checkpoint.
+
+    Raises:
+        UserError: another family, a LoRA, or a part is missing.
+    """
+    shapes = header.shapes
+    for prefix, family in FAMILIES.items():
+        if any(key.startswith(prefix) for key in shapes):
+            raise other_family(str(path), family)
+    entry = shapes.get(LDM + "input_blocks.0.0.weight", (0, 4))
+    if entry[1] == 9:
+        raise other_family(str(path), "an inpainting model (9 input channels)")
+    wanted = {
+        LDM: "UNet",
+        "first_stage_model.": "VAE",
+        "conditioner.embedders.0.transformer.": "first text encoder",
+        "conditioner.embedders.1.model.": "second text encoder",
+    }
+    missing = [name for prefix, name in wanted.items() if not any(key.startswith(prefix) for key in shapes)]
+    if len(missing) == len(wanted):
+        raise other_family(str(path), "something else")
+    if missing:
+        raise UserError(
+            f"{path}: no complete checkpoint, without {', '.join(missing)}; use a full checkpoint or a diffusers folder"
+        )
+    if LDM + "label_emb.0.0.weight" not in shapes or entry[1] != 4:
+        raise other_family(str(path), "another UNet")
+
+
+def is_full_size(header: Header) -> bool:
+    """Whether a checkpoint's UNet has SDXL's own sizes, so that SDXL's own configuration describes it."""
+    expected = {
+        "input_blocks.0.0.weight": (320, 4, 3, 3),
+        "label_emb.0.0.weight": (1280, 2816),
+        "middle_block.1.transformer_blocks.9.attn2.to_k.weight": (1280, 2048),
+    }
+    return all(header.shapes.get(LDM + key) == shape for key, shape in expected.items())
+
+
+def marked_schedule(header: Header) -> dict[str, Any]:
+    """Scheduler settings that a single file is marked with: v-prediction and zero-terminal SNR.
+
+    Finetunes carry empty tensors `v_pred` and `ztsnr` (as ComfyUI reads them) or a modelspec entry.
+    """
+    told = header.metadata.get("modelspec.prediction_type", "").lower()
+    if "v_pred" not in header.shapes and told not in ("v", "v_prediction"):
+        return {}
+    changes: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if "ztsnr" in header.shapes:
+        changes.update(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return changes
+
+
+def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's tokenizer, from its merges alone; SDXL pads with the end marker and, for the second encoder, '!'."""
+    path = Path(__file__).parent / "bundled" / "sdxl" / "tokenizer" / "merges.txt.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        merges = file.read().splitlines()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    words: Iterable[str] = (
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(merge.replace(" ", "") for merge in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    )
+    vocabulary = {word: index for index, word in enumerate(words)}
+    pairs = [tuple(merge.split()) for merge in merges]
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, pad_token=pad, model_max_length=77)
