@@ -13,7 +13,7 @@ from unziplora.config_sample import SampleConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import fold_output
-from unziplora.lora.files import Lora, write_lora
+from unziplora.lora.files import Lora, read_lora, write_lora
 from unziplora.lora.layer import adapted, add_lora, attention_linears
 from unziplora.prompts import Prompts
 from unziplora.sample import open_session, sample
@@ -120,11 +120,14 @@ def test_strength_zero_and_all_blocks_zero_are_the_base(fresh_base, shared_base:
 def test_longest_block_name_counts_and_multiplies_the_strength(tiny_base: Base, cat: Path):
     blocks = ["up_blocks=0", "up_blocks.0.attentions.1=0.5"]
     config = SampleConfig(content=cat, content_strength=3, content_blocks=blocks)
+    plain = read_lora(cat / "content.safetensors").modules
     with open_session(config, tiny_base):
-        found = {path: layer.branches["content"].strength for path, layer in adapted(tiny_base.unet).items()}
-    for path, strength in found.items():
+        found = {path: layer.branches["content"].delta() for path, layer in adapted(tiny_base.unet).items()}
+    for path, delta in found.items():
+        down, up = plain[path]
         kept = path.startswith("up_blocks.0.attentions.1.")
-        assert strength == (1.5 if kept else 0.0 if path.startswith("up_blocks.") else 3.0)
+        strength = 1.5 if kept else 0.0 if path.startswith("up_blocks.") else 3.0
+        torch.testing.assert_close(delta, strength * up @ down)
 
 
 def test_the_base_is_left_as_it_was(tiny_base: Base, shared_base: Base, cat: Path):

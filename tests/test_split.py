@@ -178,6 +178,7 @@ def test_low_precision_trains_both_loras(config):
         ({"full_prompt": "a {thing}"}, UserError, "prompt template"),
         ({"base": "no/where/at all"}, UserError, "no such file or folder"),
         ({"precision": "fp16"}, UserError, "needs a GPU"),
+        ({"trackers": ["trackio"]}, UserError, "not installed"),
         ({"device": "cuda:99"}, UserError, "device"),
         ({"content_learning_rate": 1e30}, UserError, "loss is"),
     ],

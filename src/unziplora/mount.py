@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from unziplora.base import Base
 from unziplora.errors import UserError, first_line
-from unziplora.lora.files import Lora
-from unziplora.lora.layer import STREAMS, Branch, BranchedLinear, add_lora
+from unziplora.lora.files import Lora, check_fits, misfit, scale_blocks
+from unziplora.lora.layer import STREAMS, Branch, add_lora
 from unziplora.quiet import quiet
 
 
@@ -46,10 +46,10 @@ class Mounted:
         """
         self.base = base
         self.names = [part.name for part in parts]
-        self._branches: dict[str, list[tuple[str, Branch, float]]] = {}
+        self._branches: dict[str, dict[str, Branch]] = {}
+        parts = [replace(part, lora=scale_blocks(part.lora, part.blocks, part.source)) for part in parts]
         for part in parts:
-            _check_blocks(part)
-            _check_fit(base, part)
+            check_fits(part.lora, base.unet, part.source, f"base {base.name}")
         foreign = [part for part in parts if part.lora.text or _convolutions(base, part)]
         if foreign and separate:
             raise UserError(
@@ -60,31 +60,28 @@ class Mounted:
         self._weights = dict.fromkeys(self.names, 1.0)
         try:
             for part in parts:
-                factors = {path: block_strength(path, part.blocks) for path in part.lora.modules}
                 if self._peft:
-                    _load_peft(base, part, factors)
+                    _load_peft(base, part)
                 else:
-                    self._add(part, factors)
+                    self._add(part)
         except UserError:
             self.remove()
             raise
 
-    def _add(self, part: Part, factors: Mapping[str, float]) -> None:
+    def _add(self, part: Part) -> None:
         stream = part.name if part.name in STREAMS else "full"
         pairs = {path: (down.flatten(1), up.flatten(1)) for path, (down, up) in part.lora.modules.items()}
-        branches = add_lora(self.base.unet, part.name, pairs, stream=stream)
-        self._branches[part.name] = [(path, branch, factors[path]) for path, branch in branches.items()]
-        self.turn(**{part.name: 1.0})
+        self._branches[part.name] = add_lora(self.base.unet, part.name, pairs, stream=stream)
 
     def turn(self, **strengths: float) -> None:
-        """Set the strength of LoRAs by name; block strengths stay as factors on top."""
+        """Set the strength of LoRAs by name; block strengths are in their weights already."""
         if self._peft:
             self._weights.update(strengths)
             self.base.pipe.set_adapters(list(self._weights), list(self._weights.values()))
             return
         for name, strength in strengths.items():
-            for _, branch, factor in self._branches[name]:
-                branch.strength = strength * factor
+            for branch in self._branches[name].values():
+                branch.strength = strength
 
     def remove(self) -> None:
         """Take these LoRAs out again; others stay."""
@@ -92,8 +89,8 @@ class Mounted:
             self.base.pipe.unload_lora_weights()
             return
         unet = self.base.unet
-        for name, entries in self._branches.items():
-            for path, _, _ in entries:
+        for name, branches in self._branches.items():
+            for path in branches:
                 layer = unet.get_submodule(path)
                 del layer.branches[name]
                 if not layer.branches:
@@ -102,57 +99,18 @@ class Mounted:
         self._branches = {}
 
 
-def block_strength(path: str, blocks: Mapping[str, float]) -> float:
-    """Strength of a module: that of the longest block name which its path begins with, else 1."""
-    fitting = [name for name in blocks if path == name or path.startswith(name + ".")]
-    return blocks[max(fitting, key=len)] if fitting else 1.0
-
-
-def _check_blocks(part: Part) -> None:
-    for name in part.blocks:
-        if not any(path == name or path.startswith(name + ".") for path in part.lora.modules):
-            known = sorted({".".join(path.split(".")[: _depth(path)]) for path in part.lora.modules})
-            raise UserError(f"{part.source} has no modules in block {name!r}; it has {', '.join(known)}")
-
-
-def _depth(path: str) -> int:
-    """Parts of a path that name its block: up_blocks.0.attentions.1, mid_block.attentions.0."""
-    return 3 if path.startswith("mid_block") else 4
-
-
-def _check_fit(base: Base, part: Part) -> None:
-    """Refuse a LoRA with modules or sizes that the base's UNet does not have, before anything is changed."""
-    for path, (down, up) in part.lora.modules.items():
-        try:
-            module = base.unet.get_submodule(path)
-        except AttributeError:
-            raise _misfit(base, part, f"it has no {path}") from None
-        weight = getattr(module.base if isinstance(module, BranchedLinear) else module, "weight", None)
-        if not isinstance(module, (BranchedLinear, nn.Linear, nn.Conv2d)) or weight is None:
-            raise _misfit(base, part, f"{path} is a {type(module).__name__} in the base")
-        if (up.shape[0], down.shape[1]) != tuple(weight.shape[:2]):
-            ours, its = f"{up.shape[0]}×{down.shape[1]}", "×".join(str(side) for side in weight.shape[:2])
-            raise _misfit(base, part, f"{path} is {ours} in the LoRA, {its} in the base")
-
-
 def _convolutions(base: Base, part: Part) -> bool:
     return any(isinstance(base.unet.get_submodule(path), nn.Conv2d) for path in part.lora.modules)
 
 
-def _load_peft(base: Base, part: Part, factors: Mapping[str, float]) -> None:
+def _load_peft(base: Base, part: Part) -> None:
     """Through diffusers' own loader; alpha is rank there, so the pairs count as they are."""
     state: dict[str, Tensor] = {name: tensor.clone() for name, tensor in part.lora.text.items()}
     for path, (down, up) in part.lora.modules.items():
         state[f"unet.{path}.lora_A.weight"] = down.clone()
-        state[f"unet.{path}.lora_B.weight"] = up * factors[path]
+        state[f"unet.{path}.lora_B.weight"] = up.clone()
     try:
         with quiet(), torch.random.fork_rng():
             base.pipe.load_lora_weights(state, adapter_name=part.name)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise _misfit(base, part, first_line(error)) from error
-
-
-def _misfit(base: Base, part: Part, why: str) -> UserError:
-    trained = part.lora.metadata.get("ss_sd_model_name") or part.lora.metadata.get("ss_base_model_version")
-    told = f"; it was trained on {trained}" if trained else ""
-    return UserError(f"{part.source} does not fit base {base.name} ({why}){told}. Give its base with --base")
+        raise misfit(part.lora, part.source, f"base {base.name}", first_line(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Job:
     def do(self) -> None:
         """Load, train, export, sample."""
         config, run = self.config, self.run
-        if run.content.exists() and run.style.exists():
+        if run.card.exists():  # the last file to be written
             raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
         device = pick_device(config.device)
         dtype = pick_dtype(config.precision, device)
@@ -95,7 +96,7 @@ class Job:
         self.export(method, base, pictures)
         if config.sample_seeds:
             self.sample(base, method, pictures, "samples")
-        shapes = {path: (up.shape[0], down.shape[1]) for path, (down, up) in method.export()["content"].items()}
+        shapes = {path: (b.up.shape[0], b.down.shape[1]) for path, b in method.branches["content"].items()}
         atomic_write(run.card, card(run, config, sdxl_sized(shapes)))
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # twice the size of everything else
         accelerator.end_training()
@@ -229,20 +230,19 @@ def make_accelerator(config: SplitConfig, device: torch.device, dtype: torch.dty
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     if precision == "fp16" and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
+    for name in config.trackers:
+        if find_spec(name) is None:  # accelerate would leave it out without a word
+            raise UserError(f"tracker {name} is not installed: pip install 'unziplora[{name}]', or leave it out")
     # accelerate keeps its settings for the whole process; several runs in one process may differ.
     AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            cpu=device.type == "cpu",
-            log_with=list(config.trackers) or None,
-            project_dir=str(folder / "trackers") if config.trackers else None,
-        )
-        if config.trackers:
-            accelerator.init_trackers("unziplora", config=flat(config))
-    except (ImportError, ValueError) as error:
-        names = ", ".join(config.trackers)
-        raise UserError(f"trackers {names}: {error}; pip install 'unziplora[{names}]', or leave them out") from None
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=device.type == "cpu",
+        log_with=list(config.trackers) or None,
+        project_dir=str(folder / "trackers") if config.trackers else None,
+    )
+    if config.trackers:
+        accelerator.init_trackers("unziplora", config=flat(config))
     return accelerator
 
 

@@ -198,11 +198,11 @@ def _store(path: Path, name: str, tensor: Tensor, dtype: str) -> Tensor:
     return stored
 
 
-def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA") -> None:
-    """Check that every module of a LoRA exists in a UNet and has its shape.
+def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA", base: str = "this base") -> None:
+    """Check that every module of a LoRA exists in a UNet, adapted already or not, and has its shape.
 
     Raises:
-        UserError: names the first module that is missing or of another shape.
+        UserError: names the first module that is missing or of another shape, and the base it was trained on.
     """
     weights = {
         path.removesuffix(".base"): tuple(module.weight.shape)
@@ -210,21 +210,25 @@ def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA") -> None:
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
     for path, (down, up) in lora.modules.items():
-        if path not in weights:
-            raise UserError(f"{name} does not fit this base: the base has no {path}; take the base it was made for")
         shape = (up.shape[0], *down.shape[1:])
+        if path not in weights:
+            raise misfit(lora, name, base, f"the base has no {path}")
         if shape != weights[path]:
-            raise UserError(
-                f"{name} does not fit this base: {path} is {_by(shape)} in the LoRA and {_by(weights[path])} in the "
-                "base; take the base it was made for"
-            )
+            raise misfit(lora, name, base, f"{path} is {_by(shape)} in the LoRA and {_by(weights[path])} in the base")
+
+
+def misfit(lora: Lora, name: str, base: str, why: str) -> UserError:
+    """The error for a LoRA that was made for another base."""
+    trained = lora.metadata.get("ss_sd_model_name") or lora.metadata.get("ss_base_model_version")
+    told = f"; it was trained on {trained}" if trained else ""
+    return UserError(f"{name} does not fit {base} ({why}){told}. Take the base it was made for")
 
 
 def _by(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
 
 
-def scale_blocks(lora: Lora, strengths: Mapping[str, float]) -> Lora:
+def scale_blocks(lora: Lora, strengths: Mapping[str, float], name: str = "the LoRA") -> Lora:
     """The LoRA with the ΔW of named blocks multiplied, such as {"up_blocks.0.attentions.1": 0.5}.
 
     A name may be any beginning of a module's path, at a dot; of several that fit, the longest counts.
@@ -239,7 +243,7 @@ def scale_blocks(lora: Lora, strengths: Mapping[str, float]) -> Lora:
         unused -= set(fitting)
         modules[path] = scale(pair, strengths[max(fitting, key=len)]) if fitting else pair
     if unused:
-        raise UserError(f"no such block in this LoRA: {sorted(unused)[0]!r}; it has {', '.join(blocks(lora))}")
+        raise UserError(f"{name} has no modules in block {sorted(unused)[0]!r}; it has {', '.join(blocks(lora))}")
     return replace(lora, modules=modules)
 
 
