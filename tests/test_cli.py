@@ -318,7 +318,7 @@ class TestFaultsOfTheMachine:
 
 
 def test_ctrl_c_saves_and_the_printed_command_goes_on(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
-    args = [*SPLIT, "--base", str(tiny_folder), "--rank", "2", "--steps", "31", "--sample-seeds", "none"]
+    args = [*SPLIT, "--base", str(tiny_folder), *QUICK, "--steps", "31", "--sample-seeds", "none"]
     command = [sys.executable, "-m", "unziplora", *args, "--out", "stopped"]
     log = tmp_path / "stopped" / "log.jsonl"
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
