@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,17 +78,17 @@ def lora_file(path: Path, rank: int = 4) -> Path:
 class TestHelp:
     def test_needs_neither_torch_nor_patience(self) -> None:
         code = (
-            "import sys, time; t = time.perf_counter()\n"
+            "import sys, time; t = time.process_time()\n"
             "from unziplora.cli import COMMANDS, main\n"
             "for args in ([], *([name] for name in COMMANDS)):\n"
             "    assert main([*args, '--help']) == 0\n"
             "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'numpy', 'PIL'} & set(sys.modules)\n"
-            "print(time.perf_counter() - t, heavy, file=sys.stderr)\n"
+            "print(time.process_time() - t, heavy, file=sys.stderr)\n"
             "sys.exit(bool(heavy))\n"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-        assert float(result.stderr.split()[0]) < 2  # nine helps, on a busy machine
+        assert float(result.stderr.split()[0]) < 2  # seconds of CPU for nine helps
 
     @pytest.mark.parametrize("name", cli.COMMANDS)
     def test_each_command_shows_an_example(self, call: Call, name: str) -> None:
@@ -432,9 +431,13 @@ class TestFlags:
 
 
 def test_libraries_warnings_are_kept_back(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(module: str, text: str) -> None:
+        exec("import warnings; warnings.warn(text, stacklevel=1)", {"__name__": module, "text": text})
+
     def inspect(*_: object) -> None:
-        warnings.warn_explicit("deprecated", UserWarning, "/site-packages/torch/x.py", 1)
-        warnings.warn_explicit("told", UserWarning, str(Path(cli.__file__).parent / "x.py"), 1)
+        warn("torch.nn", "deprecated")
+        warn("unziplora.x", "told")
+        warn("unziplora.x", "told")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("unziplora.lora.inspect.inspect", inspect)

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from unziplora.errors import Interrupted, MachineError, UnziploraError, first_line
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from unziplora.config import SplitConfig
-
-PACKAGE = str(Path(__file__).parent.parent)
 
 
 def debugging() -> bool:
@@ -61,7 +59,7 @@ def warnings_shown(quiet: bool = False) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        ours = filename.startswith(PACKAGE) and category is UserWarning
+        ours = category is UserWarning and _warner().partition(".")[0] == "unziplora"
         if ((ours and not quiet) or debugging()) and str(message) not in told:
             told.add(str(message))
             note(f"warning: {message}")
@@ -70,6 +68,14 @@ def warnings_shown(quiet: bool = False) -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield
+
+
+def _warner() -> str:
+    """The module that warned, whatever line its warning points to."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == "warnings":
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")) if frame else ""
 
 
 def out_of_memory(error: BaseException) -> bool:
