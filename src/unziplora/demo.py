@@ -24,6 +24,8 @@ from unziplora.split import split
 from unziplora.standin import save_standin
 
 DEMO = BUNDLED / "demo"
+READABLE = 256
+"""Least side in pixels at which a label above a picture is readable in full."""
 NOISE = (
     "This installation has no bundled base: an untrained one of the same topology stands in, so the pictures below "
     "are NOISE. They show that everything runs, not what it can do."
@@ -108,7 +110,8 @@ def make_strip(run: RunFolder, config: SplitConfig) -> Image.Image:
         f"a {config.sample_subject} in its style",
         "both together",
     ]
-    return sheet([pictures], columns=labels)
+    side = base.resolution * -(-READABLE // base.resolution)  # a whole multiple: small pictures, large labels
+    return sheet([[made.resize((side, side), Image.Resampling.NEAREST) for made in pictures]], columns=labels)
 
 
 def picture(base: Base, config: SplitConfig, what: SampleConfig) -> Image.Image:
