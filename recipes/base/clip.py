@@ -14,7 +14,7 @@ from recipes.base.config import Recipe
 from recipes.base.dataset import training_pictures
 from recipes.base.loop import Log, Stage, adamw
 from recipes.base.text import TextEncoders, build_encoder
-from recipes.base.tokenizer import build_tokenizer, fetch_merges
+from recipes.base.tokenizer import build_tokenizer, read_merges
 from recipes.base.vae import broad_pictures, to_tensor
 from recipes.base.world import Item, World
 
@@ -66,7 +66,7 @@ class ClipStage(Stage):
         super().__init__(recipe)
         s = self.settings = recipe.clip
         torch.manual_seed(recipe.seed)
-        merges = fetch_merges(recipe.output.parent / "cache", s.merges)
+        merges = read_merges(s.merges)
         tokenizers = (build_tokenizer(merges), build_tokenizer(merges, pad_token="!"))
         encoders = tuple(build_encoder(s, i, tokenizers[i]).to(self.device) for i in (0, 1))
         self.text = TextEncoders(tokenizers, encoders)

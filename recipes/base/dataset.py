@@ -59,12 +59,12 @@ def load(path: Path) -> Pictures:
     return Pictures(np.load(path), items)
 
 
-def training_pictures(recipe: Recipe, *, workers: int = 2) -> Pictures:
+def training_pictures(recipe: Recipe) -> Pictures:
     """The pictures of a recipe, from its output folder when they are already there."""
     path = recipe.output / "pictures.npy"
     if not path.exists():
         items = list(World(recipe.world).items())
-        save(render_items(recipe.world, items, workers=workers), path)
+        save(render_items(recipe.world, items, workers=recipe.threads), path)
     return load(path)
 
 

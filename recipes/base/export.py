@@ -28,6 +28,13 @@ def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
 
 
+def tidy_vae_config(path: Path) -> None:
+    """Drop an entry that diffusers writes but warns about when it reads it."""
+    config = json.loads(path.read_text())
+    config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def attributions(world: World) -> str:
     """A table of the drawing sets that the weights were trained on."""
     used = {s for style in world.settings.styles.values() for s in style.sets} | set(world.settings.drawings)
@@ -71,6 +78,7 @@ def export(recipe: Recipe, folder: Path) -> int:
     if folder.exists():
         shutil.rmtree(folder)
     pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    tidy_vae_config(folder / "vae" / "config.json")
     for name in ("tokenizer", "tokenizer_2"):
         write_vocabulary(getattr(pipe, name), folder / name)
     (folder / "README.md").write_text(card(recipe, steps, evaluation))

@@ -78,7 +78,7 @@ class TextEncoders:
             missing = sorted(set(prompts))
         if missing:
             hidden, pooled = self._encode(missing)
-            for i, prompt in enumerate(missing):
-                self.cache[prompt] = (hidden[i].to(torch.bfloat16), pooled[i].float())
+            pairs = zip(hidden.to(torch.bfloat16), pooled.float(), strict=True)
+            self.cache.update(zip(missing, pairs, strict=True))
         found = [self.cache[prompt] for prompt in prompts]
         return torch.stack([h for h, _ in found]).float(), torch.stack([p for _, p in found])

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 from transformers import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-WHEEL = "open_clip_torch==3.3.0"
-MEMBER = "open_clip/bpe_simple_vocab_16e6.txt.gz"
+MERGES = Path(__file__).with_name("merges.txt")
 MAX_LENGTH = 77
 
 
-def fetch_merges(cache: Path, count: int) -> list[tuple[str, str]]:
-    """The first `count` merges of CLIP, from the open_clip wheel on PyPI (kept in `cache`)."""
-    path = cache / "merges.txt"
-    if not path.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, WHEEL]
-            subprocess.run(command, check=True)
-            with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
-                text = gzip.decompress(wheel.read(MEMBER)).decode()
-        cache.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(text.split("\n")[1 : 49152 - 256 - 2 + 1]))
-    lines = path.read_text().split("\n")[:count]
-    return [(left, right) for left, right in (line.split() for line in lines)]
+def read_merges(count: int) -> list[tuple[str, str]]:
+    """The first `count` merges of CLIP, most frequent first.
+
+    Raises ValueError when more are asked for than `merges.txt` has.
+    """
+    lines = [line for line in MERGES.read_text().splitlines() if not line.startswith("#version")]
+    if count > len(lines):
+        raise ValueError(f"merges.txt has {len(lines)} merges, not {count}: set [clip] merges lower")
+    return [(left, right) for left, right in (line.split() for line in lines[:count])]
 
 
 def byte_symbols() -> list[str]:

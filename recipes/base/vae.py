@@ -54,6 +54,8 @@ def standardise(vae: AutoencoderTiny, real: Tensor) -> None:
 
 def broad_pictures(recipe: Recipe) -> Pictures:
     """The recipe's pictures and a random choice of pictures of all concepts that are not held out."""
+    if not recipe.vae.pictures:
+        return training_pictures(recipe)
     path = recipe.output / "broad-pictures.npy"
     if not path.exists():
         settings = recipe.world.model_copy(update={"concepts": "all", "variants": 1})

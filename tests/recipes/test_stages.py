@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from recipes.base import clip as clip_module
 from recipes.base import judges
 from recipes.base.clip import ClipStage
 from recipes.base.config import JudgeSettings, Recipe
@@ -30,13 +29,6 @@ class After:
     def __bool__(self) -> bool:
         self.left -= 1
         return self.left <= 0
-
-
-@pytest.fixture(autouse=True)
-def few_merges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No download: a handful of merges."""
-    pairs = [("a", "p"), ("ap", "p"), ("app", "l"), ("k", "e"), ("ke", "y</w>")]
-    monkeypatch.setattr(clip_module, "fetch_merges", lambda cache, count: pairs)
 
 
 def weights(stage: Stage) -> torch.Tensor:

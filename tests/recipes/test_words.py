@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 
 from recipes.base.captions import STYLE_WORDS, draw_prompt, strip_colours, with_article, wordings
 from recipes.base.filters import FILTERS
-from recipes.base.tokenizer import build_tokenizer
+from recipes.base.tokenizer import build_tokenizer, read_merges
 from recipes.base.world import Item
 
 
@@ -69,3 +69,13 @@ def test_tokenizer_round_trips(tmp_path: Path, pad: str) -> None:
         assert ids[-1] == tokenizer.pad_token_id
     assert tokenizer.convert_ids_to_tokens(tokenizer("red apple").input_ids[1:-1]) == ["red</w>", "apple</w>"]
     assert tokenizer("sks").input_ids[1:-1] == tokenizer.convert_tokens_to_ids(["s", "k", "s</w>"])
+
+
+def test_merges_are_a_prefix_that_knows_common_words() -> None:
+    assert read_merges(2) == [("i", "n"), ("t", "h")]
+    tokenizer = build_tokenizer(read_merges(3500))
+    assert len(tokenizer) == 2 * 256 + 3500 + 2
+    assert tokenizer.convert_ids_to_tokens(tokenizer("red apple").input_ids[1:-1]) == ["red</w>", "apple</w>"]
+    assert len(tokenizer("sks").input_ids) == 4
+    with pytest.raises(ValueError, match="merges"):
+        read_merges(50_000)
