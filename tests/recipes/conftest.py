@@ -11,11 +11,23 @@ import pytest
 from PIL import Image
 from toy import shape
 
+from recipes.base.clip import ClipStage
 from recipes.base.config import Recipe, Style, WorldSettings
+from recipes.base.decoder import DecoderStage
+from recipes.base.loop import train
+from recipes.base.unet import UnetStage
+from recipes.base.vae import VaeStage
 from recipes.base.world import held_out_concepts
 
 SETS = ("noto", "twemoji", "fluent-3d", "fxemoji", "noto-v1")
 CONCEPTS = ("red-apple", "key", "star", "house", sorted(held_out_concepts())[0], "one-oclock", "smiling-face")
+
+
+class Never:
+    """A stop that never says yes."""
+
+    def __bool__(self) -> bool:
+        return False
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +53,7 @@ def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def world_settings(world_folder: Path) -> WorldSettings:
     """Four concepts × three styles at 32 pixels."""
     return WorldSettings(
@@ -60,14 +72,13 @@ def world_settings(world_folder: Path) -> WorldSettings:
     )
 
 
-@pytest.fixture
-def recipe(world_settings: WorldSettings, tmp_path: Path) -> Recipe:
+def toy_recipe(world_settings: WorldSettings, output: Path) -> Recipe:
     """A recipe that trains every stage for a few steps."""
     few = {"batch": 4, "steps": 6, "warmup": 2, "log_every": 2}
     return Recipe.model_validate(
         {
             "name": "toy",
-            "output": tmp_path / "toy",
+            "output": output,
             "threads": 1,
             "world": world_settings,
             "vae": few
@@ -78,3 +89,18 @@ def recipe(world_settings: WorldSettings, tmp_path: Path) -> Recipe:
             "unet": few | {"channels": [16, 32, 32], "heads": [1, 2, 2], "time_embedding": 8},
         }
     )
+
+
+@pytest.fixture
+def recipe(world_settings: WorldSettings, tmp_path: Path) -> Recipe:
+    """A toy recipe with an empty output folder."""
+    return toy_recipe(world_settings, tmp_path / "toy")
+
+
+@pytest.fixture(scope="session")
+def trained(world_settings: WorldSettings, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A toy recipe all of whose stages have run."""
+    recipe = toy_recipe(world_settings, tmp_path_factory.mktemp("trained") / "toy")
+    for stage in (VaeStage, DecoderStage, ClipStage, UnetStage):
+        assert train(stage(recipe), Never())
+    return recipe

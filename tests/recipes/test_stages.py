@@ -10,9 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from recipes.base import judges
-from recipes.base.clip import ClipStage
 from recipes.base.config import JudgeSettings, Recipe
-from recipes.base.decoder import DecoderStage
 from recipes.base.evaluate import evaluate
 from recipes.base.export import export
 from recipes.base.loop import Stage, train
@@ -46,18 +44,16 @@ def test_vae_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path) -> Non
     assert (recipe.output / "vae" / "vae" / "config.json").exists()
 
 
-def test_all_stages_and_sheet(recipe: Recipe) -> None:
-    for stage in (VaeStage, DecoderStage, ClipStage, UnetStage):
-        assert train(stage(recipe), After(1000))
+def test_all_stages_and_sheet(trained: Recipe) -> None:
+    recipe = trained
     assert (recipe.output / "unet" / "sheet-000006.png").exists()
     log = (recipe.output / "unet" / "log.jsonl").read_text()
     assert all(np.isfinite(float(part.split(",")[0])) for part in log.split('"loss": ')[1:])
 
 
-def test_judges_evaluation_and_export(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for stage in (VaeStage, ClipStage, UnetStage):
-        train(stage(recipe), After(1000))
-    recipe.judges = JudgeSettings(batch=8, steps=3, width=8, test_drawings=["fxemoji"], test_filters=["clay"])
+def test_judges_evaluation_and_export(trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = JudgeSettings(batch=8, steps=3, width=8, test_drawings=["fxemoji"], test_filters=["clay"])
+    recipe = trained.model_copy(update={"judges": few})
     monkeypatch.setattr(judges, "FOLDER", tmp_path)
     judges.train_judges(recipe, After(1000))
     concept = judges.Judge.load("toy", "concept", tmp_path)
@@ -77,15 +73,14 @@ def test_judges_evaluation_and_export(recipe: Recipe, tmp_path: Path, monkeypatc
     loaded = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     made = loaded("a key in neon sign style", num_inference_steps=2, output_type="np").images
     assert made.shape == (1, 32, 32, 3)
-    again = UnetStage(recipe.model_copy(update={"output": tmp_path / "next"}), init=folder)
+    other = recipe.model_copy(update={"output": tmp_path / "next"})
+    again = UnetStage(other, init=folder)
     assert torch.allclose(weights(again)[:100], weights(again).half().float()[:100])
 
 
-def test_empty_sides_agree_with_the_pipeline(recipe: Recipe) -> None:
-    for stage in (VaeStage, ClipStage, UnetStage):
-        train(stage(recipe), After(1000))
-    pipe, _ = trained_pipeline(recipe)
-    stage = UnetStage(recipe)
+def test_conditions_agree_with_the_pipeline(trained: Recipe) -> None:
+    pipe, _ = trained_pipeline(trained)
+    stage = UnetStage(trained)
     hidden, added = stage.conditions(["a key", ""], np.random.default_rng(1))
     theirs, empty, pooled, _ = pipe.encode_prompt("a key", device="cpu")
     assert torch.allclose(hidden[0], theirs[0], atol=2e-2)
