@@ -1,0 +1,84 @@
+"""The weights that ship with the package obey words: a right prompt explains a picture better than a wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from recipes.base.captions import wordings
+from recipes.base.filters import FILTERS
+from recipes.base.filters.common import finish, over
+from recipes.base.vae import psnr, to_tensor
+
+FOLDER = Path(__file__).parents[2] / "src" / "unziplora" / "bundled" / "emoji-xl"
+DRAWINGS = sorted((Path(__file__).parent / "drawings").glob("*.webp"))
+STYLES = ("flat", "watercolor", "neon", "pixelart")
+
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="no bundled base in this checkout")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+
+
+def picture(path: Path, style: str, size: int) -> np.ndarray:
+    """A drawing in a style, uint8 [size, size, 3]."""
+    rgba = np.asarray(Image.open(path).convert("RGBA"))
+    rgb = finish(over(rgba)) if style == "flat" else FILTERS[style](rgba, np.random.default_rng(0))
+    return cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA)
+
+
+@torch.no_grad()
+def losses(pipe: StableDiffusionXLPipeline, pixels: np.ndarray, prompts: list[str]) -> torch.Tensor:
+    """Mean v-prediction error of each picture under its prompt, the same noise for every call; [N]."""
+    latents = pipe.vae.encode(to_tensor(pixels, torch.device("cpu"))).latents * pipe.vae.config.scaling_factor
+    hidden, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
+    size = pixels.shape[1]
+    ids = torch.tensor([[size, size, 0, 0, size, size]] * len(prompts)).float()
+    total = torch.zeros(len(prompts))
+    for n, t in enumerate((500, 700, 850)):
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(n))
+        steps = torch.full((len(prompts),), t)
+        noisy = pipe.scheduler.add_noise(latents, noise, steps)
+        target = pipe.scheduler.get_velocity(latents, noise, steps)
+        added = {"text_embeds": pooled, "time_ids": ids}
+        made = pipe.unet(noisy, steps, hidden, added_cond_kwargs=added).sample
+        total += (made - target).pow(2).mean((1, 2, 3)) / 3
+    return total
+
+
+@pytest.mark.parametrize("what", ["content", "style"])
+def test_right_prompt_has_lower_loss_than_wrong(pipe: StableDiffusionXLPipeline, what: str) -> None:
+    cases = [(path, style) for path in DRAWINGS for style in STYLES]
+    size = pipe.default_sample_size * pipe.vae_scale_factor
+    pixels = np.stack([picture(path, style, size) for path, style in cases])
+    right, wrong = [], []
+    for path, style in cases:
+        captions = [p.stem.replace("-", " ") for p in DRAWINGS]
+        here = captions.index(path.stem.replace("-", " "))
+        other_caption = captions[(here + 3) % len(captions)] if what == "content" else captions[here]
+        other_style = STYLES[(STYLES.index(style) + 1) % len(STYLES)] if what == "style" else style
+        right.append(wordings("full", captions[here], style)[0])
+        wrong.append(wordings("full", other_caption, other_style)[0])
+    better = losses(pipe, pixels, right) < losses(pipe, pixels, wrong)
+    assert better.float().mean() > 0.9
+
+
+def test_reconstruction_keeps_drawings(pipe: StableDiffusionXLPipeline) -> None:
+    size = pipe.default_sample_size * pipe.vae_scale_factor
+    real = to_tensor(np.stack([picture(path, "flat", size) for path in DRAWINGS]), torch.device("cpu"))
+    with torch.no_grad():
+        assert psnr(real, pipe.vae(real).sample) > 20
+
+
+def test_size_and_formats() -> None:
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 60_000_000
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".md", ".txt"}
