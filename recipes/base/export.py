@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer
 
 from recipes.base.captions import STYLE_WORDS
 from recipes.base.config import Recipe
+from recipes.base.judges import FOLDER
 from recipes.base.unet import trained_pipeline
 from recipes.base.world import World
 
@@ -42,12 +43,15 @@ def attributions(world: World) -> str:
     return "\n".join(["| set | licence | source |", "|---|---|---|", *rows])
 
 
-def scores_table(evaluation: dict) -> str:
-    """The judges' scores as a table."""
+def scores_table(evaluation: dict, judges: dict) -> str:
+    """The judges' scores of samples as a table, and for comparison those of real pictures."""
     lines = ["| prompts | pictures | concept right | style right |", "|---|---|---|---|"]
     for name, found in evaluation.get("scores", {}).items():
         cells = [f"{100 * found[axis]:.0f} %" if axis in found else "–" for axis in ("concept", "style")]
         lines.append(f"| {name} | {found['pictures']:.0f} | {cells[0]} | {cells[1]} |")
+    if judges:
+        real = [judges[axis]["accuracy"]["unseen drawings"] for axis in ("concept", "style")]
+        lines.append(f"| (real pictures, unseen drawings) | – | {100 * real[0]:.0f} % | {100 * real[1]:.0f} % |")
     return "\n".join(lines)
 
 
@@ -55,6 +59,8 @@ def card(recipe: Recipe, steps: int, evaluation: dict) -> str:
     """The model card: what it knows, how it was made, how good it is, whose drawings it saw."""
     world = World(recipe.world)
     words = [f"- {STYLE_WORDS[style][0]}" for style in recipe.world.styles]
+    about = FOLDER / f"{recipe.name}.json"
+    judges = json.loads(about.read_text()) if about.exists() else {}
     captions = [world.caption(concept) for concept in world.trained_concepts]
     return CARD.read_text().format(
         resolution=recipe.world.resolution,
@@ -62,7 +68,7 @@ def card(recipe: Recipe, steps: int, evaluation: dict) -> str:
         styles="\n".join(words),
         steps=f"{steps:,}",
         pictures=f"{steps * recipe.unet.batch:,}",
-        scores=scores_table(evaluation),
+        scores=scores_table(evaluation, judges),
         attributions=attributions(world),
     )
 
