@@ -139,14 +139,15 @@ def check_unet_config(folder: Path, source: str) -> None:
     """Refuse a UNet of another family, or another noise schedule, by the configurations.
 
     Raises:
-        UserError: it is not of SDXL's topology with 4 input channels, or of another noise schedule.
+        UserError: it is not of SDXL's topology, takes more than noisy latents, or has another noise schedule.
     """
     config = read_json(folder / "unet" / "config.json")
     index = read_json(folder / "model_index.json")
     if config.get("in_channels", 4) == 9:
         raise other_family(source, "an inpainting model (9 input channels)")
-    if config.get("in_channels", 4) != 4:
-        raise other_family(source, f"a model with {config['in_channels']} input channels")
+    seen, made = config.get("in_channels", 4), config.get("out_channels", 4)
+    if seen != made:  # a small base may have latents of more channels than SDXL's 4, but sees what it makes
+        raise other_family(source, f"a model with {seen} input and {made} output channels")
     if index.get("requires_aesthetics_score") or index.get("text_encoder", [""])[0] is None:
         raise other_family(source, "the SDXL refiner")
     if config.get("addition_embed_type") != "text_time":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from pydantic import BaseModel
@@ -18,7 +19,6 @@ from unziplora.generate import decode, generate_latents
 from unziplora.grid import sheet
 from unziplora.images import load_picture
 from unziplora.progress import Callback, Progress, duration
-from unziplora.run import RunFolder
 from unziplora.sample import open_session
 from unziplora.split import split
 from unziplora.standin import save_standin
@@ -36,21 +36,20 @@ class Demo(BaseModel):
     """What the demo made.
 
     Attributes:
-        run: the run folder.
-        strip: the picture with input, content alone, style alone, and both together.
+        runs: the run folders of the two pictures.
+        strip: what the LoRAs of both do, in one row of pictures.
         noise: an untrained base stood in, so the pictures mean nothing.
         seconds: of the whole demo.
     """
 
-    run: Path
+    runs: list[Path]
     strip: Path
     noise: bool
     seconds: float
 
     def __str__(self) -> str:
-        rows = [
-            f"content  {self.run / 'content.safetensors'}",
-            f"style    {self.run / 'style.safetensors'}",
+        rows = [f"{kind:<8} {run / kind}.safetensors" for run in self.runs for kind in ("content", "style")]
+        rows += [
             f"strip    {self.strip}",
             f"done in {duration(self.seconds)}" + (". " + NOISE if self.noise else ""),
         ]
@@ -60,10 +59,10 @@ class Demo(BaseModel):
 def demo(
     out: str | Path = "runs/demo", base: str = "bundled", steps: int | None = None, progress: Callback | None = None
 ) -> Demo:
-    """Split the shipped picture on the bundled base and write a strip of what the two LoRAs do.
+    """Split the two shipped pictures on the bundled base and write a strip of what the LoRAs do.
 
     Args:
-        out: run folder; where it is taken, the next free number is appended.
+        out: folder of the two runs; where it is taken, the next free number is appended.
         base: another base to try it on.
         steps: instead of the preset's.
         progress: see `split`.
@@ -73,45 +72,48 @@ def demo(
     """
     start = time.monotonic()
     tell = progress or (lambda _: None)
-    words = read_toml(DEMO / "words.toml")
     folder = free_folder(Path(out))
     noise = base == "bundled" and not (BUNDLED / "emoji-xl" / "model_index.json").is_file()
     if noise:
         tell(Progress(0, 0, message=NOISE))
         base = str(save_standin(folder / ".stand-in").resolve())
-    chosen = {"steps": steps} if steps else {}
-    config = resolve(
-        SplitConfig,
-        {"images": [DEMO / "picture.png"], "preset": "bundled" if noise else "auto", "sample_seeds": []},
-        {**words, "base": base, "out": folder, **chosen},
-    )
-    run = split(config, progress=progress)
-    strip = run.path / "strip.png"
+    given: dict[str, Any] = {"base": base, "preset": "bundled", "sample_seeds": []}
+    if steps:
+        given["steps"] = steps
+    configs = [
+        resolve(SplitConfig, {"images": [DEMO / f"{name}.png"]}, words, {**given, "out": folder / name})
+        for name, words in read_toml(DEMO / "words.toml").items()
+    ]
+    for config in configs:
+        tell(Progress(0, 0, message=f"splitting a picture of a {config.content} in {config.style} style"))
+        split(config, progress=progress)
     tell(Progress(0, 0, message="making the strip"))
-    save(make_strip(run, config), strip)
-    return Demo(run=run.path, strip=strip, noise=noise, seconds=time.monotonic() - start)
+    strip = folder / "strip.png"
+    save(make_strip(configs[0], configs[1]), strip)
+    return Demo(runs=[config.out for config in configs], strip=strip, noise=noise, seconds=time.monotonic() - start)
 
 
-def make_strip(run: RunFolder, config: SplitConfig) -> Image.Image:
-    """Input, content alone in another style, style alone on another subject, and both: from the files alone."""
+def make_strip(config: SplitConfig, other: SplitConfig) -> Image.Image:
+    """Input, content alone, style alone, both, and the other picture's content in this style: from the files."""
     device = pick_device(config.device)
     base = load_base(config.base, pick_dtype(config.precision, device), device)
     content = f"{config.fill('a {token} {content}')} in {config.sample_style} style"
     style = config.fill(f"a {config.sample_subject} in {{style}} style")
-    pictures = [
-        load_picture(config.images[0], base.resolution),
-        picture(base, config, SampleConfig(content=run.path, prompts=[content])),
-        picture(base, config, SampleConfig(style=run.path, prompts=[style])),
-        picture(base, config, SampleConfig(content=run.path, style=run.path)),
-    ]
-    labels = [
-        "input",
-        f"its {config.content} in {config.sample_style} style",
-        f"a {config.sample_subject} in its style",
-        "both together",
-    ]
+    pictures = {
+        "input": load_picture(config.images[0], base.resolution),
+        f"this {config.content}, {config.sample_style}": picture(
+            base, config, SampleConfig(content=config.out, prompts=[content])
+        ),
+        f"a {config.sample_subject} in this style": picture(
+            base, config, SampleConfig(style=config.out, prompts=[style])
+        ),
+        "both together": picture(base, config, SampleConfig(content=config.out, style=config.out)),
+        "another picture": load_picture(other.images[0], base.resolution),
+        f"its {other.content} in this style": picture(base, config, SampleConfig(content=other.out, style=config.out)),
+    }
     side = base.resolution * -(-READABLE // base.resolution)  # a whole multiple: small pictures, large labels
-    return sheet([[made.resize((side, side), Image.Resampling.NEAREST) for made in pictures]], columns=labels)
+    large = [made.resize((side, side), Image.Resampling.NEAREST) for made in pictures.values()]
+    return sheet([large], columns=list(pictures))
 
 
 def picture(base: Base, config: SplitConfig, what: SampleConfig) -> Image.Image:
@@ -122,9 +124,9 @@ def picture(base: Base, config: SplitConfig, what: SampleConfig) -> Image.Image:
 
 
 def free_folder(folder: Path) -> Path:
-    """The folder, or the first of folder-2, folder-3 … in which a run may begin."""
+    """The folder, or the first of folder-2, folder-3 … that is not there yet."""
     number, free = 1, folder
-    while not RunFolder(free).is_free():
+    while free.exists():
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free

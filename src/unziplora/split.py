@@ -17,7 +17,7 @@ from PIL import Image
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
-from unziplora.card import card
+from unziplora.card import base_name, card
 from unziplora.config import SplitConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.encode import conditioning, encode_pictures, loss_weights, to_device
@@ -38,6 +38,7 @@ from unziplora.samples import sample_sheet
 from unziplora.train import StepReport, Trainer, train
 
 METHOD = "UnZipLoRA (arXiv 2412.04465)"
+PRIVATE = {"images", "masks", "out", "blocks"}
 
 
 def split(config: SplitConfig, resume: bool = False, progress: Callback | None = None) -> RunFolder:
@@ -187,13 +188,14 @@ class Job:
                 title=f"{self.run.path.name}-{name}",
                 trigger=words["content"] if name == "content" else f"in {config.style} style",
                 hint=hints[name],
-                base=config.base,
+                base=base_name(config),
                 resolution=pictures[0].size,
                 prediction=base.prediction_type,
                 zero_terminal_snr=base.zero_terminal_snr,
                 layers_per_block=base.unet.config.layers_per_block,
                 method=f"{METHOD}, {name} LoRA",
-                settings=config.model_dump(mode="json", exclude={"images", "masks", "out"}),
+                # no paths of this machine: files are shared
+                settings={**config.model_dump(mode="json", exclude=PRIVATE), "base": base_name(config)},
                 thumbnail=pictures[0],
             )
             for layout in config.formats:
