@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unziplora.base import Base
 from unziplora.errors import MachineError, UserError, first_line
-from unziplora.lora.layer import BranchedLinear, inject
+from unziplora.lora.layer import BranchedLinear, inject, unwrap
 from unziplora.prompts import Embeddings, Prompts, condition, embed_negative, joined, visiting
 from unziplora.schedulers import make_scheduler
 
@@ -202,8 +202,7 @@ def _ready(base: Base, prompts: Prompts) -> Iterator[None]:
         yield
     finally:
         for name in added:
-            parent, _, child = name.rpartition(".")
-            setattr(unet.get_submodule(parent), child, unet.get_submodule(name).base)
+            unwrap(unet, name)
         unet.train(was_training)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unziplora.base import Base
 from unziplora.errors import UserError, first_line
 from unziplora.lora.files import Lora, check_fits, misfit, scale_blocks
-from unziplora.lora.layer import STREAMS, Branch, add_lora
+from unziplora.lora.layer import STREAMS, Branch, add_lora, unwrap
 from unziplora.quiet import quiet
 
 
@@ -94,8 +94,7 @@ class Mounted:
                 layer = unet.get_submodule(path)
                 del layer.branches[name]
                 if not layer.branches:
-                    parent, _, child = path.rpartition(".")
-                    setattr(unet.get_submodule(parent), child, layer.base)
+                    unwrap(unet, path)
         self._branches = {}
 
 

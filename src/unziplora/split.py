@@ -17,7 +17,7 @@ from PIL import Image
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
-from unziplora.card import base_name, card
+from unziplora.card import base_name, card, content_words, style_words
 from unziplora.config import SplitConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.encode import conditioning, encode_pictures, loss_weights, to_device
@@ -88,7 +88,7 @@ class Job:
         pictures = self.pictures(base)
         method = self.method(base, pictures, accelerator)
         self.tell("training", memory=True)
-        done = self.train(base, method, accelerator)
+        done = self.train(base, method, pictures, accelerator)
         if done < config.steps:
             raise Interrupted(
                 f"stopped after step {done} of {config.steps}, checkpoint saved; continue with:\n"
@@ -151,7 +151,7 @@ class Job:
         prompts = Prompts(prompt, prompt, prompt) if config.prompt_separation else Prompts(prompt)
         return Examples(latents, conditioning(base, prompts, size, len(latents)))
 
-    def train(self, base: Base, method: UnZipLora, accelerator: Accelerator) -> int:
+    def train(self, base: Base, method: UnZipLora, pictures: list[Image.Image], accelerator: Accelerator) -> int:
         """Train from the last checkpoint or from the start; return the steps done."""
         config, run = self.config, self.run
         trainer = Trainer(method, config, accelerator)
@@ -172,21 +172,22 @@ class Job:
             self.tell(f"checkpoint {run.checkpoint(done, trainer.save)}", done)
 
         def sample(done: int) -> None:
-            self.sample(base, method, self.pictures(base), f"step-{done:06d}", done)
+            self.sample(base, method, pictures, f"step-{done:06d}", done)
 
         return train(trainer, start, report, save, sample)
 
     def export(self, method: UnZipLora, base: Base, pictures: list[Image.Image]) -> None:
-        """Write both LoRAs, with masks, scales and alpha folded in, in every layout asked for, and the card."""
-        config, words = self.config, self.config.prompts()
+        """Write both LoRAs, with masks, scales and alpha folded in, in every layout asked for."""
+        config = self.config
+        triggers = {"content": content_words(config), "style": style_words(config)}
         hints = {
-            "content": f'Add to any prompt: "{words["content"]}". Pair with the style LoRA to restore the picture.',
-            "style": f'Add to any prompt: "in {config.style} style". Pair with any content LoRA.',
+            "content": f'Add to any prompt: "{triggers["content"]}". Pair with the style LoRA to restore the picture.',
+            "style": f'Add to any prompt: "{triggers["style"]}". Pair with any content LoRA.',
         }
         for name, modules in method.export().items():
             metadata = metadata_for(
                 title=f"{self.run.path.name}-{name}",
-                trigger=words["content"] if name == "content" else f"in {config.style} style",
+                trigger=triggers[name],
                 hint=hints[name],
                 base=base_name(config),
                 resolution=pictures[0].size,

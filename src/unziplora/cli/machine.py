@@ -50,17 +50,17 @@ doctor_command = click.Command(
 demo_command = click.Command(
     "demo",
     callback=run_demo,
-    help="""Split the picture that ships with unziplora, on the small base that ships with it.
+    help="""Split the two pictures that ship with unziplora, on the small base that ships with it.
 
     Takes minutes on a laptop's CPU and ends with a strip of pictures: the input, its content alone, its style
-    alone, and both together.
+    alone, both together, and the other picture's content in this style.
 
     \b
       unziplora demo --out runs/demo
     """,
-    short_help="Split the picture that ships with unziplora, on the small bundled base.",
+    short_help="Split the pictures that ship with unziplora, on the small bundled base.",
     params=[
-        click.Option(["--out"], default="runs/demo", show_default=True, help="Run folder to create."),
+        click.Option(["--out"], default="runs/demo", show_default=True, help="Folder to create for both runs."),
         click.Option(["--base"], default="bundled", show_default=True, help="Another base to try it on."),
         click.Option(["--steps"], type=int, help="Fewer steps are faster and worse.  [default: the preset's]"),
         json_option(),

@@ -155,8 +155,7 @@ def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
             raise ValueError(f"the UNet has no layer {path!r}") from None
         if isinstance(module, nn.Linear):
             module = BranchedLinear(module)
-            parent, _, child = path.rpartition(".")
-            setattr(unet.get_submodule(parent), child, module)
+            _replace(unet, path, module)
         if not isinstance(module, BranchedLinear):
             raise ValueError(f"{path!r} is a {type(module).__name__}, not a linear layer")
         layers[path] = module
@@ -182,11 +181,22 @@ def add_lora(
     return branches
 
 
+def unwrap(unet: nn.Module, path: str) -> None:
+    """Put the frozen linear layer of one adapted layer back in its place."""
+    layer = unet.get_submodule(path)
+    assert isinstance(layer, BranchedLinear), f"{path} is not adapted"
+    _replace(unet, path, layer.base)
+
+
+def _replace(unet: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(unet.get_submodule(parent), child, module)
+
+
 def remove(unet: nn.Module) -> None:
     """Take all LoRA branches off and put the frozen linear layers back, exactly as they were."""
-    for path, layer in adapted(unet).items():
-        parent, _, child = path.rpartition(".")
-        setattr(unet.get_submodule(parent), child, layer.base)
+    for path in adapted(unet):
+        unwrap(unet, path)
 
 
 def attention_linears(unet: nn.Module) -> list[str]:
