@@ -27,7 +27,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from unziplora.config import SplitConfig, resolve
+from unziplora.config import resolve
+from unziplora.config_split import SplitConfig
 from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from unziplora.card import card
-from unziplora.config import SDXL, SplitConfig, resolve
+from unziplora.config import resolve
+from unziplora.config_split import SplitConfig
+from unziplora.config_training import SDXL
+from unziplora.methods.unziplora import UnZipLora
 from unziplora.run import RunFolder
 
 
@@ -23,8 +26,13 @@ def recipe(run: RunFolder, **changes: object) -> SplitConfig:
     return resolve(SplitConfig, {**given, **changes})
 
 
+def written(run: RunFolder, full_size: bool = True, scores: dict[str, float] | None = None, **changes: object) -> str:
+    config = recipe(run, **changes)
+    return card(run, config, UnZipLora.about(config), full_size, scores)
+
+
 def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
-    text = card(run, recipe(run), full_size=True)
+    text = written(run, full_size=True)
     for program in ("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers", "unziplora"):
         assert f"**{program}" in text or f", {program}**" in text
     assert "| `content.safetensors` | the content | `a sks cat` |" in text
@@ -36,16 +44,16 @@ def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
 
 
 def test_files_for_a_small_base_promise_nothing(run: RunFolder) -> None:
-    text = card(run, recipe(run, base="bundled"), full_size=False)
+    text = written(run, full_size=False, base="bundled")
     assert "cannot load them" in text
     assert "lora:" not in text.split("Settings")[0]
 
 
 def test_tells_nothing_about_the_machine(run: RunFolder) -> None:
-    text = card(run, recipe(run, base=str(run.path)), full_size=False)
+    text = written(run, full_size=False, base=str(run.path))
     assert "/home/me" not in text
     assert f'base = "{run.path.name}"' in text
 
 
 def test_measured_scores_are_listed(run: RunFolder) -> None:
-    assert "| DINO | 0.349 |" in card(run, recipe(run), True, {"DINO": 0.349})
+    assert "| DINO | 0.349 |" in written(run, scores={"DINO": 0.349})

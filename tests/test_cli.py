@@ -19,8 +19,9 @@ from pydantic import Field
 from unziplora import cli
 from unziplora.cli import flags
 from unziplora.cli.split import split_command
-from unziplora.config import Recipe, SplitConfig, resolve
+from unziplora.config import Recipe, resolve
 from unziplora.config_sample import GridConfig, SampleConfig
+from unziplora.config_split import SplitConfig
 from unziplora.errors import Interrupted, MachineError
 from unziplora.lora.files import Lora, read_lora, write_lora
 
@@ -108,7 +109,7 @@ class TestHelp:
 
     def test_defaults_and_presets_are_shown(self, call: Call) -> None:
         text = " ".join(call("split", "--help").out.split())
-        assert "Rank of both LoRAs. [default: 64; bundled: 16]" in text
+        assert "Rank of the LoRA (of each, where there are two). [default: 64; bundled: 16]" in text
         assert "[default: on]" in text
 
     def test_no_command_shows_the_help(self, call: Call) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from unziplora.cli.reference import reference
-from unziplora.config import PRESETS, SplitConfig, read_toml, resolve, to_toml
+from unziplora.config import read_toml, resolve, to_toml
+from unziplora.config_split import PRESETS, SplitConfig
 from unziplora.errors import UserError
 
 GIVEN: dict[str, Any] = {"images": ["cat.jpg"], "content": "cat", "style": "pencil sketch", "out": "runs/cat"}

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from unziplora import demo
-from unziplora.config import SplitConfig, read_toml, resolve
+from unziplora.config import read_toml, resolve
+from unziplora.config_split import SplitConfig
 from unziplora.images import load_picture
 from unziplora.progress import Progress
 

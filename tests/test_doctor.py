@@ -13,7 +13,8 @@ import torch
 from unziplora import activations, cli, doctor
 from unziplora.activations import kept_bytes
 from unziplora.base import BUNDLED
-from unziplora.config import SDXL, SplitConfig
+from unziplora.config_split import SplitConfig
+from unziplora.config_training import SDXL
 from unziplora.doctor import FITTING, GIB, Check, Device, Report, advice, examine
 from unziplora.errors import UserError
 from unziplora.lora.layer import add_lora

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from unziplora.atomic import atomic_folder, atomic_write
-from unziplora.config import SplitConfig
+from unziplora.config_split import SplitConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.run import RunFolder
 

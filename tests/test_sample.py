@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from unziplora.base import Base
-from unziplora.config import SplitConfig, resolve, to_toml
+from unziplora.config import resolve, to_toml
 from unziplora.config_sample import SampleConfig
+from unziplora.config_split import SplitConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import fold_output

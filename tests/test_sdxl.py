@@ -5,7 +5,8 @@ import sdxl
 import torch
 from diffusers import DDPMScheduler
 
-from unziplora.config import SplitConfig, resolve
+from unziplora.config import resolve
+from unziplora.config_split import SplitConfig
 from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.lora.layer import adapted
 from unziplora.methods.unziplora import UnZipLora

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from unziplora.config import SplitConfig, resolve
+from unziplora.config import resolve
+from unziplora.config_split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, UserError
 from unziplora.lora.files import read_lora
 from unziplora.progress import Progress

@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
-from unziplora.config import SplitConfig, resolve
+from unziplora.config import resolve
+from unziplora.config_split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
 from unziplora.lora.layer import adapted, remove
@@ -219,8 +220,8 @@ def test_export_is_what_the_run_computes(fresh_base):
     method = build(base, alpha=1.0)
     run(method)
     plain = fresh_base()
-    for name, modules in method.export().items():
-        add_lora(plain.unet, name, modules, stream=name)
+    for name, lora in method.export().items():
+        add_lora(plain.unet, name, lora.modules, stream=name)
     data = examples(base, seed=3)
     given = {"text_embeds": data.conditioning.pooled, "time_ids": data.conditioning.time_ids}
     outputs = [

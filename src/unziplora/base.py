@@ -15,7 +15,7 @@ from torch import nn
 
 from unziplora import base_checkpoint, base_files
 from unziplora.base_hub import HUB_ID, download
-from unziplora.config import SDXL
+from unziplora.config_training import SDXL
 from unziplora.errors import MachineError, UserError, first_line
 from unziplora.quiet import quiet
 

@@ -4,27 +4,61 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
 from unziplora.base_hub import HUB_ID
-from unziplora.config import SplitConfig
+from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.run import RunFolder
 
+PRIVATE = {"images", "masks", "out", "blocks"}
+"""Keys that tell about a person's machine, and nothing about the LoRAs: kept out of what is shared."""
 
-def card(run: RunFolder, config: SplitConfig, full_size: bool, scores: Mapping[str, float] | None = None) -> str:
+
+@dataclass(frozen=True)
+class File:
+    """A LoRA file: what it gives, the words that call it up, and a hint for its header."""
+
+    gives: str
+    trigger: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a method tells of its LoRAs.
+
+    Attributes:
+        method: its name and paper.
+        made: how they came about, the beginning of a sentence.
+        prompt: the prompt of everything that was learnt.
+        files: by name, without the ending.
+    """
+
+    method: str
+    made: str
+    prompt: str
+    files: dict[str, File]
+
+
+def card(
+    run: RunFolder, config: TrainingConfig, about: About, full_size: bool, scores: Mapping[str, float] | None = None
+) -> str:
     """The card as Markdown, with the head that model hubs read.
 
     Args:
         run: its LoRA files and samples are named where they are there.
         config: the run's recipe.
+        about: what its method tells.
         full_size: the base has SDXL's own size, so that other programs can load the files.
         scores: measured scores by name.
     """
-    parts = [_head(config), _title(config), _files(run, config), _samples(run)]
-    parts.append(_programs(run, config) if full_size else _small(run, config))
+    parts = [_head(config, about), _title(config, about), _files(run, about), _samples(run)]
+    parts.append(_programs(run, config, about) if full_size else _small(run, config, about))
     if scores:
         rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in scores.items())
         parts.append(f"## Measured\n\n| score | value |\n|---|---|\n{rows}\n")
@@ -32,46 +66,44 @@ def card(run: RunFolder, config: SplitConfig, full_size: bool, scores: Mapping[s
     return "\n".join(part for part in parts if part)
 
 
-def content_words(config: SplitConfig) -> str:
-    """The words that call up the content."""
-    return config.prompts()["content"]
+def pictures_told(config: PictureConfig) -> str:
+    """How many pictures were learnt from, in words."""
+    return "one picture" if len(config.images) == 1 else f"{len(config.images)} pictures"
 
 
-def style_words(config: SplitConfig) -> str:
-    """The words that call up the style."""
-    return config.fill("in {style} style")
+def shared_settings(config: TrainingConfig) -> dict[str, Any]:
+    """The settings as others may know them, without paths of this machine."""
+    return {**config.model_dump(mode="json", exclude=PRIVATE), "base": base_name(config)}
 
 
-def base_name(config: SplitConfig) -> str:
+def base_name(config: TrainingConfig) -> str:
     """The base as others may know it: of a path on this machine, the last part."""
     path = Path(config.base).expanduser()
     return path.resolve().name if path.exists() else config.base
 
 
-def _head(config: SplitConfig) -> str:
+def _head(config: TrainingConfig, about: About) -> str:
     # JSON strings are YAML strings: words with quotes or colons stay whole.
     base = f"base_model: {config.base}\n" if HUB_ID.fullmatch(base_name(config)) else ""
-    words = json.dumps(config.prompts()["full"], ensure_ascii=False)
+    words = json.dumps(about.prompt, ensure_ascii=False)
     return (
         f"---\n{base}instance_prompt: {words}\nlibrary_name: diffusers\n"
         "tags: [lora, sdxl, text-to-image, unziplora]\n---\n"
     )
 
 
-def _title(config: SplitConfig) -> str:
-    return (
-        f"# {config.content}, {config.style}\n\n"
-        f"Two LoRAs split from {'one picture' if len(config.images) == 1 else f'{len(config.images)} pictures'} by "
-        f"unziplora {version('unziplora')} (UnZipLoRA, arXiv 2412.04465).\n"
-    )
+def _title(config: TrainingConfig, about: About) -> str:
+    words = config.words()
+    title = ", ".join(words[name] for name in ("content", "style") if name in words) or about.prompt
+    return f"# {title}\n\n{about.made} by unziplora {version('unziplora')} ({about.method}).\n"
 
 
-def _files(run: RunFolder, config: SplitConfig) -> str:
+def _files(run: RunFolder, about: About) -> str:
     rows = ["| file | gives | trigger words |", "|---|---|---|"]
-    for name, words in (("content", content_words(config)), ("style", style_words(config))):
+    for name, file in about.files.items():
         for path in sorted(run.path.glob(f"{name}*.safetensors")):
             note = "" if path.stem == name else f" ({path.stem.removeprefix(name + '.')} layout)"
-            rows.append(f"| `{path.name}`{note} | the {name} | `{words}` |")
+            rows.append(f"| `{path.name}`{note} | {file.gives} | `{file.trigger}` |")
     return "\n".join(rows) + "\n"
 
 
@@ -80,40 +112,56 @@ def _samples(run: RunFolder) -> str:
     return f"![samples]({found[-1].relative_to(run.path).as_posix()})\n" if found else ""
 
 
-def _small(run: RunFolder, config: SplitConfig) -> str:
+def _small(run: RunFolder, config: TrainingConfig, about: About) -> str:
     return f"""## Use
 
-These LoRAs fit the base they were trained on, `{base_name(config)}`, and no other: it is smaller than SDXL, so ComfyUI
-and its like cannot load them. Sample with
+What was trained fits its base, `{base_name(config)}`, and no other: it is smaller than SDXL, so ComfyUI and its like
+cannot load it. Sample with
 
 ```sh
-{_commands(run, config)}
+{_commands(run, config, about)}
 ```
 """
 
 
-def _commands(run: RunFolder, config: SplitConfig) -> str:
-    return (
-        f"unziplora sample {run.path}\n"
-        f'unziplora sample --content {run.path} --prompts "{content_words(config)} on a beach"\n'
-        f'unziplora sample --style {run.path} --prompts "a {config.sample_subject} {style_words(config)}"'
-    )
+def _commands(run: RunFolder, config: TrainingConfig, about: About) -> str:
+    lines = []
+    if {"content", "style"} <= about.files.keys():
+        lines.append(f"unziplora sample {run.path}")
+    prompts = {
+        "content": "{} on a beach",
+        "style": f"a {config.sample_subject} {{}}",
+        "lora": "{}",
+    }
+    for name, file in about.files.items():
+        flag = "content" if name == "lora" else name
+        lines.append(f'unziplora sample --{flag} {run.path} --prompts "{prompts[name].format(file.trigger)}"')
+    return "\n".join(lines)
 
 
-def _programs(run: RunFolder, config: SplitConfig) -> str:
+def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
     name = run.path.resolve().name
-    content, style = f"{name}-content", f"{name}-style"
-    both = f"{content_words(config)} {style_words(config)}"
+    titles = {file: f"{name}-{file}" for file in about.files}
+    both = about.prompt
+    calls = " ".join(f"<lora:{title}:1>" for title in titles.values())
+    together = (
+        " Either works alone; both together restore the picture or show its content anew in its style."
+        if len(titles) > 1
+        else ""
+    )
+    loads = "\n".join(
+        f'pipe.load_lora_weights("{run.path.as_posix()}", weight_name="{file}.safetensors", adapter_name="{file}")'
+        for file in titles
+    )
     return f"""## Use
 
-Give the files names of their own when you copy them, such as `{content}.safetensors`. Either works alone; both
-together restore the picture or show its content anew in its style. Strength 1 is as trained; turn one down if it
-rules the other.
+Give the files names of their own when you copy them, such as `{next(iter(titles.values()))}.safetensors`.{together}
+Strength 1 is as trained; turn it down if it rules the picture.
 
 **ComfyUI**: copy to `ComfyUI/models/loras`, put one *Load LoRA* node per file between *Load Checkpoint* and the
 sampler, prompt `{both}`.
 
-**Forge, A1111**: copy to `models/Lora`, prompt `{both} <lora:{content}:1> <lora:{style}:1>`.
+**Forge, A1111**: copy to `models/Lora`, prompt `{both} {calls}`.
 
 **InvokeAI**: *Models* → *Add Models* → path of the file; then choose it under *Concepts*.
 
@@ -124,22 +172,19 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 pipe = StableDiffusionXLPipeline.from_pretrained("{base_name(config)}", torch_dtype=torch.float16).to("cuda")
-pipe.load_lora_weights("{run.path.as_posix()}", weight_name="content.safetensors", adapter_name="content")
-pipe.load_lora_weights("{run.path.as_posix()}", weight_name="style.safetensors", adapter_name="style")
-pipe.set_adapters(["content", "style"], [1.0, 1.0])
+{loads}
+pipe.set_adapters({json.dumps(list(titles))}, {[1.0] * len(titles)})
 pipe("{both}", guidance_scale=5.0).images[0].save("picture.png")
 ```
 
 **unziplora**:
 
 ```sh
-{_commands(run, config)}
+{_commands(run, config, about)}
 ```
 """
 
 
-def _settings(config: SplitConfig) -> str:
-    paths = {"images", "masks", "out"}  # these tell about a person's machine, and nothing about the LoRAs
-    values = config.model_dump(mode="json", exclude_none=True, exclude=paths)
-    shown = tomli_w.dumps({**values, "base": base_name(config)})
-    return f"<details><summary>Settings</summary>\n\n```toml\n{shown}```\n\n</details>\n"
+def _settings(config: TrainingConfig) -> str:
+    values = {name: value for name, value in shared_settings(config).items() if value is not None}
+    return f"<details><summary>Settings</summary>\n\n```toml\n{tomli_w.dumps(values)}```\n\n</details>\n"

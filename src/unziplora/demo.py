@@ -12,8 +12,9 @@ from pydantic import BaseModel
 
 from unziplora.atomic import atomic_write
 from unziplora.base import BUNDLED, Base, load_base
-from unziplora.config import SplitConfig, read_toml, resolve
+from unziplora.config import read_toml, resolve
 from unziplora.config_sample import SampleConfig
+from unziplora.config_split import SplitConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.generate import decode, generate_latents
 from unziplora.grid import sheet

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from unziplora.base import BUNDLED, config_folder
 from unziplora.base_files import check_folder, read_header, read_json
 from unziplora.base_hub import HUB_ID
-from unziplora.config import SplitConfig
+from unziplora.config_split import SplitConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError, first_line
 from unziplora.lora.layer import attention_linears

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from unziplora.config import SplitConfig
+from unziplora.config_training import TrainingConfig
 from unziplora.errors import UserError
 
 Groups = list[dict[str, Any]]
 
 
-def make_optimizers(groups: Groups, config: SplitConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(groups: Groups, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """The optimisers for these named parameter groups.
 
     Prodigy estimates one step size per optimiser, so each LoRA gets its own; the column scales, whose step
@@ -33,7 +33,7 @@ def make_optimizers(groups: Groups, config: SplitConfig) -> list[torch.optim.Opt
     return [_adamw(groups, config)]
 
 
-def _adamw(groups: Groups, config: SplitConfig) -> torch.optim.AdamW:
+def _adamw(groups: Groups, config: TrainingConfig) -> torch.optim.AdamW:
     # Fused: the LoRAs are hundreds of small matrices, and a loop over them would cost as much as the UNet.
     return torch.optim.AdamW(groups, betas=config.betas, fused=True)
 
@@ -50,7 +50,7 @@ def _load(module: str, name: str, extra: str) -> Any:
         ) from None
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: SplitConfig) -> LambdaLR:
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> LambdaLR:
     """Constant, or cosine to zero at the last step, after a linear warm-up."""
 
     def factor(step: int) -> float:

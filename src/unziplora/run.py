@@ -65,11 +65,15 @@ class RunFolder:
 
     @property
     def content(self) -> Path:
-        return self.path / "content.safetensors"
+        return self.lora("content")
 
     @property
     def style(self) -> Path:
-        return self.path / "style.safetensors"
+        return self.lora("style")
+
+    def lora(self, name: str, layout: str = "kohya") -> Path:
+        """The file of a LoRA in a layout."""
+        return self.path / (f"{name}.safetensors" if layout == "kohya" else f"{name}.{layout}.safetensors")
 
     @property
     def card(self) -> Path:

@@ -1,60 +1,48 @@
-"""The sample sheet of a split: what the two LoRAs do together, alone and apart, with fixed seeds."""
+"""The sample sheet of a training: what the LoRAs do together, alone and apart, with fixed seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Any
 
 from PIL import Image
 
 from unziplora.base import Base
-from unziplora.config import SplitConfig
+from unziplora.config_training import TrainingConfig
 from unziplora.generate import generate
 from unziplora.grid import sheet
-from unziplora.methods.unziplora import UnZipLora
-from unziplora.prompts import Prompts
+from unziplora.methods.base import Method
+
+SMALLEST = 128
+"""Pictures of a small base are enlarged to this side, in pixels, so that they can be looked at."""
 
 
-def sample_sheet(base: Base, method: UnZipLora, config: SplitConfig, picture: Image.Image) -> Image.Image:
-    """A labelled sheet with a row per seed: the input, both LoRAs together, each alone away from the other's word.
-
-    Content is sampled in another style and style on another subject, from one plain prompt each, as a user
-    of the exported files would; both together with the three prompts of the training.
-    """
-    words = config.prompts()
-    together = Prompts(**words) if config.prompt_separation else Prompts(words["full"])
-    columns = {
-        "input": None,
-        "together": (together, nullcontext()),
-        f"content, {config.sample_style}": (
-            Prompts(f"{words['content']} in {config.sample_style} style"),
-            method.only("content"),
-        ),
-        f"style, {config.sample_subject}": (
-            Prompts(config.fill(f"a {config.sample_subject} in {{style}} style")),
-            method.only("style"),
-        ),
-    }
-    made = []
+def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Image.Image:
+    """A labelled sheet with a row per seed: the picture that was learnt from, then the method's views."""
+    side = config.resolution or base.resolution
+    columns: dict[str, list[Image.Image]] = {}
+    if method.pictures:
+        columns["input"] = [method.pictures[0]] * len(config.sample_seeds)
     with _frozen(base):
-        for column in columns.values():
-            if column is None:
-                made.append([picture] * len(config.sample_seeds))
-                continue
-            prompts, context = column
-            with context:
-                pictures = generate(
+        for view in method.views():
+            with method.off(view.off):
+                columns[view.title] = generate(
                     base,
-                    prompts,
+                    view.prompts,
                     seeds=config.sample_seeds,
                     steps=config.sample_steps,
                     guidance=config.sample_guidance,
-                    width=picture.width,
-                    height=picture.height,
+                    width=side,
+                    height=side,
                 )
-            made.append(pictures)
-    rows = [list(row) for row in zip(*made, strict=True)]
+    rows = [[_visible(picture) for picture in row] for row in zip(*columns.values(), strict=True)]
     return sheet(rows, [f"seed {seed}" for seed in config.sample_seeds], list(columns))
+
+
+def _visible(picture: Image.Image) -> Image.Image:
+    times = -(-SMALLEST // picture.width)
+    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
 @contextmanager

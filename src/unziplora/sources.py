@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unziplora.config import SplitConfig, read_toml
+from unziplora.config import read_toml
 from unziplora.config_sample import SampleConfig
+from unziplora.config_split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.prompts import Prompts
 

@@ -5,47 +5,21 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from unziplora.config import SplitConfig
+from unziplora.config_training import TrainingConfig
 from unziplora.errors import UserError
+from unziplora.methods.base import Trained
 from unziplora.optim import make_optimizers, make_schedule
-
-
-class Method(Protocol):
-    """What a separation or fine-tuning method offers to the loop."""
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups with a name each."""
-
-    def before_step(self, step: int, gradient_scale: float) -> None:
-        """Anything to do before a step's losses."""
-
-    def losses(self, step: int) -> Iterator[Tensor]:
-        """Terms of the loss; each is propagated before the next is asked for."""
-
-    def after_backward(self, step: int) -> None:
-        """Change gradients before they are clipped."""
-
-    def after_step(self, step: int) -> None:
-        """Put parameters back into their bounds."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +35,7 @@ class StepReport:
 class Trainer:
     """A method with its optimisers, whose whole state can be saved and restored between steps."""
 
-    def __init__(self, method: Method, config: SplitConfig, accelerator: Accelerator) -> None:
+    def __init__(self, method: Trained, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.method, self.config, self.accelerator = method, config, accelerator
         self.groups = method.parameter_groups()
         optimizers = make_optimizers(self.groups, config)

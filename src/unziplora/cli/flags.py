@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from unziplora.config import PRESETS, Recipe, read_toml
+from unziplora.config import Recipe, group_of, read_toml
 from unziplora.errors import UserError
 
 NONE = "none"
@@ -104,14 +104,12 @@ def options(model: type[Recipe], notes: Mapping[str, list[str]] | None = None) -
         notes: what to say of a key instead of its default.
     """
     own = notes or {}
-    return [_option(model, name, field, own.get(name)) for name, field in model.model_fields.items()]
+    return [_option(model, name, field, own.get(name)) for name, field in model.keys().items()]
 
 
 def _option(model: type[Recipe], name: str, field: FieldInfo, own: list[str] | None) -> KeyOption:
     shape = shape_of(field.annotation)
     flag = "--" + name.replace("_", "-")
-    extra = field.json_schema_extra
-    group = str(extra.get("group", "Options")) if isinstance(extra, dict) else "Options"
     details: dict[str, Any] = {"type": shape.type}
     if shape.kind == "switch":
         flag, details = f"{flag}/--no-{flag[2:]}", {"default": None}
@@ -123,7 +121,9 @@ def _option(model: type[Recipe], name: str, field: FieldInfo, own: list[str] | N
         details["metavar"] = "NAME=VALUE"
     notes = own or [*_notes(shape), *defaults(model, name, field)]
     text = f"{field.description}" + (f"  [{'; '.join(notes)}]" if notes else "")
-    return KeyOption([flag, name], key=name, shape=shape, group=group, help=text, show_default=False, **details)
+    return KeyOption(
+        [flag, name], key=name, shape=shape, group=group_of(field), help=text, show_default=False, **details
+    )
 
 
 def _notes(shape: Shape) -> list[str]:
@@ -138,7 +138,7 @@ def defaults(model: type[Recipe], name: str, field: FieldInfo) -> list[str]:
     if field.default is not PydanticUndefined and field.default not in (None, [], {}, ""):
         notes.append(f"default: {plain(field.default)}")
     if "preset" in model.model_fields:
-        notes += [f"{preset}: {plain(keys[name])}" for preset, keys in PRESETS.items() if name in keys]
+        notes += [f"{preset}: {plain(keys[name])}" for preset, keys in model.presets.items() if name in keys]
     return notes
 
 

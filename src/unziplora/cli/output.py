@@ -17,7 +17,7 @@ from unziplora.errors import Interrupted, MachineError, UnziploraError, first_li
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from unziplora.config import SplitConfig
+    from unziplora.config_split import SplitConfig
 
 
 def debugging() -> bool:

@@ -11,7 +11,8 @@ import click
 from unziplora.cli.common import config_option, dry_run_option, json_option, quiet_option
 from unziplora.cli.flags import RecipeCommand, layers, options
 from unziplora.cli.output import emit, memory_advice, note, stdout_kept
-from unziplora.config import SplitConfig, read_toml, resolve, to_toml
+from unziplora.config import read_toml, resolve, to_toml
+from unziplora.config_split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.progress import show
 

@@ -6,30 +6,48 @@ block separation in `BlockMap`. This file builds the LoRAs, says the loss and ex
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.config import SplitConfig
-from unziplora.lora.blocks import BlockMap, check_blocks
+from unziplora.card import About, File, pictures_told
+from unziplora.config_split import SplitConfig
+from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
-from unziplora.lora.layer import Branch, add_lora, attention_linears, inject
+from unziplora.lora.files import Lora
+from unziplora.lora.layer import attention_linears
 from unziplora.lora.separation import NAMES, ColumnSeparation
+from unziplora.methods.common import (
+    Setup,
+    View,
+    branch_state,
+    class_examples,
+    folded,
+    load_branch_state,
+    load_pictures,
+    matrices,
+    new_branches,
+    picture_examples,
+    switched_off,
+)
 from unziplora.objective import Examples, denoising_loss, generator
+from unziplora.prompts import Prompts
 
 
 class UnZipLora:
-    """Both LoRAs on a UNet, and what a training loop asks of a method.
+    """Both LoRAs on a UNet, and what a job asks of a method (see `Method`).
 
     Attributes:
         branches: the branches by LoRA name and module path.
         columns: the state of column separation, or None if it is switched off.
     """
+
+    command: ClassVar[str] = "split"
 
     def __init__(
         self,
@@ -40,6 +58,7 @@ class UnZipLora:
         blocks: BlockMap,
         priors: Mapping[str, Examples] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = torch.enable_grad,
+        pictures: Sequence[Image.Image] = (),
     ) -> None:
         """Inject both LoRAs into the UNet, in place.
 
@@ -52,17 +71,20 @@ class UnZipLora:
             blocks: which blocks belong to which LoRA.
             priors: class pictures for the LoRAs whose prior is preserved, with their conditioning.
             autocast: context of the forward passes.
+            pictures: what the examples were made from, for the sample sheet.
 
         Raises:
             UserError: the block map names a block that this UNet does not have.
         """
         self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
-        self.priors, self.autocast = dict(priors or {}), autocast
+        self.priors, self.autocast, self.pictures = dict(priors or {}), autocast, list(pictures)
         paths = attention_linears(unet)
         if config.block_separation:
             check_blocks(blocks, paths)
         owners = {path: blocks.owner(path) if config.block_separation else None for path in paths}
-        self.branches = {name: self._add(name, paths) for name in NAMES}
+        self.branches = {
+            name: new_branches(unet, name, paths, config, stream=name, start=config.init) for name in NAMES
+        }
         self.columns: ColumnSeparation | None = None
         self.settled: tuple[int, bool] | None = None  # the period and warm-up for which scales are settled
         if config.column_separation:
@@ -73,16 +95,47 @@ class UnZipLora:
                 for path, branch in self.branches[name].items():
                     branch.mask.fill_(float(owners[path] in (None, name)))
 
-    def _add(self, name: str, paths: list[str]) -> dict[str, Branch]:
-        config = self.config
-        modules = {}
-        for path, layer in inject(self.unet, paths).items():
-            draw = generator(config.seed, "init", name, path)
-            modules[path] = initial_pair(layer.in_features, layer.out_features, config.rank, config.init, draw)
-        branches = add_lora(self.unet, name, modules, (config.alpha or config.rank) / config.rank, name)
-        for branch in branches.values():
-            branch.scale.requires_grad_(False)  # until column separation says which ones train
-        return branches
+    @classmethod
+    def check(cls, config: SplitConfig) -> None:
+        """Read the block map and fill in the prompts.
+
+        Raises:
+            UserError: either is not usable.
+        """
+        read_blocks(config.blocks)
+        config.prompts()
+
+    @classmethod
+    def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
+        """Encode pictures, prompts and class pictures once, then inject both LoRAs."""
+        pictures, words = load_pictures(config, setup.size), config.prompts()
+        prompts = Prompts(**words) if config.prompt_separation else Prompts(words["full"])
+        examples = picture_examples(setup, config, pictures, prompts)
+        weights = {"content": config.content_prior, "style": config.style_prior}
+        templates = {"content": config.content_class_prompt, "style": config.style_class_prompt}
+        priors = {}
+        for name in NAMES:
+            if weights[name] > 0:
+                text = config.fill(templates[name])
+                prompts = Prompts(text, text, text) if config.prompt_separation else Prompts(text)
+                priors[name] = class_examples(setup, config, prompts, config.prior_images)
+        setup.leave_unet_alone(config)
+        scheduler, blocks = setup.noise_schedule(), read_blocks(config.blocks)
+        return cls(setup.base.unet, scheduler, examples, config, blocks, priors, setup.autocast, pictures)
+
+    @classmethod
+    def about(cls, config: SplitConfig) -> About:
+        """Two LoRAs that work alone and together."""
+        words, style = config.prompts(), config.fill("in {style} style")
+        return About(
+            method="UnZipLoRA (arXiv 2412.04465)",
+            made=f"Two LoRAs split from {pictures_told(config)}",
+            prompt=words["full"],
+            files={
+                "content": File("the content", words["content"], "Pair with the style LoRA to restore the picture."),
+                "style": File("the style", style, "Pair with any content LoRA."),
+            },
+        )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups, named: the matrices of each LoRA, and the scales of both without weight decay."""
@@ -90,9 +143,8 @@ class UnZipLora:
         rates = {"content": config.content_learning_rate, "style": config.style_learning_rate}
         groups: list[dict[str, Any]] = []
         for name in NAMES:
-            matrices = [p for b in self.branches[name].values() for p in (b.down, b.up)]
-            decay = config.weight_decay
-            groups.append({"name": name, "params": matrices, "lr": rates[name], "weight_decay": decay})
+            params, decay = matrices(self.branches[name]), config.weight_decay
+            groups.append({"name": name, "params": params, "lr": rates[name], "weight_decay": decay})
         if self.columns is not None:
             scales = [b.scale for name in NAMES for b in self.branches[name].values()]
             rate = config.scale_learning_rate
@@ -148,30 +200,16 @@ class UnZipLora:
                 yield weights[name] * self._denoising_loss(examples, draw)
 
     def _denoising_loss(self, examples: Examples, draw: torch.Generator) -> Tensor:
-        config = self.config
         with self.autocast():
-            return denoising_loss(
-                self.unet,
-                self.scheduler,
-                examples,
-                batch_size=config.batch_size,
-                draw=draw,
-                min_snr_gamma=config.min_snr_gamma,
-                noise_offset=config.noise_offset,
-            )
+            return denoising_loss(self.unet, self.scheduler, examples, draw=draw, **self.config.noising())
 
-    @contextmanager
-    def only(self, name: str) -> Iterator[None]:
+    def only(self, name: str) -> AbstractContextManager[None]:
         """Switch the other LoRA off."""
-        others = [b for other in NAMES if other != name for b in self.branches[other].values()]
-        strengths = [b.strength for b in others]
-        for branch in others:
-            branch.strength = 0.0
-        try:
-            yield
-        finally:
-            for branch, strength in zip(others, strengths, strict=True):
-                branch.strength = strength
+        return self.off(tuple(other for other in NAMES if other != name))
+
+    def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
+        """Switch LoRAs off."""
+        return switched_off(*(self.branches[name] for name in names))
 
     def after_backward(self, step: int) -> None:
         """Unless all scales train, keep their gradients only where the LoRAs overlap."""
@@ -186,10 +224,9 @@ class UnZipLora:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for name in NAMES:
-            for path, branch in self.branches[name].items():
-                state.update({f"{name}.{path}.{key}": value for key, value in branch.state_dict().items()})
+            state.update(branch_state(self.branches[name], name))
         if self.columns is not None:
             state.update({f"{name}.{path}.held": held for name, path, held in self.columns.items()})
         return state
@@ -197,36 +234,25 @@ class UnZipLora:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over the state of a checkpoint of the same recipe."""
         for name in NAMES:
-            for path, branch in self.branches[name].items():
-                branch.load_state_dict({key: state[f"{name}.{path}.{key}"] for key in branch.state_dict()})
+            load_branch_state(self.branches[name], name, state)
         if self.columns is not None:
             for name, path, held in self.columns.items():
                 held.copy_(state[f"{name}.{path}.held"])
         self.settled = None
 
-    @torch.no_grad()
-    def export(self) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
-        """Each LoRA as plain pairs (A [r, in], B [out, r]) of strength 1: masks, scales, alpha folded into B."""
-        return {
-            name: {
-                path: (b.down.float().cpu(), (b.columns()[:, None] * b.up).float().cpu())
-                for path, b in self.branches[name].items()
-            }
-            for name in NAMES
-        }
+    def export(self) -> dict[str, Lora]:
+        """Both LoRAs as plain pairs: masks, scales and alpha folded into B."""
+        return {name: Lora(folded(self.branches[name])) for name in NAMES}
 
+    def views(self) -> list[View]:
+        """Both together with the prompts of the training; each alone, away from the other's word.
 
-def initial_pair(
-    in_features: int, out_features: int, rank: int, init: str, draw: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """A LoRA's start: A [r, in] uniform in ±1/√in with B [out, r] zero, or both normal with std 1/r.
-
-    The first is LoRA's (arXiv 2106.09685: ΔW = 0), the second that of UnZipLoRA's official code.
-    """
-    if init == "gaussian":
-        shapes = (rank, in_features), (out_features, rank)
-        down, up = (torch.randn(shape, generator=draw) / rank for shape in shapes)
-        return down, up
-    bound = 1 / math.sqrt(in_features)
-    down = (torch.rand(rank, in_features, generator=draw) * 2 - 1) * bound
-    return down, torch.zeros(out_features, rank)
+        Alone they get one plain prompt each, as a user of the exported files would give it.
+        """
+        config = self.config
+        words, style, subject = config.prompts(), config.sample_style, config.sample_subject
+        return [
+            View("together", Prompts(**words) if config.prompt_separation else Prompts(words["full"])),
+            View(f"content, {style}", Prompts(f"{words['content']} in {style} style"), off=("style",)),
+            View(f"style, {subject}", Prompts(config.fill(f"a {subject} in {{style}} style")), off=("content",)),
+        ]

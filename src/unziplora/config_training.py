@@ -1,0 +1,111 @@
+"""What every training shares: the base, the LoRA's size, optimisation, output, and the pictures learnt from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from unziplora.config import Recipe, key
+from unziplora.errors import UserError
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+class TrainingConfig(Recipe):
+    """Common keys of all recipes that train."""
+
+    out: Path = key(..., "Run folder to create.", "Input")
+    base: str = key(SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
+    resolution: int | None = key(
+        None, "Side of the training picture in pixels; default: the base's own.", "Input", ge=16
+    )
+    token: str = key("sks", "Rare word that stands for this very subject.", "Prompts", min_length=1)
+
+    rank: int = key(64, "Rank of the LoRA (of each, where there are two).", "Training", ge=1)
+    alpha: float | None = key(None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0)
+    steps: int = key(600, "Optimiser steps.", "Training", ge=1)
+    batch_size: int = key(1, "Noisy latents per step.", "Training", ge=1)
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = key("adamw", "Optimiser.", "Training")
+    weight_decay: float = key(1e-4, "Decoupled weight decay of the LoRA matrices.", "Training", ge=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "Adam's betas.", "Training")
+    schedule: Literal["constant", "cosine"] = key("constant", "Learning-rate schedule.", "Training")
+    schedule_warmup: int = key(0, "Steps of linear learning-rate warm-up.", "Training", ge=0)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", "Training", gt=0)
+    min_snr_gamma: float | None = key(None, "Min-SNR weighting (arXiv 2303.09556), usually 5.", "Training", gt=0)
+    noise_offset: float = key(0.0, "Per-channel noise offset.", "Training", ge=0)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = key(
+        "auto",
+        "Arithmetic of the frozen base; auto: bf16 where the device has it, else fp16, fp32 on CPU.",
+        "Training",
+    )
+    gradient_checkpointing: bool = key(False, "Trade time for memory.", "Training")
+    device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
+    seed: int = key(0, "Seed of everything random.", "Training", ge=0)
+
+    save_precision: Literal["fp16", "bf16", "fp32"] = key("fp16", "Number format in the files.", "Output")
+    formats: list[Literal["kohya", "diffusers"]] = key(["kohya"], "File layouts to write.", "Output", min_length=1)
+    checkpoint_every: int = key(200, "Steps between checkpoints; 0: only when interrupted.", "Output", ge=0)
+    sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0)
+    sample_subject: str = key("dog", "Another subject, for the style-alone sample.", "Output", min_length=1)
+    sample_style: str = key(
+        "watercolor painting", "Another style, for the content-alone sample.", "Output", min_length=1
+    )
+    sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1)
+    sample_guidance: float = key(5.0, "Classifier-free guidance of samples.", "Output", ge=1)
+    sample_seeds: list[int] = key([0, 1], "Seeds of samples; empty: no samples.", "Output")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = key([], "Experiment trackers.", "Output")
+
+    def noising(self) -> dict[str, Any]:
+        """How noisy latents are drawn and weighted: keywords of `objective.denoising_loss`."""
+        return self.model_dump(include={"batch_size", "min_snr_gamma", "noise_offset"})
+
+    def words(self) -> dict[str, str]:
+        """The user's words by the names under which prompt templates call them."""
+        named = {name: getattr(self, name, None) for name in ("token", "content", "style")}
+        return {name: word for name, word in named.items() if word}
+
+    def fill(self, template: str) -> str:
+        """Fill {token}, {content} and {style} into a prompt template.
+
+        Raises:
+            UserError: the template asks for something else.
+        """
+        words = self.words()
+        try:
+            text = template.format(**words)
+        except (KeyError, IndexError, ValueError) as error:
+            known = ", ".join(f"{{{name}}}" for name in words)
+            raise UserError(f"prompt template {template!r}: use only {known} ({error})") from None
+        return text.replace("style style", "style")
+
+
+class PictureConfig(TrainingConfig):
+    """Common keys of the recipes that learn from pictures."""
+
+    images: list[Path] = key(..., "Picture file, or several of one subject in one style.", "Input", min_length=1)
+    masks: list[Path] = key([], "Subject masks, one per picture: white counts in the loss.", "Input")
+    background_weight: float = key(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
+
+    @field_validator("content", "style", "token", check_fields=False)
+    @classmethod
+    def _not_blank(cls, text: str | None) -> str | None:
+        if text is not None and not text.strip():
+            raise ValueError("must not be blank")
+        return None if text is None else " ".join(text.split())
+
+    @model_validator(mode="after")
+    def _one_mask_each(self) -> PictureConfig:
+        if self.masks and len(self.masks) != len(self.images):
+            raise ValueError(f"{len(self.masks)} masks for {len(self.images)} images: give one mask per image")
+        return self
+
+    def check_rates(self, **rates: float) -> None:
+        """Refuse learning rates that do not go with the optimiser."""
+        if self.optimizer == "prodigy" and 0 < max(rates.values()) < 0.1:
+            got = " and ".join(f"{rate:g}" for rate in rates.values())
+            raise ValueError(
+                f"Prodigy finds the step size itself, and its learning rates are factors (got {got}): "
+                f"set {' and '.join(rates)} to 1"
+            )

@@ -1,0 +1,214 @@
+"""One training run of any method: from a configuration to a run folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from unziplora.atomic import atomic_write
+from unziplora.base import Base, load_base
+from unziplora.card import base_name, card, shared_settings
+from unziplora.config_training import PictureConfig, TrainingConfig
+from unziplora.device import pick_device, pick_dtype
+from unziplora.errors import Interrupted, UserError
+from unziplora.images import load_picture
+from unziplora.lora.families import sdxl_sized
+from unziplora.lora.files import Lora, write_lora
+from unziplora.lora.metadata import metadata_for
+from unziplora.methods.base import Method
+from unziplora.methods.common import Setup
+from unziplora.progress import Callback, Progress
+from unziplora.run import RunFolder
+from unziplora.samples import sample_sheet
+from unziplora.train import StepReport, Trainer, train
+
+C = TypeVar("C", bound=TrainingConfig)
+
+
+def run_job(kind: type[Method[C]], config: C, resume: bool = False, progress: Callback | None = None) -> RunFolder:
+    """Train a method's LoRAs as configured and write them into a run folder.
+
+    Args:
+        kind: the method.
+        config: its recipe.
+        resume: continue an interrupted run in `config.out` from its last checkpoint, with the same result as
+            if it had not been interrupted.
+        progress: told after every step, and of every file that is worth a look.
+
+    Raises:
+        UserError: a picture, a word, the base, the folder or a setting is not usable.
+        MachineError: disk full, no permission, out of memory.
+        Interrupted: stopped on request; a checkpoint is saved.
+    """
+    job = Job(kind, config, progress or (lambda _: None))
+    if isinstance(config, PictureConfig):
+        for path in config.images:
+            load_picture(path, 64)  # a bad picture is told before a folder is made and a base is loaded
+    kind.check(config)
+    job.run = RunFolder.resume(config.out, config) if resume else RunFolder.create(config.out, config)
+    with job.run.lock():
+        job.do()
+    return job.run
+
+
+@dataclass
+class Job(Generic[C]):
+    """One run, step by step."""
+
+    kind: type[Method[C]]
+    config: C
+    progress: Callback
+    run: RunFolder = field(init=False)
+    recent: list[float] = field(default_factory=list)  # seconds of the last steps
+
+    def do(self) -> None:
+        """Load, train, export, sample."""
+        config, run = self.config, self.run
+        if run.card.exists():  # the last file to be written
+            raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.precision, device)
+        accelerator = make_accelerator(config, device, dtype, run.path)
+        self.tell(f"loading base {config.base}")
+        base = load_base(config.base, dtype, device)
+        setup = Setup(base, self.resolution(base), accelerator.autocast, self.tell)
+        method = self.kind.build(config, setup)
+        self.tell("training", memory=True)
+        done = self.train(base, method, accelerator)
+        if done < config.steps:
+            raise Interrupted(
+                f"stopped after step {done} of {config.steps}, checkpoint saved; continue with:\n"
+                f"  unziplora {method.command} --resume --out {run.path}"
+            )
+        loras = method.export()
+        self.export(loras, method, setup)
+        if config.sample_seeds:
+            self.sample(base, method, "samples")
+        shapes = {
+            path: (up.shape[0], down.shape[1]) for lora in loras.values() for path, (down, up) in lora.modules.items()
+        }
+        atomic_write(run.card, card(run, config, method.about(config), sdxl_sized(shapes)))
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # twice the size of everything else
+        accelerator.end_training()
+
+    def resolution(self, base: Base) -> int:
+        """The side of the training pictures in pixels, which must fit the base."""
+        resolution = self.config.resolution or base.resolution
+        unit = base.pipe.vae_scale_factor * 4  # two halvings of the latents inside the UNet
+        if resolution % unit:
+            near = max(unit, round(resolution / unit) * unit)
+            raise UserError(f"resolution {resolution}: must be a multiple of {unit} for this base, such as {near}")
+        return resolution
+
+    def train(self, base: Base, method: Method[C], accelerator: Accelerator) -> int:
+        """Train from the last checkpoint or from the start; return the steps done."""
+        config, run = self.config, self.run
+        trainer = Trainer(method, config, accelerator)
+        start = 0
+        latest = run.latest()
+        if latest is not None:
+            start, folder = latest
+            trainer.load(folder)
+            self.tell(f"resuming after step {start}")
+        run.rewind_log(start)
+
+        def report(step: StepReport) -> None:
+            run.log(step=step.done, loss=step.loss, learning_rate=step.learning_rate, seconds=round(step.seconds, 4))
+            accelerator.log({"loss": step.loss, "learning_rate": step.learning_rate}, step=step.done)
+            self.step(step)
+
+        def save(done: int) -> None:
+            self.tell(f"checkpoint {run.checkpoint(done, trainer.save)}", done)
+
+        def sample(done: int) -> None:
+            self.sample(base, method, f"step-{done:06d}", done)
+
+        return train(trainer, start, report, save, sample)
+
+    def export(self, loras: dict[str, Lora], method: Method[C], setup: Setup) -> None:
+        """Write the LoRAs in every layout asked for, each with its words and settings in the header."""
+        config, base, about = self.config, setup.base, method.about(self.config)
+        for name, lora in loras.items():
+            file = about.files[name]
+            metadata = metadata_for(
+                title=f"{self.run.path.name}-{name}",
+                trigger=file.trigger,
+                hint=f'Add to any prompt: "{file.trigger}". {file.hint}'.strip(),
+                base=base_name(config),
+                resolution=(setup.size, setup.size),
+                prediction=base.prediction_type,
+                zero_terminal_snr=base.zero_terminal_snr,
+                layers_per_block=base.unet.config.layers_per_block,
+                method=f"{about.method}, {name} LoRA",
+                settings=shared_settings(config),
+                thumbnail=method.pictures[0] if method.pictures else None,
+            )
+            for layout in config.formats:
+                path = self.run.lora(name, layout)
+                write_lora(
+                    replace(lora, metadata=metadata), path, layout, metadata=metadata, dtype=config.save_precision
+                )
+                self.tell(f"wrote {path}", config.steps)
+
+    def sample(self, base: Base, method: Method[C], name: str, done: int = 0) -> None:
+        """Write a labelled sheet: the input and the method's views."""
+        sheet = sample_sheet(base, method, self.config)
+        self.tell(f"samples {self.run.save_picture(name, sheet)}", done or self.config.steps)
+
+    def step(self, step: StepReport) -> None:
+        """Report a step with the mean speed of the last twenty."""
+        self.recent = [*self.recent[-19:], step.seconds]
+        speed = sum(self.recent) / len(self.recent)
+        self.progress(Progress(step.done, self.config.steps, step.loss, speed, peak_memory()))
+
+    def tell(self, message: str, done: int = 0, memory: bool = False) -> None:
+        """Report something worth a line."""
+        self.progress(
+            Progress(done, self.config.steps, memory_bytes=peak_memory() if memory else None, message=message)
+        )
+
+
+def make_accelerator(config: TrainingConfig, device: torch.device, dtype: torch.dtype, folder: Path) -> Accelerator:
+    """accelerate, with the precision and the trackers of the configuration.
+
+    Raises:
+        UserError: a tracker's package is not installed.
+    """
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
+    for name in config.trackers:
+        if find_spec(name) is None:  # accelerate would leave it out without a word
+            raise UserError(f"tracker {name} is not installed: pip install 'unziplora[{name}]', or leave it out")
+    # accelerate keeps its settings for the whole process; several runs in one process may differ.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=device.type == "cpu",
+        log_with=list(config.trackers) or None,
+        project_dir=str(folder / "trackers") if config.trackers else None,
+    )
+    if config.trackers:
+        accelerator.init_trackers("unziplora", config=flat(config))
+    return accelerator
+
+
+def flat(config: TrainingConfig) -> dict[str, Any]:
+    """The configuration as trackers take it: numbers and strings only."""
+    values = config.model_dump(mode="json", exclude_none=True)
+    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
+
+
+def peak_memory() -> int:
+    """Peak bytes of the GPU if there is one, else the present ones of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
