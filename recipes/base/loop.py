@@ -26,6 +26,11 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def reduced_precision(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32: on a GPU, and on a CPU with AVX-512 (without, 16 times slower)."""
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 class Stop:
     """Says when to stop: on SIGTERM or SIGINT, after some minutes, or at a time of day (UTC, "HH:MM")."""
 
@@ -139,7 +144,7 @@ def update(stage: Stage, step: int) -> dict[str, float]:
     for group in stage.optimizer.param_groups:
         group.setdefault("full_lr", group["lr"])
         group["lr"] = group["full_lr"] * rate(step, stage.settings)
-    with torch.autocast(stage.device.type, torch.bfloat16):
+    with torch.autocast(stage.device.type, torch.bfloat16, enabled=reduced_precision(stage.device)):
         loss, figures = stage.loss(step)
     loss.backward()
     parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
