@@ -17,6 +17,7 @@ COMMANDS = {
     "split": "unziplora.cli.split",
     "sample": "unziplora.cli.pictures",
     "grid": "unziplora.cli.pictures",
+    "blocks": "unziplora.cli.blocks",
     "inspect": "unziplora.cli.files",
     "convert": "unziplora.cli.files",
     "resize": "unziplora.cli.files",

@@ -11,8 +11,10 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from unziplora.cli.flags import plain
-from unziplora.config import PRESETS, Recipe, SplitConfig
+from unziplora.config import Recipe, group_of
+from unziplora.config_probe import ProbeConfig
 from unziplora.config_sample import GridConfig, SampleConfig
+from unziplora.config_split import SplitConfig
 
 HEAD = """# Configuration
 
@@ -32,9 +34,10 @@ def reference() -> str:
         [
             HEAD,
             _section("split", SplitConfig),
-            _presets(),
+            _presets(SplitConfig),
             _section("sample", SampleConfig),
             _section("grid", GridConfig, below=SampleConfig),
+            _section("blocks", ProbeConfig),
         ]
     )
 
@@ -45,12 +48,11 @@ def _section(command: str, model: type[Recipe], below: type[Recipe] | None = Non
     if below is not None:
         lines += ["", "The keys of `unziplora sample`, and:"]
     group = None
-    for name, field in model.model_fields.items():
+    for name, field in model.keys().items():
         if below is not None and _same(field, below.model_fields.get(name)):
             continue
-        extra: Any = field.json_schema_extra
-        if extra["group"] != group:
-            group = extra["group"]
+        if group_of(field) != group:
+            group = group_of(field)
             lines += ["", f"### {group}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         row = (f"`{name}`", _type(field), _default(field), str(field.description))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
@@ -61,9 +63,9 @@ def _same(field: FieldInfo, other: FieldInfo | None) -> bool:
     return other is not None and (field.default, field.description) == (other.default, other.description)
 
 
-def _presets() -> str:
+def _presets(model: type[Recipe]) -> str:
     lines = ["## Presets", "", "What each preset sets; all else is as above, and your own keys win over it.", ""]
-    for name, keys in PRESETS.items():
+    for name, keys in model.presets.items():
         values = ", ".join(f"`{key} = {_toml(value)}`" for key, value in keys.items())
         lines.append(f"- **{name}**: {values or 'the defaults above'}")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,124 @@
+"""The recipe of `blocks`: which words are swapped, and how pictures are made and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import field_validator, model_validator
+
+from unziplora.config import Recipe, key
+from unziplora.config_training import SDXL
+
+
+class Pair(NamedTuple):
+    """The words of prompt P, and those that prompt Q has in their place: one of the two is swapped at a time."""
+
+    content: str
+    style: str
+    other_content: str
+    other_style: str
+
+
+class ProbeConfig(Recipe):
+    """Find the blocks of a base that decide content and style (B-LoRA's probe, arXiv 2403.14572, section 4)."""
+
+    base: str = key(SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
+    out: Path = key(Path("blocks"), "Folder to create for the block map, the figures and the pictures.", "Input")
+
+    contents: list[str] = key(
+        ["house", "guitar", "cactus", "rocket", "penguin", "banana"],
+        "Content words to swap; the base must know them.",
+        "Prompts",
+        min_length=2,
+    )
+    styles: list[str] = key(
+        ["pencil sketch", "neon sign", "watercolor painting", "blueprint", "oil painting"],
+        "Style phrases to swap; the base must know them.",
+        "Prompts",
+        min_length=2,
+    )
+    prompt: str = key("a {content} in {style} style", "Prompt of every picture.", "Prompts")
+
+    pairs: int = key(8, "Pairs of prompts on each axis.", "Method", ge=1)
+    measure: Literal["auto", "statistics", "clip"] = key(
+        "auto",
+        "What pictures are compared by: statistics of gradients, colours and textures, or a CLIP model; auto: CLIP "
+        "where a model is named.",
+        "Method",
+    )
+    clip: str | None = key(None, "CLIP model of transformers, a folder or hub id.", "Method", min_length=1)
+    content_blocks: int = key(2, "Blocks that the map gives to content, at most.", "Method", ge=0)
+    style_blocks: int = key(4, "Blocks that the map gives to style, at most.", "Method", ge=0)
+
+    seeds: list[int] = key([0, 1], "Pictures of each prompt.", "Sampling", min_length=1)
+    steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
+    guidance: float = key(5.0, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
+    resolution: int | None = key(None, "Side of the pictures in pixels; default: the base's own.", "Sampling", ge=8)
+    batch_size: int = key(1, "Seeds computed at once.", "Sampling", ge=1)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Number format of the base.", "Sampling")
+    device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")
+
+    @field_validator("contents", "styles")
+    @classmethod
+    def _distinct(cls, words: list[str]) -> list[str]:
+        plain = [word.strip() for word in words]
+        if not all(plain):
+            raise ValueError("a word is empty")
+        twice = {word for word in plain if [other.lower() for other in plain].count(word.lower()) > 1}
+        if twice:
+            raise ValueError(f"{sorted(twice)[0]!r} is there twice")
+        return plain
+
+    @field_validator("prompt")
+    @classmethod
+    def _names_both(cls, prompt: str) -> str:
+        for word in ("{content}", "{style}"):
+            if prompt.count(word) != 1:
+                raise ValueError(f"must name {word} once, such as 'a {{content}} in {{style}} style'")
+        return prompt
+
+    @field_validator("seeds")
+    @classmethod
+    def _natural(cls, seeds: list[int]) -> list[int]:
+        if any(not 0 <= seed < 2**63 for seed in seeds):
+            raise ValueError("seeds are whole numbers from 0 on")
+        return list(dict.fromkeys(seeds))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ProbeConfig:
+        both = {word.lower() for word in self.contents} & {word.lower() for word in self.styles}
+        if both:
+            raise ValueError(f"{sorted(both)[0]!r} is both a content and a style: a swap would change both")
+        most = len(self.contents) * min(len(self.contents) - 1, len(self.styles) * (len(self.styles) - 1))
+        if self.pairs > most:
+            raise ValueError(
+                f"pairs: {len(self.contents)} contents and {len(self.styles)} styles make {most} pairs at most, "
+                f"not {self.pairs}: give more words"
+            )
+        if self.measure == "clip" and self.clip is None:
+            raise ValueError("measure clip needs a model: give --clip MODEL, a folder or hub id")
+        if self.measure == "statistics" and self.clip is not None:
+            raise ValueError("--clip names a model that measure statistics does not use: leave one of them out")
+        return self
+
+    def words(self) -> list[Pair]:
+        """The pairs: every word has its turn, and no swap comes twice on an axis."""
+        contents, styles = self.contents, self.styles
+        found = []
+        for number in range(self.pairs):
+            turn, first = divmod(number, len(contents))
+            look = (first + turn) % len(styles)
+            found.append(
+                Pair(
+                    contents[first],
+                    styles[look],
+                    contents[(first + 1 + turn % (len(contents) - 1)) % len(contents)],
+                    styles[(look + 1 + turn % (len(styles) - 1)) % len(styles)],
+                )
+            )
+        return found
+
+    def fill(self, content: str, style: str) -> str:
+        """The prompt with a content word and a style phrase."""
+        return self.prompt.replace("{content}", content).replace("{style}", style)

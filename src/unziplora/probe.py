@@ -1,0 +1,219 @@
+"""The job `blocks`, B-LoRA's probe: one block at a time sees another prompt, and what it changes is measured.
+
+Source: arXiv 2403.14572, section 4. There the other prompt goes into one block of the UNet, and CLIP says how far the
+picture moves to it; here that is measured between pictures, by any `Measure`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from unziplora.atomic import atomic_write, explain
+from unziplora.base import Base, load_base
+from unziplora.config_probe import Pair, ProbeConfig
+from unziplora.device import pick_device, pick_dtype
+from unziplora.errors import UserError
+from unziplora.generate import Progress, Settings, decode, generate_latents
+from unziplora.lora.files import block_of
+from unziplora.lora.layer import STREAMS
+from unziplora.probe_measures import Clip, Measure, Statistics
+from unziplora.probe_plot import picture_sheet, plot
+from unziplora.probe_table import ALL, AXES, Axis, Findings, judge, movement, plain, score_rows, to_toml
+from unziplora.prompts import Prompts
+
+PARTS = ("down_blocks", "mid_block", "up_blocks")
+SHOWN = 2
+"""Seeds of the first pair that are put on the sheet."""
+
+Drawn = dict[Axis, list[list[Image.Image]]]
+"""By axis the pictures of one pair, a row of seeds each: as P, each block, all blocks, as Q."""
+
+
+def probe(
+    config: ProbeConfig,
+    base: Base | None = None,
+    measure: Measure | None = None,
+    progress: Progress | None = None,
+) -> Findings:
+    """Probe every attention block; write blocks.toml, probe.json, probe.png and pictures.png.
+
+    Args:
+        base: probe this one, instead of loading the configured one.
+        measure: compare by this one, instead of the configured one.
+        progress: called with denoising steps done and steps in all.
+
+    Raises:
+        UserError: the folder holds something; base, measure or a size is not usable; the base draws the same
+            whatever the words.
+        MachineError: out of memory, disk full, no permission.
+    """
+    _check_out(config)
+    device = pick_device(config.device) if base is None else base.device
+    measure = measure or make_measure(config, device)
+    base = base or load_base(config.base, pick_dtype(config.precision, device), device)
+    blocks = attention_blocks(base.unet)
+    _make_out(config)
+    pairs = config.words()
+    moved: dict[Axis, list[Tensor]] = {axis: [] for axis in AXES}
+    shown: Drawn = {}
+    for number, pair in enumerate(pairs):
+        drawn = draw(base, config, pair, blocks, _part(progress, number, len(pairs)))
+        shown = shown or drawn
+        for axis in AXES:
+            moved[axis].append(movements(measure, axis, drawn[axis]))
+    values = {axis: torch.stack(moved[axis], dim=1) for axis in AXES}  # [blocks + all, pairs, seeds]
+    rows = score_rows([*blocks, ALL], values, base.name)
+    findings = judge(rows, config.content_blocks, config.style_blocks, base.name, type(measure).__name__.lower())
+    return write(config, findings, values, shown)
+
+
+def attention_blocks(unet: nn.Module) -> list[str]:
+    """The blocks with cross-attention, such as `up_blocks.0.attentions.1`, in the order of computation."""
+    found = dict.fromkeys(block_of(name) for name, _ in unet.named_modules() if name.endswith(".attn2"))
+    return sorted(found, key=lambda block: PARTS.index(block.split(".")[0]))
+
+
+@contextmanager
+def swapped(unet: nn.Module, blocks: Collection[str]) -> Iterator[None]:
+    """Have the cross-attentions of some blocks see the second of the joined embeddings, instead of the first.
+
+    It is `attn2` as a whole that is given the second one: its to_k and to_v, and nothing else in it, read it.
+    """
+    hooks = []
+    try:
+        for name, module in unet.named_modules():
+            if name.endswith(".attn2") and block_of(name) in blocks:
+                hooks.append(module.register_forward_pre_hook(_second, with_kwargs=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _second(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    tokens: Tensor = kwargs["encoder_hidden_states"]
+    return args, {**kwargs, "encoder_hidden_states": tokens.chunk(len(STREAMS), dim=-1)[1]}
+
+
+def swap(
+    base: Base,
+    prompt: str,
+    other: str,
+    blocks: Collection[str],
+    seeds: Sequence[int],
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Latents of a prompt, [N, C, h, w], of which some blocks' cross-attentions see another one.
+
+    The pooled embedding, the negative prompt and the noise stay the same. Errors as in `generate_latents`.
+    """
+    with swapped(base.unet, blocks):
+        return generate_latents(base, Prompts(prompt, other, prompt), seeds, settings, progress)
+
+
+def draw(base: Base, config: ProbeConfig, pair: Pair, blocks: Sequence[str], progress: Progress | None = None) -> Drawn:
+    """All pictures of one pair; the pictures of P are the same on both axes."""
+    settings = Settings(
+        config.steps,
+        config.guidance,
+        width=config.resolution,
+        height=config.resolution,
+        batch_size=config.batch_size,
+    )
+    prompt = config.fill(pair.content, pair.style)
+    others = {
+        "content": config.fill(pair.other_content, pair.style),
+        "style": config.fill(pair.content, pair.other_style),
+    }
+    tasks: list[tuple[str, str, Sequence[str]]] = [(prompt, prompt, ())]
+    for other in others.values():
+        tasks += [(prompt, other, choice) for choice in [*([block] for block in blocks), blocks]]
+        tasks.append((other, other, ()))
+    made = [
+        decode(base, swap(base, *task, config.seeds, settings, _part(progress, number, len(tasks))))
+        for number, task in enumerate(tasks)
+    ]
+    half = len(blocks) + 2
+    return {"content": made[: half + 1], "style": [made[0], *made[half + 1 :]]}
+
+
+def movements(measure: Measure, axis: Axis, rows: Sequence[Sequence[Image.Image]]) -> Tensor:
+    """The movements of one pair on an axis, [rows − 2, seeds], from its pictures as in `Drawn`."""
+    features = getattr(measure, axis)([picture for row in rows for picture in row])
+    features = features.float().reshape(len(rows), len(rows[0]), -1)
+    return movement(features[1:-1], features[0], features[-1])
+
+
+def make_measure(config: ProbeConfig, device: torch.device | str) -> Measure:
+    """The measure of a configuration.
+
+    Raises:
+        UserError: the CLIP model cannot be loaded.
+    """
+    return Statistics() if config.clip is None else Clip(config.clip, config.contents, config.styles, device)
+
+
+def write(config: ProbeConfig, findings: Findings, values: dict[Axis, Tensor], shown: Drawn) -> Findings:
+    """Write all files, the block map last; return the findings with the files' names.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    names = {"map": "blocks.toml", "figures": "probe.json", "plot": "probe.png", "pictures": "pictures.png"}
+    files = {name: config.out / file for name, file in names.items()}
+    pairs, blocks = config.words(), [*findings.blocks, ALL]
+    figures = {
+        **findings.model_dump(mode="json", exclude={"files"}),
+        "pairs": [pair._asdict() for pair in pairs],
+        "movements": {axis: dict(zip(blocks, plain(values[axis]), strict=True)) for axis in AXES},
+        "config": config.model_dump(mode="json"),
+        "version": version("unziplora"),
+    }
+    atomic_write(files["pictures"], lambda file: _sheet(config, findings, shown).save(file, "PNG"))
+    atomic_write(files["plot"], lambda file: plot(findings).save(file, "PNG"))
+    atomic_write(files["figures"], json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    atomic_write(files["map"], to_toml(findings))
+    return findings.model_copy(update={"files": {name: str(path) for name, path in files.items()}})
+
+
+def _sheet(config: ProbeConfig, findings: Findings, shown: Drawn) -> Image.Image:
+    pair, seeds = config.words()[0], config.seeds[:SHOWN]
+    swaps = {"content": f"{pair.other_content} for {pair.content}", "style": f"{pair.other_style} for {pair.style}"}
+    columns = [[row[index] for row in shown[axis]] for axis in AXES for index in range(len(seeds))]
+    heads = [f"{swaps[axis]}, seed {seed}" for axis in AXES for seed in seeds]
+    return picture_sheet(columns, ["first prompt", *findings.blocks, ALL, "other prompt"], heads)
+
+
+def _check_out(config: ProbeConfig) -> None:
+    try:
+        taken = config.out.exists() and any(not entry.name.startswith(".") for entry in config.out.iterdir())
+    except NotADirectoryError:
+        taken = True
+    except OSError as error:
+        raise explain(config.out, error) from None
+    if taken:
+        raise UserError(f"--out {config.out} exists already and is not an empty folder: choose another")
+
+
+def _make_out(config: ProbeConfig) -> None:
+    """Make the folder before the long work, so that a wrong place is told at once."""
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain(config.out, error) from None
+
+
+def _part(progress: Progress | None, index: int, count: int) -> Progress | None:
+    """Report one part's steps as a share of the whole."""
+    if progress is None:
+        return None
+    return lambda done, steps: progress(index * steps + done, count * steps)

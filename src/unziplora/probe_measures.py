@@ -1,0 +1,179 @@
+"""What the probe compares pictures by: features of their content and of their style."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from unziplora.errors import UserError, first_line
+from unziplora.quiet import quiet
+
+Pictures = Sequence[Image.Image]
+
+
+class Measure(Protocol):
+    """Two views of pictures: in each, a small Euclidean distance means alike in content, or alike in style."""
+
+    def content(self, pictures: Pictures) -> Tensor:
+        """Features of what is shown, [N, D], rows of unit length, on the CPU."""
+
+    def style(self, pictures: Pictures) -> Tensor:
+        """Features of how it is shown, [N, D], rows of unit length, on the CPU."""
+
+
+class Statistics:
+    """Without a network: the layout of edges for content, colours and textures for style.
+
+    Content: squared gradients of the grey picture, scaled to mean 0 and variance 1, in 8 orientations (light on dark
+    counts as dark on light) over 8 × 8 cells, as in histograms of oriented gradients (Dalal and Triggs, 2005).
+    Style: means, spreads, skewness and correlations of the colours, and how strongly oriented edges, spots
+    and coloured edges occur together at three scales (after the Gram matrices of Gatys et al., 2016).
+    """
+
+    orientations = 8
+    cells = 8
+    scales = 3
+
+    def content(self, pictures: Pictures) -> Tensor:
+        """Layout of edges, [N, orientations · cells²]."""
+        colours = to_tensor(pictures, 8 * self.cells)
+        grey = F.avg_pool2d(F.pad(_opponent(colours)[:, :1], (1, 1, 1, 1), mode="replicate"), 3, 1)
+        grey = grey - grey.mean((2, 3), keepdim=True)
+        grey = grey / (grey.std((2, 3), keepdim=True) + 1e-3)
+        across, down = _gradients(grey)
+        angle = torch.atan2(down, across)
+        centres = torch.arange(self.orientations).view(1, -1, 1, 1) * math.pi / self.orientations
+        share = torch.cos(2 * (angle - centres)).clamp(min=0) * (across.square() + down.square())
+        return F.normalize(F.avg_pool2d(share, 8).sqrt().flatten(1), dim=1)
+
+    def style(self, pictures: Pictures) -> Tensor:
+        """Colours and textures with equal weight, [N, 12 + scales · 21]."""
+        planes = _opponent(to_tensor(pictures, 128))
+        colours = F.normalize(_moments(planes), dim=1)
+        textures = []
+        for _ in range(self.scales):
+            textures.append(_cooccurrence(planes))
+            planes = F.avg_pool2d(planes, 2)
+        return torch.cat([colours, F.normalize(torch.cat(textures, dim=1), dim=1)], dim=1) / math.sqrt(2)
+
+
+class Clip:
+    """A CLIP model (arXiv 2103.00020): similarities of a picture to the content words, and to the style phrases.
+
+    Attributes:
+        model: a `CLIPModel` in fp32.
+        processor: its `CLIPProcessor`.
+    """
+
+    def __init__(self, source: str, contents: Sequence[str], styles: Sequence[str], device: torch.device | str) -> None:
+        """Load a model from a folder or the hub, safetensors only.
+
+        Raises:
+            UserError: there is no such model here or on the hub, it is damaged, or it is no CLIP model.
+        """
+        self.model, self.processor = load_clip(source)
+        self.model.to(device)
+        self.contents = [f"a picture of a {word}" for word in contents]
+        self.styles = [f"a picture in {phrase} style" for phrase in styles]
+
+    def content(self, pictures: Pictures) -> Tensor:
+        """Cosine similarities to the content words, [N, words], rows scaled to unit length."""
+        return self._similarities(pictures, self.contents)
+
+    def style(self, pictures: Pictures) -> Tensor:
+        """Cosine similarities to the style phrases, [N, phrases], rows scaled to unit length."""
+        return self._similarities(pictures, self.styles)
+
+    @torch.no_grad()
+    def _similarities(self, pictures: Pictures, texts: list[str]) -> Tensor:
+        rows = []
+        for start in range(0, len(pictures), 16):
+            batch = [picture.convert("RGB") for picture in pictures[start : start + 16]]
+            inputs = self.processor(text=texts, images=batch, padding=True, truncation=True, return_tensors="pt")
+            made = self.model(**inputs.to(self.model.device))  # its embeddings have unit length
+            rows.append(made.image_embeds @ made.text_embeds.T)
+        return F.normalize(torch.cat(rows).float().cpu(), dim=1)
+
+
+def load_clip(source: str) -> tuple[Any, Any]:
+    """Open a CLIP model and its processor, from a folder or the hub.
+
+    Raises:
+        UserError: there is no such model here or on the hub, it is damaged, or it is no CLIP model.
+    """
+    from transformers import AutoConfig, CLIPModel, CLIPProcessor
+
+    path = Path(source).expanduser()
+    place: dict[str, Any] = {"local_files_only": True} if path.is_dir() else {}
+    name = str(path) if path.is_dir() else source
+    try:
+        with quiet():
+            kind = AutoConfig.from_pretrained(name, **place).model_type
+            if kind != "clip":
+                raise UserError(f"--clip {source}: this is a {kind} model, not a CLIP model")
+            model = CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **place)
+            return model.eval().requires_grad_(False), CLIPProcessor.from_pretrained(name, **place)
+    except UserError:
+        raise
+    except Exception as error:  # each library on the way has errors of its own
+        raise UserError(
+            f"--clip {source}: no CLIP model can be loaded from here ({first_line(error)}). Give a folder with a CLIP "
+            "model in .safetensors and its processor, or a hub id while online; or leave --clip out"
+        ) from error
+
+
+def to_tensor(pictures: Pictures, side: int) -> Tensor:
+    """Pictures as squares of a side in pixels, [N, 3, side, side] in 0…1."""
+    squares = [picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
+    return torch.stack([_bytes(square).view(side, side, 3).permute(2, 0, 1) for square in squares]).float() / 255
+
+
+def _bytes(picture: Image.Image) -> Tensor:
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+
+
+def _opponent(colours: Tensor) -> Tensor:
+    """Light, red against green, blue against yellow, [N, 3, H, W], roughly in −1…1."""
+    red, green, blue = colours.unbind(1)
+    return torch.stack([(red + green + blue) / 1.5 - 1, red - green, blue - (red + green) / 2], dim=1)
+
+
+def _gradients(planes: Tensor) -> tuple[Tensor, Tensor]:
+    """Central differences across and down, each of the planes' shape."""
+    padded = F.pad(planes, (1, 1, 1, 1), mode="replicate")
+    return padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2], padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+
+
+def _moments(planes: Tensor) -> Tensor:
+    """Per plane mean, spread and cube root of the third moment, and the three covariances, [N, 12]."""
+    flat = planes.flatten(2)
+    centred = flat - flat.mean(2, keepdim=True)
+    third = centred.pow(3).mean(2)
+    covariance = centred @ centred.transpose(1, 2) / flat.shape[2]
+    spread = covariance.diagonal(dim1=1, dim2=2).sqrt()
+    off = covariance[:, [0, 0, 1], [1, 2, 2]]
+    return torch.cat([flat.mean(2), spread, third.sign() * third.abs().pow(1 / 3), _root(off)], dim=1)
+
+
+def _cooccurrence(planes: Tensor) -> Tensor:
+    """Root of the mean products of 6 magnitudes: edges across, down and on two diagonals, spots, coloured edges."""
+    across, down = _gradients(planes)
+    light, right = across[:, :1], down[:, :1]
+    diagonals = [(light + right) / math.sqrt(2), (light - right) / math.sqrt(2)]
+    blurred = F.avg_pool2d(F.pad(planes[:, :1], (1, 1, 1, 1), mode="replicate"), 3, 1)
+    coloured = (across[:, 1:].square() + down[:, 1:].square()).sum(1, keepdim=True).sqrt()
+    found = torch.cat([light, right, *diagonals, planes[:, :1] - blurred, coloured], dim=1).abs().flatten(2)
+    gram = found @ found.transpose(1, 2) / found.shape[2]
+    upper = torch.triu_indices(6, 6)
+    return gram[:, upper[0], upper[1]].sqrt()
+
+
+def _root(values: Tensor) -> Tensor:
+    return values.sign() * values.abs().sqrt()
