@@ -126,7 +126,7 @@ class TestWrongRequests:
         ("args", "message"),
         [
             (["spilt"], "no command 'spilt': did you mean 'split'?"),
-            (["xyzzy"], "no command 'xyzzy': there are split, sample"),
+            (["xyzzy"], "no command 'xyzzy': there are split, train"),
             ([*SPLIT, "--rnak", "3"], "No such option '--rnak'"),
             ([*SPLIT, "--rank", "many"], "'many' is not a valid integer"),
             ([*SPLIT, "--rank", "0"], "rank: Input should be greater than or equal to 1"),
@@ -244,23 +244,69 @@ class TestSplit:
         RunFolder.create(Path("r"), config)
         seen = {}
 
-        def split(config: SplitConfig, resume: bool, progress: object) -> RunFolder:
+        def run_job(kind: object, config: SplitConfig, resume: bool, progress: object) -> RunFolder:
             seen.update(rank=config.rank, device=config.device, resume=resume, images=config.images)
             return RunFolder(config.out)
 
-        monkeypatch.setattr("unziplora.split.split", split)
+        monkeypatch.setattr("unziplora.job.run_job", run_job)
         assert call("split", "--resume", "--out", "r", "--device", "cpu").code == 0
         assert seen == {"rank": 5, "device": "cpu", "resume": True, "images": [Path("cat.png").resolve()]}
+
+
+class TestTrain:
+    def test_dreambooth(self, call: Call, tiny_folder: Path) -> None:
+        args = ["cat.png", "--content", "cat", "--base", tiny_folder, "--out", "d", "--rank", "2", "--steps", "2", "-q"]
+        small = ["--sample-steps", "1", "--sample-seeds", "0", "--sample-guidance", "1", "--device", "cpu", "--json"]
+        done = call("train", "dreambooth", *args, *small)
+        assert done.code == 0, done.err
+        assert done.json["content"] == "d/content.safetensors"
+        assert "style" not in done.json
+        again = call("sample", "d", "--steps", "1", "--dry-run", "--json")
+        assert again.json["config"]["content"] == "d"
+        assert again.json["config"]["style"] is None
+
+    def test_both_words_make_one_lora_that_sample_takes(self, call: Call, tiny_folder: Path) -> None:
+        words = ["--content", "cat", "--style", "ink", "--base", tiny_folder, "--out", "d", "--rank", "2", "-q"]
+        done = call(
+            "train", "dreambooth", "cat.png", *words, "--steps", "1", "--sample-seeds", "none", "--device", "cpu"
+        )
+        assert done.code == 0, done.err
+        assert Path("d/lora.safetensors").is_file()
+        made = call("sample", "d", "--steps", "1", "--guidance", "1", "--json").json["pictures"]
+        with Image.open(made[0]) as picture:
+            assert picture.text["parameters"].splitlines()[0] == "a sks cat in ink style"
+
+    def test_blora(self, call: Call, tiny_folder: Path) -> None:
+        args = ["cat.png", "--base", tiny_folder, "--out", "b", "--rank", "2", "--steps", "1", "--sample-seeds", "none"]
+        done = call("train", "blora", *args, "--device", "cpu", "--json")
+        assert done.code == 0, done.err
+        assert {"content", "style"} <= done.json.keys()
+
+    @pytest.mark.parametrize("method", ["dreambooth", "blora"])
+    def test_a_dry_run_shows_prompts_and_memory(self, call: Call, tiny_folder: Path, method: str) -> None:
+        words = ["--content", "cat", "--base", tiny_folder, "--device", "cpu"]
+        shown = call("train", method, "cat.png", *words, "--dry-run", "--json").json
+        assert any("sks" in text for text in shown["prompts"].values())
+        assert shown["memory"]["lines"]
+        assert not Path("runs").exists()
+
+    def test_wrong_requests(self, call: Call) -> None:
+        done = call("train", "dreambooth", "cat.png")
+        assert (done.code, "say what the pictures show" in done.err) == (2, True)
+        done = call("train", "blora", "gone.png", "--base", "bundled")
+        assert (done.code, "gone.png" in done.err) == (2, True)
+        done = call("train", "zero")
+        assert (done.code, "No such command 'zero'" in done.err) == (2, True)
 
 
 class TestFaultsOfTheMachine:
     @pytest.fixture
     def failing(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
         def run(error: BaseException, *args: object) -> Done:
-            def split(*_: object, **__: object) -> None:
+            def run_job(*_: object, **__: object) -> None:
                 raise error
 
-            monkeypatch.setattr("unziplora.split.split", split)
+            monkeypatch.setattr("unziplora.job.run_job", run_job)
             return call(*SPLIT, *args)
 
         return run
@@ -448,7 +494,7 @@ def test_libraries_warnings_are_kept_back(call: Call, monkeypatch: pytest.Monkey
 
 
 def test_the_default_run_folder_is_named_after_the_picture() -> None:
-    from unziplora.cli.split import _default_out
+    from unziplora.cli.training import _default_out
 
     assert _default_out(["a/My cat (1).jpg"]) == "runs/My-cat-1"
     assert _default_out(["…"]) == "runs/picture"

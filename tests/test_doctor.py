@@ -17,8 +17,9 @@ from unziplora.config_split import SplitConfig
 from unziplora.config_training import SDXL
 from unziplora.doctor import FITTING, GIB, Check, Device, Report, advice, examine
 from unziplora.errors import UserError
-from unziplora.lora.layer import add_lora
-from unziplora.memory import estimate, inspect_base, smaller
+from unziplora.lora.layer import add_lora, of_kinds
+from unziplora.memory import Memory, Sizes, estimate, inspect_base, smaller
+from unziplora.methods.unziplora import UnZipLora
 
 CARD = Device(name="cuda:0", model="Card", memory_free=23 * GIB, memory_total=24 * GIB, bf16=True)
 
@@ -87,13 +88,18 @@ class TestDoctor:
         assert "takes hours" in advice(cpu.model_copy(update={"memory_total": 32 * GIB}), False, False)
 
 
+def split_memory(config: SplitConfig, sizes: Sizes) -> Memory:
+    return estimate(config, sizes, UnZipLora.layers(config, sizes.names))
+
+
 class TestSizes:
     def test_sdxl_without_its_weights(self) -> None:
         sizes = inspect_base(SDXL)
         assert sizes.unet == 2_567_463_684
         assert sizes.vae == 83_653_863
-        assert len(sizes.linears) == 560
-        assert sizes.adapter(64) == 92_897_280
+        attention = of_kinds(sizes.names, ["attention"])
+        assert (len(sizes.names), len(attention)) == (722, 560)
+        assert sizes.adapter(64, attention) == 92_897_280
         assert sizes.resolution == 1024
         assert sizes.assumed
 
@@ -115,9 +121,10 @@ class TestMemory:
     def test_exact_parts_follow_from_sizes(self, tiny_folder: Path) -> None:
         sizes = inspect_base(str(tiny_folder))
         config = recipe(base=str(tiny_folder), rank=4)
-        parts = {line.part: line for line in estimate(config, sizes).lines}
-        trained = 2 * 4 * sum(i + o for i, o in sizes.linears)
-        columns = 2 * sum(o for _, o in sizes.linears)
+        parts = {line.part: line for line in split_memory(config, sizes).lines}
+        attention = [sizes.layers[path] for path in of_kinds(sizes.names, ["attention"])]
+        trained = 2 * 4 * sum(i + o for i, o in attention)
+        columns = 2 * sum(o for _, o in attention)
         assert parts["UNet"].bytes == 4 * sizes.unet
         assert parts["gradients"].bytes == 4 * (trained + columns)
         assert parts["optimiser"].bytes == 8 * (trained + columns)
@@ -131,11 +138,19 @@ class TestMemory:
     )
     def test_each_smaller_setting_needs_less(self, tiny_folder: Path, less: dict[str, Any]) -> None:
         sizes = inspect_base(str(tiny_folder))
-        more = estimate(recipe(base=str(tiny_folder), batch_size=4), sizes).total
-        assert estimate(recipe(base=str(tiny_folder), batch_size=4, **less), sizes).total < more
+        more = split_memory(recipe(base=str(tiny_folder), batch_size=4), sizes).total
+        assert split_memory(recipe(base=str(tiny_folder), batch_size=4, **less), sizes).total < more
+
+    def test_one_lora_needs_less_than_two_and_two_blocks_less_than_all(self, tiny_folder: Path) -> None:
+        sizes = inspect_base(str(tiny_folder))
+        loras = UnZipLora.layers(recipe(), sizes.names)
+        few = {"content": [path for path in loras["content"] if path.startswith("up_blocks.0.")]}
+        config = recipe(base=str(tiny_folder), column_separation=False)
+        totals = [estimate(config, sizes, which).total for which in (few, {"content": loras["content"]}, loras)]
+        assert totals == sorted(set(totals))
 
     def test_the_table_says_what_is_estimated(self, tiny_folder: Path) -> None:
-        memory = estimate(recipe(base=str(tiny_folder)))
+        memory = split_memory(recipe(base=str(tiny_folder)), inspect_base(str(tiny_folder)))
         text = memory.table("# ")
         assert "(estimate)" in text
         assert "(fits)" in text
@@ -157,7 +172,7 @@ class TestMemory:
         sizes = inspect_base(SDXL)
         for least, flags in FITTING:
             side = 768 if "768" in flags else 1024
-            trained = 2 * sizes.adapter(64)
+            trained = 2 * sizes.adapter(64, of_kinds(sizes.names, ["attention"]))
             state = 2 if "adamw8bit" in flags else 8
             kept = kept_bytes(
                 sizes.unet_config,

@@ -203,7 +203,8 @@ def test_base_is_loaded_as_the_run_says(cat: Path, tmp_path: Path):
 
 
 def test_words_and_base_are_read_from_a_files_header(tiny_base: Base, tmp_path: Path):
-    settings = {"token": "ohwx", "content": "fox", "style": "chalk", "base": "somebody/some-xl"}
+    words = {"token": "ohwx", "content": "fox", "style": "chalk", "base": "somebody/some-xl"}
+    settings = {**words, **{name: key.default for name, key in SplitConfig.keys().items() if name.endswith("_prompt")}}
     for kind, seed in (("content", 1), ("style", 2)):
         lora = Lora(tiny.random_lora(tiny_base.unet, seed), {"unziplora.settings": json.dumps(settings)})
         write_lora(lora, tmp_path / f"my-{kind}.safetensors")

@@ -15,7 +15,7 @@ from unziplora.base_hub import HUB_ID
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.run import RunFolder
 
-PRIVATE = {"images", "masks", "out", "blocks"}
+PRIVATE = {"images", "masks", "out", "blocks", "class_folder"}
 """Keys that tell about a person's machine, and nothing about the LoRAs: kept out of what is shared."""
 
 

@@ -55,7 +55,9 @@ class SampleConfig(Recipe):
 
     # how
     steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
-    guidance: float = key(5.0, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
+    guidance: float | None = key(
+        None, "Classifier-free guidance; 1 switches it off; default: as in the run, else 5.", "Sampling", ge=1
+    )
     guidance_rescale: float = key(
         0.0, "Guidance rescale (arXiv 2305.08891); 0.7 suits zero-terminal SNR.", "Sampling", ge=0, le=1
     )

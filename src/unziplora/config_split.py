@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from unziplora.config import key
-from unziplora.config_training import PictureConfig
+from unziplora.config_training import SMALL, PictureConfig
 
 # The published recipe (paper, section 4, and the official code), with those faults of the code that
 # change the method (docs/method.md); every deviation from the default is a key of its own.
@@ -24,19 +24,13 @@ PAPER: dict[str, Any] = {
     "precision": "fp16",
 }
 
-# For the small base that ships with the package: a minute on a laptop CPU. Found by trials on drawings and
-# filters that the base has not seen (docs/experiments.md).
+# Found by trials on drawings and filters that the small base has not seen (docs/experiments.md).
 BUNDLED: dict[str, Any] = {
-    "rank": 16,
-    "steps": 300,
-    "batch_size": 4,
+    **SMALL,
     "content_learning_rate": 2e-3,
     "style_learning_rate": 5e-4,
     "column_warmup": 5,
     "score_timesteps": 4,
-    "sample_guidance": 2.5,
-    "sample_subject": "house",
-    "sample_style": "neon sign",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER, "bundled": BUNDLED}
@@ -102,6 +96,10 @@ class SplitConfig(PictureConfig):
             )
         self.check_rates(content_learning_rate=self.content_learning_rate, style_learning_rate=self.style_learning_rate)
         return self
+
+    def told_prompts(self) -> dict[str, str]:
+        """The three prompts."""
+        return self.prompts()
 
     def prompts(self) -> dict[str, str]:
         """The three prompts with the words filled in, by the names full, content and style."""

@@ -12,6 +12,16 @@ from unziplora.errors import UserError
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
+SMALL: dict[str, Any] = {
+    "rank": 16,
+    "steps": 300,
+    "batch_size": 4,
+    "sample_guidance": 2.5,
+    "sample_subject": "house",
+    "sample_style": "neon sign",
+}
+"""What every training on the small base that ships with the package sets: a minute on a laptop CPU."""
+
 
 class TrainingConfig(Recipe):
     """Common keys of all recipes that train."""
@@ -79,6 +89,12 @@ class TrainingConfig(Recipe):
             known = ", ".join(f"{{{name}}}" for name in words)
             raise UserError(f"prompt template {template!r}: use only {known} ({error})") from None
         return text.replace("style style", "style")
+
+
+    def told_prompts(self) -> dict[str, str]:
+        """The prompts that templates make, by name, to be shown before a run."""
+        templates = {name.removesuffix("_prompt"): text for name, text in self if name.endswith("_prompt") and text}
+        return {name: self.fill(text) for name, text in templates.items()}
 
 
 class PictureConfig(TrainingConfig):

@@ -92,7 +92,7 @@ def grid(config: GridConfig, base: Base | None = None, progress: Progress | None
         picture = sheet(
             images, [_label(*row, session) for row in down], [_label(*column, session) for column in across]
         )
-        text = describe(config, session.base, session.prompts[0], images[0][0], config.seeds[0])
+        text = describe(config, session, session.prompts[0], images[0][0], config.seeds[0])
     return write_picture(picture, config.out, text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from pydantic import BaseModel
 from unziplora.base import BUNDLED, config_folder
 from unziplora.base_files import check_folder, read_header, read_json
 from unziplora.base_hub import HUB_ID
-from unziplora.config_split import SplitConfig
+from unziplora.config_training import TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError, first_line
-from unziplora.lora.layer import attention_linears
+from unziplora.lora.layer import TARGETS, target_linears
 from unziplora.progress import size
 from unziplora.quiet import quiet
 
@@ -38,7 +39,7 @@ class Sizes(BaseModel):
         assumed: the base is not on this machine: SDXL's sizes are taken.
         resolution: the base's own, in pixels.
         unet, vae, text: parameters.
-        linears: (in, out) of every adapted layer.
+        layers: (in, out) of every linear layer of the UNet's transformers, by module path.
         unet_config: the UNet's configuration.
     """
 
@@ -48,7 +49,7 @@ class Sizes(BaseModel):
     unet: int
     vae: int
     text: int
-    linears: list[tuple[int, int]]
+    layers: dict[str, tuple[int, int]]
     unet_config: dict[str, Any]
 
     @property
@@ -59,9 +60,14 @@ class Sizes(BaseModel):
         """Bytes of the whole base; the VAE stays in fp32."""
         return (self.unet + self.text) * (2 if half else 4) + self.vae * 4
 
-    def adapter(self, rank: int) -> int:
-        """Parameters of one LoRA: A [r, in] and B [out, r] of every adapted layer."""
-        return rank * sum(i + o for i, o in self.linears)
+    @property
+    def names(self) -> list[str]:
+        """The paths of the linear layers."""
+        return list(self.layers)
+
+    def adapter(self, rank: int, paths: Iterable[str]) -> int:
+        """Parameters of one LoRA: A [r, in] and B [out, r] of the layers at these paths."""
+        return rank * sum(sum(self.layers[path]) for path in paths)
 
 
 class Line(BaseModel):
@@ -136,7 +142,7 @@ def inspect_base(source: str) -> Sizes:
         raise UserError(f"base {source!r}: its configuration cannot be used ({first_line(error)})") from None
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     unet = parts["unet"]
-    layers = [unet.get_submodule(path) for path in attention_linears(unet)]
+    layers = {path: unet.get_submodule(path) for path in target_linears(unet, TARGETS)}
     scale = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     return Sizes(
         source=source,
@@ -145,7 +151,7 @@ def inspect_base(source: str) -> Sizes:
         unet=counts["unet"],
         vae=counts["vae"],
         text=counts["text_encoder"] + counts["text_encoder_2"],
-        linears=[(layer.in_features, layer.out_features) for layer in layers],
+        layers={path: (layer.in_features, layer.out_features) for path, layer in layers.items()},
         unet_config={key: value for key, value in unet.config.items() if not key.startswith("_")},
     )
 
@@ -181,24 +187,27 @@ def _part(folder: Path, name: str, index: dict[str, Any]) -> Any:
     return model(model.config_class(**read_json(folder / name / "config.json")))
 
 
-def estimate(config: SplitConfig, sizes: Sizes | None = None) -> Memory:
-    """The memory that `split` needs at its peak, part by part.
+def estimate(config: TrainingConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]]) -> Memory:
+    """The memory that a training needs at its peak, part by part.
 
     Weights, LoRAs, gradients and optimiser follow from sizes; activations are read off the graph of a
     training step (see `activations.kept_bytes`), to which an allowance for work in progress is added.
 
+    Args:
+        loras: by LoRA the paths of the layers that it adapts (see `Method.layers`).
+
     Raises:
-        UserError: no such base or device.
+        UserError: no such device.
     """
     from unziplora.activations import kept_bytes
 
-    sizes = sizes or inspect_base(config.base)
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     half = dtype != torch.float32
     resolution = config.resolution or sizes.resolution
-    trained = 2 * sizes.adapter(config.rank)
-    columns = 2 * sum(out for _, out in sizes.linears) if config.column_separation else 0
+    trained = sum(sizes.adapter(config.rank, paths) for paths in loras.values())
+    scaled = [path for paths in loras.values() for path in paths] if getattr(config, "column_separation", False) else []
+    columns = sum(sizes.layers[path][1] for path in scaled)
     kept = kept_bytes(
         sizes.unet_config,
         rank=config.rank,
@@ -206,7 +215,7 @@ def estimate(config: SplitConfig, sizes: Sizes | None = None) -> Memory:
         batch=config.batch_size,
         half=half,
         checkpointing=config.gradient_checkpointing,
-        streams=3 if config.prompt_separation else 1,
+        streams=3 if getattr(config, "prompt_separation", False) else 1,
     )
     optimizer = _OPTIMIZER_BYTES[config.optimizer] * trained + 8 * columns
     exact = {
@@ -245,7 +254,7 @@ def free_bytes(device: torch.device) -> int | None:
     return psutil.virtual_memory().available
 
 
-def smaller(config: SplitConfig) -> str | None:
+def smaller(config: TrainingConfig) -> str | None:
     """The next setting that needs less memory, as flags, the gentlest first; None if nothing is left."""
     if config.batch_size > 1:
         return f"--batch-size {max(1, config.batch_size // 2)}"

@@ -256,15 +256,20 @@ class RunFolder:
         return path
 
 
+NAMES = {"bundled", "sdxl", "blora"}
+"""Bases and block maps that go by a name, whatever files are called so."""
+
+
 def _absolute(config: R) -> R:
     """The same configuration with absolute paths, so that it works from any folder."""
-    paths: dict[str, Any] = {
-        name: [Path(path).expanduser().resolve() for path in getattr(config, name)]
-        for name in ("images", "masks")
-        if name in type(config).model_fields
-    }
+    paths: dict[str, Any] = {}
+    for name, value in config:
+        if isinstance(value, Path) and name != "out":
+            paths[name] = value.expanduser().resolve()
+        elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
+            paths[name] = [item.expanduser().resolve() for item in value]
     for name in ("base", "blocks"):  # a file or folder, or a name that stays one
         value = getattr(config, name, None)
-        if value not in (None, "bundled", "sdxl") and Path(value).expanduser().exists():
+        if value is not None and value not in NAMES and Path(value).expanduser().exists():
             paths[name] = str(Path(value).expanduser().resolve())
     return config.model_copy(update=paths)

@@ -21,7 +21,7 @@ from unziplora.generate import Progress, Settings, decode, generate, generate_la
 from unziplora.lora.files import read_lora
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
-from unziplora.sources import Source, base_name, find_source, plan, with_metadata
+from unziplora.sources import Source, base_name, find_source, guidance, plan, with_metadata
 
 __all__ = ["Progress", "Session", "Settings", "decode", "generate", "generate_latents", "open_session", "sample"]
 
@@ -67,7 +67,7 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
     mounted = Mounted(base, parts, separate=prompts[0].separate)
     try:
         mounted.turn(**strengths(config, sources))
-        yield Session(base, mounted, prompts, settings(config))
+        yield Session(base, mounted, prompts, settings(config, sources))
     finally:
         mounted.remove()
 
@@ -77,11 +77,11 @@ def strengths(config: SampleConfig, sources: list[Source]) -> dict[str, float]:
     return {source.kind: getattr(config, f"{source.kind}_strength") for source in sources}
 
 
-def settings(config: SampleConfig) -> Settings:
+def settings(config: SampleConfig, sources: list[Source]) -> Settings:
     """The part of a configuration that says how to sample."""
     return Settings(
         config.steps,
-        config.guidance,
+        guidance(config, sources),
         config.guidance_rescale,
         config.negative,
         config.width,
@@ -117,7 +117,7 @@ def sample(config: SampleConfig, base: Base | None = None, progress: Progress | 
             latents = generate_latents(session.base, prompts, seeds, session.settings, report)
             for seed, picture in zip(seeds, decode(session.base, latents), strict=True):
                 stem = f"{number:02d}-{seed}" if len(session.prompts) > 1 else str(seed)
-                text = describe(config, session.base, prompts, picture, seed)
+                text = describe(config, session, prompts, picture, seed)
                 paths.append(write_picture(picture, config.out / f"{stem}.png", text))
             done += len(seeds) * config.steps
     return paths
@@ -128,18 +128,22 @@ def _shift(progress: Progress | None, before: int, total: int) -> Progress | Non
     return None if progress is None else lambda done, _: progress(before + done, total)
 
 
-def describe(config: SampleConfig, base: Base, prompts: Prompts, picture: Image.Image, seed: int) -> dict[str, str]:
+def describe(
+    config: SampleConfig, session: Session, prompts: Prompts, picture: Image.Image, seed: int
+) -> dict[str, str]:
     """What a PNG says of itself: `parameters` as A1111 and its kin read it, `unziplora` as JSON."""
+    base, guidance = session.base, session.settings.guidance
     lines = [prompts.full]
     if config.negative:
         lines.append(f"Negative prompt: {config.negative}")
     lines.append(
-        f"Steps: {config.steps}, Sampler: {config.scheduler}, CFG scale: {config.guidance:g}, Seed: {seed}, "
+        f"Steps: {config.steps}, Sampler: {config.scheduler}, CFG scale: {guidance:g}, Seed: {seed}, "
         f"Size: {picture.width}x{picture.height}, Model: {base.name}, Version: unziplora {version('unziplora')}"
     )
     told = config.model_dump(mode="json", exclude={"out", "seeds", "prompts", "device", "batch_size"})
     told.update(
         seed=seed,
+        guidance=guidance,
         base=base.name,
         prompt=prompts.full,
         content_prompt=prompts.content,

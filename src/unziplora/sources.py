@@ -11,11 +11,14 @@ from typing import Any
 
 from unziplora.config import read_toml
 from unziplora.config_sample import SampleConfig
-from unziplora.config_split import SplitConfig
+from unziplora.config_training import SDXL
 from unziplora.errors import UserError
 from unziplora.prompts import Prompts
 
 WORD = re.compile(r"\{(\w+)\}")
+KINDS = ("content", "style")
+MERGED = "lora"
+"""Name of the file in which content and style are one LoRA."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,25 @@ class Source:
     run: Mapping[str, Any] = field(default_factory=dict)
 
     def prompt(self, name: str) -> str | None:
-        """The run's template of the full, content or style prompt, or None if no run is known."""
-        if not self.run.get("content") or not self.run.get("style"):
-            return None
-        key = f"{name}_prompt"
-        return str(self.run.get(key, SplitConfig.model_fields[key].default))
+        """The run's template of the full, content or style prompt, or None if none is known."""
+        if self.run.get(f"{name}_prompt"):
+            return str(self.run[f"{name}_prompt"])
+        trained = self.run.get("prompts")  # of a LoRA that was trained alone, one for all its pictures
+        return str(trained[0]) if trained and name in (self.kind, "full") else None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the file is content and style in one."""
+        return self.file.name.split(".")[0] == MERGED
+
+
+def loras_of(run: Path) -> dict[str, Path]:
+    """What a run folder gives to sample, by kind: its content and its style LoRA, or its one LoRA for both."""
+    merged = run.expanduser() / f"{MERGED}.safetensors"
+    if merged.is_file():
+        return {"content": merged}
+    found = {kind: run for kind in KINDS if (run.expanduser() / f"{kind}.safetensors").is_file()}
+    return found or dict.fromkeys(KINDS, run)
 
 
 def find_source(path: Path, kind: str) -> Source:
@@ -66,7 +83,7 @@ def find_source(path: Path, kind: str) -> Source:
 
 def _run(file: Path) -> dict[str, Any]:
     config = file.parent / "config.toml"
-    if config.is_file() and file.name.split(".")[0] in ("content", "style"):
+    if config.is_file() and file.name.split(".")[0] in (*KINDS, MERGED):
         return read_toml(config)
     return {}
 
@@ -94,7 +111,13 @@ def base_name(config: SampleConfig, sources: list[Source]) -> str:
     if len(known) > 1:
         told = ", ".join(f"{file} on {base}" for base, file in known.items())
         raise UserError(f"the LoRAs were trained on different bases ({told}): choose one with --base")
-    return next(iter(known), str(SplitConfig.model_fields["base"].default))
+    return next(iter(known), SDXL)
+
+
+def guidance(config: SampleConfig, sources: list[Source]) -> float:
+    """The guidance asked for, else that of the first run that tells one, else 5."""
+    told = [float(source.run["sample_guidance"]) for source in sources if source.run.get("sample_guidance")]
+    return config.guidance if config.guidance is not None else next(iter(told), 5.0)
 
 
 def plan(config: SampleConfig, sources: list[Source]) -> list[Prompts]:
@@ -110,9 +133,9 @@ def plan(config: SampleConfig, sources: list[Source]) -> list[Prompts]:
         "style": config.style_prompt or _template(by_kind, "style", "style"),
     }
     if len(by_kind) == 2:
-        default = _template(by_kind, "content", "full")
+        default = _full(by_kind["content"], words)
     else:
-        default = templates[sources[0].kind] if sources else None
+        default = sources[0].prompt("full" if sources[0].merged else sources[0].kind) if sources else None
     fulls: list[str | None] = list(config.prompts) or [default]
     if fulls[0] is None:
         files = ", ".join(str(source.file) for source in sources)
@@ -131,6 +154,13 @@ def plan(config: SampleConfig, sources: list[Source]) -> list[Prompts]:
 
 def _template(by_kind: Mapping[str, Source], kind: str, name: str) -> str | None:
     return by_kind[kind].prompt(name) if kind in by_kind else None
+
+
+def _full(content: Source, words: Mapping[str, str]) -> str | None:
+    """The prompt of content and style together; a content LoRA that was trained alone gets the style's words behind."""
+    prompt = content.prompt("full")
+    alone = not content.run.get("full_prompt")
+    return f"{prompt} in {{style}} style" if prompt and alone and "style" in words else prompt
 
 
 def _words(by_kind: Mapping[str, Source]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from unziplora.errors import UserError
 
 COMMANDS = {
     "split": "unziplora.cli.split",
+    "train": "unziplora.cli.train",
     "sample": "unziplora.cli.pictures",
     "grid": "unziplora.cli.pictures",
     "blocks": "unziplora.cli.blocks",

@@ -17,7 +17,7 @@ from unziplora.errors import Interrupted, MachineError, UnziploraError, first_li
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from unziplora.config_split import SplitConfig
+    from unziplora.config_training import TrainingConfig
 
 
 def debugging() -> bool:
@@ -89,7 +89,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_advice(config: SplitConfig) -> Iterator[None]:
+def memory_advice(config: TrainingConfig) -> Iterator[None]:
     """Turn running out of memory into a message that names the next smaller setting."""
     try:
         yield

@@ -43,17 +43,19 @@ def run_grid(
 
 
 def _layers(ctx: click.Context, run: str | None, config_file: str | None) -> list[dict[str, object]]:
-    """The keys of file and flags; a run folder named first gives both content and style."""
+    """The keys of file and flags; a run folder named first gives what it has, content and style most often."""
+    from unziplora.sources import loras_of
+
     file, flags = layers(ctx, config_file)
-    both = {} if run is None else {"content": Path(run), "style": Path(run)}
-    return [file, both, flags]
+    found: dict[str, object] = {} if run is None else {**loras_of(Path(run))}
+    return [file, found, flags]
 
 
 def _plan(config: Recipe, as_json: bool) -> None:
     emit({"config": config.model_dump(mode="json")}, lambda: to_toml(config), as_json)
 
 
-_RUN = "RUN is a run folder of `unziplora split`: the same as --content RUN --style RUN."
+_RUN = "RUN is a run folder of `unziplora split`, `train` or `zip`: the same as --content RUN --style RUN."
 
 sample_command = RecipeCommand(
     "sample",

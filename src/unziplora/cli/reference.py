@@ -12,9 +12,12 @@ from pydantic.fields import FieldInfo
 
 from unziplora.cli.flags import plain
 from unziplora.config import Recipe, group_of
+from unziplora.config_blora import BLoraConfig
+from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.config_probe import ProbeConfig
 from unziplora.config_sample import GridConfig, SampleConfig
 from unziplora.config_split import SplitConfig
+from unziplora.config_training import PictureConfig
 
 HEAD = """# Configuration
 
@@ -30,23 +33,29 @@ This page is made from the code by `python -m unziplora.cli.reference > docs/con
 
 def reference() -> str:
     """The whole page, Markdown."""
+    trained = "What all trainings share"
     return "\n".join(
         [
             HEAD,
-            _section("split", SplitConfig),
+            _section(trained, PictureConfig),
+            _section("`unziplora split`", SplitConfig, PictureConfig, trained),
             _presets(SplitConfig),
-            _section("sample", SampleConfig),
-            _section("grid", GridConfig, below=SampleConfig),
-            _section("blocks", ProbeConfig),
+            _section("`unziplora train dreambooth`", DreamBoothConfig, PictureConfig, trained),
+            _presets(DreamBoothConfig),
+            _section("`unziplora train blora`", BLoraConfig, PictureConfig, trained),
+            _presets(BLoraConfig),
+            _section("`unziplora sample`", SampleConfig),
+            _section("`unziplora grid`", GridConfig, SampleConfig, "`unziplora sample`"),
+            _section("`unziplora blocks`", ProbeConfig),
         ]
     )
 
 
-def _section(command: str, model: type[Recipe], below: type[Recipe] | None = None) -> str:
-    """Tables of a command's keys by group; keys as in the model `below` are left out."""
-    lines = [f"## `unziplora {command}`", "", str(model.__doc__).strip()]
+def _section(title: str, model: type[Recipe], below: type[Recipe] | None = None, called: str = "") -> str:
+    """Tables of a model's keys by group; keys as in the model `below` are left out, whose section is called so."""
+    lines = [f"## {title}", "", str(model.__doc__).strip()]
     if below is not None:
-        lines += ["", "The keys of `unziplora sample`, and:"]
+        lines += ["", f"The keys of “{called}”, and:"]
     group = None
     for name, field in model.keys().items():
         if below is not None and _same(field, below.model_fields.get(name)):
@@ -64,7 +73,7 @@ def _same(field: FieldInfo, other: FieldInfo | None) -> bool:
 
 
 def _presets(model: type[Recipe]) -> str:
-    lines = ["## Presets", "", "What each preset sets; all else is as above, and your own keys win over it.", ""]
+    lines = ["### Presets", "", "What each preset sets; all else is as above, and your own keys win over it.", ""]
     for name, keys in model.presets.items():
         values = ", ".join(f"`{key} = {_toml(value)}`" for key, value in keys.items())
         lines.append(f"- **{name}**: {values or 'the defaults above'}")

@@ -35,15 +35,20 @@ SDXL_BLOCKS = BlockMap(
     ),
 )
 
+# arXiv 2403.14572, section 4: one block each.
+BLORA_BLOCKS = BlockMap(content=("up_blocks.0.attentions.0",), style=("up_blocks.0.attentions.1",))
+
+NAMED = {"sdxl": SDXL_BLOCKS, "blora": BLORA_BLOCKS}
+
 
 def read_blocks(source: str) -> BlockMap:
-    """The block map named `sdxl`, or one from a TOML file with the lists `content` and `style`.
+    """The block map of a name (`NAMED`), or one from a TOML file with the lists `content` and `style`.
 
     Raises:
         UserError: the file is missing or malformed, or a block is listed for both.
     """
-    if source == "sdxl":
-        return SDXL_BLOCKS
+    if source in NAMED:
+        return NAMED[source]
     table = read_toml(Path(source))
     if set(table) != {"content", "style"}:
         raise UserError(f"{source}: a block map has the two lists 'content' and 'style', found {sorted(table)}")

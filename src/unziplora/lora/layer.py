@@ -199,11 +199,26 @@ def remove(unet: nn.Module) -> None:
         unwrap(unet, path)
 
 
+TARGETS = {
+    "attention": (".to_q", ".to_k", ".to_v", ".to_out.0"),
+    "feed-forward": (".ff.net.0.proj", ".ff.net.2"),
+    "projections": (".proj_in", ".proj_out"),
+}
+"""Kinds of linear layers in a UNet's transformers, by how their paths end."""
+
+
+def target_linears(unet: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Paths of the linear layers of some kinds (`TARGETS`) in a UNet's transformers, in module order."""
+    linears = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, BranchedLinear))]
+    return of_kinds([name for name in linears if ".attentions." in name], targets)
+
+
+def of_kinds(paths: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """Those of the paths that lead to layers of some kinds (`TARGETS`)."""
+    ends = tuple(end for target in targets for end in TARGETS[target])
+    return [path for path in paths if path.endswith(ends)]
+
+
 def attention_linears(unet: nn.Module) -> list[str]:
     """Paths of q, k, v, out of every attention of an SDXL-topology UNet, in module order (560 for SDXL)."""
-    ends = ("to_q", "to_k", "to_v", "to_out.0")
-    return [
-        name
-        for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear) and ".attn" in name and name.endswith(ends)
-    ]
+    return target_linears(unet, ["attention"])

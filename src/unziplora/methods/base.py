@@ -57,6 +57,10 @@ class Method(Trained, Protocol[C]):
         """Refuse what can be seen to be wrong before a folder is made and a base is loaded."""
 
     @classmethod
+    def layers(cls, config: C, paths: list[str]) -> dict[str, list[str]]:
+        """The layers that each LoRA adapts, by its name, of a UNet's linear layers at these paths."""
+
+    @classmethod
     def build(cls, config: C, setup: Setup) -> Method[C]:
         """Encode what is needed once and put the LoRAs into the base's UNet."""
 

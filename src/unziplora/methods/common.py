@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -13,14 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unziplora.base import Base
+from unziplora.class_pictures import class_pictures
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.encode import conditioning, encode_pictures, loss_weights, to_device
-from unziplora.generate import Settings, generate_latents
+from unziplora.generate import Settings
 from unziplora.images import load_mask, load_picture, to_tensor
 from unziplora.lora.algebra import Pair
 from unziplora.lora.layer import Branch, add_lora, inject
-from unziplora.objective import Examples, generator
-from unziplora.prompts import Prompts
+from unziplora.objective import Conditioning, Examples, generator
+from unziplora.prompts import Prompts, embed, time_ids
 
 Branches = dict[str, Branch]
 """The branches of one LoRA by module path."""
@@ -46,9 +48,9 @@ class Setup:
         """How the base was trained to see noise."""
         return DDPMScheduler.from_config(self.base.scheduler.config)
 
-    def leave_unet_alone(self, config: TrainingConfig) -> None:
-        """Send VAE and text encoders off the device, once everything is encoded."""
-        for module in (self.base.vae, *self.base.text_encoders):
+    def leave_unet_alone(self, config: TrainingConfig, text: bool = False) -> None:
+        """Send the VAE off the device, once everything is encoded, and unless they are trained, the text encoders."""
+        for module in (self.base.vae, *(() if text else self.base.text_encoders)):
             module.to("cpu")
         if config.gradient_checkpointing:
             self.base.unet.enable_gradient_checkpointing()
@@ -68,23 +70,32 @@ def load_pictures(config: PictureConfig, size: int) -> list[Image.Image]:
     return [load_picture(path, size) for path in config.images]
 
 
-def picture_examples(setup: Setup, config: PictureConfig, pictures: list[Image.Image], prompts: Prompts) -> Examples:
-    """The pictures as latents, the prompts as their conditioning, masks as weights of the loss."""
+def picture_examples(
+    setup: Setup, config: PictureConfig, pictures: list[Image.Image], prompts: Prompts | list[str]
+) -> Examples:
+    """The pictures as latents, the prompts (for all, or one each) as conditioning, masks as weights of the loss."""
     latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
     masks = [load_mask(m, setup.size, picture=p) for m, p in zip(config.masks, config.images, strict=False)]
     weights = loss_weights(masks, latents, config.background_weight)
-    told = conditioning(setup.base, prompts, setup.size, len(pictures))
+    if isinstance(prompts, Prompts):
+        told = conditioning(setup.base, prompts, setup.size, len(pictures))
+    else:
+        each = embed(setup.base, prompts)
+        told = Conditioning(each.tokens, each.pooled, time_ids(setup.size, setup.size, len(pictures)))
     return to_device(Examples(latents, told, weights), setup.base)
 
 
-def class_examples(setup: Setup, config: TrainingConfig, prompts: Prompts, count: int) -> Examples:
+def class_examples(
+    setup: Setup, config: TrainingConfig, prompts: Prompts, count: int, folder: Path | None = None
+) -> Examples:
     """Class pictures by the base itself, as latents, for prior preservation (DreamBooth, arXiv 2208.12242)."""
-    setup.tell(f"generating {count} class pictures: {prompts.full}")
     size = setup.size
-    settings = Settings(steps=config.sample_steps, guidance=config.sample_guidance, width=size, height=size)
-    seeds = range(config.seed + 1_000_000, config.seed + 1_000_000 + count)
-    latents = generate_latents(setup.base, prompts.full, seeds, settings)
-    return to_device(Examples(latents, conditioning(setup.base, prompts, size, len(latents))), setup.base)
+    settings = Settings(
+        config.sample_steps, config.sample_guidance, width=size, height=size, batch_size=config.batch_size
+    )
+    pictures = class_pictures(setup.base, prompts.full, count, settings, setup.tell, folder)
+    latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
+    return to_device(Examples(latents, conditioning(setup.base, prompts, size, count)), setup.base)
 
 
 def new_branches(

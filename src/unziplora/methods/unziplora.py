@@ -20,7 +20,7 @@ from unziplora.config_split import SplitConfig
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
 from unziplora.lora.files import Lora
-from unziplora.lora.layer import attention_linears
+from unziplora.lora.layer import attention_linears, of_kinds
 from unziplora.lora.separation import NAMES, ColumnSeparation
 from unziplora.methods.common import (
     Setup,
@@ -104,6 +104,11 @@ class UnZipLora:
         """
         read_blocks(config.blocks)
         config.prompts()
+
+    @classmethod
+    def layers(cls, config: SplitConfig, paths: list[str]) -> dict[str, list[str]]:
+        """Both LoRAs on all attentions."""
+        return dict.fromkeys(NAMES, of_kinds(paths, ["attention"]))
 
     @classmethod
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:

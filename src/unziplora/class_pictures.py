@@ -1,0 +1,90 @@
+"""Class pictures for prior preservation (DreamBooth, arXiv 2208.12242): made by the base once, kept, used again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from unziplora.atomic import atomic_write, explain
+from unziplora.base import Base
+from unziplora.generate import Settings, decode, generate_latents
+from unziplora.images import load_picture
+
+FIRST_SEED = 1_000_000
+"""Class pictures have seeds of their own, far from those of samples."""
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def class_pictures(
+    base: Base,
+    prompt: str,
+    count: int,
+    settings: Settings,
+    tell: Callable[[str], None],
+    folder: Path | None = None,
+) -> list[Image.Image]:
+    """Pictures of a class, square, of the settings' width; those in the folder first, then new ones, which are kept.
+
+    Args:
+        base: makes what is missing; without LoRAs.
+        prompt: what the class is called.
+        count: how many are wanted.
+        settings: how to make them.
+        tell: told when pictures are made.
+        folder: any pictures in it count; default: a folder in the user's cache for this base, prompt and settings.
+
+    Raises:
+        UserError: a picture in the folder cannot be read.
+        MachineError: disk full, no permission.
+    """
+    folder = (folder or cache_folder(base, prompt, settings)).expanduser()
+    side = settings.width or base.resolution
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)[:count]
+    except OSError as error:
+        raise explain(folder, error) from None
+    pictures = [load_picture(path, side) for path in found]
+    seeds = [FIRST_SEED + number for number in range(len(found), count)]
+    if seeds:
+        tell(f"generating {len(seeds)} class pictures into {folder}: {prompt}")
+    for start in range(0, len(seeds), settings.batch_size):
+        batch = seeds[start : start + settings.batch_size]
+        made = decode(base, generate_latents(base, prompt, batch, settings))
+        for seed, picture in zip(batch, made, strict=True):
+            atomic_write(folder / f"{seed}.png", _png(picture))
+        pictures += made
+    return pictures
+
+
+def cache_folder(base: Base, prompt: str, settings: Settings) -> Path:
+    """Where class pictures of this base, prompt and these settings are kept: UNZIPLORA_CACHE, or ~/.cache/unziplora."""
+    root = os.environ.get("UNZIPLORA_CACHE")
+    home = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unziplora"
+    told = repr((fingerprint(base), prompt, replace(settings, batch_size=1))).encode()
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40]
+    return home / "class-pictures" / f"{words}-{hashlib.sha256(told).hexdigest()[:12]}"
+
+
+@torch.no_grad()
+def fingerprint(base: Base) -> str:
+    """What tells one base's weights from another's: a checksum of the UNet's first and last layer."""
+    digest = hashlib.sha256()
+    for layer in (base.unet.conv_in, base.unet.conv_out):
+        digest.update(layer.weight.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

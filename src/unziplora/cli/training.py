@@ -1,0 +1,154 @@
+"""What all commands that train have in common: settings in layers, a plan, a run, its result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unziplora.cli.common import config_option, dry_run_option, json_option, quiet_option
+from unziplora.cli.flags import RecipeCommand, layers, options
+from unziplora.cli.output import emit, memory_advice, note, stdout_kept
+from unziplora.config import read_toml, resolve, to_toml
+from unziplora.config_training import PictureConfig
+from unziplora.errors import UserError
+from unziplora.progress import show
+
+if TYPE_CHECKING:
+    from unziplora.methods.base import Method
+    from unziplora.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Training:
+    """A command that learns from pictures.
+
+    Attributes:
+        command: its words after `unziplora`.
+        model: its recipe.
+        method: imports the method; called when it is needed, for it brings torch along.
+    """
+
+    command: str
+    model: type[PictureConfig]
+    method: Callable[[], type[Method[Any]]]
+
+    def __call__(
+        self,
+        ctx: click.Context,
+        picture: tuple[str, ...],
+        config_file: str | None,
+        dry_run: bool,
+        resume: bool,
+        as_json: bool,
+        quiet: bool,
+    ) -> None:
+        """Carry out the command."""
+        config = resolve(self.model, *self._layers(ctx, picture, config_file, resume))
+        if dry_run:
+            self._plan(config, as_json)
+            return
+        with stdout_kept(), memory_advice(config), show(quiet) as progress:
+            from unziplora.job import run_job
+
+            run = run_job(self.method(), config, resume=resume, progress=progress)
+        result = _result(run)
+        emit(result, lambda: _text(result), as_json)
+
+    def _layers(
+        self, ctx: click.Context, pictures: tuple[str, ...], config_file: str | None, resume: bool
+    ) -> list[dict[str, Any]]:
+        """The keys from the run to resume, the TOML file and the command line, with a run folder named."""
+        file, flags = layers(ctx, config_file)
+        if pictures:
+            flags["images"] = [*pictures, *flags.get("images", [])]
+        out = flags.get("out") or file.get("out") or _default_out(flags.get("images") or file.get("images"))
+        if not resume:
+            return [file, flags, {"out": out} if out else {}]
+        if not out:
+            raise UserError(f"--resume needs the run folder: unziplora {self.command} --resume --out runs/NAME")
+        saved = Path(out) / "config.toml"
+        if not saved.is_file():
+            raise UserError(f"{out}: no run to resume here (it has no config.toml); leave --resume out")
+        return [read_toml(saved), file, flags, {"out": out}]
+
+    def _plan(self, config: PictureConfig, as_json: bool) -> None:
+        """Show the resolved settings, the prompts and the memory estimate; pictures and masks are opened."""
+        with stdout_kept():
+            from unziplora.memory import estimate, inspect_base
+
+            method = self.method()
+            method.check(config)
+            sizes = inspect_base(config.base)
+            _check_pictures(config, config.resolution or sizes.resolution)
+            memory = estimate(config, sizes, method.layers(config, sizes.names))
+        prompts = config.told_prompts()
+        result = {
+            "config": config.model_dump(mode="json"),
+            "prompts": prompts,
+            "memory": memory.model_dump(mode="json"),
+        }
+        lines = "\n".join(f"# {name}: {text}" for name, text in prompts.items())
+        emit(result, lambda: f"{to_toml(config)}\n# Prompts\n{lines}\n\n{memory.table('# ')}", as_json)
+
+
+def training_command(training: Training, help: str, short_help: str, notes: Mapping[str, list[str]]) -> RecipeCommand:
+    """The click command of a training, with a flag for each key.
+
+    Args:
+        notes: what to say of a key instead of its default.
+    """
+    known = {"images": ["repeatable", "the same as PICTURE"], "out": ["default: runs/NAME, after the picture"]}
+    return RecipeCommand(
+        training.command.split()[-1],
+        callback=click.pass_context(training),
+        help=help,
+        short_help=short_help,
+        params=[
+            click.Argument(["picture"], nargs=-1, type=click.Path()),
+            config_option(),
+            dry_run_option("estimate the memory; train nothing"),
+            click.Option(["--resume"], is_flag=True, help="Continue the interrupted run in the folder of --out."),
+            json_option(),
+            quiet_option(),
+            *options(training.model, notes={**known, **notes}),
+        ],
+    )
+
+
+def _default_out(images: Any) -> str | None:
+    """runs/NAME after the first picture."""
+    if not images or not isinstance(images, list):
+        return None
+    name = re.sub(r"[^\w.-]+", "-", Path(str(images[0])).stem).strip(".-") or "picture"
+    return str(Path("runs") / name)
+
+
+def _check_pictures(config: PictureConfig, resolution: int) -> None:
+    from unziplora.images import load_mask, load_picture
+
+    for path in config.images:
+        load_picture(path, resolution)
+    for mask, picture in zip(config.masks, config.images, strict=False):
+        load_mask(mask, resolution, picture)
+
+
+def _result(run: RunFolder) -> dict[str, Any]:
+    loras = {name: path for name in ("content", "style", "lora") if (path := run.lora(name)).is_file()}
+    return {
+        "run": str(run.path),
+        **{name: str(path) for name, path in loras.items()},
+        "samples": sorted(str(path) for path in run.samples.glob("*.png")),
+        "card": str(run.card),
+    }
+
+
+def _text(result: dict[str, Any]) -> str:
+    lines = [f"{name:<8} {result[name]}" for name in ("content", "style", "lora") if name in result]
+    lines += [f"sample   {path}" for path in result["samples"][-1:]]
+    note(f"How to use them: {result['card']}")
+    return "\n".join(lines)

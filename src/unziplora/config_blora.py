@@ -1,0 +1,35 @@
+"""The recipe of `train blora`, and its presets."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from unziplora.config import key
+from unziplora.config_training import SMALL, PictureConfig
+
+
+class BLoraConfig(PictureConfig):
+    """Train a LoRA in two blocks of the UNet, which then are a content and a style LoRA (B-LoRA, arXiv 2403.14572)."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "bundled": {**SMALL, "learning_rate": 1e-3}}
+
+    content: str | None = key(None, "Word for the subject; names the files' card, is not trained.", "Input")
+    style: str | None = key(None, "Phrase for the style; names the files' card, is not trained.", "Input")
+    preset: Literal["auto", "default", "bundled"] = key(
+        "auto", "Named settings below your own; auto is 'bundled' for that base, else 'default'.", "Input"
+    )
+    full_prompt: str = key("A {token}", "Prompt of the training.", "Prompts")
+    content_prompt: str = key("A {token}", "Prompt that calls the content up.", "Prompts")
+    style_prompt: str = key("an image in {token} style", "Prompt that calls the style up.", "Prompts")
+    blocks: str = key(
+        "blora", "Block map: 'blora' (one block each, as published), 'sdxl' (UnZipLoRA's) or a TOML file.", "Method"
+    )
+    steps: int = key(1000, "Optimiser steps.", "Training", ge=1)
+    learning_rate: float = key(5e-5, "Learning rate.", "Training", ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BLoraConfig:
+        self.check_rates(learning_rate=self.learning_rate)
+        return self

@@ -1,0 +1,160 @@
+"""B-LoRA (arXiv 2403.14572): one training with one prompt, in two blocks of the UNet, which then are two LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from PIL import Image
+from torch import Tensor, nn
+
+from unziplora.card import About, File, pictures_told
+from unziplora.config_blora import BLoraConfig
+from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
+from unziplora.lora.files import Lora
+from unziplora.lora.layer import attention_linears, of_kinds
+from unziplora.lora.separation import NAMES
+from unziplora.methods.common import (
+    Setup,
+    View,
+    branch_state,
+    folded,
+    load_branch_state,
+    load_pictures,
+    matrices,
+    new_branches,
+    picture_examples,
+    switched_off,
+)
+from unziplora.objective import Examples, denoising_loss, generator
+from unziplora.prompts import Prompts
+
+
+class BLora:
+    """Two LoRAs in blocks of their own, and what a job asks of a method (see `Method`).
+
+    Attributes:
+        branches: the branches by LoRA name and module path.
+    """
+
+    command: ClassVar[str] = "train blora"
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: DDPMScheduler,
+        examples: Examples,
+        config: BLoraConfig,
+        blocks: BlockMap,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        pictures: Sequence[Image.Image] = (),
+    ) -> None:
+        """Inject both LoRAs into the UNet, in place.
+
+        Args:
+            unet: frozen, without LoRAs.
+            scheduler: says how noise is added and what is predicted.
+            examples: the pictures with the conditioning of the prompt.
+            config: the recipe.
+            blocks: which blocks make which LoRA.
+            autocast: context of the forward passes.
+            pictures: what the examples were made from, for the sample sheet.
+
+        Raises:
+            UserError: the block map names a block that this UNet does not have.
+        """
+        self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
+        self.autocast, self.pictures = autocast, list(pictures)
+        paths = attention_linears(unet)
+        check_blocks(blocks, paths)
+        owned = {name: [path for path in paths if blocks.owner(path) == name] for name in NAMES}
+        self.branches = {name: new_branches(unet, name, owned[name], config) for name in NAMES}
+
+    @classmethod
+    def check(cls, config: BLoraConfig) -> None:
+        """Read the block map and fill in the prompts.
+
+        Raises:
+            UserError: either is not usable.
+        """
+        read_blocks(config.blocks)
+        cls.about(config)
+
+    @classmethod
+    def layers(cls, config: BLoraConfig, paths: list[str]) -> dict[str, list[str]]:
+        """The attentions of each LoRA's blocks."""
+        blocks, attention = read_blocks(config.blocks), of_kinds(paths, ["attention"])
+        return {name: [path for path in attention if blocks.owner(path) == name] for name in NAMES}
+
+    @classmethod
+    def build(cls, config: BLoraConfig, setup: Setup) -> BLora:
+        """Encode pictures and prompt once, then inject both LoRAs."""
+        pictures, prompts = load_pictures(config, setup.size), Prompts(config.fill(config.full_prompt))
+        examples = picture_examples(setup, config, pictures, prompts)
+        setup.leave_unet_alone(config)
+        blocks = read_blocks(config.blocks)
+        return cls(setup.base.unet, setup.noise_schedule(), examples, config, blocks, setup.autocast, pictures)
+
+    @classmethod
+    def about(cls, config: BLoraConfig) -> About:
+        """Two LoRAs from one training."""
+        return About(
+            method="B-LoRA (arXiv 2403.14572)",
+            made=f"Two LoRAs trained on {pictures_told(config)}",
+            prompt=config.fill(config.full_prompt),
+            files={
+                "content": File("the content", config.fill(config.content_prompt), "Its blocks hold no style."),
+                "style": File("the style", config.fill("in {token} style"), "Its blocks hold no content."),
+            },
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One optimiser group: the matrices of both LoRAs."""
+        config = self.config
+        params = [p for name in NAMES for p in matrices(self.branches[name])]
+        rate, decay = config.learning_rate, config.weight_decay
+        return [{"name": "unet", "params": params, "lr": rate, "weight_decay": decay}]
+
+    def before_step(self, step: int, gradient_scale: float) -> None:
+        """Nothing to prepare."""
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """The denoising error with both LoRAs, a scalar."""
+        with self.autocast():
+            draw = generator(self.config.seed, "train", step)
+            yield denoising_loss(self.unet, self.scheduler, self.examples, draw=draw, **self.config.noising())
+
+    def after_backward(self, step: int) -> None:
+        """Gradients stay as they are."""
+
+    def after_step(self, step: int) -> None:
+        """Parameters have no bounds."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything of the method that a checkpoint needs, by name."""
+        return {key: t for name in NAMES for key, t in branch_state(self.branches[name], name).items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the state of a checkpoint of the same recipe."""
+        for name in NAMES:
+            load_branch_state(self.branches[name], name, state)
+
+    def export(self) -> dict[str, Lora]:
+        """Both LoRAs as plain pairs, alpha folded into B."""
+        return {name: Lora(folded(self.branches[name])) for name in NAMES}
+
+    def views(self) -> list[View]:
+        """Both together; each alone, the content in another style and the style on another subject."""
+        config = self.config
+        content, style, subject = config.fill(config.content_prompt), config.sample_style, config.sample_subject
+        return [
+            View("together", Prompts(config.fill(config.full_prompt))),
+            View(f"content, {style}", Prompts(f"{content} in {style} style"), off=("style",)),
+            View(f"style, {subject}", Prompts(config.fill(f"a {subject} in {{token}} style")), off=("content",)),
+        ]
+
+    def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
+        """Switch LoRAs off."""
+        return switched_off(*(self.branches[name] for name in names))

@@ -1,0 +1,177 @@
+"""DreamBooth as LoRA (arXiv 2208.12242, 2106.09685): one LoRA for what some pictures show, or how they show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from PIL import Image
+from torch import Tensor, nn
+
+from unziplora.card import About, File, pictures_told
+from unziplora.config_dreambooth import DreamBoothConfig
+from unziplora.lora.files import Lora
+from unziplora.lora.layer import of_kinds, target_linears
+from unziplora.methods.common import (
+    Setup,
+    View,
+    branch_state,
+    class_examples,
+    folded,
+    load_branch_state,
+    load_pictures,
+    matrices,
+    new_branches,
+    picture_examples,
+    switched_off,
+)
+from unziplora.objective import Examples, denoising_loss, generator
+from unziplora.prompts import Prompts
+from unziplora.text_lora import TextLora
+
+GIVES = {"content": "the content", "style": "the style", "lora": "content and style in one"}
+
+
+class DreamBooth:
+    """One LoRA on a UNet, if asked for another on the text encoders, and what a job asks of a method (see `Method`).
+
+    Attributes:
+        branches: the UNet's branches by module path.
+        text: the text encoders' LoRA, or None.
+    """
+
+    command: ClassVar[str] = "train dreambooth"
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: DDPMScheduler,
+        examples: Examples,
+        config: DreamBoothConfig,
+        prior: Examples | None = None,
+        text: TextLora | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        pictures: Sequence[Image.Image] = (),
+    ) -> None:
+        """Inject the LoRA into the UNet, in place.
+
+        Args:
+            unet: frozen, without LoRAs.
+            scheduler: says how noise is added and what is predicted.
+            examples: the pictures with the conditioning of their prompts.
+            config: the recipe.
+            prior: class pictures with their conditioning, where the prior is preserved.
+            text: the text encoders' LoRA; it then says the conditioning anew in every step.
+            autocast: context of the forward passes.
+            pictures: what the examples were made from, for the sample sheet.
+        """
+        self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
+        self.prior, self.text, self.autocast, self.pictures = prior, text, autocast, list(pictures)
+        self.branches = new_branches(unet, config.product, target_linears(unet, config.targets), config)
+
+    @classmethod
+    def check(cls, config: DreamBoothConfig) -> None:
+        """Fill in the prompts.
+
+        Raises:
+            UserError: one is not usable.
+        """
+        config.picture_prompts()
+        config.fill(config.class_prompt or "")
+
+    @classmethod
+    def layers(cls, config: DreamBoothConfig, paths: list[str]) -> dict[str, list[str]]:
+        """One LoRA on the layers that are asked for."""
+        return {config.product: of_kinds(paths, config.targets)}
+
+    @classmethod
+    def build(cls, config: DreamBoothConfig, setup: Setup) -> DreamBooth:
+        """Encode pictures and class pictures once, then inject the LoRA."""
+        pictures, prompts = load_pictures(config, setup.size), config.picture_prompts()
+        examples, prior, text = picture_examples(setup, config, pictures, prompts), None, None
+        class_prompt = config.fill(config.class_prompt or "")
+        if config.prior:
+            prior = class_examples(setup, config, Prompts(class_prompt), config.prior_images, config.class_folder)
+        if config.text_encoders:
+            text = TextLora(setup.base, config, prompts, [class_prompt] * config.prior_images if prior else [])
+        setup.leave_unet_alone(config, text=text is not None)
+        unet, scheduler = setup.base.unet, setup.noise_schedule()
+        return cls(unet, scheduler, examples, config, prior, text, setup.autocast, pictures)
+
+    @classmethod
+    def about(cls, config: DreamBoothConfig) -> About:
+        """One LoRA."""
+        prompt = config.picture_prompts()[0]
+        trigger = config.fill("in {style} style") if config.product == "style" else prompt
+        return About(
+            method="DreamBooth LoRA (arXiv 2208.12242)",
+            made=f"A LoRA trained on {pictures_told(config)}",
+            prompt=prompt,
+            files={config.product: File(GIVES[config.product], trigger)},
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimiser groups, named: the UNet's matrices, and the text encoders'."""
+        config = self.config
+        unet = {"name": "unet", "params": matrices(self.branches), "lr": config.learning_rate}
+        groups: list[dict[str, Any]] = [unet]
+        if self.text is not None:
+            groups.append({"name": "text", "params": self.text.parameters(), "lr": config.text_learning_rate})
+        return [{**group, "weight_decay": config.weight_decay} for group in groups]
+
+    def before_step(self, step: int, gradient_scale: float) -> None:
+        """Nothing to prepare."""
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """The denoising error on the pictures, and λ times that on the class pictures, scalars."""
+        with self.autocast():
+            examples = self.examples if self.text is None else self.text.condition(self.examples)
+            draw = generator(self.config.seed, "train", step)
+            yield denoising_loss(self.unet, self.scheduler, examples, draw=draw, **self.config.noising())
+        if self.prior is not None:
+            with self.autocast():
+                prior = self.prior if self.text is None else self.text.condition(self.prior, prior=True)
+                draw = generator(self.config.seed, "prior", step)
+                loss = denoising_loss(self.unet, self.scheduler, prior, draw=draw, **self.config.noising())
+                yield self.config.prior * loss
+
+    def after_backward(self, step: int) -> None:
+        """Gradients stay as they are."""
+
+    def after_step(self, step: int) -> None:
+        """Parameters have no bounds."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything of the method that a checkpoint needs, by name."""
+        state = branch_state(self.branches, "unet")
+        return state if self.text is None else {**state, **self.text.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the state of a checkpoint of the same recipe."""
+        load_branch_state(self.branches, "unet", state)
+        if self.text is not None:
+            self.text.load_state_dict(state)
+
+    @torch.no_grad()
+    def export(self) -> dict[str, Lora]:
+        """The LoRA as plain pairs, alpha folded into B."""
+        text = {} if self.text is None else self.text.export()
+        return {self.config.product: Lora(folded(self.branches), text=text)}
+
+    def views(self) -> list[View]:
+        """As trained; then a content in another style, or a style on another subject."""
+        config, prompt = self.config, self.config.picture_prompts()[0]
+        views = [View("as trained", Prompts(prompt))]
+        if config.product == "content":
+            views.append(View(f"in {config.sample_style}", Prompts(f"{prompt} in {config.sample_style} style")))
+        if config.product == "style":
+            text = config.fill(f"a {config.sample_subject} in {{style}} style")
+            views.append(View(config.sample_subject, Prompts(text)))
+        return views
+
+    def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
+        """Switch the LoRA off, if it is named."""
+        return switched_off(*([self.branches] if self.config.product in names else []))

@@ -1,0 +1,88 @@
+"""A LoRA on the text encoders, by PEFT, trained along with the UNet's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unziplora.base import Base
+from unziplora.objective import Examples, generator
+
+if TYPE_CHECKING:
+    from unziplora.config_dreambooth import DreamBoothConfig
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+class TextLora:
+    """PEFT's LoRA on q, k, v, out of both text encoders; the prompts' embeddings are computed anew in every step."""
+
+    def __init__(self, base: Base, config: DreamBoothConfig, prompts: Sequence[str], prior: Sequence[str]) -> None:
+        """Put adapters into the base's text encoders, in place.
+
+        Args:
+            base: its text encoders are frozen, and stay so but for the adapters.
+            config: rank, alpha and seed.
+            prompts: one per picture.
+            prior: one per class picture.
+        """
+        self.base, self.prompts, self.prior_prompts = base, list(prompts), list(prior)
+        self.strength = (config.alpha or config.rank) / config.rank
+        adapter = LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=TARGETS)
+        with torch.random.fork_rng():
+            torch.manual_seed(generator(config.seed, "init", "text").initial_seed())
+            for encoder in base.text_encoders:
+                cast(PreTrainedModel, encoder).add_adapter(adapter)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()  # the encoders themselves may be in half precision
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained matrices by encoder and name."""
+        return {
+            f"{name}.{path}": parameter
+            for name, encoder in zip(ENCODERS, self.base.text_encoders, strict=True)
+            for path, parameter in encoder.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained matrices."""
+        return list(self.named_parameters().values())
+
+    def condition(self, examples: Examples, prior: bool = False) -> Examples:
+        """The examples with embeddings that gradients flow through to the adapters."""
+        prompts = self.prior_prompts if prior else self.prompts
+        rows: dict[str, tuple[Tensor, Tensor]] = {}
+        for text in dict.fromkeys(prompts):
+            tokens, _, pooled, _ = self.base.pipe.encode_prompt(
+                text, device=self.base.device, do_classifier_free_guidance=False
+            )
+            rows[text] = tokens, pooled
+        tokens, pooled = (torch.cat([rows[text][part] for text in prompts]) for part in (0, 1))
+        return replace(examples, conditioning=replace(examples.conditioning, tokens=tokens, pooled=pooled))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained matrices for a checkpoint."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        for name, parameter in self.named_parameters().items():
+            parameter.copy_(state[name])
+
+    def export(self) -> dict[str, Tensor]:
+        """The adapters as `Lora.text`: diffusers' names, fp32, alpha folded into B."""
+        tensors = {}
+        for name, encoder in zip(ENCODERS, self.base.text_encoders, strict=True):
+            for path, tensor in get_peft_model_state_dict(encoder, adapter_name="default").items():
+                factor = self.strength if ".lora_B." in path else 1.0
+                tensors[f"{name}.{path}"] = tensor.detach().float().cpu() * factor
+        return tensors

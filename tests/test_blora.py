@@ -1,0 +1,98 @@
+"""B-LoRA on a tiny base: two blocks train and nothing else, each half is a LoRA, resuming, block maps."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from unziplora.config import resolve
+from unziplora.config_blora import BLoraConfig
+from unziplora.config_sample import SampleConfig
+from unziplora.errors import Interrupted, UserError
+from unziplora.job import run_job
+from unziplora.lora.blocks import BLORA_BLOCKS, read_blocks
+from unziplora.lora.files import blocks, read_lora
+from unziplora.methods.blora import BLora
+from unziplora.progress import Progress
+from unziplora.sources import find_source, plan
+
+Make = Callable[..., BLoraConfig]
+
+
+@pytest.fixture
+def config(tiny_folder: Path, tmp_path: Path) -> Make:
+    Image.effect_mandelbrot((80, 80), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(tmp_path / "cat.png")
+
+    def make(**changes: object) -> BLoraConfig:
+        keys: dict[str, object] = {
+            "images": [tmp_path / "cat.png"],
+            "base": str(tiny_folder),
+            "out": tmp_path / "run",
+            "rank": 2,
+            "steps": 4,
+            "learning_rate": 1e-2,
+            "checkpoint_every": 2,
+            "sample_steps": 1,
+            "sample_guidance": 1,
+            "sample_seeds": [],
+            "save_precision": "fp32",
+            "device": "cpu",
+        }
+        return resolve(BLoraConfig, {**keys, **changes})
+
+    return make
+
+
+def test_each_half_trains_in_its_own_block_and_nowhere_else(config: Make):
+    run = run_job(BLora, config())
+    for file, own in ((run.content, BLORA_BLOCKS.content), (run.style, BLORA_BLOCKS.style)):
+        lora = read_lora(file)
+        assert blocks(lora) == list(own)
+        assert all(up.abs().max() > 0 for _, up in lora.modules.values())
+
+
+def test_a_map_of_ones_own_says_the_blocks(config: Make, tmp_path: Path):
+    (tmp_path / "map.toml").write_text('content = ["mid_block.attentions.0"]\nstyle = ["down_blocks.1"]\n')
+    run = run_job(BLora, config(blocks=str(tmp_path / "map.toml")))
+    assert blocks(read_lora(run.content)) == ["mid_block.attentions.0"]
+    assert blocks(read_lora(run.style)) == ["down_blocks.1.attentions.0", "down_blocks.1.attentions.1"]
+    (tmp_path / "wrong.toml").write_text('content = ["up_blocks.7"]\nstyle = []\n')
+    with pytest.raises(UserError, match=r"up_blocks\.7"):
+        run_job(BLora, config(blocks=str(tmp_path / "wrong.toml"), out=tmp_path / "other"))
+
+
+def test_the_published_map():
+    assert read_blocks("blora") == BLORA_BLOCKS
+    assert (BLORA_BLOCKS.content, BLORA_BLOCKS.style) == (("up_blocks.0.attentions.0",), ("up_blocks.0.attentions.1",))
+
+
+def test_the_card_and_sampling_know_its_words(config: Make, tmp_path: Path):
+    run = run_job(BLora, config(sample_seeds=[0], token="v7", sample_guidance=2))
+    assert read_lora(run.content).metadata["modelspec.trigger_phrase"] == "A v7"
+    assert read_lora(run.style).metadata["modelspec.trigger_phrase"] == "in v7 style"
+    assert "B-LoRA" in run.card.read_text()
+    content, style = find_source(run.path, "content"), find_source(run.path, "style")
+    assert plan(SampleConfig(content=run.path), [content])[0].full == "A v7"
+    assert plan(SampleConfig(style=run.path), [style])[0].full == "an image in v7 style"
+    both = plan(SampleConfig(content=run.path, style=run.path, mode="direct"), [content, style])
+    assert both[0].full == "A v7"
+
+
+def test_a_run_that_was_interrupted_ends_like_one_that_was_not(config: Make, tmp_path: Path):
+    whole = run_job(BLora, config(out=tmp_path / "whole"))
+
+    def interrupt(event: Progress) -> None:
+        if event.step == 3 and event.loss == event.loss:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="unziplora train blora --resume"):
+        run_job(BLora, config(out=tmp_path / "cut"), progress=interrupt)
+    cut = run_job(BLora, config(out=tmp_path / "cut"), resume=True)
+    for file in ("content", "style"):
+        one, two = read_lora(getattr(whole, file)).modules, read_lora(getattr(cut, file)).modules
+        assert one.keys() == two.keys()
+        assert all(torch.equal(a, b) for path in one for a, b in zip(one[path], two[path], strict=True))

@@ -1,0 +1,275 @@
+"""DreamBooth on a tiny base: what trains, the prior, text encoders, class pictures that are kept, files, resuming."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from unziplora.base import Base
+from unziplora.class_pictures import class_pictures, fingerprint
+from unziplora.config import resolve
+from unziplora.config_dreambooth import DreamBoothConfig
+from unziplora.errors import Interrupted, UserError
+from unziplora.generate import Settings
+from unziplora.job import run_job
+from unziplora.lora.files import read_lora
+from unziplora.lora.layer import adapted, attention_linears, remove
+from unziplora.methods.common import Setup
+from unziplora.methods.dreambooth import DreamBooth
+from unziplora.objective import denoising_loss, generator
+from unziplora.progress import Progress
+from unziplora.prompts import embed
+from unziplora.sample import sample
+from unziplora.train import Trainer
+
+Make = Callable[..., DreamBoothConfig]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNZIPLORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def config(tiny_folder: Path, tmp_path: Path) -> Make:
+    for number in (1, 2):
+        picture = Image.effect_mandelbrot((80, 80), (-2, -1.5, number, 1.5), 20).convert("RGB")
+        picture.save(tmp_path / f"cat{number}.png")
+
+    def make(**changes: object) -> DreamBoothConfig:
+        keys: dict[str, object] = {
+            "images": [tmp_path / "cat1.png", tmp_path / "cat2.png"],
+            "base": str(tiny_folder),
+            "out": tmp_path / "run",
+            "content": "cat",
+            "rank": 2,
+            "steps": 4,
+            "learning_rate": 1e-2,
+            "text_learning_rate": 1e-2,
+            "prior_images": 3,
+            "checkpoint_every": 2,
+            "sample_steps": 1,
+            "sample_guidance": 1,
+            "sample_seeds": [],
+            "save_precision": "fp32",
+            "device": "cpu",
+        }
+        return resolve(DreamBoothConfig, {**keys, **changes})
+
+    return make
+
+
+def build(base: Base, config: DreamBoothConfig, told: list[str] | None = None) -> DreamBooth:
+    accelerator = Accelerator(cpu=True)
+    tell = [] if told is None else told
+    return DreamBooth.build(config, Setup(base, 64, accelerator.autocast, tell.append))
+
+
+def run(method: DreamBooth) -> None:
+    trainer = Trainer(method, method.config, Accelerator(cpu=True))
+    for step in range(method.config.steps):
+        trainer.step(step)
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("words", "prompt", "product"),
+        [
+            ({"content": "cat", "style": None}, "a sks cat", "content"),
+            ({"content": None, "style": "ink style"}, "an image in ink style", "style"),
+            ({"content": "cat", "style": "ink"}, "a sks cat in ink style", "lora"),
+        ],
+    )
+    def test_words_say_prompts_and_the_file(self, config: Make, words: dict[str, str], prompt: str, product: str):
+        made = config(**words)
+        assert made.picture_prompts() == [prompt, prompt]
+        assert made.product == product
+
+    def test_one_prompt_each(self, config: Make):
+        assert config(prompts=["a {token} one", "two"]).picture_prompts() == ["a sks one", "two"]
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"content": None}, "say what the pictures show"),
+            ({"prompts": ["a", "b", "c"]}, "3 prompts for 2 images"),
+            ({"content": " "}, "must not be blank"),
+            ({"targets": ["convolutions"]}, "targets"),
+            ({"optimizer": "prodigy"}, "set learning_rate to 1"),
+        ],
+    )
+    def test_what_cannot_be_trained_is_refused(self, config: Make, wrong: dict[str, object], message: str):
+        with pytest.raises(UserError, match=message):
+            config(**wrong)
+
+    def test_the_small_base_has_a_preset(self, config: Make):
+        assert config(base="bundled").learning_rate == 1e-2  # the user's own
+        assert (
+            resolve(DreamBoothConfig, {"images": ["a.png"], "content": "a", "out": "b", "base": "bundled"}).rank == 16
+        )
+
+
+def test_only_the_lora_trains_and_only_where_it_shall(tiny_base: Base, config: Make):
+    frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
+    method = build(tiny_base, config(targets=["feed-forward", "projections"]))
+    run(method)
+    assert all(path.endswith((".proj", ".net.2", "proj_in", "proj_out")) for path in method.branches)
+    assert all(branch.delta().abs().max() > 0 for branch in method.branches.values())
+    assert {"content"} == {name for layer in adapted(tiny_base.unet).values() for name in layer.branches}
+    remove(tiny_base.unet)
+    after = tiny_base.unet.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+
+
+def test_the_loss_is_that_of_each_picture_with_its_own_prompt(tiny_base: Base, config: Make):
+    method = build(tiny_base, config(prompts=["one", "two"], batch_size=2, seed=5))
+    rows = embed(tiny_base, ["one", "two"])
+    torch.testing.assert_close(method.examples.conditioning.tokens, rows.tokens)
+    (loss,) = method.losses(0)
+    draw = generator(5, "train", 0)
+    start = int(torch.randint(2, (1,), generator=draw))
+    order = [(start + k) % 2 for k in range(2)]
+    times = torch.randint(1000, (2,), generator=draw)
+    noise = torch.randn(method.examples.latents.shape, generator=draw)
+    schedule = DDPMScheduler.from_config(tiny_base.scheduler.config)
+    noisy = schedule.add_noise(method.examples.latents[order], noise, times)
+    told = {"text_embeds": rows.pooled[order], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+    predicted = tiny_base.unet(noisy, times, rows.tokens[order], added_cond_kwargs=told).sample
+    torch.testing.assert_close(loss, (predicted - noise).square().mean())
+
+
+class TestPrior:
+    def test_the_second_term_is_the_weighted_loss_on_class_pictures(self, tiny_base: Base, config: Make):
+        method = build(tiny_base, config(prior=0.5))
+        assert method.prior is not None
+        assert len(method.prior.latents) == 3
+        torch.testing.assert_close(method.prior.conditioning.tokens[:1], embed(tiny_base, ["a cat"]).tokens)
+        _, second = method.losses(1)
+        draw = generator(0, "prior", 1)
+        expected = denoising_loss(tiny_base.unet, method.scheduler, method.prior, draw=draw, batch_size=1)
+        torch.testing.assert_close(second, 0.5 * expected)
+
+    def test_it_holds_the_class_where_it_was(self, fresh_base: Callable[[], Base], config: Make):
+        """With its class pictures in the loss, a LoRA moves the base's answer to the class prompt less."""
+        moved = {}
+        for weight in (1e-9, 30.0):
+            base = fresh_base()
+            method = build(base, config(prior=weight, steps=15, max_grad_norm=1e9))
+            prior = method.prior
+            assert prior is not None
+
+            def error(method: DreamBooth = method, base: Base = base) -> float:
+                draws = [generator("test", k) for k in range(8)]
+                with torch.no_grad():
+                    losses = [
+                        denoising_loss(base.unet, method.scheduler, method.prior, draw=d, batch_size=3) for d in draws
+                    ]
+                return float(torch.stack(losses).mean())
+
+            before = error()
+            run(method)
+            moved[weight] = error() - before
+        assert moved[30.0] < moved[1e-9]
+
+    def test_class_pictures_are_made_once_kept_and_used_again(self, tiny_base: Base, tmp_path: Path):
+        told: list[str] = []
+        settings = Settings(1, 1.0, width=64, height=64, batch_size=2)
+        first = class_pictures(tiny_base, "a cat", 3, settings, told.append)
+        (folder,) = (tmp_path / "cache" / "class-pictures").iterdir()
+        assert len(list(folder.glob("*.png"))) == 3
+        again = class_pictures(tiny_base, "a cat", 4, settings, told.append)
+        assert [message.split()[1] for message in told] == ["3", "1"]
+        assert [p.tobytes() for p in again[:3]] == [p.tobytes() for p in first]
+        assert class_pictures(tiny_base, "a cat", 2, settings, told.append)[0].tobytes() == first[0].tobytes()
+        assert len(told) == 2
+        class_pictures(tiny_base, "a dog", 1, settings, told.append)
+        assert len(told) == 3
+
+    def test_another_base_has_pictures_of_its_own(self, fresh_base: Callable[[], Base]):
+        one, two = fresh_base(), fresh_base()
+        assert fingerprint(one) == fingerprint(two)
+        with torch.no_grad():
+            two.unet.conv_in.weight[0, 0, 0, 0] += 1
+        assert fingerprint(one) != fingerprint(two)
+
+    def test_ones_own_pictures_count(self, tiny_base: Base, tmp_path: Path):
+        own = tmp_path / "cats"
+        own.mkdir()
+        Image.new("RGB", (100, 70), "red").save(own / "mine.jpg")
+        pictures = class_pictures(tiny_base, "a cat", 1, Settings(1, 1.0, width=64), [].append, own)
+        assert [picture.size for picture in pictures] == [(64, 64)]
+        (own / "broken.png").write_bytes(b"no picture")
+        with pytest.raises(UserError, match=r"broken\.png"):
+            class_pictures(tiny_base, "a cat", 2, Settings(1, 1.0, width=64), [].append, own)
+
+
+class TestTextEncoders:
+    def test_only_adapters_train_and_the_file_gives_the_trained_embedding_back(
+        self, tiny_folder: Path, config: Make, tmp_path: Path
+    ):
+        from unziplora.base import load_base
+
+        base = load_base(str(tiny_folder))
+        before = embed(base, ["a sks cat"])
+        frozen = [{n: p.clone() for n, p in encoder.named_parameters()} for encoder in base.text_encoders]
+        method = build(base, config(text_encoders=True, alpha=1.0, prior=1.0))
+        run(method)
+        for encoder, values in zip(base.text_encoders, frozen, strict=True):
+            now = {n.replace(".base_layer", ""): p for n, p in encoder.named_parameters()}
+            assert all(torch.equal(now[name], value) for name, value in values.items())
+        trained = embed(base, ["a sks cat"])
+        assert (trained.tokens - before.tokens).abs().max() > 1e-4
+        fresh = load_base(str(tiny_folder))
+        lora = method.export()["content"]
+        fresh.pipe.load_lora_weights({name: tensor.clone() for name, tensor in lora.text.items()})
+        torch.testing.assert_close(embed(fresh, ["a sks cat"]).tokens, trained.tokens, atol=1e-5, rtol=1e-5)
+
+    def test_a_run_writes_and_samples_them(self, config: Make, tmp_path: Path):
+        run = run_job(DreamBooth, config(text_encoders=True))
+        assert any(name.startswith("text_encoder_2.") for name in read_lora(run.content).text)
+        from unziplora.config_sample import SampleConfig
+
+        paths = sample(SampleConfig(content=run.path, out=tmp_path / "made", steps=1, guidance=1))
+        assert [path.name for path in paths] == ["0.png"]
+
+
+class TestRun:
+    def test_leaves_one_lora_a_card_and_samples(self, config: Make):
+        run = run_job(DreamBooth, config(content=None, style="ink", sample_seeds=[0], formats=["kohya", "diffusers"]))
+        assert sorted(path.name for path in run.path.glob("*.safetensors")) == [
+            "style.diffusers.safetensors",
+            "style.safetensors",
+        ]
+        lora = read_lora(run.style)
+        assert lora.metadata["modelspec.trigger_phrase"] == "in ink style"
+        assert len(lora.modules) == len(attention_linears(tiny.unet()))
+        text = run.card.read_text()
+        assert "DreamBooth LoRA" in text
+        assert "unziplora sample --style" in text
+        assert (run.samples / "samples.png").is_file()
+
+    @pytest.mark.parametrize("text", [False, True])
+    def test_a_run_that_was_interrupted_ends_like_one_that_was_not(self, config: Make, tmp_path: Path, text: bool):
+        keys = {"text_encoders": text, "prior": 1.0}
+        whole = run_job(DreamBooth, config(out=tmp_path / "whole", **keys))
+
+        def interrupt(event: Progress) -> None:
+            if event.step == 3 and event.loss == event.loss:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(Interrupted, match="unziplora train dreambooth --resume"):
+            run_job(DreamBooth, config(out=tmp_path / "cut", **keys), progress=interrupt)
+        cut = run_job(DreamBooth, config(out=tmp_path / "cut", **keys), resume=True)
+        one, two = read_lora(whole.content), read_lora(cut.content)
+        assert one.modules.keys() == two.modules.keys()
+        assert all(torch.equal(a, b) for m in one.modules for a, b in zip(one.modules[m], two.modules[m], strict=True))
+        assert one.text.keys() == two.text.keys()
+        assert bool(one.text) == text
+        assert all(torch.equal(one.text[name], two.text[name]) for name in one.text)
