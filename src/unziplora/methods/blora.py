@@ -16,6 +16,7 @@ from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import attention_linears, of_kinds
 from unziplora.lora.separation import NAMES
+from unziplora.methods.base import Method
 from unziplora.methods.common import (
     Setup,
     View,
@@ -32,8 +33,8 @@ from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.prompts import Prompts
 
 
-class BLora:
-    """Two LoRAs in blocks of their own, and what a job asks of a method (see `Method`).
+class BLora(Method[BLoraConfig]):
+    """Two LoRAs in blocks of their own, and what a job asks of a method.
 
     Attributes:
         branches: the branches by LoRA name and module path.
@@ -117,20 +118,11 @@ class BLora:
         rate, decay = config.learning_rate, config.weight_decay
         return [{"name": "unet", "params": params, "lr": rate, "weight_decay": decay}]
 
-    def before_step(self, step: int, gradient_scale: float) -> None:
-        """Nothing to prepare."""
-
     def losses(self, step: int) -> Iterator[Tensor]:
         """The denoising error with both LoRAs, a scalar."""
         with self.autocast():
             draw = generator(self.config.seed, "train", step)
             yield denoising_loss(self.unet, self.scheduler, self.examples, draw=draw, **self.config.noising())
-
-    def after_backward(self, step: int) -> None:
-        """Gradients stay as they are."""
-
-    def after_step(self, step: int) -> None:
-        """Parameters have no bounds."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""

@@ -15,6 +15,7 @@ from unziplora.card import About, File, pictures_told
 from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import of_kinds, target_linears
+from unziplora.methods.base import Method
 from unziplora.methods.common import (
     Setup,
     View,
@@ -35,8 +36,8 @@ from unziplora.text_lora import TextLora
 GIVES = {"content": "the content", "style": "the style", "lora": "content and style in one"}
 
 
-class DreamBooth:
-    """One LoRA on a UNet, if asked for another on the text encoders, and what a job asks of a method (see `Method`).
+class DreamBooth(Method[DreamBoothConfig]):
+    """One LoRA on a UNet, if asked for another on the text encoders, and what a job asks of a method.
 
     Attributes:
         branches: the UNet's branches by module path.
@@ -122,9 +123,6 @@ class DreamBooth:
             groups.append({"name": "text", "params": self.text.parameters(), "lr": config.text_learning_rate})
         return [{**group, "weight_decay": config.weight_decay} for group in groups]
 
-    def before_step(self, step: int, gradient_scale: float) -> None:
-        """Nothing to prepare."""
-
     def losses(self, step: int) -> Iterator[Tensor]:
         """The denoising error on the pictures, and λ times that on the class pictures, scalars."""
         with self.autocast():
@@ -137,12 +135,6 @@ class DreamBooth:
                 draw = generator(self.config.seed, "prior", step)
                 loss = denoising_loss(self.unet, self.scheduler, prior, draw=draw, **self.config.noising())
                 yield self.config.prior * loss
-
-    def after_backward(self, step: int) -> None:
-        """Gradients stay as they are."""
-
-    def after_step(self, step: int) -> None:
-        """Parameters have no bounds."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""

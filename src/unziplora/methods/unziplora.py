@@ -22,6 +22,7 @@ from unziplora.lora.columns import Phase, phase
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import attention_linears, of_kinds
 from unziplora.lora.separation import NAMES, ColumnSeparation
+from unziplora.methods.base import Method
 from unziplora.methods.common import (
     Setup,
     View,
@@ -39,8 +40,8 @@ from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.prompts import Prompts
 
 
-class UnZipLora:
-    """Both LoRAs on a UNet, and what a job asks of a method (see `Method`).
+class UnZipLora(Method[SplitConfig]):
+    """Both LoRAs on a UNet, and what a job asks of a method.
 
     Attributes:
         branches: the branches by LoRA name and module path.
