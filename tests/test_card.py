@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from unziplora.card import card
+from unziplora.card import About, File, card
 from unziplora.config import resolve
 from unziplora.config_split import SplitConfig
 from unziplora.config_training import SDXL
+from unziplora.config_zip import ZipConfig
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.run import RunFolder
 
@@ -57,3 +58,14 @@ def test_tells_nothing_about_the_machine(run: RunFolder) -> None:
 
 def test_measured_scores_are_listed(run: RunFolder) -> None:
     assert "| DINO | 0.349 |" in written(run, scores={"DINO": 0.349})
+
+
+def test_a_merged_lora_is_loaded_alone_and_sampled_as_a_run(run: RunFolder) -> None:
+    about = About(
+        "ZipLoRA", "A LoRA merged", "a sks cat in ink style", {n: File(n, n) for n in ("lora", "content", "style")}
+    )
+    config = resolve(ZipConfig, {"content_lora": "/home/me/a", "style_lora": "/home/me/b", "out": run.path})
+    text = card(run, config, about, full_size=True)
+    assert text.count("load_lora_weights") == 1
+    assert f"unziplora sample {run.path}\n" in text
+    assert "/home/me" not in text

@@ -494,11 +494,14 @@ def test_libraries_warnings_are_kept_back(call: Call, monkeypatch: pytest.Monkey
 
 
 def test_the_default_run_folder_is_named_after_the_picture() -> None:
-    from unziplora.cli.training import _default_out
+    from unziplora.cli.training import run_layers
 
-    assert _default_out(["a/My cat (1).jpg"]) == "runs/My-cat-1"
-    assert _default_out(["…"]) == "runs/picture"
-    assert _default_out(None) is None
+    def out(name: str | None) -> dict[str, Any]:
+        return run_layers("split", {}, {}, name, False)[-1]
+
+    assert out("My cat (1)") == {"out": "runs/My-cat-1"}
+    assert out("…") == {"out": "runs/picture"}
+    assert out(None) == {}
 
 
 def test_commands_are_what_the_help_lists() -> None:

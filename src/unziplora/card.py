@@ -15,7 +15,14 @@ from unziplora.base_hub import HUB_ID
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.run import RunFolder
 
-PRIVATE = {"images", "masks", "out", "blocks", "class_folder"}
+PRIVATE = {
+    "out",
+    "blocks",
+    "class_folder",
+    "images",
+    "masks",
+    *(f"{name}_{what}" for name in ("content", "style") for what in ("lora", "images")),
+}
 """Keys that tell about a person's machine, and nothing about the LoRAs: kept out of what is shared."""
 
 
@@ -125,23 +132,21 @@ cannot load it. Sample with
 
 
 def _commands(run: RunFolder, config: TrainingConfig, about: About) -> str:
+    subject = config.sample_subject if isinstance(config, PictureConfig) else "dog"
     lines = []
-    if {"content", "style"} <= about.files.keys():
+    if "lora" in about.files or {"content", "style"} <= about.files.keys():
         lines.append(f"unziplora sample {run.path}")
-    prompts = {
-        "content": "{} on a beach",
-        "style": f"a {config.sample_subject} {{}}",
-        "lora": "{}",
-    }
+    prompts = {"content": "{} on a beach", "style": f"a {subject} {{}}"}
     for name, file in about.files.items():
-        flag = "content" if name == "lora" else name
-        lines.append(f'unziplora sample --{flag} {run.path} --prompts "{prompts[name].format(file.trigger)}"')
+        if name != "lora":
+            lines.append(f'unziplora sample --{name} {run.path} --prompts "{prompts[name].format(file.trigger)}"')
     return "\n".join(lines)
 
 
 def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
     name = run.path.resolve().name
-    titles = {file: f"{name}-{file}" for file in about.files}
+    # A merged LoRA is its two parts already.
+    titles = {file: f"{name}-{file}" for file in (["lora"] if "lora" in about.files else about.files)}
     both = about.prompt
     calls = " ".join(f"<lora:{title}:1>" for title in titles.values())
     together = (

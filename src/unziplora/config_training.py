@@ -33,12 +33,9 @@ class TrainingConfig(Recipe):
     )
     token: str = key("sks", "Rare word that stands for this very subject.", "Prompts", min_length=1)
 
-    rank: int = key(64, "Rank of the LoRA (of each, where there are two).", "Training", ge=1)
-    alpha: float | None = key(None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0)
     steps: int = key(600, "Optimiser steps.", "Training", ge=1)
     batch_size: int = key(1, "Noisy latents per step.", "Training", ge=1)
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = key("adamw", "Optimiser.", "Training")
-    weight_decay: float = key(1e-4, "Decoupled weight decay of the LoRA matrices.", "Training", ge=0)
     betas: tuple[float, float] = key((0.9, 0.999), "Adam's betas.", "Training")
     schedule: Literal["constant", "cosine"] = key("constant", "Learning-rate schedule.", "Training")
     schedule_warmup: int = key(0, "Steps of linear learning-rate warm-up.", "Training", ge=0)
@@ -58,10 +55,6 @@ class TrainingConfig(Recipe):
     formats: list[Literal["kohya", "diffusers"]] = key(["kohya"], "File layouts to write.", "Output", min_length=1)
     checkpoint_every: int = key(200, "Steps between checkpoints; 0: only when interrupted.", "Output", ge=0)
     sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0)
-    sample_subject: str = key("dog", "Another subject, for the style-alone sample.", "Output", min_length=1)
-    sample_style: str = key(
-        "watercolor painting", "Another style, for the content-alone sample.", "Output", min_length=1
-    )
     sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1)
     sample_guidance: float = key(5.0, "Classifier-free guidance of samples.", "Output", ge=1)
     sample_seeds: list[int] = key([0, 1], "Seeds of samples; empty: no samples.", "Output")
@@ -90,6 +83,14 @@ class TrainingConfig(Recipe):
             raise UserError(f"prompt template {template!r}: use only {known} ({error})") from None
         return text.replace("style style", "style")
 
+    def check_rates(self, **rates: float) -> None:
+        """Refuse learning rates that do not go with the optimiser."""
+        if self.optimizer == "prodigy" and 0 < max(rates.values()) < 0.1:
+            got = " and ".join(f"{rate:g}" for rate in rates.values())
+            raise ValueError(
+                f"Prodigy finds the step size itself, and its learning rates are factors (got {got}): "
+                f"set {' and '.join(rates)} to 1"
+            )
 
     def told_prompts(self) -> dict[str, str]:
         """The prompts that templates make, by name, to be shown before a run."""
@@ -104,6 +105,14 @@ class PictureConfig(TrainingConfig):
     masks: list[Path] = key([], "Subject masks, one per picture: white counts in the loss.", "Input")
     background_weight: float = key(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
 
+    rank: int = key(64, "Rank of the LoRA (of each, where there are two).", "Training", ge=1)
+    alpha: float | None = key(None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0)
+    weight_decay: float = key(1e-4, "Decoupled weight decay of the LoRA matrices.", "Training", ge=0)
+    sample_subject: str = key("dog", "Another subject, for the style-alone sample.", "Output", min_length=1)
+    sample_style: str = key(
+        "watercolor painting", "Another style, for the content-alone sample.", "Output", min_length=1
+    )
+
     @field_validator("content", "style", "token", check_fields=False)
     @classmethod
     def _not_blank(cls, text: str | None) -> str | None:
@@ -116,12 +125,3 @@ class PictureConfig(TrainingConfig):
         if self.masks and len(self.masks) != len(self.images):
             raise ValueError(f"{len(self.masks)} masks for {len(self.images)} images: give one mask per image")
         return self
-
-    def check_rates(self, **rates: float) -> None:
-        """Refuse learning rates that do not go with the optimiser."""
-        if self.optimizer == "prodigy" and 0 < max(rates.values()) < 0.1:
-            got = " and ".join(f"{rate:g}" for rate in rates.values())
-            raise ValueError(
-                f"Prodigy finds the step size itself, and its learning rates are factors (got {got}): "
-                f"set {' and '.join(rates)} to 1"
-            )

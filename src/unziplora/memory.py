@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from unziplora.base import BUNDLED, config_folder
 from unziplora.base_files import check_folder, read_header, read_json
 from unziplora.base_hub import HUB_ID
-from unziplora.config_training import TrainingConfig
+from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError, first_line
 from unziplora.lora.layer import TARGETS, target_linears
@@ -187,7 +187,7 @@ def _part(folder: Path, name: str, index: dict[str, Any]) -> Any:
     return model(model.config_class(**read_json(folder / name / "config.json")))
 
 
-def estimate(config: TrainingConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]]) -> Memory:
+def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]]) -> Memory:
     """The memory that a training needs at its peak, part by part.
 
     Weights, LoRAs, gradients and optimiser follow from sizes; activations are read off the graph of a
@@ -267,6 +267,6 @@ def smaller(config: TrainingConfig) -> str | None:
         return "--optimizer adamw8bit (needs bitsandbytes: pip install 'unziplora[8bit]')"
     if config.resolution is None or config.resolution > 512:
         return f"--resolution {768 if (config.resolution or 1024) > 768 else 512}"
-    if config.rank > 8:
+    if isinstance(config, PictureConfig) and config.rank > 8:
         return f"--rank {config.rank // 2}"
     return None

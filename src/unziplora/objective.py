@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -78,33 +79,59 @@ def denoising_loss(
         min_snr_gamma: γ of min-SNR weighting (arXiv 2303.09556), or None for equal weights.
         noise_offset: size of an additional noise that is constant over each latent channel.
     """
-    device, count = examples.latents.device, len(examples.latents)
-    start = int(torch.randint(count, (1,), generator=draw))
-    index = (start + torch.arange(batch_size)) % count
-    clean = examples.latents[index.to(device)]
-    steps = int(scheduler.config["num_train_timesteps"])
-    timesteps = torch.randint(steps, (batch_size,), generator=draw).to(device)
-    noise = torch.randn(clean.shape, generator=draw)
-    if noise_offset:
-        noise = noise + noise_offset * torch.randn(*clean.shape[:2], 1, 1, generator=draw)
-    noise = noise.to(device, clean.dtype)
-    conditioning = examples.conditioning.take(index.to(device))
-    prediction = unet(
-        scheduler.add_noise(clean, noise, timesteps),
-        timesteps,
-        encoder_hidden_states=conditioning.tokens,
-        added_cond_kwargs={"text_embeds": conditioning.pooled, "time_ids": conditioning.time_ids},
-        return_dict=False,
-    )[0]
-    error = (prediction.float() - target(scheduler, clean, noise, timesteps).float()).square()
+    drawn = noised(scheduler, examples, batch_size, draw, noise_offset)
+    clean, timesteps = examples.latents[drawn.index], drawn.timesteps
+    prediction = unet(**drawn.inputs)[0]
+    error = (prediction.float() - target(scheduler, clean, drawn.noise, timesteps).float()).square()
     if examples.weights is not None:
-        weights = examples.weights[index.to(device)]
+        weights = examples.weights[drawn.index]
         # Normalised per picture, so that a small subject teaches as strongly as a large one.
         error = error * (weights / weights.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6))
     error = error.mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
         error = error * snr_weights(scheduler, timesteps, min_snr_gamma)
     return error.mean()
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Noisy latents of some pictures.
+
+    Attributes:
+        index: which pictures, [B].
+        noise: what was added, [B, C, h, w].
+        timesteps: how much of it, [B].
+        inputs: what the UNet is called with.
+    """
+
+    index: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    inputs: dict[str, Any]
+
+
+def noised(
+    scheduler: DDPMScheduler, examples: Examples, batch_size: int, draw: torch.Generator, noise_offset: float = 0.0
+) -> Noised:
+    """Draw pictures in turn from a random start, uniform timesteps and noise, on the CPU: alike on every device."""
+    device, count = examples.latents.device, len(examples.latents)
+    start = int(torch.randint(count, (1,), generator=draw))
+    index = ((start + torch.arange(batch_size)) % count).to(device)
+    clean, told = examples.latents[index], examples.conditioning.take(index)
+    steps = int(scheduler.config["num_train_timesteps"])
+    timesteps = torch.randint(steps, (batch_size,), generator=draw).to(device)
+    noise = torch.randn(clean.shape, generator=draw)
+    if noise_offset:
+        noise = noise + noise_offset * torch.randn(*clean.shape[:2], 1, 1, generator=draw)
+    noise = noise.to(device, clean.dtype)
+    inputs = {
+        "sample": scheduler.add_noise(clean, noise, timesteps),
+        "timestep": timesteps,
+        "encoder_hidden_states": told.tokens,
+        "added_cond_kwargs": {"text_embeds": told.pooled, "time_ids": told.time_ids},
+        "return_dict": False,
+    }
+    return Noised(index, noise, timesteps, inputs)
 
 
 def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

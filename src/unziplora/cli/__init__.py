@@ -16,6 +16,7 @@ from unziplora.errors import UserError
 COMMANDS = {
     "split": "unziplora.cli.split",
     "train": "unziplora.cli.train",
+    "zip": "unziplora.cli.zip",
     "sample": "unziplora.cli.pictures",
     "grid": "unziplora.cli.pictures",
     "blocks": "unziplora.cli.blocks",

@@ -18,6 +18,7 @@ from unziplora.config_probe import ProbeConfig
 from unziplora.config_sample import GridConfig, SampleConfig
 from unziplora.config_split import SplitConfig
 from unziplora.config_training import PictureConfig
+from unziplora.config_zip import ZipConfig
 
 HEAD = """# Configuration
 
@@ -44,6 +45,7 @@ def reference() -> str:
             _presets(DreamBoothConfig),
             _section("`unziplora train blora`", BLoraConfig, PictureConfig, trained),
             _presets(BLoraConfig),
+            _section("`unziplora zip`", ZipConfig, PictureConfig, trained),
             _section("`unziplora sample`", SampleConfig),
             _section("`unziplora grid`", GridConfig, SampleConfig, "`unziplora sample`"),
             _section("`unziplora blocks`", ProbeConfig),

@@ -56,8 +56,7 @@ class Training:
             from unziplora.job import run_job
 
             run = run_job(self.method(), config, resume=resume, progress=progress)
-        result = _result(run)
-        emit(result, lambda: _text(result), as_json)
+        tell_result(run, as_json)
 
     def _layers(
         self, ctx: click.Context, pictures: tuple[str, ...], config_file: str | None, resume: bool
@@ -66,15 +65,9 @@ class Training:
         file, flags = layers(ctx, config_file)
         if pictures:
             flags["images"] = [*pictures, *flags.get("images", [])]
-        out = flags.get("out") or file.get("out") or _default_out(flags.get("images") or file.get("images"))
-        if not resume:
-            return [file, flags, {"out": out} if out else {}]
-        if not out:
-            raise UserError(f"--resume needs the run folder: unziplora {self.command} --resume --out runs/NAME")
-        saved = Path(out) / "config.toml"
-        if not saved.is_file():
-            raise UserError(f"{out}: no run to resume here (it has no config.toml); leave --resume out")
-        return [read_toml(saved), file, flags, {"out": out}]
+        named = flags.get("images") or file.get("images")
+        default = Path(str(named[0])).stem if named and isinstance(named, list) else None
+        return run_layers(self.command, file, flags, default, resume)
 
     def _plan(self, config: PictureConfig, as_json: bool) -> None:
         """Show the resolved settings, the prompts and the memory estimate; pictures and masks are opened."""
@@ -120,12 +113,24 @@ def training_command(training: Training, help: str, short_help: str, notes: Mapp
     )
 
 
-def _default_out(images: Any) -> str | None:
-    """runs/NAME after the first picture."""
-    if not images or not isinstance(images, list):
-        return None
-    name = re.sub(r"[^\w.-]+", "-", Path(str(images[0])).stem).strip(".-") or "picture"
-    return str(Path("runs") / name)
+def run_layers(
+    command: str, file: dict[str, Any], flags: dict[str, Any], default: str | None, resume: bool
+) -> list[dict[str, Any]]:
+    """The keys from the run to resume, a TOML file and the command line, with a run folder named.
+
+    Args:
+        default: what the run is called in `runs`, if nothing else is said; None if nothing is known.
+    """
+    name = re.sub(r"[^\w.-]+", "-", default).strip(".-") if default else default
+    out = flags.get("out") or file.get("out") or (None if name is None else str(Path("runs") / (name or "picture")))
+    if not resume:
+        return [file, flags, {"out": out} if out else {}]
+    if not out:
+        raise UserError(f"--resume needs the run folder: unziplora {command} --resume --out runs/NAME")
+    saved = Path(out) / "config.toml"
+    if not saved.is_file():
+        raise UserError(f"{out}: no run to resume here (it has no config.toml); leave --resume out")
+    return [read_toml(saved), file, flags, {"out": out}]
 
 
 def _check_pictures(config: PictureConfig, resolution: int) -> None:
@@ -137,18 +142,12 @@ def _check_pictures(config: PictureConfig, resolution: int) -> None:
         load_mask(mask, resolution, picture)
 
 
-def _result(run: RunFolder) -> dict[str, Any]:
-    loras = {name: path for name in ("content", "style", "lora") if (path := run.lora(name)).is_file()}
-    return {
-        "run": str(run.path),
-        **{name: str(path) for name, path in loras.items()},
-        "samples": sorted(str(path) for path in run.samples.glob("*.png")),
-        "card": str(run.card),
-    }
-
-
-def _text(result: dict[str, Any]) -> str:
-    lines = [f"{name:<8} {result[name]}" for name in ("content", "style", "lora") if name in result]
-    lines += [f"sample   {path}" for path in result["samples"][-1:]]
-    note(f"How to use them: {result['card']}")
-    return "\n".join(lines)
+def tell_result(run: RunFolder, as_json: bool) -> None:
+    """Print the files of a finished run."""
+    loras = {name: str(path) for name in ("lora", "content", "style") if (path := run.lora(name)).is_file()}
+    samples = sorted(str(path) for path in run.samples.glob("*.png"))
+    result = {"run": str(run.path), **loras, "samples": samples, "card": str(run.card)}
+    lines = [f"{name:<8} {path}" for name, path in loras.items()] + [f"sample   {path}" for path in samples[-1:]]
+    emit(result, "\n".join(lines), as_json)
+    if not as_json:
+        note(f"How to use it: {run.card}")

@@ -23,16 +23,19 @@ class Trained(Protocol):
         """Optimiser groups with a name each."""
 
     def before_step(self, step: int, gradient_scale: float) -> None:
-        """Anything to do before a step's losses."""
+        """What is to be done before a step's losses; nothing, unless a method says so."""
+        return
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """Terms of the loss; each is propagated before the next is asked for."""
 
     def after_backward(self, step: int) -> None:
-        """Change gradients before they are clipped."""
+        """Change gradients before they are clipped; nothing, unless a method says so."""
+        return
 
     def after_step(self, step: int) -> None:
-        """Put parameters back into their bounds."""
+        """Put parameters back into their bounds; nothing, unless a method says so."""
+        return
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs."""

@@ -102,7 +102,7 @@ def new_branches(
     unet: nn.Module,
     name: str,
     paths: Iterable[str],
-    config: TrainingConfig,
+    config: PictureConfig,
     *,
     stream: str = "full",
     start: str = "zeros",

@@ -1,0 +1,99 @@
+"""The recipe of `zip`: a content LoRA and a style LoRA become one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from unziplora.config import key
+from unziplora.config_training import TrainingConfig
+from unziplora.errors import UserError
+
+
+class ZipConfig(TrainingConfig):
+    """Merge a content LoRA and a style LoRA into one, by trained column scales (ZipLoRA, arXiv 2311.13600) or a sum."""
+
+    content_lora: Path = key(..., "Run folder or LoRA file that gives the content.", "Input")
+    style_lora: Path = key(..., "Run folder or LoRA file that gives the style.", "Input")
+    content_images: list[Path] = key(
+        [],
+        "Pictures that the content LoRA learnt; default: its run's. Without any, or with 'none', it makes some itself.",
+        "Input",
+    )
+    style_images: list[Path] = key(
+        [],
+        "Pictures that the style LoRA learnt; default: its run's. Without any, or with 'none', it makes some itself.",
+        "Input",
+    )
+
+    content_prompt: str | None = key(
+        None, "Prompt that the content LoRA learnt; default: as in its run, required for other files.", "Prompts"
+    )
+    style_prompt: str | None = key(
+        None, "Prompt that the style LoRA learnt; default: as in its run, required for other files.", "Prompts"
+    )
+    full_prompt: str | None = key(
+        None, "Prompt of both together, for samples and the card; default: made of the two.", "Prompts"
+    )
+
+    method: Literal["zip", "direct"] = key(
+        "zip", "Train column scales so that both work together, or add the LoRAs as they are (no base).", "Method"
+    )
+    content_strength: float = key(1.0, "Strength of the content LoRA before merging.", "Method", allow_inf_nan=False)
+    style_strength: float = key(1.0, "Strength of the style LoRA before merging.", "Method", allow_inf_nan=False)
+    orthogonality: float = key(0.01, "Weight of the mean |m_c · m_s| of the column scales.", "Method", ge=0)
+    teacher_images: int = key(4, "Pictures that a LoRA without any makes.", "Method", ge=1)
+
+    steps: int = key(100, "Optimiser steps.", "Training", ge=1)
+    # Adam moves a scale by about this much per step: at 5e-5, ziplora-pytorch's rate, by 0.005 in 100 steps.
+    learning_rate: float = key(1e-2, "Learning rate of the column scales.", "Training", ge=0)
+
+    parts: bool = key(False, "Write the two scaled LoRAs too; their sum is the merged one.", "Output")
+
+    @field_validator("content_prompt", "style_prompt", "full_prompt")
+    @classmethod
+    def _not_blank(cls, text: str | None) -> str | None:
+        if text is not None and not text.strip():
+            raise ValueError("must not be blank")
+        return text
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ZipConfig:
+        self.check_rates(learning_rate=self.learning_rate)
+        return self
+
+    def told_prompts(self) -> dict[str, str]:
+        """The three prompts."""
+        return self.prompts()
+
+    def prompts(self) -> dict[str, str]:
+        """The three prompts with the token filled in, by the names full, content and style.
+
+        Raises:
+            UserError: a prompt is neither given nor known.
+        """
+        told = {"content": self.content_prompt, "style": self.style_prompt}
+        for name, text in told.items():
+            if text is None:
+                raise UserError(
+                    f"{getattr(self, f'{name}_lora')} does not tell its words: give the prompt that it was trained "
+                    f"with as --{name}-prompt"
+                )
+        content, style = (self.fill(text or "") for text in told.values())
+        full = self.fill(self.full_prompt) if self.full_prompt else joined_prompt(content, style)
+        return {"full": full, "content": content, "style": style}
+
+
+def joined_prompt(content: str, style: str) -> str:
+    """A prompt of both: "a sks cat" with "an image in ink style" is "a sks cat in ink style", else after a comma."""
+    words = style_words(style)
+    return f"{content} {words}" if words.startswith("in ") else f"{content}, {words}"
+
+
+def style_words(style: str) -> str:
+    """What calls a style up behind any subject: of "an image in ink style" the end, else the whole prompt."""
+    end = re.search(r".*\b(in .+ style)$", style)
+    return end[1] if end else style

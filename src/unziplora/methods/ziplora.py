@@ -1,0 +1,217 @@
+"""ZipLoRA (arXiv 2311.13600): a content and a style LoRA become one, by trained scales of their input columns.
+
+ΔW = ΔW_c diag(m_c) + ΔW_s diag(m_s). The matrices rest; only the scales m train, towards what each LoRA does alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from unziplora.card import About, File
+from unziplora.config_zip import ZipConfig, style_words
+from unziplora.images import load_picture
+from unziplora.lora.columns import orthogonality
+from unziplora.lora.files import Lora, check_fits
+from unziplora.lora.layer import Branch, add_lora
+from unziplora.lora.separation import NAMES
+from unziplora.memory import inspect_base
+from unziplora.methods.base import Method
+from unziplora.methods.common import Setup, View, folded, switched_off
+from unziplora.objective import Examples, generator, noised, snr_weights
+from unziplora.prompts import Prompts
+from unziplora.zip_inputs import check_zippable, learnt, merge, read_loras, shared_layers
+
+SCALES = "scales"
+"""What is switched off, by this name, for the plain sum of both LoRAs."""
+
+
+class InputScale(nn.Module):
+    """A diag(m) for A [rank, in]: ΔW diag(m), a soft scale for each INPUT feature (arXiv 2311.13600).
+
+    Attributes:
+        columns: m, [in]; ones at the start.
+        on: whether the scale acts.
+    """
+
+    def __init__(self, down: Tensor) -> None:
+        super().__init__()
+        self.columns = nn.Parameter(torch.ones(down.shape[1], device=down.device))
+        self.on = True
+
+    def forward(self, down: Tensor) -> Tensor:
+        """A [rank, in] → A diag(m) [rank, in]."""
+        return down * self.columns if self.on else down
+
+
+def scale_input(branch: Branch) -> InputScale:
+    """Put a scale on the input features of a LoRA's layer."""
+    scale = InputScale(branch.down)
+    register_parametrization(branch, "down", scale)
+    return scale
+
+
+class ZipLora(Method[ZipConfig]):
+    """Both LoRAs on a UNet with their scales, and what a job asks of a method.
+
+    Attributes:
+        branches: the branches by LoRA name and module path.
+        scales: the scales by LoRA name and module path, in the layers that both LoRAs have.
+    """
+
+    command: ClassVar[str] = "zip"
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: DDPMScheduler,
+        examples: Mapping[str, Examples],
+        loras: Mapping[str, Lora],
+        config: ZipConfig,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        pictures: Sequence[Image.Image] = (),
+    ) -> None:
+        """Inject both LoRAs into the UNet, in place.
+
+        Args:
+            unet: frozen, without LoRAs.
+            scheduler: says how noise is added.
+            examples: by LoRA name the pictures that it learnt, with the conditioning of its prompt.
+            loras: by name, at their strengths; of linear layers that the UNet has.
+            config: the recipe.
+            autocast: context of the forward passes.
+            pictures: what the examples were made from, for the sample sheet.
+        """
+        self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
+        self.autocast, self.pictures = autocast, list(pictures)
+        self.branches = {name: add_lora(unet, name, loras[name].modules) for name in NAMES}
+        for branch in (branch for branches in self.branches.values() for branch in branches.values()):
+            branch.requires_grad_(False)
+        shared = shared_layers(loras)
+        self.scales = {name: {path: scale_input(self.branches[name][path]) for path in shared} for name in NAMES}
+
+    @classmethod
+    def check(cls, config: ZipConfig) -> None:
+        """Read both LoRAs, fill in the prompts, open the pictures.
+
+        Raises:
+            UserError: one of them is not usable.
+        """
+        direct = config.method == "direct"
+        loras = read_loras(config, None if direct else inspect_base(config.base).unet_config)
+        config.prompts()
+        if not direct:
+            check_zippable(config, loras)
+            for path in (*config.content_images, *config.style_images):
+                load_picture(path, 64)
+
+    @classmethod
+    def layers(cls, config: ZipConfig, paths: list[str]) -> dict[str, list[str]]:
+        """The layers of each LoRA's file."""
+        return {name: [path for path in paths if path in lora.modules] for name, lora in read_loras(config).items()}
+
+    @classmethod
+    def build(cls, config: ZipConfig, setup: Setup) -> ZipLora:
+        """Encode what each LoRA learnt, or have it make pictures, then inject both."""
+        base = setup.base
+        loras = read_loras(config, base.unet.config)
+        for name, lora in loras.items():
+            check_fits(lora, base.unet, str(getattr(config, f"{name}_lora")), f"base {base.name}")
+        paths = {"content": config.content_images, "style": config.style_images}
+        pictures = {name: [load_picture(path, setup.size) for path in paths[name]] for name in NAMES}
+        examples = {name: learnt(setup, config, name, loras[name], pictures[name]) for name in NAMES}
+        setup.leave_unet_alone(config)
+        shown = [picture for name in NAMES for picture in pictures[name]]
+        return cls(base.unet, setup.noise_schedule(), examples, loras, config, setup.autocast, shown)
+
+    @classmethod
+    def about(cls, config: ZipConfig) -> About:
+        """One LoRA, and if asked for its two parts."""
+        prompts, hint = config.prompts(), "Add the other part, at the same strength."
+        files = {"lora": File("content and style in one", prompts["full"])}
+        if config.parts:
+            triggers = {"content": prompts["content"], "style": style_words(prompts["style"])}
+            files |= {name: File(f"the {name} in it", trigger, hint) for name, trigger in triggers.items()}
+        method = "ZipLoRA (arXiv 2311.13600)" if config.method == "zip" else "direct addition"
+        return About(method, "A LoRA merged from a content and a style LoRA", prompts["full"], files)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One optimiser group: the scales of both LoRAs, without weight decay."""
+        params = [scale.columns for name in NAMES for scale in self.scales[name].values()]
+        return [{"name": SCALES, "params": params, "lr": self.config.learning_rate, "weight_decay": 0.0}]
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """The terms of ZipLoRA's loss, scalars: the squared distance of the merged LoRA to each alone, and λ L⊥.
+
+        ‖·‖² is the mean over the elements of the prediction, and λ's sum the mean over columns and then layers, so
+        that λ means the same for every picture size and base.
+        """
+        for name in NAMES:
+            yield self._distance(name, generator(self.config.seed, "zip", name, step))
+        if self.config.orthogonality:
+            content, style = (self.scales[name] for name in NAMES)
+            pairs: list[tuple[Tensor, Tensor]] = [(content[path].columns, style[path].columns) for path in content]
+            yield self.config.orthogonality * orthogonality(pairs)
+
+    def _distance(self, name: str, draw: torch.Generator) -> Tensor:
+        """Mean squared difference of the predictions by the merged LoRA and by one alone, a scalar."""
+        config = self.config
+        drawn = noised(self.scheduler, self.examples[name], config.batch_size, draw, config.noise_offset)
+        # Two contexts: what autocast keeps of the first pass, without gradients, must not serve the second.
+        with torch.no_grad(), self.autocast(), self.alone(name):
+            wanted = self.unet(**drawn.inputs)[0]
+        with self.autocast():
+            given = self.unet(**drawn.inputs)[0]
+        error = (given.float() - wanted.float()).square().mean(dim=(1, 2, 3))
+        if config.min_snr_gamma is not None:
+            error = error * snr_weights(self.scheduler, drawn.timesteps, config.min_snr_gamma)
+        return error.mean()
+
+    def alone(self, name: str) -> AbstractContextManager[None]:
+        """Have one LoRA act alone, without scales, as it was before merging."""
+        return self.off((*(other for other in NAMES if other != name), SCALES))
+
+    @contextmanager
+    def off(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Switch LoRAs off; `scales` switches the scales off."""
+        scales = [scale for name in NAMES for scale in self.scales[name].values()] if SCALES in names else []
+        with switched_off(*(self.branches[name] for name in NAMES if name in names)):
+            for scale in scales:
+                scale.on = False
+            try:
+                yield
+            finally:
+                for scale in scales:
+                    scale.on = True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The scales by LoRA name and module path; everything else comes from the files."""
+        return {f"{name}.{path}": scale.columns for name in NAMES for path, scale in self.scales[name].items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the state of a checkpoint of the same recipe."""
+        for name, columns in self.state_dict().items():
+            columns.copy_(state[name])
+
+    def export(self) -> dict[str, Lora]:
+        """The merged LoRA, of rank r_c + r_s, scales folded into A; and if asked for its two parts."""
+        parts = {name: Lora(folded(self.branches[name])) for name in NAMES}
+        return {"lora": merge(parts), **(parts if self.config.parts else {})}
+
+    def views(self) -> list[View]:
+        """Merged, beside the plain sum with the same prompt; then what each LoRA does alone, with its own."""
+        prompts = {name: Prompts(text) for name, text in self.config.prompts().items()}
+        return [
+            View("zipped", prompts["full"]),
+            View("plain sum", prompts["full"], off=(SCALES,)),
+            View("content alone", prompts["content"], off=("style", SCALES)),
+            View("style alone", prompts["style"], off=("content", SCALES)),
+        ]

@@ -1,0 +1,161 @@
+"""Two LoRAs of any origin to be merged: their files, the words of their runs, the pictures learnt, their plain sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from unziplora.base_files import read_header
+from unziplora.class_pictures import FIRST_SEED
+from unziplora.config import resolve
+from unziplora.config_zip import ZipConfig, joined_prompt
+from unziplora.encode import conditioning, encode_pictures, to_device
+from unziplora.errors import UserError
+from unziplora.generate import Settings, generate_latents
+from unziplora.images import to_tensor
+from unziplora.lora.algebra import Pair, cat, scale
+from unziplora.lora.files import Lora, read_lora, text_tensors
+from unziplora.lora.separation import NAMES
+from unziplora.methods.common import Setup
+from unziplora.mount import Mounted, Part
+from unziplora.objective import Examples
+from unziplora.prompts import Prompts
+from unziplora.sources import Source, fill, find_source, with_metadata
+
+
+def complete(config: ZipConfig) -> ZipConfig:
+    """The recipe with what the LoRAs' own runs tell where it is silent: base, prompts, pictures, guidance.
+
+    Raises:
+        UserError: a LoRA is not there, or the runs were trained on different bases.
+    """
+    given = {name: value for name, value in config.model_dump(exclude_unset=True).items() if value is not None}
+    sources = {name: _source(getattr(config, f"{name}_lora"), name) for name in NAMES}
+    found: dict[str, Any] = {}
+    for key in ("base", "sample_guidance"):
+        known = [source.run[key] for source in sources.values() if source.run.get(key)]
+        if known:
+            found[key] = known[0]
+    for name, source in sources.items():
+        words = {word: str(source.run[word]) for word in ("token", "content", "style") if source.run.get(word)}
+        if prompt := source.prompt(name):
+            found[f"{name}_prompt"] = fill(prompt, words)
+        if config.method == "zip":
+            pictures = [Path(path) for path in source.run.get("images", [])]
+            found[f"{name}_images"] = [path for path in pictures if path.is_file()]
+    bases = {str(source.run["base"]): source.file for source in sources.values() if source.run.get("base")}
+    if len(bases) > 1 and "base" not in given:
+        told = ", ".join(f"{file} on {base}" for base, file in bases.items())
+        raise UserError(f"the LoRAs were trained on different bases ({told}): choose one with --base")
+    values = {**found, **given}
+    if values.keys() >= {"content_prompt", "style_prompt"}:
+        values.setdefault("full_prompt", joined_prompt(values["content_prompt"], values["style_prompt"]))
+    return resolve(ZipConfig, values)
+
+
+def _source(path: Path, name: str) -> Source:
+    """A LoRA file with its run's settings: those beside it, or those in its header."""
+    source = find_source(path, name)
+    told = source.run or source.file.suffix != ".safetensors"
+    return source if told else with_metadata(source, read_header(source.file).metadata)
+
+
+def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) -> dict[str, Lora]:
+    """Both LoRAs by name, at their strengths.
+
+    Args:
+        unet_config: the base UNet's configuration, if known: settles doubts about small bases.
+
+    Raises:
+        UserError: a file is missing or no plain LoRA, or the two belong to bases of different shapes.
+    """
+    loras = {}
+    for name in NAMES:
+        lora = read_lora(find_source(getattr(config, f"{name}_lora"), name).file, unet_config)
+        strength = getattr(config, f"{name}_strength")
+        modules = {path: scale(pair, strength) for path, pair in lora.modules.items()}
+        text = text_tensors({path: scale(pair, strength) for path, pair in lora.text_modules.items()})
+        loras[name] = replace(lora, modules=modules, text=text)
+    content, style = ({**loras[name].modules, **loras[name].text_modules} for name in NAMES)
+    for path in content.keys() & style.keys():
+        one, two = ((*up.shape[:1], *down.shape[1:]) for down, up in (content[path], style[path]))
+        if one != two:
+            raise UserError(
+                f"the LoRAs were made for bases of different shapes: {path} is {_by(one)} in {config.content_lora} "
+                f"and {_by(two)} in {config.style_lora}. Take two of the same base"
+            )
+    return loras
+
+
+def merge(loras: Mapping[str, Lora]) -> Lora:
+    """The LoRA of the sum of several, exactly: of rank Σ rᵢ where they share a module; text encoders included."""
+    unet, text = _summed([lora.modules for lora in loras.values()]), [lora.text_modules for lora in loras.values()]
+    return Lora(unet, text=text_tensors(_summed(text)))
+
+
+def _summed(parts: list[dict[str, Pair]]) -> dict[str, Pair]:
+    return {path: cat([part[path] for part in parts if path in part]) for path in dict.fromkeys(chain(*parts))}
+
+
+def check_zippable(config: ZipConfig, loras: Mapping[str, Lora]) -> None:
+    """Refuse what has no column scales: text encoders, convolutions, LoRAs without a common layer.
+
+    Raises:
+        UserError: names the file, and what to do instead.
+    """
+    for name, lora in loras.items():
+        if lora.text or any(down.dim() > 2 for down, _ in lora.modules.values()):
+            raise UserError(
+                f"{getattr(config, f'{name}_lora')}: it changes text encoders or convolutions, which have no column "
+                "scales; --method direct adds them as they are"
+            )
+    if not shared_layers(loras):
+        raise UserError(
+            f"{config.content_lora} and {config.style_lora} have no layer in common, so nothing can be in each "
+            "other's way: take --method direct"
+        )
+
+
+def shared_layers(loras: Mapping[str, Lora]) -> list[str]:
+    """The modules that both LoRAs have, in the order of the content LoRA."""
+    content, style = (loras[name].modules for name in NAMES)
+    return [path for path in content if path in style]
+
+
+def learnt(setup: Setup, config: ZipConfig, name: str, lora: Lora, pictures: list[Image.Image]) -> Examples:
+    """What a LoRA learnt, with the conditioning of its prompt: its pictures, else some that it makes itself."""
+    text = config.prompts()[name]
+    if pictures:
+        latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
+    else:
+        setup.tell(f"the {name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
+        latents = _made(setup, config, Part(name, lora, {}, str(getattr(config, f"{name}_lora"))), text)
+    told = conditioning(setup.base, Prompts(text), setup.size, len(latents))
+    return to_device(Examples(latents, told), setup.base)
+
+
+def _made(setup: Setup, config: ZipConfig, part: Part, text: str) -> Tensor:
+    """Latents of pictures by a base with one LoRA in it, [N, C, h, w]."""
+    settings = Settings(
+        config.sample_steps,
+        config.sample_guidance,
+        width=setup.size,
+        height=setup.size,
+        batch_size=config.batch_size,
+    )
+    seeds = [FIRST_SEED + number for number in range(config.teacher_images)]
+    mounted = Mounted(setup.base, [part])
+    try:
+        return generate_latents(setup.base, text, seeds, settings)
+    finally:
+        mounted.remove()
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,519 @@
+"""ZipLoRA on a tiny base: the identities of the merge, what trains, the loss, what is refused, resuming."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from unziplora import job
+from unziplora.base import Base
+from unziplora.class_pictures import FIRST_SEED
+from unziplora.config import resolve, to_toml
+from unziplora.config_sample import SampleConfig
+from unziplora.config_split import SplitConfig
+from unziplora.config_zip import ZipConfig, joined_prompt
+from unziplora.errors import Interrupted, UserError
+from unziplora.generate import Settings, generate_latents
+from unziplora.lora.algebra import Pair, delta, fold_input, fold_output
+from unziplora.lora.files import Lora, read_lora, text_tensors, write_lora
+from unziplora.lora.layer import Branch, attention_linears, remove
+from unziplora.lora.metadata import metadata_for
+from unziplora.methods.common import Setup
+from unziplora.methods.ziplora import ZipLora, scale_input
+from unziplora.mount import Mounted, Part
+from unziplora.objective import generator
+from unziplora.progress import Progress
+from unziplora.prompts import embed
+from unziplora.sample import sample
+from unziplora.sources import find_source, loras_of, plan
+from unziplora.train import Trainer
+from unziplora.zip import zip_loras
+from unziplora.zip_inputs import complete, merge, read_loras
+
+Make = Callable[..., ZipConfig]
+FEED = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+
+
+def pairs(unet: nn.Module, paths: list[str], rank: int, seed: int) -> dict[str, Pair]:
+    """A LoRA of a rank, strong enough to be seen."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {path: unet.get_submodule(path).weight.shape for path in paths}
+    return {
+        path: (torch.randn(rank, wide, generator=draw) / 4, torch.randn(out, rank, generator=draw) / 4)
+        for path, (out, wide) in shapes.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def loras(shared_base: Base) -> dict[str, Lora]:
+    """A content LoRA of rank 2 on all attentions, a style LoRA of rank 3 on those of the decoder and one more layer."""
+    attention = attention_linears(shared_base.unet)
+    decoder = [path for path in attention if path.startswith("up_blocks")]
+    return {
+        "content": Lora(pairs(shared_base.unet, attention, 2, 1)),
+        "style": Lora(pairs(shared_base.unet, [*decoder, FEED], 3, 2)),
+    }
+
+
+@pytest.fixture
+def files(loras: dict[str, Lora], tmp_path: Path) -> dict[str, Path]:
+    """The two as kohya's files without a word of ours in their headers, one of them with an alpha of its own."""
+    for name, alpha in (("content", 1.0), ("style", None)):
+        write_lora(loras[name], tmp_path / f"{name}-lora.safetensors", alpha=alpha, dtype="fp32")
+        tensors = load_file(tmp_path / f"{name}-lora.safetensors")
+        assert all(key.startswith("lora_unet_") for key in tensors)
+        save_file(tensors, tmp_path / f"{name}-lora.safetensors")
+    return {name: tmp_path / f"{name}-lora.safetensors" for name in loras}
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.effect_mandelbrot((80, 80), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(tmp_path / "cat.png")
+    return tmp_path / "cat.png"
+
+
+@pytest.fixture
+def config(files: dict[str, Path], picture: Path, tiny_folder: Path, tmp_path: Path) -> Make:
+    def make(**changes: object) -> ZipConfig:
+        keys: dict[str, object] = {
+            "content_lora": files["content"],
+            "style_lora": files["style"],
+            "content_images": [picture],
+            "style_images": [picture],
+            "content_prompt": "a {token} cat",
+            "style_prompt": "an image in ink style",
+            "base": str(tiny_folder),
+            "out": tmp_path / "run",
+            "steps": 4,
+            "checkpoint_every": 2,
+            "sample_steps": 1,
+            "sample_guidance": 1,
+            "sample_seeds": [],
+            "save_precision": "fp32",
+            "device": "cpu",
+        }
+        return resolve(ZipConfig, {**keys, **changes})
+
+    return make
+
+
+def build(base: Base, config: ZipConfig, told: list[str] | None = None) -> ZipLora:
+    tell = [] if told is None else told
+    return ZipLora.build(config, Setup(base, 64, Accelerator(cpu=True).autocast, tell.append))
+
+
+def trained(base: Base, config: ZipConfig) -> ZipLora:
+    method = build(base, config)
+    trainer = Trainer(method, config, Accelerator(cpu=True))
+    for step in range(config.steps):
+        trainer.step(step)
+    return method
+
+
+@torch.no_grad()
+def output(base: Base) -> Tensor:
+    """The UNet's prediction on a fixed input."""
+    draw = torch.Generator().manual_seed(9)
+    told = {"text_embeds": torch.randn(1, 24, generator=draw), "time_ids": torch.ones(1, 6)}
+    sample, tokens = torch.randn(1, 4, 8, 8, generator=draw), torch.randn(1, 7, 40, generator=draw)
+    return base.unet(sample, 500, tokens, added_cond_kwargs=told).sample
+
+
+def added(base: Base, *parts: dict[str, Pair]) -> Base:
+    """The base with ΔW added to its weights."""
+    with torch.no_grad():
+        for part in parts:
+            for path, pair in part.items():
+                base.unet.get_submodule(path).weight += delta(pair)
+    return base
+
+
+class TestScale:
+    def test_of_input_features_is_not_one_of_output_features(self):
+        update, columns = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([10.0, 1.0])
+        branch = Branch(torch.eye(2), update.clone())
+        scale = scale_input(branch)
+        torch.testing.assert_close(branch.delta(), update)
+        scale.columns.data = columns
+        torch.testing.assert_close(branch.delta(), torch.tensor([[10.0, 2.0], [30.0, 4.0]]))
+        torch.testing.assert_close(branch.delta(), delta(fold_input((torch.eye(2), update), columns)))
+        assert not torch.equal(branch.delta(), delta(fold_output((torch.eye(2), update), columns)))
+
+    def test_switched_off_leaves_the_lora_as_it_was(self):
+        branch = Branch(torch.eye(2), torch.ones(2, 2))
+        scale = scale_input(branch)
+        scale.columns.data.fill_(3.0)
+        scale.on = False
+        assert torch.equal(branch.delta(), torch.ones(2, 2))
+
+
+class TestIdentities:
+    def test_untrained_it_is_the_sum(self, tiny_base: Base, fresh_base: Callable[[], Base], loras, config: Make):
+        method = build(tiny_base, config())
+        wanted = output(added(fresh_base(), loras["content"].modules, loras["style"].modules))
+        torch.testing.assert_close(output(tiny_base), wanted, rtol=1e-4, atol=1e-5)
+        for name, lora in loras.items():
+            with method.alone(name):
+                torch.testing.assert_close(
+                    output(tiny_base), output(added(fresh_base(), lora.modules)), rtol=1e-4, atol=1e-5
+                )
+
+    def test_the_exported_lora_is_what_was_trained(self, tiny_base: Base, fresh_base: Callable[[], Base], config: Make):
+        method = trained(tiny_base, config(learning_rate=0.1, steps=2))
+        exported, merged, plain = method.export()["lora"], output(tiny_base), fresh_base()
+        torch.testing.assert_close(output(added(plain, exported.modules)), merged, rtol=1e-4, atol=1e-5)
+        with method.off(("scales",)):
+            assert not torch.allclose(output(tiny_base), merged, atol=1e-3)
+        assert torch.equal(output(tiny_base), merged)
+
+    def test_alone_is_the_teacher_also_after_training(self, tiny_base: Base, fresh_base, loras, config: Make):
+        method = trained(tiny_base, config(learning_rate=0.1, steps=2))
+        with method.alone("style"):
+            wanted = output(added(fresh_base(), loras["style"].modules))
+            torch.testing.assert_close(output(tiny_base), wanted, rtol=1e-4, atol=1e-5)
+
+    def test_ranks_add_up_and_a_layer_of_one_lora_passes_through(self, tiny_base: Base, loras, config: Make):
+        method = trained(tiny_base, config(parts=True, steps=2))
+        exported = method.export()
+        shared = {path for path in loras["content"].modules if path.startswith("up_blocks")}
+        assert method.scales["content"].keys() == method.scales["style"].keys() == shared
+        for path, (down, up) in exported["lora"].modules.items():
+            assert down.shape[0] == up.shape[1] == (5 if path in shared else 3 if path == FEED else 2)
+            ones = [exported[name].modules[path] for name in ("content", "style") if path in exported[name].modules]
+            torch.testing.assert_close(delta((down, up)), sum(delta(pair) for pair in ones))
+        torch.testing.assert_close(delta(exported["lora"].modules[FEED]), delta(loras["style"].modules[FEED]))
+
+    def test_strengths_weigh_the_loras_before_merging(self, tiny_base: Base, fresh_base, loras, config: Make):
+        method = build(tiny_base, config(content_strength=0.5, style_strength=-2.0))
+        for name, weight in (("content", 0.5), ("style", -2.0)):
+            weighted = {path: (down, weight * up) for path, (down, up) in loras[name].modules.items()}
+            with method.alone(name):
+                torch.testing.assert_close(
+                    output(tiny_base), output(added(fresh_base(), weighted)), rtol=1e-4, atol=1e-5
+                )
+
+
+class TestLoss:
+    def test_is_that_of_the_paper_and_so_are_its_gradients(
+        self, tiny_base: Base, fresh_base: Callable[[], Base], loras: dict[str, Lora], config: Make
+    ):
+        """Derived anew with dense matrices: W0 + ΔW_c diag(m_c) + ΔW_s diag(m_s), against W0 + ΔW of one."""
+        method = build(tiny_base, config(batch_size=2, seed=5, orthogonality=0.3))
+        draw = torch.Generator().manual_seed(0)
+        for scale in (scale for name in method.scales for scale in method.scales[name].values()):
+            scale.columns.data = torch.randn(scale.columns.shape, generator=draw)
+        terms = list(method.losses(7))
+        torch.stack(terms).sum().backward()
+
+        plain, rows = fresh_base(), embed(fresh_base(), ["a sks cat", "an image in ink style"])
+        weights = {name: value.detach() for name, value in plain.unet.state_dict().items()}
+        columns = {
+            name: {path: scale.columns.detach().clone().requires_grad_() for path, scale in method.scales[name].items()}
+            for name in loras
+        }
+        updates = {name: {path: delta(pair) for path, pair in lora.modules.items()} for name, lora in loras.items()}
+
+        def predict(noisy: Tensor, times: Tensor, row: int, changes: list[dict[str, Tensor]]) -> Tensor:
+            now = dict(weights)
+            for change in changes:
+                now.update({f"{path}.weight": now[f"{path}.weight"] + update for path, update in change.items()})
+            told = {"text_embeds": rows.pooled[[row, row]], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+            return functional_call(
+                plain.unet, now, (noisy, times, rows.tokens[[row, row]]), {"added_cond_kwargs": told}
+            )[0]
+
+        schedule = DDPMScheduler.from_config(plain.scheduler.config)
+        scaled = [{path: u * columns[n].get(path, 1.0) for path, u in updates[n].items()} for n in updates]
+        derived = []
+        for row, name in enumerate(("content", "style")):
+            step = generator(5, "zip", name, 7)
+            torch.randint(1, (1,), generator=step)
+            times = torch.randint(1000, (2,), generator=step)
+            clean = method.examples[name].latents[[0, 0]]
+            noisy = schedule.add_noise(clean, torch.randn(clean.shape, generator=step), times)
+            with torch.no_grad():
+                wanted = predict(noisy, times, row, [updates[name]])
+            derived.append((predict(noisy, times, row, scaled) - wanted).pow(2).mean())
+        content, style = columns["content"], columns["style"]
+        derived.append(0.3 * sum((content[p] * style[p]).abs().mean() for p in content) / len(content))
+        sum(derived).backward()
+        torch.testing.assert_close(torch.stack(terms), torch.stack(derived), rtol=1e-4, atol=1e-7)
+        for name, by_path in columns.items():
+            for path, m in by_path.items():
+                torch.testing.assert_close(method.scales[name][path].columns.grad, m.grad, rtol=1e-3, atol=1e-7)
+
+    def test_without_a_rival_or_a_weight_there_is_none(self, tiny_base: Base, config: Make):
+        method = build(tiny_base, config(style_strength=0.0, orthogonality=0.0))
+        terms = list(method.losses(0))
+        assert len(terms) == 2
+        assert terms[0] < 1e-10  # the merged LoRA is the content LoRA
+        assert terms[1] > 1e-6
+
+    def test_min_snr_and_noise_offset_change_it(self, tiny_base: Base, config: Make):
+        found = []
+        for change in ({}, {"min_snr_gamma": 0.01}, {"noise_offset": 1.0}):
+            found.append(next(build(tiny_base, config(**change)).losses(0)).item())
+            remove(tiny_base.unet)
+        assert len(set(found)) == 3
+        assert found[1] < found[0]
+
+    def test_training_brings_the_merged_lora_nearer_to_both(self, tiny_base: Base, config: Make):
+        @torch.no_grad()
+        def distance() -> float:
+            held_out = [generator("held out", number) for number in range(3)]
+            return sum(float(method._distance(name, draw)) for name in method.scales for draw in held_out)
+
+        method = build(tiny_base, config(steps=12, learning_rate=0.1))
+        before = distance()
+        trainer = Trainer(method, method.config, Accelerator(cpu=True))
+        for step in range(12):
+            trainer.step(step)
+        assert distance() < 0.9 * before
+
+
+def test_nothing_but_the_scales_trains(tiny_base: Base, loras: dict[str, Lora], config: Make):
+    frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
+    method = build(tiny_base, config())
+    for term in method.losses(0):
+        term.backward()
+    with_gradient = {name for name, p in tiny_base.unet.named_parameters() if p.grad is not None}
+    assert with_gradient
+    assert all(name.endswith("parametrizations.down.0.columns") for name in with_gradient)
+    assert len(with_gradient) == sum(len(scales) for scales in method.scales.values())
+    assert {name for name, p in tiny_base.unet.named_parameters() if p.requires_grad and ".branches." in name} == (
+        with_gradient
+    )
+    remove(tiny_base.unet)
+    method = trained(tiny_base, config(learning_rate=0.1, steps=2))
+    assert all(bool((s.columns != 1).any()) for scales in method.scales.values() for s in scales.values())
+    for name, lora in loras.items():
+        for path, (down, up) in lora.modules.items():
+            branch = method.branches[name][path]
+            with method.off(("scales",)):
+                torch.testing.assert_close(branch.down, down)
+                torch.testing.assert_close(branch.up, up)
+    remove(tiny_base.unet)
+    after = tiny_base.unet.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+
+
+def test_the_default_rate_moves_scales_and_the_usual_one_hardly(tiny_base: Base, config: Make):
+    moved = {}
+    for rate in (1e-2, 5e-5):
+        method = trained(tiny_base, config(learning_rate=rate, steps=3))
+        moved[rate] = max((s.columns.detach() - 1).abs().max().item() for s in method.scales["content"].values())
+        remove(tiny_base.unet)
+    assert moved[1e-2] == pytest.approx(3e-2, rel=0.2)
+    assert moved[5e-5] < 3e-4
+
+
+class TestPictures:
+    def test_a_lora_without_any_makes_its_own(self, tiny_base: Base, fresh_base, loras, config: Make):
+        told: list[str] = []
+        method = build(tiny_base, config(content_images=[], teacher_images=2, sample_guidance=2), told)
+        assert told == ["the content LoRA makes 2 pictures to learn from: a sks cat"]
+        other = fresh_base()
+        mounted = Mounted(other, [Part("content", loras["content"], {}, "")])
+        settings = Settings(1, 2.0, width=64, height=64)
+        wanted = generate_latents(other, "a sks cat", [FIRST_SEED, FIRST_SEED + 1], settings)
+        torch.testing.assert_close(method.examples["content"].latents, wanted)
+        mounted.remove()
+        plain = generate_latents(other, "a sks cat", [FIRST_SEED], settings)
+        assert not torch.allclose(plain, wanted[:1], atol=1e-3)
+        assert len(method.pictures) == 1  # the style's
+
+    def test_come_with_prompts_base_and_guidance_from_run_folders(self, files, picture: Path, tiny_folder, tmp_path):
+        for name, images in (("content", [picture, tmp_path / "gone.png"]), ("style", [tmp_path / "gone.png"])):
+            words = {"content": f"{name}-thing", "style": f"{name} ink", "images": images, "token": "v7"}
+            run = SplitConfig.make(base=str(tiny_folder), out=tmp_path / name, sample_guidance=3.0, **words)
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "config.toml").write_text(to_toml(run))
+            files[name].rename(tmp_path / name / f"{name}.safetensors")
+        made = ZipConfig.make(content_lora=tmp_path / "content", style_lora=tmp_path / "style", out=tmp_path / "run")
+        full = complete(made)
+        assert full.prompts() == {
+            "content": "a v7 content-thing",
+            "style": "an image in style ink style",
+            "full": "a v7 content-thing in style ink style",
+        }
+        assert (full.base, full.sample_guidance) == (str(tiny_folder), 3.0)
+        assert (full.content_images, full.style_images) == ([picture], [])
+        assert complete(full) == full
+        own = complete(made.model_copy(update={"content_images": [], "content_prompt": "x", "base": "y"}))
+        assert (own.content_images, own.content_prompt, own.base) == ([], "x", "y")
+
+    def test_words_come_from_the_header_of_our_own_files(self, loras, files, tmp_path: Path):
+        run = SplitConfig.make(images=["a.png"], content="cat", style="ink", out=tmp_path / "x", base="bundled")
+        metadata = metadata_for(title="x", settings=run.model_dump(mode="json", exclude={"images"}))
+        write_lora(loras["content"], tmp_path / "mine.safetensors", metadata=metadata)
+        keys = {"style_lora": files["style"], "style_prompt": "oil painting", "out": tmp_path / "run"}
+        full = complete(ZipConfig.make(content_lora=tmp_path / "mine.safetensors", **keys))
+        assert full.prompts()["full"] == "a sks cat, oil painting"
+        assert full.base == "bundled"
+
+    def test_runs_of_different_bases_need_a_choice(self, config: Make, files, loras, tmp_path: Path):
+        for name, base in (("content", "one"), ("style", "two")):
+            write_lora(loras[name], files[name], metadata={"unziplora.settings": json.dumps({"base": base})})
+        made = ZipConfig.make(content_lora=files["content"], style_lora=files["style"], out=tmp_path / "run")
+        with pytest.raises(UserError, match=r"different bases(.|\n)*--base"):
+            complete(made)
+        assert complete(config()).base == config().base
+
+
+def test_a_prompt_of_both():
+    assert joined_prompt("a sks cat", "an image in pencil sketch style") == "a sks cat in pencil sketch style"
+    assert joined_prompt("a sks cat", "oil painting") == "a sks cat, oil painting"
+    assert joined_prompt("a sks cat", "in ink style") == "a sks cat in ink style"
+    assert joined_prompt("a sks cat", "a dog in a hat in ink style") == "a sks cat in ink style"
+
+
+class TestRun:
+    def test_leaves_one_lora_with_its_words_which_can_be_sampled(self, config: Make, tmp_path: Path):
+        run = zip_loras(config(sample_seeds=[0], formats=["kohya", "diffusers"], parts=True))
+        found = {p.name for p in run.path.rglob("*") if p.is_file() and not p.name.startswith(".")}
+        names = {f"{n}{layout}.safetensors" for n in ("lora", "content", "style") for layout in ("", ".diffusers")}
+        assert found == {"README.md", "config.toml", "log.jsonl", "samples.png", *names}
+        merged, twin = read_lora(run.lora("lora")), read_lora(run.lora("lora", "diffusers"))
+        assert merged.metadata["modelspec.trigger_phrase"] == "a sks cat in ink style"
+        assert "ZipLoRA" in run.card.read_text()
+        content, style = read_lora(run.content), read_lora(run.style)
+        assert style.metadata["modelspec.trigger_phrase"] == "in ink style"
+        for path, pair in merge({"content": content, "style": style}).modules.items():
+            torch.testing.assert_close(delta(merged.modules[path]), delta(pair))
+            torch.testing.assert_close(delta(twin.modules[path]), delta(pair))
+        assert loras_of(run.path) == {"content": run.lora("lora")}
+        source = find_source(run.lora("lora"), "content")
+        assert plan(SampleConfig(content=run.lora("lora")), [source])[0].full == "a sks cat in ink style"
+        (path,) = sample(SampleConfig(content=run.lora("lora"), steps=1, device="cpu", out=tmp_path / "made"))
+        assert path.is_file()
+
+    @pytest.mark.parametrize("stop", [1, 3])
+    def test_interrupted_it_ends_like_one_that_was_not(self, config: Make, tmp_path: Path, stop: int):
+        """One LoRA makes its own pictures, which a resumed run makes again."""
+        changes = {"style_images": [], "teacher_images": 1, "learning_rate": 0.1}
+        whole = zip_loras(config(out=tmp_path / "whole", **changes))
+
+        def interrupt(event: Progress) -> None:
+            if event.step == stop and event.loss == event.loss:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(Interrupted, match="unziplora zip --resume"):
+            zip_loras(config(out=tmp_path / "cut", **changes), progress=interrupt)
+        cut = zip_loras(config(out=tmp_path / "cut", **changes), resume=True)
+        one, two = load_file(whole.lora("lora")), load_file(cut.lora("lora"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+    def test_low_precision_trains_too(self, config: Make):
+        run = zip_loras(config(precision="bf16", learning_rate=0.1, gradient_checkpointing=True))
+        plain = merge(read_loras(config()))
+        merged = read_lora(run.lora("lora"))
+        path = next(path for path in merged.modules if path.startswith("up_blocks"))
+        assert not torch.allclose(delta(merged.modules[path]), delta(plain.modules[path]), atol=1e-3)
+
+
+class TestDirect:
+    @pytest.fixture(autouse=True)
+    def _no_base(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*args: object) -> None:
+            raise AssertionError("a plain sum needs no base")
+
+        monkeypatch.setattr(job, "load_base", refuse)
+
+    def test_is_the_weighted_sum_exactly(self, config: Make, loras: dict[str, Lora]):
+        changes = {"base": "no/such/base", "content_images": ["gone.png"]}
+        run = zip_loras(config(method="direct", content_strength=0.5, style_strength=2.0, parts=True, **changes))
+        merged = read_lora(run.lora("lora"))
+        content, style = loras["content"].modules, loras["style"].modules
+        assert merged.modules.keys() == content.keys() | style.keys()
+        for path, pair in merged.modules.items():
+            wanted = [0.5 * delta(content[path])] if path in content else []
+            wanted += [2.0 * delta(style[path])] if path in style else []
+            torch.testing.assert_close(delta(pair), sum(wanted))
+        torch.testing.assert_close(delta(read_lora(run.style).modules[FEED]), 2.0 * delta(style[FEED]))
+        assert merged.metadata["unziplora.method"] == "direct addition, lora LoRA"
+        assert "direct addition" in run.card.read_text()
+        assert not run.checkpoints.exists()
+        with pytest.raises(UserError, match="exists already"):
+            zip_loras(config(method="direct", **changes))
+        with pytest.raises(UserError, match="finished"):
+            zip_loras(run.config(ZipConfig), resume=True)
+
+    def test_keeps_text_encoders_convolutions_and_what_the_header_tells_of_the_base(
+        self, config: Make, loras: dict[str, Lora], files: dict[str, Path]
+    ):
+        draw = torch.Generator().manual_seed(3)
+        conv = torch.randn(2, 8, 3, 3, generator=draw), torch.randn(8, 2, 1, 1, generator=draw)
+        text = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)
+        name = "down_blocks.0.resnets.0.conv1"
+        other = replace(loras["style"], modules={**loras["style"].modules, name: conv}, text=text_tensors({TEXT: text}))
+        write_lora(other, files["style"], dtype="fp32")
+        both = replace(loras["content"], text=text_tensors({TEXT: text}))
+        write_lora(both, files["content"], metadata={"modelspec.prediction_type": "v"}, dtype="fp32")
+        merged = read_lora(zip_loras(config(method="direct", style_strength=0.5)).lora("lora"))
+        torch.testing.assert_close(delta(merged.modules[name]), 0.5 * delta(conv))
+        (path,) = merged.text_modules
+        torch.testing.assert_close(delta(merged.text_modules[path]), 1.5 * delta(text))
+        assert merged.text_modules[path][0].shape[0] == 4
+        assert merged.metadata["modelspec.prediction_type"] == "v"
+
+
+class TestRefusals:
+    def test_what_has_no_column_scales(self, config: Make, loras: dict[str, Lora], files: dict[str, Path]):
+        pair = torch.ones(1, 16), torch.ones(16, 1)
+        write_lora(replace(loras["style"], text=text_tensors({TEXT: pair})), files["style"])
+        with pytest.raises(UserError, match=r"style-lora(.|\n)*text encoders(.|\n)*--method direct"):
+            zip_loras(config())
+        conv = {"down_blocks.0.resnets.0.conv1": (torch.ones(1, 8, 3, 3), torch.ones(8, 1, 1, 1))}
+        write_lora(Lora({**loras["style"].modules, **conv}), files["style"])
+        with pytest.raises(UserError, match="convolutions"):
+            zip_loras(config())
+        write_lora(Lora({FEED: loras["style"].modules[FEED]}), files["style"])
+        with pytest.raises(UserError, match=r"no layer in common(.|\n)*--method direct"):
+            zip_loras(config())
+        assert not config().out.exists()
+
+    @pytest.mark.parametrize("method", ["zip", "direct"])
+    def test_loras_of_different_widths(self, config: Make, loras: dict[str, Lora], files: dict[str, Path], method: str):
+        path = next(path for path in loras["style"].modules if path.startswith("up_blocks"))
+        write_lora(Lora({path: (torch.ones(1, 7), torch.ones(5, 1))}), files["style"])
+        with pytest.raises(UserError, match=r"different shapes(.|\n)*5×7"):
+            zip_loras(config(method=method))
+
+    def test_another_base(self, config: Make, tmp_path: Path):
+        tiny.pipeline(block_out_channels=(8, 16, 64), attention_head_dim=(1, 2, 4)).save_pretrained(tmp_path / "other")
+        with pytest.raises(UserError, match=r"content-lora.safetensors does not fit base .*other"):
+            zip_loras(config(base=str(tmp_path / "other")))
+        assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"content_prompt": None}, "does not tell its words(.|\n)*--content-prompt"),
+            ({"style_prompt": "a {thing}"}, "prompt template"),
+            ({"style_lora": Path("gone.safetensors")}, "no such run folder or LoRA file"),
+            ({"content_images": [Path("gone.png")]}, "no such picture"),
+            ({"base": "no/such/base"}, "no such file or folder"),
+            ({"style_prompt": " "}, "must not be blank"),
+            ({"content_strength": float("nan")}, "content_strength"),
+        ],
+    )
+    def test_what_cannot_be_done_is_said_before_a_folder_is_made(
+        self, config: Make, tmp_path: Path, change: dict[str, object], message: str
+    ):
+        with pytest.raises(UserError, match=message):
+            zip_loras(config(**change))
+        assert not (tmp_path / "run").exists()
