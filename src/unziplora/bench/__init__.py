@@ -1,1 +1,1 @@
-"""The benchmark with ground truth: what pictures are compared by, and how well."""
+"""The benchmark: methods against pictures that show what they should have made."""

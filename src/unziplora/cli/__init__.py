@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": "unziplora.cli.pictures",
     "grid": "unziplora.cli.pictures",
     "blocks": "unziplora.cli.blocks",
+    "bench": "unziplora.cli.bench",
     "inspect": "unziplora.cli.files",
     "convert": "unziplora.cli.files",
     "resize": "unziplora.cli.files",

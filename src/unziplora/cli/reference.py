@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from unziplora.cli.flags import plain
 from unziplora.config import Recipe, group_of
+from unziplora.config_bench import BenchConfig
 from unziplora.config_blora import BLoraConfig
 from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.config_probe import ProbeConfig
@@ -49,6 +50,7 @@ def reference() -> str:
             _section("`unziplora sample`", SampleConfig),
             _section("`unziplora grid`", GridConfig, SampleConfig, "`unziplora sample`"),
             _section("`unziplora blocks`", ProbeConfig),
+            _section("`unziplora bench`", BenchConfig),
         ]
     )
 

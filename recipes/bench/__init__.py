@@ -1,0 +1,1 @@
+"""How the benchmark's cases were made."""

@@ -1,0 +1,223 @@
+"""The methods of the benchmark: how each makes LoRAs from a case, by the recipes that users have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from unziplora.bench.adapters import Adapters, Method, Paired
+from unziplora.bench.cases import Case
+from unziplora.bench.workplace import Workplace
+from unziplora.config_blora import BLoraConfig
+from unziplora.config_dreambooth import DreamBoothConfig
+from unziplora.config_split import BUNDLED, PAPER, SplitConfig
+from unziplora.config_training import TrainingConfig
+from unziplora.config_zip import ZipConfig
+from unziplora.job import run_job
+from unziplora.lora.files import read_lora
+from unziplora.methods.blora import BLora
+from unziplora.methods.dreambooth import DreamBooth
+from unziplora.progress import Callback
+from unziplora.run import RunFolder
+from unziplora.split import split
+from unziplora.zip import zip_loras
+
+ORACLE_TIMES = 3
+"""The oracle trains so many times the steps of DreamBooth."""
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """The base without LoRA: what the words alone do."""
+
+    name: str = "base"
+    seeded: ClassVar[bool] = False
+
+    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+        """Nothing."""
+        return []
+
+    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+        """No LoRA; the base does not know the rare word."""
+        return Adapters(subject="a {content}")
+
+    def mix(self, place: Workplace, case: Case, partner: Case, seed: int) -> Adapters:
+        """As `train`."""
+        return self.train(place, case, seed)
+
+
+@dataclass(frozen=True)
+class Split(Paired):
+    """UnZipLoRA, with keys of its own; a `home` that is another method's shares its settings and its runs."""
+
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    home: str = "unziplora"
+    shared: bool = False
+
+    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+        """One training."""
+        return [self.recipe(place, case, seed)]
+
+    def recipe(self, place: Workplace, case: Case, seed: int) -> SplitConfig:
+        """The recipe, below the settings for this method those of `home`."""
+        given = {**self.keys, **place.settings(self.home), **({} if self.shared else place.settings(self.name))}
+        out = place.run_folder(self.home if self.shared else self.name, case, seed) / "split"
+        words = {"content": case.content, "style": case.style}
+        return SplitConfig.make(**{**place.common(case, seed), **words, **given, "out": out})
+
+    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+        """Both LoRAs from one training."""
+        recipe = self.recipe(place, case, seed)
+        run = place.finish(split, recipe)
+        prompts = (recipe.content_prompt, recipe.style_prompt) if recipe.prompt_separation else None
+        return Adapters(read_lora(run.content), read_lora(run.style), prompts=prompts)
+
+
+@dataclass(frozen=True)
+class Paper(Split):
+    """UnZipLoRA as published; on the bundled base with the rates, rank and steps that fit its size."""
+
+    def recipe(self, place: Workplace, case: Case, seed: int) -> SplitConfig:
+        """The preset `paper`, in the number format and with the optimiser that run everywhere."""
+        size = BUNDLED if place.config.base == "bundled" else {}
+        plain = {name: value for name, value in PAPER.items() if name not in ("optimizer", "precision")}
+        given = {**size, **plain, "optimizer": "adamw", "preset": "paper", **place.settings(self.name)}
+        words = {"content": case.content, "style": case.style}
+        out = place.run_folder(self.name, case, seed) / "split"
+        return SplitConfig.make(**{**place.common(case, seed), **words, **given, "out": out})
+
+
+@dataclass(frozen=True)
+class BLoraHalves(Paired):
+    """B-LoRA: one training, cut by blocks."""
+
+    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+        """One training."""
+        return [self.recipe(place, case, seed)]
+
+    def recipe(self, place: Workplace, case: Case, seed: int) -> BLoraConfig:
+        """The training."""
+        words = {"content": case.content, "style": case.style}
+        out = place.run_folder(self.name, case, seed) / "blora"
+        return BLoraConfig.make(**{**place.common(case, seed), **words, **place.settings(self.name), "out": out})
+
+    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+        """Both halves; the style goes by the rare word, as it was trained."""
+        run = place.finish(_blora, self.recipe(place, case, seed))
+        return Adapters(read_lora(run.content), read_lora(run.style), manner="{token}")
+
+
+@dataclass(frozen=True)
+class DreamBooths(Paired):
+    """Two DreamBooth LoRAs of the same picture, one told of the content, the other of the style."""
+
+    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+        """Two trainings: content, style."""
+        return [self.recipe(place, case, seed, kind) for kind in ("content", "style")]
+
+    def recipe(self, place: Workplace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
+        """One of the two."""
+        given = place.settings(self.name, kind)
+        out = place.run_folder(self.name, case, seed) / kind
+        return DreamBoothConfig.make(**{**place.common(case, seed), kind: getattr(case, kind), **given, "out": out})
+
+    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+        """Both LoRAs."""
+        content, style = (self.file(place, case, seed, kind) for kind in ("content", "style"))
+        return Adapters(read_lora(content), read_lora(style))
+
+    def file(self, place: Workplace, case: Case, seed: int, kind: str) -> Path:
+        """One of the two, trained if it is not there."""
+        return place.finish(_dreambooth, self.recipe(place, case, seed, kind)).lora(kind)
+
+
+@dataclass(frozen=True)
+class Oracle(DreamBooths):
+    """What is within reach: DreamBooth on the same drawing in many styles, and on the same style of many drawings."""
+
+    def recipe(self, place: Workplace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
+        """As DreamBooth, on the oracle's pictures with a prompt each, and longer."""
+        content = kind == "content"
+        examples = case.oracle_content if content else case.oracle_style
+        prompt = "a {{token}} {{content}} in {} style" if content else "a {} in {{style}} style"
+        pictures = {
+            "images": place.pictures(case, kind, examples),
+            "prompts": [prompt.format(example.word) for example in examples for _ in example.pictures],
+        }
+        plain = DreamBooths("dreambooth").recipe(place, case, seed, kind)
+        given = {"steps": ORACLE_TIMES * plain.steps, **place.settings(self.name, kind)}
+        out = place.run_folder(self.name, case, seed) / kind
+        words = {kind: getattr(case, kind)}
+        return DreamBoothConfig.make(**{**place.common(case, seed), **words, **pictures, **given, "out": out})
+
+
+@dataclass(frozen=True)
+class Zipped:
+    """The two DreamBooth LoRAs in one: by ZipLoRA's trained columns, or as their plain sum."""
+
+    name: str
+    how: str
+    seeded: ClassVar[bool] = True
+    pair: ClassVar[DreamBooths] = DreamBooths("dreambooth")
+
+    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+        """Two trainings and their merger."""
+        return [*self.pair.recipes(place, case, seed), self.recipe(place, case, case, seed)]
+
+    def recipe(self, place: Workplace, case: Case, styled: Case, seed: int) -> ZipConfig:
+        """The merger of one case's content and a case's style."""
+        name = "zip" if case.slug == styled.slug else f"zip-{styled.slug}"
+        given = {f"{k}_lora": self._run(place, c, seed, k) for k, c in (("content", case), ("style", styled))}
+        out = place.run_folder(self.name, case, seed) / name
+        common = {name: value for name, value in place.common(case, seed).items() if name != "images"}
+        made = {"method": self.how, "parts": True, **place.settings(self.name), "out": out}
+        return ZipConfig.make(**{**common, **given, **made})
+
+    def _run(self, place: Workplace, case: Case, seed: int, kind: str) -> Path:
+        return place.run_folder(self.pair.name, case, seed) / kind
+
+    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+        """The merger and its two parts."""
+        return self.mix(place, case, case, seed)
+
+    def mix(self, place: Workplace, case: Case, partner: Case, seed: int) -> Adapters:
+        """A merger of its own for every pair."""
+        self.pair.file(place, case, seed, "content")
+        self.pair.file(place, partner, seed, "style")
+        run = place.finish(zip_loras, self.recipe(place, case, partner, seed))
+        content, style, merged = (read_lora(run.lora(name)) for name in ("content", "style", "lora"))
+        return Adapters(content, style, merged) if self.how == "zip" else Adapters(merged, merged, merged)
+
+
+def _dreambooth(config: DreamBoothConfig, resume: bool = False, progress: Callback | None = None) -> RunFolder:
+    return run_job(DreamBooth, config, resume, progress)
+
+
+def _blora(config: BLoraConfig, resume: bool = False, progress: Callback | None = None) -> RunFolder:
+    return run_job(BLora, config, resume, progress)
+
+
+def _separations(count: int) -> dict[str, bool]:
+    names = ("prompt_separation", "column_separation", "block_separation")
+    return {name: number < count for number, name in enumerate(names)}
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Untrained(),
+        Split("unziplora"),
+        Paper("paper"),
+        Split("joint", _separations(0)),
+        Split("prompt", _separations(1)),
+        Split("column", _separations(2)),
+        Split("block", shared=True),
+        DreamBooths("dreambooth"),
+        BLoraHalves("blora"),
+        Zipped("ziplora", "zip"),
+        Zipped("direct", "direct"),
+        Oracle("oracle"),
+    )
+}

@@ -1,0 +1,205 @@
+"""One method on one case: train, sample what the LoRAs give alone, together and mixed, compare with the truth."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from unziplora.atomic import atomic_write
+from unziplora.base import Base
+from unziplora.bench.adapters import Adapters, Method
+from unziplora.bench.cases import Case
+from unziplora.bench.measures import Measure
+from unziplora.bench.scores import leak, product, similarity
+from unziplora.bench.workplace import Workplace, write_png
+from unziplora.config_training import TrainingConfig
+from unziplora.generate import generate
+from unziplora.lora.files import Lora
+from unziplora.mount import Mounted, Part
+from unziplora.prompts import Prompts
+
+Task = Literal["content", "style", "both", "mix"]
+SCORES, SAMPLES = "scores.json", "samples.json"
+PATHS = {"out", "images", "masks", "content_lora", "style_lora", "content_images", "style_images"}
+"""Keys of recipes that say where something lies, and nothing of what is learnt."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt of the protocol.
+
+    Attributes:
+        task: content alone, style alone, both, or the content with another case's style.
+        target: the other style or concept, or the case whose style is taken.
+        prompts: what the base and the LoRAs see.
+        loras: what is mounted, by name.
+        truths: what the pictures should look like.
+    """
+
+    task: Task
+    target: str
+    prompts: Prompts
+    loras: dict[str, Lora]
+    truths: tuple[Image.Image, ...]
+
+    @property
+    def slug(self) -> str:
+        """The beginning of its pictures' file names."""
+        return f"{self.task}-{self.target.replace(' ', '-')}"
+
+
+def asks(case: Case, partner: Case, alone: Adapters, mixed: Adapters, token: str) -> list[Ask]:
+    """Everything that is asked of a method's LoRAs, task by task."""
+    words = {"token": token, "content": case.content, "style": case.style}
+    subject, manner = alone.subject.format(**words), alone.manner.format(**words)
+    found = [
+        Ask("content", e.word, Prompts(f"{subject} in {e.word} style"), _named(content=alone.content), e.pictures)
+        for e in case.targets
+    ]
+    found += [
+        Ask("style", e.word, Prompts(f"a {e.word} in {manner} style"), _named(style=alone.style), e.pictures)
+        for e in case.others
+    ]
+    for task, styled, made, truth in (("both", case, alone, case.picture), ("mix", partner, mixed, case.mix)):
+        words = {"token": token, "content": case.content, "style": styled.style}
+        full = f"{made.subject} in {made.manner} style".format(**words)
+        seen = [text.format(**words) for text in made.prompts or ()]
+        loras = _named(lora=made.merged) or _named(content=made.content, style=made.style)
+        name: Task = "both" if task == "both" else "mix"
+        found.append(Ask(name, styled.slug, Prompts(full, *seen), loras, (truth,)))
+    return found
+
+
+def _named(**loras: Lora | None) -> dict[str, Lora]:
+    return {name: lora for name, lora in loras.items() if lora is not None}
+
+
+def draw(base: Base, ask: Ask, seeds: Sequence[int], steps: int, guidance: float) -> list[Image.Image]:
+    """One picture per seed; the base is left as it was. Errors as in `Mounted` and `generate`."""
+    parts = [Part(name, lora, {}, f"{name} LoRA") for name, lora in ask.loras.items()]
+    mounted = Mounted(base, parts, separate=ask.prompts.separate)
+    try:
+        return generate(base, ask.prompts, seeds=seeds, steps=steps, guidance=guidance, batch_size=len(seeds))
+    finally:
+        mounted.remove()
+
+
+def score(measure: Measure, case: Case, ask: Ask, made: Sequence[Image.Image]) -> list[dict[str, float]]:
+    """Similarities of pictures to the truth, their product and what leaked; one row per picture.
+
+    Where the style alone is asked for, content means the kind of thing, not the drawing.
+    """
+    truths, style_alone = list(ask.truths), ask.task == "style"
+    identity = measure.concept if style_alone else measure.content
+    contents = similarity(identity(made), identity(truths))
+    styles = similarity(measure.style(made), measure.style(truths))
+    rows = [
+        {"content": content, "style": style, "score": product(content, style)}
+        for content, style in zip(contents, styles, strict=True)
+    ]
+    if ask.task in ("content", "style"):
+        view = measure.content if style_alone else measure.style
+        for row, value in zip(rows, leak(view(made), view(truths), view([case.picture])), strict=True):
+            row["leak"] = value
+    return rows
+
+
+def evaluate(
+    place: Workplace,
+    base: Base,
+    measures: Sequence[Measure],
+    method: Method,
+    cases: dict[str, Case],
+    case: Case,
+    seed: int,
+) -> dict[str, Any]:
+    """Train, sample and score; return what scores.json holds.
+
+    What is there already with the same settings is kept: trainings, pictures, scores.
+
+    Raises:
+        UserError, MachineError, Interrupted: as trainings and `generate`.
+    """
+    folder = place.run_folder(method.name, case, seed)
+    partner, settings = cases[case.partner], settings_hash(place, method, cases, case, seed)
+    found = _read(folder / SCORES)
+    names = [measure.name for measure in measures]
+    if found.get("settings") == settings and found.get("measures") == names:
+        return found
+    start = time.monotonic()
+    alone = method.train(place, case, seed)
+    mixed = method.mix(place, case, partner, seed)
+    trained = time.monotonic()
+    listed, seeds = asks(case, partner, alone, mixed, place.config.token), list(range(place.config.samples))
+    known = _read(folder / SAMPLES)
+    keep = known.get("settings") == settings
+    if not keep:
+        (folder / SAMPLES).unlink(missing_ok=True)  # from now on the pictures may be of two settings
+    rows = []
+    for ask in listed:
+        files = [folder / "samples" / f"{ask.slug}-{number}.png" for number in seeds]
+        made = _opened(files) if keep else _drawn(place, base, ask, seeds, files)
+        values = {measure.name: score(measure, case, ask, made) for measure in measures}
+        rows += [
+            {"task": ask.task, "target": ask.target, "seed": number, "file": f"samples/{file.name}"}
+            | {"values": {name: scored[index] for name, scored in values.items()}}
+            for index, (number, file) in enumerate(zip(seeds, files, strict=True))
+        ]
+    if not keep:
+        seconds = {"training": round(trained - start, 2), "sampling": round(time.monotonic() - trained, 2)}
+        known = {"settings": settings, "seconds": seconds}
+        atomic_write(folder / SAMPLES, json.dumps(known) + "\n")
+    result = {"method": method.name, "case": case.slug, "seed": seed, "measures": names, **known, "pictures": rows}
+    atomic_write(folder / SCORES, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def settings_hash(place: Workplace, method: Method, cases: dict[str, Case], case: Case, seed: int) -> str:
+    """A fingerprint of everything that decides the pictures: recipes, pictures learnt, prompts, sampling, version."""
+    config, partner = place.config, cases[case.partner]
+    told = [
+        config.model_dump(mode="json", include={"base", "token", "samples", "sample_steps", "guidance", "precision"}),
+        [_plain(recipe) for one in (case, partner) for recipe in method.recipes(place, one, seed)],
+        [_fingerprint(one) for one in (case, partner)],
+        version("unziplora"),
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(recipe: TrainingConfig) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude=PATHS | {"device"})
+
+
+def _fingerprint(case: Case) -> list[str]:
+    examples = [*case.targets, *case.others, *case.oracle_content, *case.oracle_style]
+    pictures = [case.picture, case.mix, *(picture for example in examples for picture in example.pictures)]
+    sums = hashlib.sha256(b"".join(picture.tobytes() for picture in pictures)).hexdigest()
+    return [case.slug, case.content, case.style, *(example.word for example in examples), sums]
+
+
+def _drawn(place: Workplace, base: Base, ask: Ask, seeds: Sequence[int], files: Sequence[Path]) -> list[Image.Image]:
+    made = draw(base, ask, seeds, place.config.sample_steps, place.config.guidance)
+    for picture, file in zip(made, files, strict=True):
+        write_png(picture, file)
+    return made
+
+
+def _opened(files: Sequence[Path]) -> list[Image.Image]:
+    return [Image.open(file).convert("RGB") for file in files]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file; nothing where there is none, or a damaged one: it is made anew."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

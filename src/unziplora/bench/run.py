@@ -1,0 +1,134 @@
+"""The job `bench`: every method on every case with every seed, then the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unziplora.atomic import atomic_write
+from unziplora.base import Base, load_base
+from unziplora.bench.adapters import Method
+from unziplora.bench.cases import Case, choose, load_cases
+from unziplora.bench.measures import Measure, Plain, Published, Trained
+from unziplora.bench.methods import METHODS
+from unziplora.bench.protocol import evaluate
+from unziplora.bench.report import Report, summarise, write_report
+from unziplora.bench.workplace import Workplace
+from unziplora.config import read_toml, to_toml
+from unziplora.config_bench import BenchConfig
+from unziplora.device import pick_device, pick_dtype
+from unziplora.errors import Interrupted, UserError
+from unziplora.progress import Callback, Progress
+
+MEASURES: dict[str, Callable[[], Measure]] = {"trained": Trained, "plain": Plain, "published": Published}
+
+
+def bench(
+    config: BenchConfig,
+    progress: Callback | None = None,
+    *,
+    base: Base | None = None,
+    measures: Sequence[Measure] | None = None,
+    cases: dict[str, Case] | None = None,
+    methods: dict[str, Method] | None = None,
+) -> Report:
+    """Measure the configured methods; write report.json, report.md and a contact sheet per case into `out`.
+
+    What an earlier call with the same settings has done is kept: trainings, pictures, scores.
+
+    Args:
+        config: the recipe.
+        progress: told after every method, case and seed.
+        base: sample with this one, instead of loading the configured one.
+        measures: compare by these, instead of the configured ones.
+        cases: instead of those that ship with the package.
+        methods: instead of those that ship with the package.
+
+    Raises:
+        UserError: a case, a setting or a measure is not known; a run with other settings is in `out`.
+        MachineError: out of memory, disk full, no permission.
+        Interrupted: stopped on request; the same call continues.
+    """
+    bench = open_bench(config, progress, base, measures, cases, methods)
+    names = [name for name in config.methods if name in bench.methods]
+    results = bench.measure(names, config.training_seeds)
+    report = summarise(config, results, [measure.name for measure in bench.measures])
+    write_report(report, results, bench.chosen, bench.place.folder)
+    return report
+
+
+@dataclass
+class Bench:
+    """A benchmark with everything loaded, which measures methods by name."""
+
+    place: Workplace
+    base: Base
+    measures: Sequence[Measure]
+    cases: dict[str, Case]
+    chosen: list[Case]
+    methods: dict[str, Method]
+    tell: Callback
+
+    def measure(self, names: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """The scores of every method, case and seed; of methods that no seed changes, the first seed's.
+
+        Raises:
+            UserError, MachineError, Interrupted: as `evaluate`.
+        """
+        units = [
+            (name, case, seed)
+            for name in names
+            for case in self.chosen
+            for seed in (seeds if self.methods[name].seeded else seeds[:1])
+        ]
+        results: list[dict[str, Any]] = []
+        start = time.monotonic()
+        for done, (name, case, seed) in enumerate(units):
+            pace = (time.monotonic() - start) / done if done else 0.0
+            message = f"{name}, {case.slug}, seed {seed}"
+            self.tell(Progress(done, len(units), seconds_per_step=pace, message=message))
+            try:
+                results.append(
+                    evaluate(self.place, self.base, self.measures, self.methods[name], self.cases, case, seed)
+                )
+            except Interrupted:
+                raise Interrupted("stopped, everything done so far is kept; the same command continues") from None
+        pace = (time.monotonic() - start) / max(1, len(units))
+        self.tell(Progress(len(units), len(units), seconds_per_step=pace))
+        return results
+
+
+def open_bench(
+    config: BenchConfig,
+    progress: Callback | None = None,
+    base: Base | None = None,
+    measures: Sequence[Measure] | None = None,
+    cases: dict[str, Case] | None = None,
+    methods: dict[str, Method] | None = None,
+) -> Bench:
+    """Load cases, settings, measures and base. Arguments and errors are those of `bench`."""
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out} is a file; give a folder for runs, scores and report")
+    overrides = read_toml(config.settings) if config.settings else {}
+    for name in overrides:
+        if name not in METHODS:
+            raise UserError(f"{config.settings}: no method {name!r}: there are {', '.join(METHODS)}")
+    cases = cases or load_cases(config.split)
+    chosen = choose(cases, config.cases, config.quick)
+    measures = measures or [make_measure(name) for name in config.measures]
+    device = pick_device(config.device)
+    base = base or load_base(config.base, pick_dtype(config.precision, device), device)
+    place = Workplace(config, config.out.expanduser().resolve(), overrides)
+    atomic_write(place.folder / "bench.toml", to_toml(config))
+    return Bench(place, base, measures, cases, chosen, methods or METHODS, progress or (lambda _: None))
+
+
+def make_measure(name: str) -> Measure:
+    """A measure by its name in the configuration.
+
+    Raises:
+        UserError: what it needs is not installed.
+    """
+    return MEASURES[name]()

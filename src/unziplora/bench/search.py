@@ -1,0 +1,146 @@
+"""Fair play: the same number of settings, from one grid, tried for every method on the development cases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from pydantic import BaseModel
+
+from unziplora.atomic import atomic_write
+from unziplora.bench.report import Report, summarise
+from unziplora.bench.run import Bench, open_bench
+from unziplora.config_bench import BenchConfig, MethodName
+from unziplora.errors import UserError
+from unziplora.progress import Callback
+
+RATES = (3e-4, 1e-3, 2e-3, 4e-3)
+RATIOS = (0.25, 0.5, 1.0)
+STEPS = (150, 300, 600)
+RANKS = (8, 16, 32)
+ORDER = 0
+"""Seed of the order in which the grid is tried."""
+
+SEARCHED: tuple[MethodName, ...] = ("unziplora", "paper", "dreambooth", "blora", "ziplora")
+"""Methods with settings of their own; the others take them over from these, or have none to choose."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the grid.
+
+    Attributes:
+        rate: learning rate of the content, or of everything where there is one rate.
+        ratio: learning rate of the style, in parts of the content's.
+        steps: optimiser steps.
+        rank: of each LoRA.
+    """
+
+    rate: float
+    ratio: float
+    steps: int
+    rank: int
+
+    def overrides(self, method: str) -> dict[str, Any]:
+        """This setting in a method's own keys."""
+        size = {"steps": self.steps, "rank": self.rank}
+        if method in ("unziplora", "paper"):
+            rates = {"content_learning_rate": self.rate, "style_learning_rate": self.rate * self.ratio}
+            return {**rates, **size}
+        if method == "dreambooth":
+            style = {"learning_rate": self.rate * self.ratio, **size}
+            return {"content": {"learning_rate": self.rate, **size}, "style": style}
+        if method == "ziplora":  # column scales start at 1 and need larger steps; there is no rank to choose
+            return {"learning_rate": 10 * self.rate, "steps": max(1, self.steps // 3)}
+        return {"learning_rate": self.rate, **size}
+
+
+class Search(BaseModel):
+    """What a search found: every setting's score by method, and the best.
+
+    Attributes:
+        tried: the settings, in order.
+        scores: by method, one score per setting.
+        best: by method, the best setting in the method's own keys.
+        file: the settings as TOML, for `--settings`.
+    """
+
+    tried: list[dict[str, float]]
+    scores: dict[str, list[float]]
+    best: dict[str, dict[str, Any]]
+    file: Path
+
+    def __str__(self) -> str:
+        lines = [f"{method}: {max(scores):.3f} of {len(scores)} settings" for method, scores in self.scores.items()]
+        return "\n".join([*lines, f"settings {self.file}"])
+
+
+def grid(count: int) -> list[Setting]:
+    """The first settings of the grid, in a random but fixed order.
+
+    Raises:
+        UserError: the grid has fewer.
+    """
+    every = [Setting(*values) for values in product(RATES, RATIOS, STEPS, RANKS)]
+    if count > len(every):
+        raise UserError(f"--search {count}: the grid has {len(every)} settings")
+    return [every[index] for index in np.random.default_rng(ORDER).permutation(len(every))[:count]]
+
+
+def search(config: BenchConfig, progress: Callback | None = None, bench: Bench | None = None) -> Search:
+    """Try `config.search` settings for every searchable method and write settings.toml and search.json into `out`.
+
+    Each setting is a benchmark of its own in `out/search/NN`; the scale is that of base and oracle as they are. The
+    score is the first measure's, the mean over training seeds. ZipLoRA is searched last, on the best DreamBooth.
+
+    Args:
+        bench: use this one, instead of opening one.
+
+    Raises:
+        UserError, MachineError, Interrupted: as `bench`; the same call continues.
+    """
+    settings = grid(config.search)
+    bench = bench or open_bench(config, progress)
+    ends = bench.measure(["base", "oracle"], config.training_seeds)
+    names: list[str] = [name for name in SEARCHED if name in config.methods and name in bench.methods]
+    scores: dict[str, list[float]] = {}
+    best: dict[str, dict[str, Any]] = {}
+    homes: dict[str, Path] = {}
+    for name in names:
+        folders = [bench.place.folder / "search" / name / f"{number:02d}" for number in range(len(settings))]
+        scores[name] = []
+        for folder, setting in zip(folders, settings, strict=True):
+            overrides = {**best, name: setting.overrides(name)}
+            place = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
+            results = replace(bench, place=place).measure([name], config.training_seeds)
+            scores[name].append(_score(summarise(config, [*ends, *results], [bench.measures[0].name]), name))
+        winner = max(range(len(settings)), key=scores[name].__getitem__)
+        best[name], homes = settings[winner].overrides(name), {**homes, name: folders[winner]}
+    file = bench.place.folder / "settings.toml"
+    found = Search(tried=[asdict(setting) for setting in settings], scores=scores, best=best, file=file)
+    told = json.dumps(found.model_dump(mode="json", exclude={"file"}), indent=1)
+    atomic_write(bench.place.folder / "search.json", told + "\n")
+    atomic_write(file, tomli_w.dumps(best))
+    return found
+
+
+def _score(report: Report, method: str) -> float:
+    """The mean headline over training seeds.
+
+    Raises:
+        UserError: there is no scale.
+    """
+    rows = [row for row in report.rows if row.method == method]
+    values: Sequence[float] = [figures.get("headline", float("nan")) for figures in rows[0].seeds.values()]
+    if any(value != value for value in values):
+        raise UserError(
+            "the oracle is no better than the base on these cases, so there is no scale to choose settings by: "
+            "take more cases or another base"
+        )
+    return sum(values) / len(values)

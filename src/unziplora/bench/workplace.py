@@ -1,0 +1,117 @@
+"""Where the benchmark keeps pictures and runs: each training is done once, continued if it was interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from PIL import Image
+
+from unziplora.atomic import atomic_write
+from unziplora.bench.cases import Case, Example
+from unziplora.config_bench import BenchConfig
+from unziplora.config_training import TrainingConfig
+from unziplora.errors import UserError
+from unziplora.progress import Callback
+from unziplora.run import MAY_CHANGE, RunFolder
+
+C = TypeVar("C", bound=TrainingConfig, contravariant=True)
+
+
+class Job(Protocol[C]):
+    """A training, such as `split`."""
+
+    def __call__(self, config: C, resume: bool = False, progress: Callback | None = None) -> RunFolder:
+        """Train as configured."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """The folder of a benchmark.
+
+    Attributes:
+        config: the benchmark's recipe.
+        folder: absolute.
+        overrides: settings by method; those of a method with several trainings in a table for each.
+        homes: folders of methods whose runs are kept in another benchmark's.
+        progress: told what trainings tell.
+    """
+
+    config: BenchConfig
+    folder: Path
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    homes: Mapping[str, Path] = field(default_factory=dict)
+    progress: Callback = lambda _: None
+
+    def run_folder(self, method: str, case: Case, seed: int) -> Path:
+        """Where one method's trainings on a case are kept."""
+        return self.homes.get(method, self.folder) / "runs" / method / case.slug / f"seed-{seed}"
+
+    def settings(self, method: str, training: str | None = None) -> dict[str, Any]:
+        """The overrides of a method, or of one of its trainings."""
+        given = self.overrides.get(method, {})
+        return dict(given if training is None else given.get(training, {}))
+
+    def common(self, case: Case, seed: int) -> dict[str, Any]:
+        """Keys of all trainings on a case."""
+        config = self.config
+        return {
+            "images": self.pictures(case, "input", [Example(case.content, (case.picture,))]),
+            "base": config.base,
+            "token": config.token,
+            "seed": seed,
+            "precision": config.precision,
+            "device": config.device,
+            "sample_seeds": [],
+        }
+
+    def pictures(self, case: Case, name: str, examples: Sequence[Example]) -> list[Path]:
+        """Pictures of a case as files that trainings can read, written once."""
+        paths = []
+        for number, picture in enumerate(picture for example in examples for picture in example.pictures):
+            path = self.folder / "cases" / case.slug / f"{name}-{number}.png"
+            if not path.is_file():
+                write_png(picture, path)
+            paths.append(path)
+        return paths
+
+    def finish(self, job: Job[C], config: C) -> RunFolder:
+        """The run of a recipe: as it is if it is finished, else trained, from its last checkpoint if there is one.
+
+        Raises:
+            UserError: a run with other settings is there already; or as the training.
+            MachineError, Interrupted: as the training.
+        """
+        run = RunFolder(config.out)
+        if run.config_file.is_file() and (run.card.exists() or run.latest()):
+            _check_same(run, config)
+        if run.card.exists():
+            return run
+        return job(config, run.latest() is not None, self.progress)
+
+
+def write_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture atomically.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    atomic_write(path, lambda file: picture.save(file, "PNG"))
+
+
+def _check_same(run: RunFolder, config: TrainingConfig) -> None:
+    """Refuse a run that was made with other settings; where its pictures lie does not matter."""
+    saved = run.config(type(config))
+    for name in sorted(config.model_fields_set - MAY_CHANGE):
+        old, new = getattr(saved, name), getattr(config, name)
+        if old != new and not _is_path(new):
+            raise UserError(
+                f"{run.path}: this run was made with {name} {old!r}, not {new!r}: choose another --out for the "
+                "benchmark, or delete this folder"
+            )
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, Path) or (isinstance(value, list) and any(isinstance(item, Path) for item in value))

@@ -1,0 +1,72 @@
+"""`unziplora bench`: methods against the truth."""
+
+from __future__ import annotations
+
+import click
+
+from unziplora.cli.common import config_option, dry_run_option, json_option, quiet_option
+from unziplora.cli.flags import RecipeCommand, layers, options
+from unziplora.cli.output import emit, stdout_kept
+from unziplora.config import resolve, to_toml
+from unziplora.config_bench import BenchConfig
+from unziplora.progress import show
+
+
+def run_bench(ctx: click.Context, config_file: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """Carry out the command."""
+    config = resolve(BenchConfig, *layers(ctx, config_file))
+    if dry_run:
+        _plan(config, as_json)
+        return
+    with stdout_kept(), show(quiet) as view:
+        if config.search:
+            from unziplora.bench.search import search
+
+            found = search(config, view)
+            text = str(found)
+            result = found.model_dump(mode="json")
+        else:
+            from unziplora.bench.run import bench
+
+            report = bench(config, view)
+            text = f"{report}\n\nreport   {config.out / 'report.md'}"
+            result = report.model_dump(mode="json")
+    emit(result, text, as_json)
+
+
+def _plan(config: BenchConfig, as_json: bool) -> None:
+    """Show the settings and the cases."""
+    with stdout_kept():
+        from unziplora.bench.cases import choose, load_cases
+
+        cases = choose(load_cases(config.split), config.cases, config.quick)
+    lines = [f"# {case.slug}: a {case.content} in {case.style} style, mixed with {case.partner}" for case in cases]
+    result = {"config": config.model_dump(mode="json"), "cases": [case.slug for case in cases]}
+    emit(result, lambda: "\n".join([to_toml(config), "# Cases", *lines]), as_json)
+
+
+bench_command = RecipeCommand(
+    "bench",
+    callback=click.pass_context(run_bench),
+    help="""Measure methods against the truth: pictures that show what each should have made.
+
+    A case is a drawing under a filter; the same drawing under other filters, and the same filter on other drawings,
+    exist too. Every method learns from the one picture; what its LoRAs give alone, together and mixed with another
+    case's is compared with the truth. 0 is the base without LoRA, 1 an oracle that has learnt from many pictures.
+
+    \b
+      unziplora bench --quick --methods base --methods unziplora --methods oracle
+      unziplora bench --search 8 --out tuned                            # choose settings on the dev cases
+      unziplora bench --split test --settings tuned/settings.toml       # the final figures
+
+    Writes report.md, report.json and a contact sheet per case. Stopped, the same command continues.
+    """,
+    short_help="Measure methods against the truth.",
+    params=[
+        config_option(),
+        dry_run_option("show the cases; train nothing"),
+        json_option(),
+        quiet_option(),
+        *options(BenchConfig),
+    ],
+)

@@ -1,0 +1,96 @@
+"""The recipe of `bench`: which methods, on which cases, how trained, sampled and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from unziplora.config import Recipe, key
+
+MethodName = Literal[
+    "base",
+    "unziplora",
+    "paper",
+    "joint",
+    "prompt",
+    "column",
+    "block",
+    "dreambooth",
+    "blora",
+    "ziplora",
+    "direct",
+    "oracle",
+]
+ABLATION: tuple[MethodName, ...] = ("joint", "prompt", "column", "block")
+"""Joint training of two LoRAs without any separation, then with one separation more at a time."""
+
+
+class BenchConfig(Recipe):
+    """Measure methods against pictures that show what they should have made."""
+
+    out: Path = key(Path("bench"), "Folder for runs, scores and report; the same command continues it.", "Input")
+    base: str = key("bundled", "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
+    split: Literal["dev", "test"] = key("dev", "Cases for choosing settings, or those for the final figures.", "Input")
+    cases: list[str] = key([], "Cases by name; default: all of the split.", "Input")
+    quick: bool = key(False, "Only the first two cases and the first seed.", "Input")
+    settings: Path | None = key(None, "TOML file with settings per method, as a search writes it.", "Input")
+
+    methods: list[MethodName] = key(
+        [
+            "base",
+            "unziplora",
+            "joint",
+            "prompt",
+            "column",
+            "block",
+            "dreambooth",
+            "blora",
+            "ziplora",
+            "direct",
+            "oracle",
+        ],
+        "What is measured; the scale needs base and oracle.",
+        "Method",
+        min_length=1,
+    )
+    measures: list[Literal["trained", "plain", "published"]] = key(
+        ["trained", "plain"], "What pictures are compared by; the first one makes the headline.", "Method", min_length=1
+    )
+    search: int = key(
+        0, "Instead: try so many settings of one grid for every method, and write settings.toml.", "Method", ge=0
+    )
+    token: str = key("sks", "Rare word that stands for the subject.", "Method", min_length=1)
+    seeds: list[int] = key([0, 1, 2], "Training seeds.", "Training", min_length=1)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Number format of the base.", "Training")
+    device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
+
+    samples: int = key(2, "Pictures per prompt.", "Sampling", ge=1)
+    sample_steps: int = key(20, "Denoising steps.", "Sampling", ge=1)
+    guidance: float = key(2.5, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
+
+    @field_validator("seeds")
+    @classmethod
+    def _natural(cls, seeds: list[int]) -> list[int]:
+        if any(seed < 0 for seed in seeds):
+            raise ValueError("seeds are whole numbers from 0 on")
+        return list(dict.fromkeys(seeds))
+
+    @field_validator("methods", "measures")
+    @classmethod
+    def _once(cls, names: list[str]) -> list[str]:
+        return list(dict.fromkeys(names))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BenchConfig:
+        if self.search and self.split == "test":
+            raise ValueError("settings are searched on the cases of split dev; those of test are for the final figures")
+        if self.search and self.settings is not None:
+            raise ValueError("a search writes settings: leave --settings or --search out")
+        return self
+
+    @property
+    def training_seeds(self) -> list[int]:
+        """The seeds that are trained."""
+        return self.seeds[:1] if self.quick else self.seeds

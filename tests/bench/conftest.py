@@ -1,0 +1,46 @@
+"""A benchmark small enough for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fakes import Fake, make_case
+
+from unziplora.base import Base
+from unziplora.bench.cases import Case
+from unziplora.bench.workplace import Workplace
+from unziplora.config_bench import BenchConfig
+
+
+@pytest.fixture
+def cases() -> dict[str, Case]:
+    """Two cases, each the other's partner."""
+    return {"cat": make_case("cat", "dog", 200), "dog": make_case("dog", "cat", 120)}
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_folder: Path) -> BenchConfig:
+    """One seed, one picture per prompt, two denoising steps."""
+    return BenchConfig(
+        out=tmp_path / "out",
+        base=str(tiny_folder),
+        methods=["base"],
+        seeds=[0],
+        samples=1,
+        sample_steps=2,
+        device="cpu",
+        precision="fp32",
+    )
+
+
+@pytest.fixture
+def place(config: BenchConfig) -> Workplace:
+    """The folder of a benchmark."""
+    return Workplace(config, config.out)
+
+
+@pytest.fixture
+def fake(tiny_base: Base) -> Fake:
+    """A method that counts."""
+    return Fake(tiny_base.unet)

@@ -1,0 +1,89 @@
+"""Two cases at the tiny base's size, a measure by hand, and a method that counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import tiny
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from unziplora.bench.adapters import Adapters
+from unziplora.bench.cases import Case, Example
+from unziplora.bench.workplace import Workplace
+from unziplora.config_training import TrainingConfig
+from unziplora.lora.files import Lora
+
+
+def picture(red: int, green: int, blue: int = 0) -> Image.Image:
+    return Image.new("RGB", (64, 64), (red, green, blue))
+
+
+def make_case(slug: str, partner: str, hue: int) -> Case:
+    """Two targets, one other concept; red stands for content, green for style."""
+    return Case(
+        slug=slug,
+        content=slug,
+        style="ink",
+        new=True,
+        drawing=f"set/{slug}",
+        filter="ink",
+        seed=0,
+        tint=(1.0, 1.0, 1.0),
+        picture=picture(hue, 40),
+        targets=(Example("neon sign", (picture(hue, 90),)), Example("oil", (picture(hue, 160),))),
+        others=(Example("key", (picture(5, 40), picture(6, 40))),),
+        partner=partner,
+        mix=picture(hue, 41),
+        oracle_content=(Example("oil", (picture(hue, 161),)),),
+        oracle_style=(Example("bell", (picture(7, 40),)), Example("hat", (picture(8, 40),))),
+    )
+
+
+class Colours:
+    """Content and concept from the mean of red, style from the mean of green, as angles."""
+
+    def __init__(self, name: str = "colours") -> None:
+        self.name, self.asked = name, 0
+
+    def content(self, pictures: Sequence[Image.Image]) -> Tensor:
+        self.asked += 1
+        return self._angles(pictures, 0)
+
+    def concept(self, pictures: Sequence[Image.Image]) -> Tensor:
+        return self._angles(pictures, 2)
+
+    def style(self, pictures: Sequence[Image.Image]) -> Tensor:
+        return self._angles(pictures, 1)
+
+    @staticmethod
+    def _angles(pictures: Sequence[Image.Image], channel: int) -> Tensor:
+        means = [sum(one.getchannel(channel).tobytes()) / (one.width * one.height * 255) for one in pictures]
+        angles = torch.tensor(means) * torch.pi / 2
+        return F.normalize(torch.stack([angles.cos(), angles.sin()], dim=1), dim=1)
+
+
+@dataclass
+class Fake:
+    """A method with random LoRAs, which counts what is trained."""
+
+    unet: torch.nn.Module
+    name: str = "fake"
+    seeded: bool = True
+    steps: int = 1
+    trained: list[tuple[str, int]] = field(default_factory=list)
+
+    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+        return [TrainingConfig(out=place.run_folder(self.name, case, seed), steps=self.steps, seed=seed)]
+
+    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+        self.trained.append((case.slug, seed))
+        content, style = (Lora(tiny.random_lora(self.unet, 2 * seed + n)) for n in (0, 1))
+        return Adapters(content, style, prompts=("a {token} {content}", "an image in {style} style"))
+
+    def mix(self, place: Workplace, case: Case, partner: Case, seed: int) -> Adapters:
+        mine = self.train(place, case, seed)
+        return Adapters(mine.content, mine.style, prompts=mine.prompts)

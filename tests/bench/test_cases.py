@@ -1,0 +1,88 @@
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from unziplora.bench.cases import CASES, Case, choose, load_cases
+from unziplora.errors import UserError
+
+SPLITS = {split: load_cases(split) for split in ("dev", "test")}
+EVERY = [case for cases in SPLITS.values() for case in cases.values()]
+
+
+def words(case: Case) -> set[str]:
+    """All concepts whose drawings are inputs or truths of a case."""
+    return {case.content, *(example.word for example in case.others)}
+
+
+def test_there_are_eight_and_sixteen_cases_half_of_them_of_unknown_filters():
+    assert [len(cases) for cases in SPLITS.values()] == [8, 16]
+    for cases in SPLITS.values():
+        assert sum(case.new for case in cases.values()) == len(cases) / 2
+        assert {case.filter for case in cases.values() if case.new} == {"linocut", "clay", "stained"}
+
+
+def test_development_and_test_share_neither_concepts_nor_known_filters():
+    shown = [set().union(*(words(case) for case in cases.values())) for cases in SPLITS.values()]
+    assert not shown[0] & shown[1]
+    known = [{case.filter for case in cases.values() if not case.new} for cases in SPLITS.values()]
+    assert not known[0] & known[1]
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.slug)
+def test_every_case_has_its_truths(case: Case):
+    assert case.drawing.split("/")[0] in ("fxemoji", "noto-v1")
+    assert len({example.word for example in case.targets}) == 4
+    assert case.style not in {example.word for example in case.targets}
+    assert len({example.word for example in case.others}) == 4
+    assert case.content not in {example.word for example in case.others}
+    assert all(len(example.pictures) == 2 for example in case.others)
+    pictures = [case.picture, case.mix, *(p for e in (*case.targets, *case.others) for p in e.pictures)]
+    assert {picture.size for picture in pictures} == {(64, 64)}
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.slug)
+def test_the_oracle_sees_no_truth(case: Case):
+    learnt = [p for e in (*case.oracle_content, *case.oracle_style) for p in e.pictures]
+    truths = [case.picture, case.mix, *(p for e in (*case.targets, *case.others) for p in e.pictures)]
+    assert len(case.oracle_content) >= 6
+    assert len(case.oracle_style) == 12
+    assert len({picture.tobytes() for picture in (*learnt, *truths)}) == len(learnt) + len(truths)
+    assert case.style not in {example.word for example in case.oracle_content}
+    assert not {example.word for example in case.oracle_style} & words(case)
+
+
+@pytest.mark.parametrize("cases", SPLITS.values(), ids=SPLITS)
+def test_partners_are_mutual_and_differ_in_concept_and_filter(cases: dict[str, Case]):
+    for case in cases.values():
+        partner = cases[case.partner]
+        assert partner.partner == case.slug
+        assert partner.filter != case.filter
+        assert partner.content not in words(case) | {e.word for e in case.oracle_style}
+
+
+def test_cases_are_chosen_by_name_and_quick_takes_a_pair():
+    cases = SPLITS["dev"]
+    first, second, *_ = cases.values()
+    assert choose(cases, []) == list(cases.values())
+    assert choose(cases, [], quick=True) == [first, second]
+    assert first.partner == second.slug
+    assert choose(cases, [second.slug, second.slug]) == [second]
+    with pytest.raises(UserError, match=f"no case 'nothing': there are {first.slug}, "):
+        choose(cases, ["nothing"])
+
+
+def test_the_file_is_small_and_tells_whose_drawings_it_holds():
+    assert CASES.stat().st_size < 3_000_000
+    with zipfile.ZipFile(CASES) as archive:
+        assert "Apache License 2.0" in archive.read("NOTICE").decode()
+
+
+@pytest.mark.parametrize("content", [None, b"no zip"])
+def test_a_missing_or_damaged_file_is_told(tmp_path: Path, content: bytes | None):
+    path = tmp_path / "cases.zip"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"cases\.zip: no cases of the benchmark can be read"):
+        load_cases("dev", path)

@@ -1,0 +1,259 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import Colours, Fake, picture
+
+from unziplora.base import Base
+from unziplora.bench import protocol
+from unziplora.bench.adapters import Adapters
+from unziplora.bench.cases import Case
+from unziplora.bench.methods import METHODS
+from unziplora.bench.protocol import Ask, asks, draw, evaluate, score
+from unziplora.bench.workplace import Workplace
+from unziplora.config_split import SplitConfig
+from unziplora.errors import UserError
+from unziplora.lora.algebra import delta
+from unziplora.lora.files import Lora
+from unziplora.lora.layer import adapted
+from unziplora.prompts import Prompts
+from unziplora.run import RunFolder
+
+Cases = dict[str, Case]
+SMALL = {"steps": 2, "rank": 2, "batch_size": 1, "column_periods": 1, "column_warmup": 1, "score_timesteps": 1}
+
+
+class TestAsks:
+    def test_every_task_has_its_prompt_its_loras_and_its_truth(self, cases: Cases):
+        content, style, other = Lora({}), Lora({}), Lora({})
+        templates = ("a {token} {content}", "an image in {style} style")
+        alone, mixed = Adapters(content, style, prompts=templates), Adapters(content, other, prompts=templates)
+        cat, dog = cases["cat"], replace(cases["dog"], style="clay")
+        found = {ask.slug: ask for ask in asks(cat, dog, alone, mixed, "sks")}
+        assert list(found) == ["content-neon-sign", "content-oil", "style-key", "both-cat", "mix-dog"]
+        assert found["content-neon-sign"].prompts == Prompts("a sks cat in neon sign style")
+        assert found["content-neon-sign"].loras == {"content": content}
+        assert found["style-key"].prompts == Prompts("a key in ink style")
+        assert found["style-key"].loras == {"style": style}
+        assert len(found["style-key"].truths) == 2
+        assert found["both-cat"].prompts == Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
+        assert found["both-cat"].truths == (cat.picture,)
+        assert found["mix-dog"].prompts == Prompts("a sks cat in clay style", "a sks cat", "an image in clay style")
+        assert found["mix-dog"].loras == {"content": content, "style": other}
+        assert found["mix-dog"].truths == (cat.mix,)
+
+    def test_one_merged_lora_gets_one_prompt_and_the_base_no_rare_word(self, cases: Cases):
+        part, merged = Lora({}), Lora({})
+        made = asks(cases["cat"], cases["dog"], Adapters(part, part, merged), Adapters(part, part, merged), "sks")
+        assert made[-1].loras == {"lora": merged}
+        assert made[-1].prompts == Prompts("a sks cat in ink style")
+        plain = asks(cases["cat"], cases["dog"], Adapters(subject="a {content}"), Adapters(subject="a {content}"), "sks")
+        assert not any(ask.loras for ask in plain)
+        assert not any("sks" in ask.prompts.full for ask in plain)
+
+
+class TestScore:
+    def test_content_alone_is_held_against_the_drawing_in_that_style(self, cases: Cases):
+        cat = cases["cat"]
+        truth, copy, ignored = cat.targets[1].pictures[0], cat.picture, picture(0, 160)
+        ask = Ask("content", "oil", Prompts("x"), {}, (truth,))
+        right, copied, plain = score(Colours(), cat, ask, [truth, copy, ignored])
+        turn = np.cos((160 - 40) / 255 * np.pi / 2)  # between the truth's style and the picture's
+        assert right == pytest.approx({"content": 1.0, "style": 1.0, "score": 1.0, "leak": 0.0}, abs=1e-5)
+        assert copied == pytest.approx({"content": 1.0, "style": turn, "score": turn**0.5, "leak": 1 - turn}, abs=1e-5)
+        identity = np.cos(200 / 255 * np.pi / 2)
+        assert plain["score"] == pytest.approx(identity**0.5, abs=1e-5)
+        assert plain["leak"] == pytest.approx(0.0, abs=1e-5)
+
+    def test_style_alone_is_held_against_other_concepts_in_that_style(self, cases: Cases):
+        cat = cases["cat"]
+        ask = Ask("style", "key", Prompts("x"), {}, (picture(0, 40, 10), picture(0, 40, 30)))
+        (row,) = score(Colours(), cat, ask, [picture(200, 40, 20)])
+        kind = np.cos(10 / 255 * np.pi / 2)
+        assert row["style"] == pytest.approx(1.0, abs=1e-5)
+        assert row["content"] == pytest.approx(kind, abs=1e-5)
+        assert row["score"] == pytest.approx(kind**0.5, abs=1e-5)
+        assert row["leak"] == pytest.approx(1 - np.cos(200 / 255 * np.pi / 2), abs=1e-5)  # the cat came along
+
+    def test_both_together_have_no_leak(self, cases: Cases):
+        ask = Ask("both", "cat", Prompts("x"), {}, (cases["cat"].picture,))
+        assert score(Colours(), cases["cat"], ask, [cases["cat"].picture])[0].keys() == {"content", "style", "score"}
+
+
+def test_drawing_uses_the_loras_and_leaves_the_base_as_it_was(
+    tiny_base: Base, fake: Fake, place: Workplace, cases: Cases
+):
+    made = fake.train(place, cases["cat"], 0)
+    plain, content, both = (
+        Ask("content", "x", Prompts("a cat"), {}, ()),
+        Ask("content", "x", Prompts("a cat"), {"content": made.content}, ()),
+        Ask("both", "x", Prompts("a cat", "a cat", "ink"), {"content": made.content, "style": made.style}, ()),
+    )
+    before, first, second, after = (draw(tiny_base, ask, [3], 2, 2.5)[0] for ask in (plain, content, both, plain))
+    assert before.tobytes() == after.tobytes()
+    assert len({picture.tobytes() for picture in (before, first, second)}) == 3
+    assert not adapted(tiny_base.unet)
+
+
+class TestEvaluate:
+    def run(self, place: Workplace, base: Base, fake: Fake, cases: Cases, *measures: Colours) -> dict[str, Any]:
+        return evaluate(place, base, measures or (Colours(),), fake, cases, cases["cat"], 0)
+
+    def test_writes_scores_of_every_picture(self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases):
+        found = self.run(place, tiny_base, fake, cases)
+        folder = place.run_folder("fake", cases["cat"], 0)
+        assert json.loads((folder / "scores.json").read_text()) == found
+        assert [(row["task"], row["target"]) for row in found["pictures"]] == [
+            ("content", "neon sign"), ("content", "oil"), ("style", "key"), ("both", "cat"), ("mix", "dog"),
+        ]  # fmt: skip
+        assert all((folder / row["file"]).is_file() for row in found["pictures"])
+        assert not list(folder.glob(".*"))
+
+    def test_what_is_there_is_kept(self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases):
+        first, trained = self.run(place, tiny_base, fake, cases), list(fake.trained)
+        assert self.run(place, tiny_base, fake, cases) == first
+        assert fake.trained == trained
+
+    def test_another_measure_scores_the_same_pictures(
+        self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+    ):
+        first = self.run(place, tiny_base, fake, cases)
+        monkeypatch.setattr(protocol, "generate", None)
+        again = self.run(place, tiny_base, fake, cases, Colours("one"), Colours("two"))
+        assert again["measures"] == ["one", "two"]
+        assert again["seconds"] == first["seconds"]
+        values = [row["values"] for row in again["pictures"]]
+        assert [v["one"] for v in values] == [row["values"]["colours"] for row in first["pictures"]]
+
+    @pytest.mark.parametrize("change", ["steps", "sampling", "picture"])
+    def test_other_settings_are_evaluated_anew(
+        self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, change: str
+    ):
+        first = self.run(place, tiny_base, fake, cases)
+        if change == "steps":
+            fake.steps = 2
+        if change == "sampling":
+            place = replace(place, config=place.config.model_copy(update={"sample_steps": 3}))
+        if change == "picture":
+            cases["cat"] = replace(cases["cat"], picture=picture(1, 2))
+        count = len(fake.trained)
+        assert self.run(place, tiny_base, fake, cases)["settings"] != first["settings"]
+        assert len(fake.trained) > count
+
+    def test_pictures_of_an_interrupted_sampling_are_not_taken_for_whole(
+        self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+    ):
+        first = self.run(place, tiny_base, fake, cases)
+        fake.steps, real, calls = 2, protocol.generate, []
+
+        def stopped(*args: Any, **options: Any) -> Any:
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        monkeypatch.setattr(protocol, "generate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            self.run(place, tiny_base, fake, cases)
+        fake.steps = 1
+        monkeypatch.setattr(protocol, "generate", real)
+        (place.run_folder("fake", cases["cat"], 0) / "scores.json").unlink()
+        again = self.run(place, tiny_base, fake, cases)
+        assert again["pictures"] == first["pictures"]
+
+
+class TestMethods:
+    @pytest.fixture
+    def place(self, place: Workplace) -> Workplace:
+        pair = {"steps": 2, "rank": 2, "batch_size": 1}
+        overrides = {"unziplora": SMALL, "blora": pair, "ziplora": {"steps": 2}} | {
+            name: {"content": pair, "style": pair} for name in ("dreambooth", "oracle")
+        }
+        return replace(place, overrides=overrides)
+
+    def test_ablation_adds_one_separation_at_a_time_to_the_same_settings(self, place: Workplace, cases: Cases):
+        seen = []
+        for name in ("joint", "prompt", "column", "block"):
+            (recipe,) = METHODS[name].recipes(place, cases["cat"], 0)
+            assert isinstance(recipe, SplitConfig)
+            assert recipe.steps == 2
+            seen.append((recipe.prompt_separation, recipe.column_separation, recipe.block_separation))
+        assert seen == [(False,) * 3, (True, False, False), (True, True, False), (True,) * 3]
+        assert METHODS["block"].recipes(place, cases["cat"], 0) == METHODS["unziplora"].recipes(place, cases["cat"], 0)
+
+    def test_paper_keeps_what_is_published_and_takes_the_size_from_the_base(self, place: Workplace, cases: Cases):
+        bundled = replace(place, config=place.config.model_copy(update={"base": "bundled"}))
+        (small,), (large,) = (METHODS["paper"].recipes(one, cases["cat"], 0) for one in (bundled, place))
+        assert isinstance(small, SplitConfig)
+        assert isinstance(large, SplitConfig)
+        for recipe in (small, large):
+            assert (recipe.column_score, recipe.column_choice, recipe.init) == ("threshold", "strict", "gaussian")
+            assert recipe.style_prompt == "a {content} in {style} style"
+            assert (recipe.optimizer, recipe.precision, recipe.column_warmup) == ("adamw", "fp32", 1)
+        assert (small.rank, small.content_learning_rate, small.steps) == (16, 2e-3, 300)
+        assert (large.rank, large.content_learning_rate, large.steps) == (64, 5e-5, 600)
+
+    def test_oracle_learns_its_pictures_with_a_prompt_each_and_longer(self, place: Workplace, cases: Cases):
+        content, style = METHODS["oracle"].recipes(replace(place, overrides={}), cases["cat"], 0)
+        assert content.picture_prompts() == ["a sks cat in oil style"]
+        assert style.picture_prompts() == ["a bell in ink style", "a hat in ink style"]
+        plain, _ = METHODS["dreambooth"].recipes(replace(place, overrides={}), cases["cat"], 0)
+        assert content.steps == 3 * plain.steps
+        assert [path.is_file() for path in style.images] == [True, True]
+
+    @pytest.mark.parametrize("name", ["unziplora", "blora", "dreambooth", "oracle"])
+    def test_trains_once_and_gives_two_loras(self, place: Workplace, cases: Cases, name: str):
+        made = METHODS[name].train(place, cases["cat"], 0)
+        files = {path: path.stat().st_mtime_ns for path in place.folder.rglob("*.safetensors")}
+        assert len(files) == 2
+        again = METHODS[name].train(place, cases["cat"], 0)
+        assert {path: path.stat().st_mtime_ns for path in files} == files
+        assert made.content is not None
+        assert made.style is not None
+        assert made.content.modules.keys() == again.content.modules.keys()
+        assert not list(place.folder.rglob("samples/*.png"))
+
+    def test_zip_and_sum_are_made_of_the_same_dreambooth_loras(self, place: Workplace, cases: Cases):
+        cat, dog = cases["cat"], cases["dog"]
+        pair = METHODS["dreambooth"].train(place, cat, 0)
+        direct, zipped = (METHODS[name].train(place, cat, 0) for name in ("direct", "ziplora"))
+        path = next(iter(pair.content.modules))
+        total = delta(pair.content.modules[path]) + delta(pair.style.modules[path])
+        torch.testing.assert_close(delta(direct.merged.modules[path]), total, rtol=1e-2, atol=1e-5)
+        parts = delta(zipped.content.modules[path]) + delta(zipped.style.modules[path])
+        torch.testing.assert_close(delta(zipped.merged.modules[path]), parts, rtol=1e-2, atol=1e-5)
+        METHODS["ziplora"].mix(place, cat, dog, 0)
+        assert (place.run_folder("ziplora", cat, 0) / "zip-dog" / "lora.safetensors").is_file()
+        assert not (place.run_folder("dreambooth", dog, 0) / "content").exists()
+
+    def test_mix_takes_the_content_of_one_and_the_style_of_the_other(self, place: Workplace, cases: Cases):
+        cat, dog = cases["cat"], cases["dog"]
+        mixed = METHODS["unziplora"].mix(place, cat, dog, 0)
+        mine, other = (METHODS["unziplora"].train(place, case, 0) for case in (cat, dog))
+        path = list(mine.content.modules)[-1]
+        assert torch.equal(mixed.content.modules[path][0], mine.content.modules[path][0])
+        assert torch.equal(mixed.style.modules[path][1], other.style.modules[path][1])
+
+    def test_a_run_with_other_settings_is_not_taken_over(self, place: Workplace, cases: Cases):
+        METHODS["unziplora"].train(place, cases["cat"], 0)
+        other = replace(place, overrides={"unziplora": {**SMALL, "rank": 4}})
+        with pytest.raises(UserError, match="this run was made with rank 2, not 4"):
+            METHODS["unziplora"].train(other, cases["cat"], 0)
+
+    def test_an_interrupted_run_is_resumed(self, place: Workplace, cases: Cases):
+        (recipe,) = METHODS["unziplora"].recipes(place, cases["cat"], 0)
+        asked: list[bool] = []
+
+        def job(config: SplitConfig, resume: bool = False, progress: object = None) -> RunFolder:
+            asked.append(resume)
+            return RunFolder(config.out)
+
+        run = RunFolder.create(recipe.out, recipe)
+        place.finish(job, recipe)
+        run.checkpoint(1, lambda folder: (Path(folder) / "x").write_text("x"))
+        place.finish(job, recipe)
+        assert asked == [False, True]

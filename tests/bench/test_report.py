@@ -1,0 +1,151 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import Colours, Fake
+
+from unziplora.base import Base
+from unziplora.bench.cases import Case
+from unziplora.bench.methods import METHODS
+from unziplora.bench.report import Report, contact_sheet, markdown, summarise, table
+from unziplora.bench.run import bench
+from unziplora.config_bench import BenchConfig
+from unziplora.errors import UserError
+
+Cases = dict[str, Case]
+
+
+def result(method: str, case: str, seed: int, content: float, style: float) -> dict[str, Any]:
+    """What `evaluate` returns for pictures of these scores; the two of a task differ, their mean counts."""
+
+    def row(task: str, score: float) -> dict[str, Any]:
+        values = {"content": 0.5, "style": 0.5, "score": score} | (
+            {"leak": 0.1} if task in ("content", "style") else {}
+        )
+        return {"task": task, "target": "x", "seed": 0, "file": "f", "values": {"m": values}}
+
+    pictures = [row("content", content - 0.1), row("content", content + 0.1), row("style", style), row("both", 0.7)]
+    seconds = {"training": 30.0, "sampling": 1.0}
+    return {"method": method, "case": case, "seed": seed, "seconds": seconds, "pictures": pictures}
+
+
+RESULTS = [
+    *(result("base", case, 0, 0.2, 0.1) for case in ("cat", "dog")),
+    *(result("oracle", case, 0, 0.6, 0.5) for case in ("cat", "dog")),
+    result("fake", "cat", 0, 0.2, 0.2),
+    result("fake", "dog", 0, 0.4, 0.6),
+    result("fake", "cat", 1, 0.6, 0.5),
+    result("fake", "dog", 1, 0.6, 0.5),
+]
+
+
+@pytest.fixture
+def report(config: BenchConfig) -> Report:
+    return summarise(config, RESULTS, ["m"])
+
+
+class TestSummarise:
+    def test_means_over_cases_come_before_the_scale(self, report: Report):
+        base, oracle, fake = report.of("m")
+        assert base.seeds[0]["headline"] == 0.0
+        assert (oracle.seeds[0]["content.scaled"], oracle.seeds[0]["style.scaled"]) == pytest.approx((1.0, 1.0))
+        assert oracle.seeds[0]["headline"] == pytest.approx(1.0)
+        # means 0.3 and 0.4 on scales of 0.2…0.6 and 0.1…0.5
+        assert fake.seeds[0]["content.scaled"] == pytest.approx(0.25)
+        assert fake.seeds[0]["style.scaled"] == pytest.approx(0.75)
+        assert fake.seeds[0]["headline"] == pytest.approx(0.375)
+        assert fake.seeds[1]["headline"] == pytest.approx(1.0)
+        assert fake.told("headline") == "0.688 ± 0.442"
+        assert base.told("headline") == "0.000"
+
+    def test_per_case_figures_are_means_over_seeds(self, report: Report):
+        fake = report.of("m")[2]
+        assert fake.cases["cat"]["content.score"] == pytest.approx(0.4)
+        assert fake.cases["dog"]["style.score"] == pytest.approx(0.55)
+
+    def test_the_oracle_is_the_mean_over_its_seeds(self, config: BenchConfig):
+        more = [*RESULTS, *(result("oracle", case, 1, 1.0, 0.9) for case in ("cat", "dog"))]
+        oracle = summarise(config, more, ["m"]).of("m")[1]
+        assert [oracle.seeds[seed]["content.scaled"] for seed in (0, 1)] == pytest.approx([2 / 3, 4 / 3])
+
+    @pytest.mark.parametrize("missing", ["base", "oracle"])
+    def test_without_both_ends_there_is_no_scale(self, config: BenchConfig, missing: str):
+        rows = summarise(config, [r for r in RESULTS if r["method"] != missing], ["m"]).of("m")
+        assert rows[-1].told("headline") == "–"
+        assert rows[-1].told("content.score") == "0.450 ± 0.212"
+
+    def test_minutes_are_those_of_training(self, report: Report):
+        assert report.minutes == {"base": 1.0, "oracle": 1.0, "fake": 2.0}
+
+
+def test_markdown_has_headline_ablation_measures_and_cases(report: Report, config: BenchConfig):
+    text = markdown(report)
+    assert "| fake | 0.688 ± 0.442 | 0.625 ± 0.530 | 0.875 ± 0.177 | 0.700 ± 0.000 | – | 0.100 ± 0.000 |" in text
+    assert "| dog | 0.20 / 0.10 | 0.60 / 0.50 | 0.50 / 0.55 |" in text
+    assert "Ablation" not in text
+    steps = [result(name, "cat", 0, 0.3, 0.3) for name in ("block", "joint")]
+    text = markdown(summarise(config, [*RESULTS, *steps], ["m"]))
+    part = text[text.index("## Ablation") : text.index("## Measured")]
+    assert part.index("| joint |") < part.index("| block |")
+
+
+class TestBench:
+    @pytest.fixture
+    def made(self, config: BenchConfig, tiny_base: Base, fake: Fake, cases: Cases) -> Report:
+        methods = {"base": METHODS["base"], "unziplora": fake}
+        config = config.model_copy(update={"methods": ["base", "unziplora"], "seeds": [0, 1]})
+        fake.name = "unziplora"
+        return bench(config, base=tiny_base, measures=[Colours(), Colours("second")], cases=cases, methods=methods)
+
+    def test_measures_every_method_case_and_seed(self, made: Report, fake: Fake):
+        rows = {(row.method, row.measure): sorted(row.seeds) for row in made.rows}
+        assert rows == {
+            ("base", "colours"): [0],  # no seed changes it
+            ("unziplora", "colours"): [0, 1],
+            ("base", "second"): [0],
+            ("unziplora", "second"): [0, 1],
+        }
+        assert {case for case, _ in fake.trained} == {"cat", "dog"}
+
+    def test_writes_report_and_contact_sheets(self, made: Report, config: BenchConfig):
+        names = {path.name for path in config.out.iterdir()}
+        assert names == {"bench.toml", "cases", "runs", "sheets", "report.json", "report.md"} - {"cases"}
+        assert json.loads((config.out / "report.json").read_text())["measures"] == ["colours", "second"]
+        assert "![dog](sheets/dog.png)" in (config.out / "report.md").read_text()
+        assert "| unziplora |" in str(made)
+
+    def test_contact_sheet_has_a_row_per_method_and_a_column_per_prompt(
+        self, made: Report, config: BenchConfig, cases: Cases
+    ):
+        files = [config.out / "runs" / name / "cat" / "seed-0" / "scores.json" for name in ("base", "unziplora")]
+        results = [json.loads(file.read_text()) for file in files]
+        one, two = (contact_sheet(cases["cat"], results[:count], config.out) for count in (1, 2))
+        cell = 128 + 4
+        assert two.height - one.height == cell
+        assert two.width >= 6 * cell  # input, two targets, one other concept, both, mixed
+        assert two.width < 6 * cell + 3 * 128
+        right = [sheet.crop((sheet.width - 6 * cell, 0, sheet.width, one.height - 4)) for sheet in (one, two)]
+        assert right[0].tobytes() == right[1].tobytes()
+
+    def test_progress_tells_every_unit(self, config: BenchConfig, tiny_base: Base, cases: Cases):
+        told: list[tuple[int, int]] = []
+        bench(
+            config,
+            lambda event: told.append((event.step, event.steps)),
+            base=tiny_base,
+            measures=[Colours()],
+            cases=cases,
+        )
+        assert told == [(0, 2), (1, 2), (2, 2)]
+
+    def test_wrong_settings_and_places_are_told(self, config: BenchConfig, tmp_path: Path):
+        (tmp_path / "settings.toml").write_text("[unzip]\nsteps = 2\n")
+        with pytest.raises(UserError, match="no method 'unzip': there are base, unziplora"):
+            bench(config.model_copy(update={"settings": tmp_path / "settings.toml"}))
+        with pytest.raises(UserError, match="is a file; give a folder"):
+            bench(config.model_copy(update={"out": tmp_path / "settings.toml"}))
+
+
+def test_table_has_dashes_where_nothing_was_measured(report: Report):
+    assert table(report.of("m")[:1], {"mix.score": "mixed"}).splitlines()[-1] == "| base | – |"

@@ -1,0 +1,59 @@
+import math
+
+import pytest
+import torch
+
+from unziplora.bench.scores import harmonic, headline, leak, mean_figures, product, scaled, similarity, spread
+
+
+def test_similarity_is_the_mean_cosine_to_all_truths():
+    made = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    truths = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert similarity(made, truths) == pytest.approx([0.5, 0.7])
+
+
+def test_product_is_the_geometric_mean_and_a_wrong_half_spoils_it():
+    assert product(0.9, 0.4) == pytest.approx(0.6)
+    assert product(0.8, 0.8) == pytest.approx(0.8)
+    assert product(1.0, -0.3) == 0.0
+    assert product(-0.5, -0.5) == 0.0
+
+
+def test_leak_is_what_exceeds_the_truths_own_likeness_to_the_picture():
+    picture = torch.tensor([[1.0, 0.0]])
+    truths = torch.tensor([[0.6, 0.8], [0.0, 1.0]])  # 0.3 on average
+    made = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    assert leak(made, truths, picture) == pytest.approx([0.7, 0.3, -0.3])
+
+
+def test_means_are_over_the_rows_that_have_a_figure():
+    assert mean_figures([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 2.0}
+
+
+def test_scale_is_0_at_the_base_and_1_at_the_oracle():
+    assert scaled(0.2, 0.2, 0.6) == 0.0
+    assert scaled(0.6, 0.2, 0.6) == 1.0
+    assert scaled(0.3, 0.2, 0.6) == pytest.approx(0.25)
+    assert scaled(0.1, 0.2, 0.6) == pytest.approx(-0.25)
+    assert scaled(0.5, 0.4, 0.4) is None
+
+
+def test_harmonic_mean_needs_both_halves():
+    assert harmonic(0.5, 0.5) == pytest.approx(0.5)
+    assert harmonic(0.9, 0.1) == pytest.approx(0.18)
+    assert harmonic(1.0, -0.2) == 0.0
+    assert harmonic(-1.0, -1.0) == 0.0
+
+
+def test_headline_scales_means_and_then_takes_the_harmonic_mean():
+    base, oracle = {"content.score": 0.2, "style.score": 0.1}, {"content.score": 0.6, "style.score": 0.5}
+    made = headline({"content.score": 0.3, "style.score": 0.4}, base, oracle)
+    assert made == pytest.approx({"content.scaled": 0.25, "style.scaled": 0.75, "headline": 0.375})
+    assert headline(base, base, oracle)["headline"] == 0.0
+    assert headline(oracle, base, oracle)["headline"] == 1.0
+    assert headline(base, base, base) == {}
+
+
+def test_spread_is_the_deviation_over_seeds():
+    assert spread([0.1, 0.3]) == (pytest.approx(0.2), pytest.approx(math.sqrt(0.02)))
+    assert spread([0.4]) == (0.4, None)

@@ -1,0 +1,134 @@
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from fakes import Colours
+
+from unziplora.base import Base
+from unziplora.bench.adapters import Adapters, Paired
+from unziplora.bench.cases import Case
+from unziplora.bench.run import bench, open_bench
+from unziplora.bench.search import Setting, grid, search
+from unziplora.bench.workplace import Workplace
+from unziplora.config import read_toml
+from unziplora.config_bench import BenchConfig
+from unziplora.config_blora import BLoraConfig
+from unziplora.config_dreambooth import DreamBoothConfig
+from unziplora.config_split import SplitConfig
+from unziplora.config_training import TrainingConfig
+from unziplora.config_zip import ZipConfig
+from unziplora.errors import UserError
+
+Cases = dict[str, Case]
+
+
+class TestGrid:
+    def test_order_is_random_but_fixed_and_longer_searches_begin_like_shorter_ones(self):
+        assert grid(20)[:5] == grid(5)
+        assert len(set(grid(108))) == 108
+        assert grid(5) != sorted(grid(5), key=lambda setting: setting.rate)
+
+    def test_more_than_the_grid_holds_is_refused(self):
+        with pytest.raises(UserError, match="--search 109: the grid has 108 settings"):
+            grid(109)
+
+    def test_a_setting_means_the_same_for_every_method(self):
+        setting = Setting(2e-3, 0.25, 300, 16)
+        words = {"images": ["x.png"], "out": "run"}
+        split = SplitConfig.make(**words, content="cat", style="ink", **setting.overrides("unziplora"))
+        assert (split.content_learning_rate, split.style_learning_rate) == (2e-3, 5e-4)
+        assert (split.steps, split.rank) == (300, 16)
+        pair = setting.overrides("dreambooth")
+        content, style = (DreamBoothConfig.make(**words, **{kind: "word"}, **pair[kind]) for kind in pair)
+        assert (content.learning_rate, style.learning_rate) == (2e-3, 5e-4)
+        assert {content.steps, style.steps} == {300}
+        assert BLoraConfig.make(**words, **setting.overrides("blora")).learning_rate == 2e-3
+        zipped = ZipConfig.make(out="run", content_lora="a", style_lora="b", **setting.overrides("ziplora"))
+        assert (zipped.learning_rate, zipped.steps) == (0.02, 100)
+
+
+@dataclass(frozen=True)
+class Painter(Paired):
+    """A method whose pictures are as good as its settings say; no LoRA is needed for that."""
+
+    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+        return [TrainingConfig(out="run", steps=self.quality(place.settings(self.name)))]
+
+    def quality(self, settings: Mapping[str, Any]) -> int:
+        return int(settings.get("steps", {"base": 1, "oracle": 1000}.get(self.name, 2)))
+
+    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+        return Adapters()
+
+
+class Steps(Colours):
+    """Knows how good a picture is from the steps written into its red channel."""
+
+    def content(self, pictures: Any) -> torch.Tensor:
+        level = [picture.getpixel((0, 0))[0] / 255 for picture in pictures]
+        return torch.tensor([[1.0 if value > 0.99 else value, (1 - min(value, 1) ** 2) ** 0.5] for value in level])
+
+    concept = style = content
+
+
+@pytest.fixture
+def painted(monkeypatch: pytest.MonkeyPatch, cases: Cases) -> Cases:
+    """Pictures as red as the number of steps, up to 1000; truths are wholly red."""
+    from dataclasses import replace
+
+    from fakes import picture
+
+    from unziplora.bench import protocol
+
+    real = protocol._drawn
+
+    def drawn(place: Workplace, base: Base, ask: Any, seeds: Any, files: Any) -> Any:
+        name = files[0].parents[3].name
+        red = round(Painter(name).quality(place.settings(name)) * 254 / 1000)
+        monkeypatch.setattr(protocol, "draw", lambda *_: [picture(red, 0) for _ in seeds])
+        return real(place, base, ask, seeds, files)
+
+    monkeypatch.setattr(protocol, "_drawn", drawn)
+    red = (picture(255, 0),)
+
+    def whole(case: Case) -> Case:
+        examples = {
+            name: tuple(replace(e, pictures=red) for e in getattr(case, name)) for name in ("targets", "others")
+        }
+        return replace(case, mix=red[0], picture=red[0], **examples)
+
+    return {slug: whole(case) for slug, case in cases.items()}
+
+
+@pytest.fixture
+def searching(config: BenchConfig) -> BenchConfig:
+    return config.model_copy(update={"search": 4, "methods": ["unziplora", "blora", "joint"]})
+
+
+def test_takes_the_best_of_the_same_settings_for_every_method(searching: BenchConfig, tiny_base: Base, painted: Cases):
+    methods = {name: Painter(name) for name in ("base", "oracle", "unziplora", "blora", "joint")}
+    opened = open_bench(searching, None, tiny_base, [Steps()], painted, methods)
+    found = search(searching, bench=opened)
+    assert list(found.scores) == ["unziplora", "blora"]  # joint takes over what unziplora gets
+    assert found.scores["unziplora"] == found.scores["blora"]
+    most = max(setting.steps for setting in grid(4))
+    assert {best["steps"] for best in found.best.values()} == {most}
+    assert found.scores["blora"].index(max(found.scores["blora"])) == [s.steps for s in grid(4)].index(most)
+    assert read_toml(found.file) == found.best
+    assert json.loads((searching.out / "search.json").read_text())["scores"] == found.scores
+    assert sorted(path.name for path in (searching.out / "search" / "blora").iterdir()) == ["00", "01", "02", "03"]
+
+    final = searching.model_copy(update={"search": 0, "settings": found.file, "methods": ["base", "blora", "oracle"]})
+    report = bench(final, base=tiny_base, measures=[Steps()], cases=painted, methods=methods)
+    assert report.of("colours")[1].seeds[0]["headline"] == pytest.approx(max(found.scores["blora"]))
+
+
+def test_without_a_scale_nothing_is_chosen(searching: BenchConfig, tiny_base: Base, painted: Cases):
+    methods = {name: Painter("base" if name == "oracle" else name) for name in ("base", "oracle", "blora")}
+    opened = open_bench(searching, None, tiny_base, [Steps()], painted, methods)
+    with pytest.raises(UserError, match="no scale to choose settings by"):
+        search(searching, bench=opened)
+    assert not (searching.out / "settings.toml").exists()

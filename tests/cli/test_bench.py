@@ -1,0 +1,90 @@
+"""`unziplora bench` in this process, on the tiny base."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from unziplora import cli
+from unziplora.config_bench import BenchConfig
+
+Call = Callable[..., tuple[int, str, str]]
+QUICK = [
+    "--measures",
+    "plain",
+    "--methods",
+    "base",
+    "--cases",
+    "rocket-linocut",
+    "--samples",
+    "1",
+    "--sample-steps",
+    "1",
+]
+QUICK += ["--device", "cpu", "--precision", "fp32"]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run a command in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UNZIPLORA_DEBUG", raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "bench", "unziplora.cli.bench")
+
+    def run(*args: object) -> tuple[int, str, str]:
+        code = cli.main([str(arg) for arg in args])
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def test_prints_the_headline_and_writes_the_report(call: Call, tiny_folder: Path):
+    code, out, err = call("bench", "--base", tiny_folder, *QUICK, "--out", "found")
+    assert code == 0, err
+    assert "| base | – |" in out
+    assert "report   found/report.md" in out
+    assert "base, rocket-linocut, seed 0" in err
+    assert Path("found/sheets/rocket-linocut.png").is_file()
+
+
+def test_json_is_one_document(call: Call, tiny_folder: Path):
+    code, out, _ = call("bench", "--base", tiny_folder, *QUICK, "--json", "--quiet")
+    assert code == 0
+    told = json.loads(out)
+    assert [row["method"] for row in told["rows"]] == ["base"]
+    assert told["config"]["split"] == "dev"
+
+
+def test_dry_run_shows_settings_and_cases_and_makes_nothing(call: Call, tmp_path: Path):
+    code, out, _ = call("bench", "--quick", "--dry-run")
+    assert code == 0
+    assert "quick = true" in out
+    assert "# rocket-linocut: a rocket in linocut style, mixed with house-watercolor" in out
+    assert len(json.loads(call("bench", "--split", "test", "--dry-run", "--json")[1])["cases"]) == 16
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
+    code, out, _ = call("bench", "--help")
+    assert code == 0
+    assert all("--" + name.replace("_", "-") in out for name in BenchConfig.model_fields)
+    assert "unziplora bench --split test --settings tuned/settings.toml" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--methods", "magic"], "'magic' is not one of"),
+        (["--cases", "nothing", "--measures", "plain"], "no case 'nothing': there are rocket-linocut"),
+        (["--search", "3", "--split", "test"], "settings are searched on the cases of split dev"),
+        (["--search", "3", "--settings", "x.toml"], "leave --settings or --search out"),
+        (["--seeds", "-1"], "seeds are whole numbers from 0 on"),
+        (["--settings", "nowhere.toml"], "nowhere.toml: no such configuration file"),
+    ],
+)
+def test_wrong_requests_are_told_in_one_message(call: Call, tmp_path: Path, args: list[str], message: str):
+    code, out, err = call("bench", *args)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,116 @@
+"""The cases are rendered from a table: nothing leaks, and the same table makes the same bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy import shape
+
+from recipes.base.filters import FILTERS
+from recipes.bench.cases import Draws, Look, build
+
+CONCEPTS = ["key", "star", "house", "bell", "fish", "frog", "crown", "cactus", "tulip", "panda", "castle", "guitar"]
+TABLE = """
+resolution = 32
+seed = 1
+drawings = ["fxemoji", "noto-v1"]
+targets = ["neon", "pixelart", "crayon", "pencil", "halftone"]
+oracle_targets = ["flat", "neon", "pencil"]
+oracle_drawings = 4
+[looks]
+clay = { filter = "clay", phrase = "clay", new = true }
+oil-cool = { filter = "oil", phrase = "oil painting", tint = [0.5, 0.8, 1.0] }
+[dev]
+concepts = []
+cases = []
+[test]
+"""
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> tuple[Path, Path]:
+    """A zip of polygons, and its metadata."""
+    concepts = [{"slug": slug, "caption": slug} for slug in CONCEPTS]
+    sets = [{"key": key, "licence": "Apache-2.0", "package": f"npm {key}"} for key in ("fxemoji", "noto-v1")]
+    sets.append({"key": "openmoji", "licence": "CC-BY-SA-4.0", "package": "npm openmoji"})
+    (tmp_path / "meta.json").write_text(json.dumps({"concepts": concepts, "sets": sets}))
+    with zipfile.ZipFile(tmp_path / "world.zip", "w") as archive:
+        for number, slug in enumerate(CONCEPTS):
+            for s, key in enumerate(("fxemoji", "noto-v1")):
+                data = io.BytesIO()
+                Image.fromarray(shape(number, s)).save(data, "webp", lossless=True)
+                archive.writestr(f"{key}/{slug}.webp", data.getvalue())
+    return tmp_path / "world.zip", tmp_path / "meta.json"
+
+
+def table(folder: Path, text: str = TABLE, cases: str = '["key", "fxemoji", "clay"], ["star", "noto-v1", "oil-cool"]'):
+    path = folder / "cases.toml"
+    path.write_text(f"{text}concepts = {json.dumps(CONCEPTS[:-2])}\ncases = [{cases}]\n")
+    return path
+
+
+def test_cases_name_pictures_that_are_there(world: tuple[Path, Path], tmp_path: Path):
+    cases = build(*world, tmp_path / "a.zip", table(tmp_path))
+    build(*world, tmp_path / "b.zip", tmp_path / "cases.toml")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    first, second = cases
+    assert (first["slug"], first["partner"]) == ("key-clay", second["slug"])
+    assert (first["mix"], second["mix"]) == ("oil-cool/key-fxemoji-0.webp", "clay/star-noto-v1-0.webp")
+    assert not {"key", "star"} & {example["word"] for case in cases for example in case["others"]}
+    assert len(first["oracle_style"]) == 4
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert json.loads(archive.read("cases.json"))["cases"] == cases
+        assert "npm noto-v1" in archive.read("NOTICE").decode()
+        assert "openmoji" not in archive.read("NOTICE").decode()
+        names = {name for case in cases for e in case["others"] for name in e["pictures"]}
+        assert names <= set(archive.namelist())
+        assert Image.open(io.BytesIO(archive.read(first["picture"]))).size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "cases", "message"),
+    [
+        (("fxemoji", "openmoji"), '["key", "openmoji", "clay"], ["star", "noto-v1", "clay"]', "may not be shipped"),
+        (("x", "x"), '["apple", "fxemoji", "clay"], ["star", "noto-v1", "clay"]', "among the concepts of test"),
+        (("x", "x"), '["key", "openmoji", "clay"], ["star", "noto-v1", "clay"]', "set openmoji is not among"),
+        (("concepts = []", 'concepts = ["key"]'), '["key", "fxemoji", "clay"], ["star", "noto-v1", "clay"]', "not of"),
+        (
+            (
+                "concepts = []\ncases = []",
+                'concepts = ["castle", "guitar"]\n'
+                'cases = [["castle", "fxemoji", "oil-cool"], ["guitar", "fxemoji", "clay"]]',
+            ),
+            '["key", "fxemoji", "oil-cool"], ["star", "noto-v1", "clay"]',
+            "filter oil is one of the other split",
+        ),
+    ],
+)
+def test_a_table_that_would_leak_is_refused(
+    world: tuple[Path, Path], tmp_path: Path, change: tuple[str, str], cases: str, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        build(*world, tmp_path / "out.zip", table(tmp_path, TABLE.replace(*change), cases))
+    assert not (tmp_path / "out.zip").exists()
+
+
+def test_a_look_keeps_its_ink_while_the_noise_changes():
+    colours = []
+    for seed in range(6):
+        pixels = Look("x", "linocut", "linocut", seed=4).render(shape(3, 1), 64, seed).reshape(-1, 3)
+        colours.append(pixels[pixels.sum(1).argmin()].astype(int))
+    assert np.ptp(colours, axis=0).max() < 40
+    assert all(colour[2] > colour[0] + 20 for colour in colours)  # a blue ink
+    first, second = (FILTERS["linocut"](shape(3, 1), Draws(4, seed)) for seed in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+def test_tint_multiplies_colours():
+    plain = Look("x", "clay", "clay").render(shape(2, 0), 32, 7).astype(float)
+    tinted = Look("x", "clay", "clay", tint=(1.0, 0.5, 0.0)).render(shape(2, 0), 32, 7)
+    assert np.abs(tinted - plain * (1.0, 0.5, 0.0)).max() <= 1
