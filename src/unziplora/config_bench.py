@@ -34,6 +34,11 @@ class BenchConfig(Recipe):
     base: str = key("bundled", "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
     split: Literal["dev", "test"] = key("dev", "Cases for choosing settings, or those for the final figures.", "Input")
     cases: list[str] = key([], "Cases by name; default: all of the split.", "Input")
+    pictures: Path | None = key(
+        None,
+        "Instead: a folder of real pictures and words.toml, measured by the models named with clip, dino, csd.",
+        "Input",
+    )
     quick: bool = key(False, "Only the first two cases and the first seed.", "Input")
     settings: Path | None = key(None, "TOML file with settings per method, as a search writes it.", "Input")
 
@@ -58,6 +63,9 @@ class BenchConfig(Recipe):
     measures: list[Literal["trained", "plain", "published"]] = key(
         ["trained", "plain"], "What pictures are compared by; the first one makes the headline.", "Method", min_length=1
     )
+    clip: str | None = key(None, "CLIP model for pictures: folder or hub id.", "Method", min_length=1)
+    dino: str | None = key(None, "DINO model for pictures: folder or hub id.", "Method", min_length=1)
+    csd: str | None = key(None, "CSD model for pictures: folder or hub id.", "Method", min_length=1)
     search: int = key(
         0, "Instead: try so many settings of one grid for every method, and write settings.toml.", "Method", ge=0
     )
@@ -88,6 +96,13 @@ class BenchConfig(Recipe):
             raise ValueError("settings are searched on the cases of split dev; those of test are for the final figures")
         if self.search and self.settings is not None:
             raise ValueError("a search writes settings: leave --settings or --search out")
+        models = bool(self.csd or (self.clip and self.dino))
+        if self.pictures is not None and not models:
+            raise ValueError("pictures are measured by models: give --clip and --dino, or --csd, or all three")
+        if self.pictures is None and (self.clip or self.dino or self.csd):
+            raise ValueError("--clip, --dino and --csd measure real pictures: give --pictures FOLDER too")
+        if self.pictures is not None and (self.search or self.cases):
+            raise ValueError("--pictures goes with neither --search nor --cases: there is no truth to choose by")
         return self
 
     @property

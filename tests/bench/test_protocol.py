@@ -51,7 +51,8 @@ class TestAsks:
         made = asks(cases["cat"], cases["dog"], Adapters(part, part, merged), Adapters(part, part, merged), "sks")
         assert made[-1].loras == {"lora": merged}
         assert made[-1].prompts == Prompts("a sks cat in ink style")
-        plain = asks(cases["cat"], cases["dog"], Adapters(subject="a {content}"), Adapters(subject="a {content}"), "sks")
+        nothing = Adapters(subject="a {content}")
+        plain = asks(cases["cat"], cases["dog"], nothing, nothing, "sks")
         assert not any(ask.loras for ask in plain)
         assert not any("sks" in ask.prompts.full for ask in plain)
 

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
 from unziplora.bench.adapters import Method
 from unziplora.bench.cases import Case, choose, load_cases
 from unziplora.bench.measures import Measure, Plain, Published, Trained
 from unziplora.bench.methods import METHODS
+from unziplora.bench.pictures import picture_cases, picture_measures, picture_report, write_picture_report
 from unziplora.bench.protocol import evaluate
 from unziplora.bench.report import Report, summarise, write_report
 from unziplora.bench.workplace import Workplace
@@ -53,7 +56,13 @@ def bench(
     """
     bench = open_bench(config, progress, base, measures, cases, methods)
     names = [name for name in config.methods if name in bench.methods]
+    if config.pictures is not None:
+        names = [name for name in names if name != "oracle"]  # it learns from the truth, and there is none
     results = bench.measure(names, config.training_seeds)
+    if config.pictures is not None:
+        report = picture_report(config, results, [measure.name for measure in bench.measures])
+        write_picture_report(report, bench.place.folder)
+        return report
     report = summarise(config, results, [measure.name for measure in bench.measures])
     write_report(report, results, bench.chosen, bench.place.folder)
     return report
@@ -115,20 +124,23 @@ def open_bench(
     for name in overrides:
         if name not in METHODS:
             raise UserError(f"{config.settings}: no method {name!r}: there are {', '.join(METHODS)}")
-    cases = cases or load_cases(config.split)
-    chosen = choose(cases, config.cases, config.quick)
-    measures = measures or [make_measure(name) for name in config.measures]
     device = pick_device(config.device)
+    found: Sequence[Measure] = measures or make_measures(config, device)
     base = base or load_base(config.base, pick_dtype(config.precision, device), device)
+    if cases is None:
+        cases = picture_cases(config.pictures, base.resolution) if config.pictures else load_cases(config.split)
+    chosen = choose(cases, config.cases, config.quick)
     place = Workplace(config, config.out.expanduser().resolve(), overrides)
     atomic_write(place.folder / "bench.toml", to_toml(config))
-    return Bench(place, base, measures, cases, chosen, methods or METHODS, progress or (lambda _: None))
+    return Bench(place, base, found, cases, chosen, methods or METHODS, progress or (lambda _: None))
 
 
-def make_measure(name: str) -> Measure:
-    """A measure by its name in the configuration.
+def make_measures(config: BenchConfig, device: torch.device) -> Sequence[Measure]:
+    """The measures of a configuration.
 
     Raises:
-        UserError: what it needs is not installed.
+        UserError: what one needs is not installed, or a model cannot be loaded.
     """
-    return MEASURES[name]()
+    if config.pictures is not None:
+        return picture_measures(config, device)
+    return [MEASURES[name]() for name in config.measures]

@@ -26,10 +26,12 @@ def run_bench(ctx: click.Context, config_file: str | None, dry_run: bool, as_jso
             text = str(found)
             result = found.model_dump(mode="json")
         else:
+            from unziplora.bench.pictures import told
             from unziplora.bench.run import bench
 
             report = bench(config, view)
-            text = f"{report}\n\nreport   {config.out / 'report.md'}"
+            shown = told(report) if config.pictures else str(report)
+            text = f"{shown}\n\nreport   {config.out / 'report.md'}"
             result = report.model_dump(mode="json")
     emit(result, text, as_json)
 
@@ -38,8 +40,10 @@ def _plan(config: BenchConfig, as_json: bool) -> None:
     """Show the settings and the cases."""
     with stdout_kept():
         from unziplora.bench.cases import choose, load_cases
+        from unziplora.bench.pictures import picture_cases
 
-        cases = choose(load_cases(config.split), config.cases, config.quick)
+        known = picture_cases(config.pictures, 64) if config.pictures else load_cases(config.split)
+        cases = choose(known, config.cases, config.quick)
     lines = [f"# {case.slug}: a {case.content} in {case.style} style, mixed with {case.partner}" for case in cases]
     result = {"config": config.model_dump(mode="json"), "cases": [case.slug for case in cases]}
     emit(result, lambda: "\n".join([to_toml(config), "# Cases", *lines]), as_json)
@@ -58,6 +62,11 @@ bench_command = RecipeCommand(
       unziplora bench --quick --methods base --methods unziplora --methods oracle
       unziplora bench --search 8 --out tuned                            # choose settings on the dev cases
       unziplora bench --split test --settings tuned/settings.toml       # the final figures
+
+    Real pictures have no truth: with --pictures they are compared with what was made of them, by CLIP-I, DINO and CSD.
+
+    \b
+      unziplora bench --pictures photos --base models/sdxl --clip models/clip --dino models/dino --guidance 5
 
     Writes report.md, report.json and a contact sheet per case. Stopped, the same command continues.
     """,

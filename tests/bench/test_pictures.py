@@ -1,0 +1,128 @@
+"""Real pictures without a truth: what is read, what is refused, what stands in the table."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from unziplora.base import Base
+from unziplora.bench.pictures import picture_cases, told
+from unziplora.bench.run import bench
+from unziplora.config import resolve
+from unziplora.config_bench import BenchConfig
+from unziplora.errors import UserError
+
+Pictures = list[Image.Image]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, colour in (("cat.jpg", "red"), ("fox.png", "blue")):
+        Image.new("RGB", (100, 80), colour).save(folder / name)
+    (folder / "words.toml").write_text(
+        '["cat.jpg"]\ncontent = "cat"\nstyle = "pencil sketch"\n["fox.png"]\ncontent = "house"\nstyle = "chalk"\n'
+    )
+    return folder
+
+
+@pytest.fixture
+def csd(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    config = CLIPVisionConfig(**small, intermediate_size=32, projection_dim=12)
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "csd")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        tmp_path / "csd"
+    )
+    return tmp_path / "csd"
+
+
+class Redness:
+    """A measure by hand: the mean of red, as an angle."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def content(self, pictures: Pictures) -> Tensor:
+        means = [sum(one.getchannel(0).tobytes()) / (one.width * one.height * 255) for one in pictures]
+        angles = torch.tensor(means) * torch.pi / 2
+        return F.normalize(torch.stack([angles.cos(), angles.sin()], dim=1), dim=1)
+
+    concept = style = content
+
+
+def test_cases_hold_the_picture_as_their_truth_and_ask_for_other_words(photos: Path):
+    cases = picture_cases(photos, 64)
+    assert list(cases) == ["cat", "fox"]
+    cat = cases["cat"]
+    assert (cat.content, cat.style, cat.partner) == ("cat", "pencil sketch", "fox")
+    assert cat.picture.size == (64, 64)
+    assert cat.picture.getpixel((0, 0))[0] > 200
+    assert "pencil sketch" not in [example.word for example in cat.targets]
+    assert "house" not in [example.word for example in cases["fox"].others]
+    assert all(example.pictures == (cat.picture,) for example in (*cat.targets, *cat.others))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "names no picture"),
+        ('["cat.jpg"]\ncontent = "cat"\n', "must have the words content and style"),
+        ('["gone.jpg"]\ncontent = "cat"\nstyle = "ink"\n', r"gone\.jpg"),
+        (
+            '["cat.jpg"]\ncontent = "a"\nstyle = "b"\n["cat.png"]\ncontent = "a"\nstyle = "b"\n',
+            "two pictures are called",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(photos: Path, words: str, message: str):
+    (photos / "words.toml").write_text(words)
+    with pytest.raises(UserError, match=message):
+        picture_cases(photos, 64)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"pictures": "photos"}, "give --clip and --dino, or --csd"),
+        ({"pictures": "photos", "clip": "a"}, "give --clip and --dino, or --csd"),
+        ({"csd": "a"}, "give --pictures"),
+        ({"pictures": "photos", "csd": "a", "search": 2}, "neither --search nor --cases"),
+    ],
+)
+def test_settings_that_do_not_go_together(keys: dict[str, object], message: str):
+    with pytest.raises(UserError, match=message):
+        resolve(BenchConfig, keys)
+
+
+def test_the_table_has_a_row_per_method_without_the_oracle(config: BenchConfig, tiny_base: Base, photos: Path):
+    keys = {"pictures": photos, "csd": "a", "clip": "b", "dino": "c", "methods": ["base", "oracle"]}
+    report = bench(
+        config.model_copy(update=keys), base=tiny_base, measures=[Redness("dino-clip: c, b"), Redness("csd: a")]
+    )
+    assert [row.method for row in report.rows] == ["base"]
+    figures = report.rows[0].seeds[0]
+    assert set(figures) == {"style CLIP-I", "content DINO", "style CSD", "content CSD"}
+    assert figures["content DINO"] == figures["content CSD"] != figures["style CSD"]
+    text = (config.out / "report.md").read_text()
+    assert told(report) in text
+    assert "| method | style CLIP-I | content DINO | style CSD | content CSD |" in text
+
+
+def test_a_named_model_measures(config: BenchConfig, tiny_base: Base, photos: Path, csd: Path):
+    given = config.model_copy(update={"pictures": photos, "csd": str(csd), "methods": ["base"]})
+    (row,) = bench(given, base=tiny_base).rows
+    assert set(row.seeds[0]) == {"style CSD", "content CSD"}
+    assert all(-1 <= value <= 1 for value in row.seeds[0].values())
+    with pytest.raises(UserError, match="no model can be loaded from here"):
+        bench(given.model_copy(update={"csd": str(photos)}), base=tiny_base)
