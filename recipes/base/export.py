@@ -30,9 +30,10 @@ def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def tidy_vae_config(path: Path) -> None:
-    """Drop an entry that diffusers writes but warns about when it reads it."""
+    """Drop an entry that diffusers writes but warns about when it reads it, and where the weights came from."""
     config = json.loads(path.read_text())
-    config.pop("block_out_channels", None)
+    for name in ("block_out_channels", "_name_or_path"):
+        config.pop(name, None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
