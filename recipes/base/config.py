@@ -69,6 +69,9 @@ class VaeSettings(StageSettings):
     crop: int = 64
     pictures: int = 6000
     """Trained on the recipe's pictures and this many more, of all concepts that are not held out."""
+    graded: float = 0.6
+    """Share of crops on other paper, in other pigments and textures: what an autoencoder has never seen it paints as
+    what it knows, and then no LoRA can learn it."""
     latent_penalty: float = 0.03
     latent_noise: float = 0.1
 
@@ -81,6 +84,7 @@ class DecoderSettings(StageSettings):
     warmup: int = 50
     steps: int = 2000
     crop: int = 64
+    graded: float = 0.6
     latent_noise: float = 0.15
     critic_width: int = 24
     critic_start: int = 300

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,8 @@ def training_pictures(recipe: Recipe) -> Pictures:
     return load(path)
 
 
-def unseen_drawings(world: World, count: int = 64, seed: int = 1) -> Pictures:
-    """Never-trained drawings of held-out and trained concepts, unfiltered, for measuring only."""
+def unseen_drawings(world: World, count: int = 64, seed: int = 1, filters: Sequence[str] = ()) -> Pictures:
+    """Never-trained drawings, also of held-out concepts, unfiltered or in filters by turns, for measuring only."""
     rng = np.random.default_rng(seed)
     every = [
         Item(concept, drawing, "flat")
@@ -78,4 +79,7 @@ def unseen_drawings(world: World, count: int = 64, seed: int = 1) -> Pictures:
         if world.has(drawing, concept)
     ]
     items = [every[i] for i in rng.choice(len(every), min(count, len(every)), replace=False)]
+    if filters:
+        turns = [filters[number % len(filters)] for number in range(len(items))]
+        items = [replace(item, style=turn, filter=turn) for item, turn in zip(items, turns, strict=True)]
     return render_items(world.settings, items)

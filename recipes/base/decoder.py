@@ -14,6 +14,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from recipes.base.config import Recipe
+from recipes.base.grades import grade_some
 from recipes.base.loop import Stage, adamw
 from recipes.base.vae import broad_pictures, crop_batch, edge_loss, report_reconstructions, to_tensor
 
@@ -64,7 +65,8 @@ class DecoderStage(Stage):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         s = self.settings
-        crops = crop_batch(self.pixels, s.batch, s.crop, self.draw(step))
+        rng = self.draw(step)
+        crops = grade_some(crop_batch(self.pixels, s.batch, s.crop, rng), s.graded, rng)
         real = to_tensor(crops, self.device).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = self.vae.encode(real).latents

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from recipes.base.config import Recipe, StageSettings
 from recipes.base.dataset import Pictures
-from recipes.base.identity_data import Grade, disturb, open_world, training_pictures
+from recipes.base.grades import Grade
+from recipes.base.identity_data import disturb, open_world, training_pictures
 from recipes.base.loop import Stage, Stop, adamw, train
 from unziplora.bench.networks import ShapeNet, StyleNet
 

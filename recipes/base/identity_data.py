@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -104,64 +103,6 @@ def training_pictures(recipe: Recipe, vae_folder: Path, *, held_out_filters: boo
             save(_complete(world, items, vae, recipe.seed), path)
         parts.append(load(path))
     return Pictures(np.concatenate([p.pixels for p in parts]), [item for p in parts for item in p.items])
-
-
-@dataclass
-class Grade:
-    """Another paper, other pigments, another texture; the default changes nothing."""
-
-    matrix: np.ndarray
-    """Turns hues and scales chroma, [3, 3] on RGB."""
-    gamma: float
-    dark: np.ndarray
-    light: np.ndarray
-    """The colours that black and white become, in 0…1."""
-    texture: float
-    """Strength of grain or hatching, 0 for none."""
-    period: float
-    """Pixels from ridge to ridge, at 64 pixels a side."""
-    angle: float | None
-    """Direction of hatching in radians; None for grain."""
-
-    @classmethod
-    def none(cls) -> Grade:
-        """The grade that changes nothing."""
-        return cls(np.eye(3), 1.0, np.zeros(3), np.ones(3), 0.0, 4.0, None)
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> Grade:
-        """A grade that is seen at a glance."""
-        light = 1 - rng.uniform(0, 0.35, 3) * rng.choice([0.3, 1.0])
-        dark = rng.uniform(0, 0.35, 3) * rng.choice([0.2, 1.0])
-        strength = rng.choice([0.0, rng.uniform(0.12, 0.4)])
-        angle = rng.uniform(0, np.pi) if rng.random() < 0.5 else None
-        turn = rng.choice([0.0, rng.uniform(-np.pi, np.pi)])
-        matrix = hue_matrix(turn, rng.uniform(0.3, 1.5))
-        return cls(matrix, float(np.exp(rng.uniform(-0.5, 0.5))), dark, light, strength, rng.uniform(2.5, 8), angle)
-
-    def field(self, size: int, rng: np.random.Generator) -> np.ndarray:
-        """The texture [size, size] at a random place, roughly within −1…1."""
-        if self.angle is None:
-            soft = cv2.GaussianBlur(rng.standard_normal((size, size)), (0, 0), self.period / 5)
-            return soft / (1.5 * soft.std())
-        y, x = np.mgrid[:size, :size]
-        along = (x * np.cos(self.angle) + y * np.sin(self.angle)) / self.period * 64 / size
-        return np.sin(2 * np.pi * (along + rng.random()))
-
-    def apply(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Grade one picture, float [R, R, 3] in 0…1."""
-        toned = np.clip(pixels @ self.matrix.T, 0, 1) ** self.gamma
-        graded = self.dark + (self.light - self.dark) * toned
-        if self.texture:
-            graded = graded * (1 + self.texture * self.field(pixels.shape[0], rng)[..., None])
-        return np.clip(graded, 0, 1)
-
-
-def hue_matrix(angle: float, chroma: float) -> np.ndarray:
-    """Turn colours around the grey axis by an angle in radians and scale their distance from it, [3, 3]."""
-    grey = np.full((3, 3), 1 / 3)
-    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-    return grey + chroma * (np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross)
 
 
 def disturb(pixels: Tensor, rng: np.random.Generator) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from recipes.base.config import Recipe
 from recipes.base.filters import FILTERS
-from recipes.base.identity_data import Grade, open_world, render
+from recipes.base.grades import Grade
+from recipes.base.identity_data import open_world, render
 from recipes.base.world import NEVER_FILTERS, Item, World, held_out_concepts
 from unziplora.bench.measures import WEIGHTS, Measure, Plain, Published, Trained
 

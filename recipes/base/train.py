@@ -15,7 +15,7 @@ from recipes.base.loop import Stage, Stop, train
 def _vae(recipe: Recipe, init: Path | None) -> Stage:
     from recipes.base.vae import VaeStage
 
-    return VaeStage(recipe)
+    return VaeStage(recipe, init)
 
 
 def _decoder(recipe: Recipe, init: Path | None) -> Stage:
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", default=list(STAGES), help=f"of {', '.join(STAGES)}; all by default")
     parser.add_argument("--minutes", type=float, help="stop cleanly after this long")
     parser.add_argument("--until", help="stop cleanly at this time of day, UTC, HH:MM")
-    parser.add_argument("--init", type=Path, help="exported pipeline folder whose UNet to start from")
+    parser.add_argument("--init", type=Path, help="exported pipeline folder whose autoencoder or UNet to start from")
     options = parser.parse_args()
     recipe, stop = Recipe.read(options.recipe), Stop(options.minutes, options.until)
     torch.set_num_threads(recipe.threads)

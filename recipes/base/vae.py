@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
@@ -9,9 +12,10 @@ from torch import Tensor, nn
 
 from recipes.base.config import Recipe, VaeSettings
 from recipes.base.dataset import Pictures, load, render_items, save, training_pictures, unseen_drawings
+from recipes.base.grades import grade_some
 from recipes.base.loop import Log, Stage, adamw
 from recipes.base.sheets import sheet, to_pixels
-from recipes.base.world import World
+from recipes.base.world import NEVER_FILTERS, World
 
 
 def build_vae(settings: VaeSettings) -> AutoencoderTiny:
@@ -94,11 +98,19 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def report_reconstructions(stage: Stage, vae: AutoencoderTiny, pixels: np.ndarray, step: int) -> None:
-    """Log PSNR on never-trained drawings and on training pictures; a sheet, real above, made below."""
-    unseen = to_tensor(unseen_drawings(World(stage.recipe.world), 96).pixels, stage.device)
-    seen = to_tensor(pixels[:: max(1, len(pixels) // 64)][:64], stage.device)
+    """Log PSNR on never-trained drawings, flat and under never-trained filters, and on training pictures.
+
+    Writes a sheet, real above, made below.
+    """
+    world = World(stage.recipe.world)
+    pictures = {
+        "psnr_unseen": unseen_drawings(world, 96).pixels,
+        "psnr_unseen_filters": unseen_drawings(world, 96, filters=sorted(NEVER_FILTERS)).pixels,
+        "psnr_seen": pixels[:: max(1, len(pixels) // 64)][:64],
+    }
     rows, figures = [], {}
-    for name, real in (("psnr_unseen", unseen), ("psnr_seen", seen)):
+    for name, picked in pictures.items():
+        real = to_tensor(picked, stage.device)
         made = vae(real).sample
         figures[name] = round(psnr(real, made), 2)
         width = min(16, len(real))
@@ -116,30 +128,48 @@ def open_vae(recipe: Recipe) -> AutoencoderTiny:
 
 
 class VaeStage(Stage):
-    """L1 on pixels and on edges, with the latents held near N(0, 1) and a little noise on them."""
+    """L1 on pixels and on edges, with the latents held near N(0, 1) and a little noise on them.
+
+    Started from an exported base, the latents of the recipe's own pictures are held where they were instead, so that
+    this base's UNet goes with the new autoencoder too.
+    """
 
     name = "vae"
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, init: Path | None = None):
         super().__init__(recipe)
         self.settings = recipe.vae
         torch.manual_seed(recipe.seed)
-        self.vae = build_vae(recipe.vae).to(self.device, memory_format=torch.channels_last)
+        vae, self.before = build_vae(recipe.vae), None
+        if init:
+            vae = AutoencoderTiny.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32)
+            self.before = copy.deepcopy(vae).to(self.device).eval().requires_grad_(False)
+        self.vae = vae.to(self.device, memory_format=torch.channels_last).train()
         self.modules = {"vae": self.vae}
         self.optimizer = adamw(self.modules, recipe.vae.lr)
         self.pixels = broad_pictures(recipe).pixels
-        standardise(self.vae, to_tensor(self.pixels[::100], self.device))
+        if not init:
+            standardise(self.vae, to_tensor(self.pixels[::100], self.device))
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        s = self.settings
-        crops = crop_batch(self.pixels, s.batch, s.crop, self.draw(step))
-        real = to_tensor(crops, self.device).contiguous(memory_format=torch.channels_last)
+        s, rng = self.settings, self.draw(step)
+        plain = crop_batch(self.pixels, s.batch, s.crop, rng)
+        real = to_tensor(grade_some(plain, s.graded, rng), self.device).contiguous(memory_format=torch.channels_last)
         latents = self.vae.encode(real).latents
         noisy = latents + s.latent_noise * torch.randn_like(latents)
         made = self.vae.decode(noisy).sample.float()
-        pixel, edge, penalty = (made - real).abs().mean(), edge_loss(made, real), latent_penalty(latents)
-        loss = pixel + 0.5 * edge + s.latent_penalty * penalty
-        return loss, {"l1": pixel.item(), "edge": edge.item(), "penalty": penalty.item()}
+        pixel, edge = (made - real).abs().mean(), edge_loss(made, real)
+        held = s.latent_penalty * latent_penalty(latents) if self.before is None else self.moved(plain)
+        loss = pixel + 0.5 * edge + held
+        return loss, {"l1": pixel.item(), "edge": edge.item(), "held": held.item()}
+
+    def moved(self, crops: np.ndarray) -> Tensor:
+        """How far the latents of ungraded pictures are from where they were: mean squared, a scalar."""
+        assert self.before is not None
+        real = to_tensor(crops[: len(crops) // 2], self.device)
+        with torch.no_grad():
+            wanted = self.before.encode(real).latents
+        return (self.vae.encode(real).latents - wanted).float().square().mean()
 
     def report(self, step: int) -> None:
         """PSNR and reconstructions."""
@@ -147,10 +177,11 @@ class VaeStage(Stage):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Save the autoencoder as diffusers does, its scaling factor measured."""
-        sample = to_tensor(self.pixels[:2000], self.device)
-        spread = torch.cat([self.vae.encode(part).latents for part in sample.split(100)]).float().std()
-        self.vae.register_to_config(scaling_factor=round(1 / float(spread), 4))
+        """Save the autoencoder as diffusers does, its scaling factor measured, or as it was."""
+        if self.before is None:
+            sample = to_tensor(self.pixels[:2000], self.device)
+            spread = torch.cat([self.vae.encode(part).latents for part in sample.split(100)]).float().std()
+            self.vae.register_to_config(scaling_factor=round(1 / float(spread), 4))
         self.vae.save_pretrained(self.folder / "vae")
 
 

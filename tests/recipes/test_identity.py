@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from recipes.base import identity_data
 from recipes.base.config import Recipe, WorldSettings
 from recipes.base.dataset import Pictures
+from recipes.base.grades import Grade, grade_some, hue_matrix
 from recipes.base.identity import IdentitySettings, IdentityStage, ShapeStage, StyleStage, equal, supcon, write
-from recipes.base.identity_data import Grade, disturb, natural_sets, open_world, training_pictures
+from recipes.base.identity_data import disturb, natural_sets, open_world, training_pictures
 from recipes.base.identity_report import Shown, Trials, auc, judge
 from recipes.base.loop import train
 from recipes.base.world import NEVER_FILTERS, NEVER_SETS, held_out_concepts
@@ -108,9 +109,19 @@ class TestGrade:
             assert np.abs(graded - pixels).mean() > 0.02
 
     def test_hues_turn_around_grey(self):
-        third = identity_data.hue_matrix(2 * math.pi / 3, 1.0)
+        third = hue_matrix(2 * math.pi / 3, 1.0)
         assert np.allclose(third @ [1, 0, 0], [0, 1, 0])
-        assert np.allclose(identity_data.hue_matrix(1.0, 0.0) @ [0.9, 0.3, 0.3], 0.5)
+        assert np.allclose(hue_matrix(1.0, 0.0) @ [0.9, 0.3, 0.3], 0.5)
+
+    def test_a_share_of_pictures_is_graded(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+        changed = {
+            share: (grade_some(pixels, share, np.random.default_rng(1)) != pixels).any((1, 2, 3)).sum()
+            for share in (0.0, 0.5, 1.0)
+        }
+        assert changed[0.0] == 0
+        assert 0 < changed[0.5] < 8
+        assert changed[1.0] == 8
 
     def test_disturbing_is_mild_and_repeatable(self):
         pixels = torch.zeros(2, 3, 64, 64)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 
 from recipes.base import judges
 from recipes.base.config import JudgeSettings, Recipe
@@ -42,6 +42,23 @@ def test_vae_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path) -> Non
     assert train(resumed, After(1000))
     assert torch.equal(weights(straight), weights(resumed))
     assert (recipe.output / "vae" / "vae" / "config.json").exists()
+
+
+def test_vae_of_a_base_goes_on_with_its_latents_held(trained: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    export(trained, folder)
+    recipe = trained.model_copy(update={"output": tmp_path / "more"})
+    stage = VaeStage(recipe, folder)
+    crops = stage.pixels[:4]
+    assert float(stage.moved(crops).detach()) == 0
+    assert train(stage, After(1000))
+    held = float(stage.moved(crops).detach())
+    free = VaeStage(trained.model_copy(update={"output": tmp_path / "free"}), folder)
+    free.moved = lambda crops: torch.zeros(())  # type: ignore[method-assign]
+    assert train(free, After(1000))
+    del free.moved
+    assert 0 < held < float(free.moved(crops).detach())
+    assert stage.vae.config.scaling_factor == AutoencoderTiny.from_pretrained(folder / "vae").config.scaling_factor
 
 
 def test_all_stages_and_sheet(trained: Recipe) -> None:
