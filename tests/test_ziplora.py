@@ -36,8 +36,9 @@ from unziplora.mount import Mounted, Part
 from unziplora.objective import generator
 from unziplora.progress import Progress
 from unziplora.prompts import embed
+from unziplora.run import loras_of
 from unziplora.sample import sample
-from unziplora.sources import find_source, loras_of, plan
+from unziplora.sources import find_source, plan
 from unziplora.train import Trainer
 from unziplora.zip import zip_loras
 from unziplora.zip_inputs import complete, merge, read_loras

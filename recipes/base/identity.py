@@ -77,13 +77,18 @@ class IdentityStage(Stage):
 
     settings: IdentitySettings
 
-    def __init__(self, recipe: Recipe, pictures: Pictures, settings: IdentitySettings):
+    def __init__(
+        self, recipe: Recipe, pictures: Pictures, settings: IdentitySettings, net: type[ShapeNet] | type[StyleNet]
+    ):
         super().__init__(recipe)
         self.settings, self.pictures = settings, pictures
         sets = open_world(recipe).sets
         self.drawn = [(sets[item.drawing]["drawings"], item.concept) for item in pictures.items]
         """Which drawing each picture shows; related sets share drawings."""
         torch.manual_seed(recipe.seed)
+        self.net = net(settings.width).to(self.device)
+        self.modules = {"net": self.net}
+        self.optimizer = adamw(self.modules, settings.lr, weight_decay=0.05)
 
     def paint(self, chosen: list[int], grades: list[Grade], rng: np.random.Generator) -> Tensor:
         """Graded, disturbed pictures [N, 3, R, R] in −1…1."""
@@ -100,10 +105,7 @@ class ShapeStage(IdentityStage):
 
     def __init__(self, recipe: Recipe, pictures: Pictures, settings: IdentitySettings = SHAPE):
         self.name = "shape"
-        super().__init__(recipe, pictures, settings)
-        self.net = ShapeNet(settings.width).to(self.device)
-        self.modules = {"net": self.net}
-        self.optimizer = adamw(self.modules, settings.lr, weight_decay=0.05)
+        super().__init__(recipe, pictures, settings, ShapeNet)
         self.index: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for i, (group, concept) in enumerate(self.drawn):
             self.index[concept][group].append(i)
@@ -141,10 +143,7 @@ class StyleStage(IdentityStage):
 
     def __init__(self, recipe: Recipe, pictures: Pictures, settings: IdentitySettings = STYLE):
         self.name = "style"
-        super().__init__(recipe, pictures, settings)
-        self.net = StyleNet(settings.width).to(self.device)
-        self.modules = {"net": self.net}
-        self.optimizer = adamw(self.modules, settings.lr, weight_decay=0.05)
+        super().__init__(recipe, pictures, settings, StyleNet)
         self.index: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         for i, item in enumerate(pictures.items):
             self.index[item.style][item.variant].append(i)

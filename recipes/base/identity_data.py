@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from recipes.base.config import Recipe
 from recipes.base.dataset import Pictures, load, save
-from recipes.base.filters import FILTERS
-from recipes.base.filters.common import Picture, finish, over
+from recipes.base.filters import FILTERS, rendered
+from recipes.base.filters.common import Picture
 from recipes.base.vae import to_tensor
 from recipes.base.world import FREE_LICENCES, NEVER_FILTERS, NEVER_SETS, Item, World
 
@@ -62,14 +61,8 @@ def natural(world: World) -> Iterator[Item]:
 
 def render(world: World, item: Item) -> Picture:
     """A picture uint8 [R, R, 3]; the filter's random state is the same for every drawing of a variant."""
-    rgba = world.drawing(item.drawing, item.concept)
-    if item.filter is None:
-        rgb = finish(over(rgba))
-    else:
-        state = zlib.crc32(f"{item.filter}|{item.variant}".encode())
-        rgb = FILTERS[item.filter](rgba, np.random.default_rng(state))
-    size = world.settings.resolution
-    return cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA)
+    rng = np.random.default_rng(zlib.crc32(f"{item.filter}|{item.variant}".encode()))
+    return rendered(world.drawing(item.drawing, item.concept), item.filter, rng, world.settings.resolution)
 
 
 @torch.no_grad()

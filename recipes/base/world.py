@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from recipes.base.config import WorldSettings
-from recipes.base.filters import FILTERS
-from recipes.base.filters.common import Picture, finish, over
+from recipes.base.filters import FILTERS, rendered
+from recipes.base.filters.common import Picture
 
 NEVER_SETS = frozenset({"fxemoji", "noto-v1", "openmoji", "openmoji-black", "unifont"})
 NEVER_FILTERS = frozenset({"stained", "clay", "linocut"})
@@ -142,13 +141,7 @@ class World:
 
     def render(self, item: Item, resolution: int | None = None) -> Picture:
         """The picture of an item, uint8 [R, R, 3]: filtered at 128 pixels, then area-averaged."""
-        rgba = self.drawing(item.drawing, item.concept)
-        if item.filter is None:
-            rgb = finish(over(rgba))
-        else:
-            key = f"{self.settings.seed}|{item.concept}|{item.drawing}|{item.filter}|{item.variant}"
-            rgb = FILTERS[item.filter](rgba, np.random.default_rng(zlib.crc32(key.encode())))
-        size = resolution or self.settings.resolution
-        if size == rgb.shape[0]:
-            return rgb
-        return cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA)
+        key = f"{self.settings.seed}|{item.concept}|{item.drawing}|{item.filter}|{item.variant}"
+        rng = np.random.default_rng(zlib.crc32(key.encode()))
+        rgba, size = self.drawing(item.drawing, item.concept), resolution or self.settings.resolution
+        return rendered(rgba, item.filter, rng, size)

@@ -17,14 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from recipes.base.captions import STYLE_WORDS
-from recipes.base.filters import FILTERS
-from recipes.base.filters.common import Picture, finish, over
+from recipes.base.filters import rendered
+from recipes.base.filters.common import Picture, finish
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -88,8 +87,8 @@ class Look:
 
     def render(self, rgba: Picture, resolution: int, seed: int) -> NDArray[np.uint8]:
         """The picture of a drawing [S, S, 4], uint8 [R, R, 3]: filtered, then area-averaged, then tinted."""
-        rgb = finish(over(rgba)) if self.filter == "flat" else FILTERS[self.filter](rgba, Draws(self.seed, seed))
-        small = cv2.resize(rgb, (resolution, resolution), interpolation=cv2.INTER_AREA)
+        name = None if self.filter == "flat" else self.filter
+        small = rendered(rgba, name, Draws(self.seed, seed), resolution)
         return finish(small.astype(np.float32) * np.float32(self.tint))
 
 

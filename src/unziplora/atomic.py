@@ -8,9 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 from unziplora.errors import MachineError, first_line
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Writer = Callable[[BinaryIO], object]
 
@@ -40,6 +43,11 @@ def atomic_write(path: Path, data: bytes | str | Writer) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture as PNG atomically. Errors as in `atomic_write`."""
+    atomic_write(path, lambda file: picture.save(file, "PNG"))
 
 
 def atomic_folder(path: Path, fill: Callable[[Path], object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from unziplora.atomic import atomic_write, explain
+from unziplora.atomic import explain, write_png
 from unziplora.base import Base
 from unziplora.generate import Settings, decode, generate_latents
 from unziplora.images import load_picture
@@ -61,7 +60,7 @@ def class_pictures(
         batch = seeds[start : start + settings.batch_size]
         made = decode(base, generate_latents(base, prompt, batch, settings))
         for seed, picture in zip(batch, made, strict=True):
-            atomic_write(folder / f"{seed}.png", _png(picture))
+            write_png(folder / f"{seed}.png", picture)
         pictures += made
     return pictures
 
@@ -82,9 +81,3 @@ def fingerprint(base: Base) -> str:
     for layer in (base.unet.conv_in, base.unet.conv_out):
         digest.update(layer.weight.float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

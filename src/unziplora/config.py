@@ -56,6 +56,13 @@ class Recipe(BaseModel):
         return dict(sorted(cls.model_fields.items(), key=place))
 
 
+def natural_seeds(seeds: list[int]) -> list[int]:
+    """Check seeds of pictures, each once; a validator."""
+    if any(not 0 <= seed < 2**63 for seed in seeds):
+        raise ValueError("seeds are whole numbers from 0 on")
+    return list(dict.fromkeys(seeds))
+
+
 def group_of(field: FieldInfo) -> str:
     """The group that a key was declared in."""
     extra = field.json_schema_extra

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import field_validator, model_validator
 
@@ -43,19 +43,7 @@ class BenchConfig(Recipe):
     settings: Path | None = key(None, "TOML file with settings per method, as a search writes it.", "Input")
 
     methods: list[MethodName] = key(
-        [
-            "base",
-            "unziplora",
-            "joint",
-            "prompt",
-            "column",
-            "block",
-            "dreambooth",
-            "blora",
-            "ziplora",
-            "direct",
-            "oracle",
-        ],
+        [name for name in get_args(MethodName) if name != "paper"],
         "What is measured; the scale needs base and oracle.",
         "Method",
         min_length=1,

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import Recipe, key
+from unziplora.config import Recipe, key, natural_seeds
 from unziplora.config_training import SDXL
 
 
@@ -78,12 +78,7 @@ class ProbeConfig(Recipe):
                 raise ValueError(f"must name {word} once, such as 'a {{content}} in {{style}} style'")
         return prompt
 
-    @field_validator("seeds")
-    @classmethod
-    def _natural(cls, seeds: list[int]) -> list[int]:
-        if any(not 0 <= seed < 2**63 for seed in seeds):
-            raise ValueError("seeds are whole numbers from 0 on")
-        return list(dict.fromkeys(seeds))
+    _natural = field_validator("seeds")(natural_seeds)
 
     @model_validator(mode="after")
     def _consistent(self) -> ProbeConfig:

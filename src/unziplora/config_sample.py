@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import Recipe, key
+from unziplora.config import Recipe, key, natural_seeds
 from unziplora.schedulers import SCHEDULER_NAMES, find_name
 
 Axis = Literal["auto", "prompt", "seed", "content_strength", "style_strength"]
@@ -81,12 +81,7 @@ class SampleConfig(Recipe):
             raise ValueError(f"must be a multiple of 8; the nearest is {max(8, round(side / 8) * 8)}")
         return side
 
-    @field_validator("seeds")
-    @classmethod
-    def _natural(cls, seeds: list[int]) -> list[int]:
-        if any(not 0 <= seed < 2**63 for seed in seeds):
-            raise ValueError("seeds are whole numbers from 0 on")
-        return list(dict.fromkeys(seeds))
+    _natural = field_validator("seeds")(natural_seeds)
 
     @field_validator("content_blocks", "style_blocks")
     @classmethod

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from pydantic import BaseModel
 
-from unziplora.atomic import atomic_write
+from unziplora.atomic import write_png
 from unziplora.base import BUNDLED, Base, load_base
 from unziplora.config import read_toml, resolve
 from unziplora.config_sample import SampleConfig
@@ -90,7 +89,7 @@ def demo(
         split(config, progress=progress)
     tell(Progress(0, 0, message="making the strip"))
     strip = folder / "strip.png"
-    save(make_strip(configs[0], configs[1]), strip)
+    write_png(strip, make_strip(configs[0], configs[1]))
     return Demo(runs=[config.out for config in configs], strip=strip, noise=noise, seconds=time.monotonic() - start)
 
 
@@ -131,10 +130,3 @@ def free_folder(folder: Path) -> Path:
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
-
-
-def save(image: Image.Image, path: Path) -> None:
-    """Write a PNG atomically."""
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    atomic_write(path, buffer.getvalue())

@@ -230,6 +230,13 @@ def _share(progress: Progress | None, steps: int, start: int, count: int, pictur
     return report
 
 
+def part(progress: Progress | None, index: int, count: int) -> Progress | None:
+    """Report one part's steps as a share of the whole, of `count` parts alike."""
+    if progress is None:
+        return None
+    return lambda done, steps: progress(index * steps + done, count * steps)
+
+
 @contextmanager
 def _memory(what: str) -> Iterator[None]:
     try:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from unziplora.base import Base
 from unziplora.config_sample import GridConfig
 from unziplora.errors import UserError
-from unziplora.generate import Progress, decode, generate_latents
+from unziplora.generate import Progress, decode, generate_latents, part
 from unziplora.prompts import Prompts
 from unziplora.sample import Session, describe, open_session, write_picture
 
@@ -87,7 +87,7 @@ def grid(config: GridConfig, base: Base | None = None, progress: Progress | None
         for y, line in enumerate(cells):
             images.append([])
             for x, cell in enumerate(line):
-                report = _part(progress, y * len(across) + x, total)
+                report = part(progress, y * len(across) + x, total)
                 images[-1].append(_cell(config, session, cell, report))
         picture = sheet(
             images, [_label(*row, session) for row in down], [_label(*column, session) for column in across]
@@ -117,12 +117,6 @@ def _label(axis: str, value: Any, session: Session) -> str:
         prompts: Prompts = session.prompts[value]
         return prompts.full
     return f"{axis.removesuffix('_strength')} {value:g}"
-
-
-def _part(progress: Progress | None, index: int, count: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda done, steps: progress(index * steps + done, count * steps)
 
 
 def _font(width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

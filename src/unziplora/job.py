@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
-from unziplora.card import base_name, card, shared_settings
+from unziplora.card import About, base_name, card, shared_settings
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
@@ -88,14 +89,11 @@ class Job(Generic[C]):
                 f"stopped after step {done} of {config.steps}, checkpoint saved; continue with:\n"
                 f"  unziplora {method.command} --resume --out {run.path}"
             )
-        loras = method.export()
-        self.export(loras, method, setup)
+        loras, about = method.export(), method.about(config)
+        write_loras(run, config, about, loras, self.of_the_base(method, setup), self.tell_of)
         if config.sample_seeds:
             self.sample(base, method, "samples")
-        shapes = {
-            path: (up.shape[0], down.shape[1]) for lora in loras.values() for path, (down, up) in lora.modules.items()
-        }
-        atomic_write(run.card, card(run, config, method.about(config), sdxl_sized(shapes)))
+        write_card(run, config, about, loras)
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # twice the size of everything else
         accelerator.end_training()
 
@@ -133,30 +131,20 @@ class Job(Generic[C]):
 
         return train(trainer, start, report, save, sample)
 
-    def export(self, loras: dict[str, Lora], method: Method[C], setup: Setup) -> None:
-        """Write the LoRAs in every layout asked for, each with its words and settings in the header."""
-        config, base, about = self.config, setup.base, method.about(self.config)
-        for name, lora in loras.items():
-            file = about.files[name]
-            metadata = metadata_for(
-                title=f"{self.run.path.name}-{name}",
-                trigger=file.trigger,
-                hint=f'Add to any prompt: "{file.trigger}". {file.hint}'.strip(),
-                base=base_name(config),
-                resolution=(setup.size, setup.size),
-                prediction=base.prediction_type,
-                zero_terminal_snr=base.zero_terminal_snr,
-                layers_per_block=base.unet.config.layers_per_block,
-                method=f"{about.method}, {name} LoRA",
-                settings=shared_settings(config),
-                thumbnail=method.pictures[0] if method.pictures else None,
-            )
-            for layout in config.formats:
-                path = self.run.lora(name, layout)
-                write_lora(
-                    replace(lora, metadata=metadata), path, layout, metadata=metadata, dtype=config.save_precision
-                )
-                self.tell(f"wrote {path}", config.steps)
+    def of_the_base(self, method: Method[C], setup: Setup) -> dict[str, Any]:
+        """What the files' headers tell of the base and of the picture: keywords of `metadata_for`."""
+        base = setup.base
+        return {
+            "resolution": (setup.size, setup.size),
+            "prediction": base.prediction_type,
+            "zero_terminal_snr": base.zero_terminal_snr,
+            "layers_per_block": base.unet.config.layers_per_block,
+            "thumbnail": method.pictures[0] if method.pictures else None,
+        }
+
+    def tell_of(self, path: Path) -> None:
+        """Report a file that was written."""
+        self.tell(f"wrote {path}", self.config.steps)
 
     def sample(self, base: Base, method: Method[C], name: str, done: int = 0) -> None:
         """Write a labelled sheet: the input and the method's views."""
@@ -174,6 +162,55 @@ class Job(Generic[C]):
         self.progress(
             Progress(done, self.config.steps, memory_bytes=peak_memory() if memory else None, message=message)
         )
+
+
+def write_loras(
+    run: RunFolder,
+    config: TrainingConfig,
+    about: About,
+    loras: Mapping[str, Lora],
+    of_the_base: Mapping[str, Any],
+    wrote: Callable[[Path], None],
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Write LoRAs in every layout asked for, each with its words and settings in the header.
+
+    Args:
+        loras: by file name.
+        of_the_base: further keywords of `metadata_for`.
+        wrote: told of every file.
+        more: entries of the header that are known already.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    for name, lora in loras.items():
+        file = about.files[name]
+        described = metadata_for(
+            title=f"{run.path.name}-{name}",
+            trigger=file.trigger,
+            hint=f'Add to any prompt: "{file.trigger}". {file.hint}'.strip(),
+            base=base_name(config),
+            method=f"{about.method}, {name} LoRA",
+            settings=shared_settings(config),
+            **of_the_base,
+        )
+        metadata = {**described, **(more or {})}
+        for layout in config.formats:
+            path = run.lora(name, layout)
+            write_lora(replace(lora, metadata=metadata), path, layout, metadata=metadata, dtype=config.save_precision)
+            wrote(path)
+
+
+def write_card(run: RunFolder, config: TrainingConfig, about: About, loras: Mapping[str, Lora]) -> None:
+    """Write the card, the last file of a run.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    pairs = {path: pair for lora in loras.values() for path, pair in lora.modules.items()}
+    shapes = {path: (up.shape[0], down.shape[1]) for path, (down, up) in pairs.items()}
+    atomic_write(run.card, card(run, config, about, sdxl_sized(shapes)))
 
 
 def make_accelerator(config: TrainingConfig, device: torch.device, dtype: torch.dtype, folder: Path) -> Accelerator:

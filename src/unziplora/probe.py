@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.atomic import atomic_write, explain
+from unziplora.atomic import atomic_write, explain, write_png
 from unziplora.base import Base, load_base
 from unziplora.config_probe import Pair, ProbeConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
-from unziplora.generate import Progress, Settings, decode, generate_latents
+from unziplora.generate import Progress, Settings, decode, generate_latents, part
 from unziplora.lora.files import block_of
 from unziplora.lora.layer import STREAMS
 from unziplora.probe_measures import Clip, Measure, Statistics
@@ -65,7 +65,7 @@ def probe(
     moved: dict[Axis, list[Tensor]] = {axis: [] for axis in AXES}
     shown: Drawn = {}
     for number, pair in enumerate(pairs):
-        drawn = draw(base, config, pair, blocks, _part(progress, number, len(pairs)))
+        drawn = draw(base, config, pair, blocks, part(progress, number, len(pairs)))
         shown = shown or drawn
         for axis in AXES:
             moved[axis].append(movements(measure, axis, drawn[axis]))
@@ -139,7 +139,7 @@ def draw(base: Base, config: ProbeConfig, pair: Pair, blocks: Sequence[str], pro
         tasks += [(prompt, other, choice) for choice in [*([block] for block in blocks), blocks]]
         tasks.append((other, other, ()))
     made = [
-        decode(base, swap(base, *task, config.seeds, settings, _part(progress, number, len(tasks))))
+        decode(base, swap(base, *task, config.seeds, settings, part(progress, number, len(tasks))))
         for number, task in enumerate(tasks)
     ]
     half = len(blocks) + 2
@@ -178,8 +178,8 @@ def write(config: ProbeConfig, findings: Findings, values: dict[Axis, Tensor], s
         "config": config.model_dump(mode="json"),
         "version": version("unziplora"),
     }
-    atomic_write(files["pictures"], lambda file: _sheet(config, findings, shown).save(file, "PNG"))
-    atomic_write(files["plot"], lambda file: plot(findings).save(file, "PNG"))
+    write_png(files["pictures"], _sheet(config, findings, shown))
+    write_png(files["plot"], plot(findings))
     atomic_write(files["figures"], json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     atomic_write(files["map"], to_toml(findings))
     return findings.model_copy(update={"files": {name: str(path) for name, path in files.items()}})
@@ -210,10 +210,3 @@ def _make_out(config: ProbeConfig) -> None:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise explain(config.out, error) from None
-
-
-def _part(progress: Progress | None, index: int, count: int) -> Progress | None:
-    """Report one part's steps as a share of the whole."""
-    if progress is None:
-        return None
-    return lambda done, steps: progress(index * steps + done, count * steps)

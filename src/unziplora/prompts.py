@@ -66,15 +66,19 @@ def embed(base: Base, prompts: Sequence[str]) -> Embeddings:
     Each prompt is encoded by itself, so that its embedding does not depend on its neighbours. A prompt
     longer than CLIP's 75 tokens is warned about, with the words that are cut.
     """
+    for text in dict.fromkeys(prompts):
+        _warn_if_cut(base, text)
+    with visiting(base.text_encoders, base.device), quiet():
+        rows = encode(base, prompts)
+    return Embeddings(rows.tokens.to(base.dtype), rows.pooled.to(base.dtype))
+
+
+def encode(base: Base, prompts: Sequence[str]) -> Embeddings:
+    """Encode prompts one by one, each once, by text encoders that are on the device; gradients flow through them."""
     rows: dict[str, tuple[Tensor, Tensor]] = {}
-    with visiting(base.text_encoders, base.device):
-        for text in dict.fromkeys(prompts):
-            _warn_if_cut(base, text)
-            with quiet():
-                tokens, _, pooled, _ = base.pipe.encode_prompt(
-                    text, device=base.device, do_classifier_free_guidance=False
-                )
-            rows[text] = tokens.to(base.dtype), pooled.to(base.dtype)
+    for text in dict.fromkeys(prompts):
+        tokens, _, pooled, _ = base.pipe.encode_prompt(text, device=base.device, do_classifier_free_guidance=False)
+        rows[text] = tokens, pooled
     return Embeddings(torch.cat([rows[text][0] for text in prompts]), torch.cat([rows[text][1] for text in prompts]))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from unziplora.atomic import atomic_folder, atomic_write, explain, lock_file
+from unziplora.atomic import atomic_folder, atomic_write, explain, lock_file, write_png
 from unziplora.config import Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
 
@@ -31,6 +31,10 @@ MAY_CHANGE = {
     *(f"sample_{part}" for part in ("every", "subject", "style", "steps", "guidance", "seeds")),
 }
 """Keys that may differ when a run is resumed: none of them changes what is learnt."""
+
+KINDS = ("content", "style")
+MERGED = "lora"
+"""Name of the file in which content and style are one LoRA."""
 
 _STEP = re.compile(r"step-(\d{6,})")
 # What a run that has learnt nothing yet may hold; such a folder is started over without asking.
@@ -252,8 +256,17 @@ class RunFolder:
             MachineError: disk full, no permission.
         """
         path = self.samples / f"{name}.png"
-        atomic_write(path, lambda file: picture.save(file, "PNG"))
+        write_png(path, picture)
         return path
+
+
+def loras_of(run: Path) -> dict[str, Path]:
+    """What a run folder gives to sample, by kind: its content and its style LoRA, or its one LoRA for both."""
+    merged = run.expanduser() / f"{MERGED}.safetensors"
+    if merged.is_file():
+        return {"content": merged}
+    found = {kind: run for kind in KINDS if (run.expanduser() / f"{kind}.safetensors").is_file()}
+    return found or dict.fromkeys(KINDS, run)
 
 
 NAMES = {"bundled", "sdxl", "blora"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,9 @@ from unziplora.config_sample import SampleConfig
 from unziplora.config_training import SDXL
 from unziplora.errors import UserError
 from unziplora.prompts import Prompts
+from unziplora.run import KINDS, MERGED
 
 WORD = re.compile(r"\{(\w+)\}")
-KINDS = ("content", "style")
-MERGED = "lora"
-"""Name of the file in which content and style are one LoRA."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,6 @@ class Source:
     def merged(self) -> bool:
         """Whether the file is content and style in one."""
         return self.file.name.split(".")[0] == MERGED
-
-
-def loras_of(run: Path) -> dict[str, Path]:
-    """What a run folder gives to sample, by kind: its content and its style LoRA, or its one LoRA for both."""
-    merged = run.expanduser() / f"{MERGED}.safetensors"
-    if merged.is_file():
-        return {"content": merged}
-    found = {kind: run for kind in KINDS if (run.expanduser() / f"{kind}.safetensors").is_file()}
-    return found or dict.fromkeys(KINDS, run)
 
 
 def find_source(path: Path, kind: str) -> Source:
@@ -105,13 +94,20 @@ def base_name(config: SampleConfig, sources: list[Source]) -> str:
     Raises:
         UserError: the runs were trained on different bases.
     """
-    if config.base:
-        return config.base
+    return config.base or common_base(sources) or SDXL
+
+
+def common_base(sources: Iterable[Source]) -> str | None:
+    """The base that all runs were trained on, of those that tell.
+
+    Raises:
+        UserError: they were trained on different ones.
+    """
     known = {str(source.run["base"]): source.file for source in sources if source.run.get("base")}
     if len(known) > 1:
         told = ", ".join(f"{file} on {base}" for base, file in known.items())
         raise UserError(f"the LoRAs were trained on different bases ({told}): choose one with --base")
-    return next(iter(known), SDXL)
+    return next(iter(known), None)
 
 
 def guidance(config: SampleConfig, sources: list[Source]) -> float:

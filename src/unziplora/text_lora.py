@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from unziplora.base import Base
 from unziplora.objective import Examples, generator
+from unziplora.prompts import encode
 
 if TYPE_CHECKING:
     from unziplora.config_dreambooth import DreamBoothConfig
@@ -58,15 +59,8 @@ class TextLora:
 
     def condition(self, examples: Examples, prior: bool = False) -> Examples:
         """The examples with embeddings that gradients flow through to the adapters."""
-        prompts = self.prior_prompts if prior else self.prompts
-        rows: dict[str, tuple[Tensor, Tensor]] = {}
-        for text in dict.fromkeys(prompts):
-            tokens, _, pooled, _ = self.base.pipe.encode_prompt(
-                text, device=self.base.device, do_classifier_free_guidance=False
-            )
-            rows[text] = tokens, pooled
-        tokens, pooled = (torch.cat([rows[text][part] for text in prompts]) for part in (0, 1))
-        return replace(examples, conditioning=replace(examples.conditioning, tokens=tokens, pooled=pooled))
+        rows = encode(self.base, self.prior_prompts if prior else self.prompts)
+        return replace(examples, conditioning=replace(examples.conditioning, tokens=rows.tokens, pooled=rows.pooled))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained matrices for a checkpoint."""

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from pathlib import Path
 
-from unziplora.atomic import atomic_write
-from unziplora.card import base_name, card, shared_settings
 from unziplora.config_zip import ZipConfig
 from unziplora.errors import UserError
-from unziplora.job import run_job
-from unziplora.lora.families import sdxl_sized
-from unziplora.lora.files import Lora, write_lora
-from unziplora.lora.metadata import LAYERS_KEY, metadata_for
+from unziplora.job import run_job, write_card, write_loras
+from unziplora.lora.metadata import LAYERS_KEY
 from unziplora.methods.ziplora import ZipLora
 from unziplora.progress import Callback, Progress
 from unziplora.run import RunFolder
@@ -49,27 +45,13 @@ def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
             raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
         parts = read_loras(config)
         loras = {"lora": merge(parts), **(parts if config.parts else {})}
-        for name, lora in loras.items():
-            header = _header(config, run, name, parts["content"])
-            for layout in config.formats:
-                path = run.lora(name, layout)
-                write_lora(replace(lora, metadata=header), path, layout, metadata=header, dtype=config.save_precision)
-                progress(Progress(1, 1, message=f"wrote {path}"))
-        shapes = {path: (up.shape[0], down.shape[1]) for path, (down, up) in loras["lora"].modules.items()}
-        atomic_write(run.card, card(run, config, ZipLora.about(config), sdxl_sized(shapes)))
+        about, header = ZipLora.about(config), parts["content"].metadata
+        known = {key: header[key] for key in OF_THE_BASE if key in header}
+
+        def wrote(path: Path) -> None:
+            progress(Progress(1, 1, message=f"wrote {path}"))
+
+        write_loras(run, config, about, loras, {}, wrote, known)
+        write_card(run, config, about, loras)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return run
-
-
-def _header(config: ZipConfig, run: RunFolder, name: str, content: Lora) -> dict[str, str]:
-    about = ZipLora.about(config)
-    file = about.files[name]
-    described = metadata_for(
-        title=f"{run.path.name}-{name}",
-        trigger=file.trigger,
-        hint=f'Add to any prompt: "{file.trigger}". {file.hint}'.strip(),
-        base=base_name(config),
-        method=f"{about.method}, {name} LoRA",
-        settings=shared_settings(config),
-    )
-    return {**described, **{key: content.metadata[key] for key in OF_THE_BASE if key in content.metadata}}

@@ -26,7 +26,7 @@ from unziplora.methods.common import Setup
 from unziplora.mount import Mounted, Part
 from unziplora.objective import Examples
 from unziplora.prompts import Prompts
-from unziplora.sources import Source, fill, find_source, with_metadata
+from unziplora.sources import Source, common_base, fill, find_source, with_metadata
 
 
 def complete(config: ZipConfig) -> ZipConfig:
@@ -38,10 +38,9 @@ def complete(config: ZipConfig) -> ZipConfig:
     given = {name: value for name, value in config.model_dump(exclude_unset=True).items() if value is not None}
     sources = {name: _source(getattr(config, f"{name}_lora"), name) for name in NAMES}
     found: dict[str, Any] = {}
-    for key in ("base", "sample_guidance"):
-        known = [source.run[key] for source in sources.values() if source.run.get(key)]
-        if known:
-            found[key] = known[0]
+    known = [source.run["sample_guidance"] for source in sources.values() if source.run.get("sample_guidance")]
+    if known:
+        found["sample_guidance"] = known[0]
     for name, source in sources.items():
         words = {word: str(source.run[word]) for word in ("token", "content", "style") if source.run.get(word)}
         if prompt := source.prompt(name):
@@ -49,10 +48,8 @@ def complete(config: ZipConfig) -> ZipConfig:
         if config.method == "zip":
             pictures = [Path(path) for path in source.run.get("images", [])]
             found[f"{name}_images"] = [path for path in pictures if path.is_file()]
-    bases = {str(source.run["base"]): source.file for source in sources.values() if source.run.get("base")}
-    if len(bases) > 1 and "base" not in given:
-        told = ", ".join(f"{file} on {base}" for base, file in bases.items())
-        raise UserError(f"the LoRAs were trained on different bases ({told}): choose one with --base")
+    if "base" not in given and (base := common_base(sources.values())):
+        found["base"] = base
     values = {**found, **given}
     if values.keys() >= {"content_prompt", "style_prompt"}:
         values.setdefault("full_prompt", joined_prompt(values["content_prompt"], values["style_prompt"]))

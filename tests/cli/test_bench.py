@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from unziplora import cli
 from unziplora.config_bench import BenchConfig
 
 Call = Callable[..., tuple[int, str, str]]
@@ -23,20 +22,6 @@ QUICK = [
     "1",
 ]
 QUICK += ["--device", "cpu", "--precision", "fp32"]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run a command in an empty folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("UNZIPLORA_DEBUG", raising=False)
-    monkeypatch.setitem(cli.COMMANDS, "bench", "unziplora.cli.bench")
-
-    def run(*args: object) -> tuple[int, str, str]:
-        code = cli.main([str(arg) for arg in args])
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 def test_prints_the_headline_and_writes_the_report(call: Call, tiny_folder: Path):

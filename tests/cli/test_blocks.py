@@ -7,27 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unziplora import cli
 from unziplora.config import read_toml
 from unziplora.config_probe import ProbeConfig
 from unziplora.lora.blocks import read_blocks
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ["--pairs", "1", "--seeds", "0", "--steps", "1", "--device", "cpu"]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run a command in an empty folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("UNZIPLORA_DEBUG", raising=False)
-    monkeypatch.setitem(cli.COMMANDS, "blocks", "unziplora.cli.blocks")
-
-    def run(*args: object) -> tuple[int, str, str]:
-        code = cli.main([str(arg) for arg in args])
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 def test_prints_the_table_and_split_takes_the_map(call: Call, tiny_folder: Path, tmp_path: Path):

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 from PIL import Image
 
-from unziplora import cli
 from unziplora.base import Base
 from unziplora.config import read_toml
 from unziplora.config_zip import ZipConfig
@@ -19,18 +19,9 @@ PROMPTS = ["--content-prompt", "a sks cat", "--style-prompt", "an image in ink s
 FILES = ["cat.safetensors", "fox.safetensors"]
 
 
-@pytest.fixture
-def call(
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    shared_base: Base,
-    tiny_folder: Path,
-) -> Call:
-    """Run a command in a folder with two LoRA files and a picture, on the tiny base."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("UNZIPLORA_DEBUG", raising=False)
-    monkeypatch.setitem(cli.COMMANDS, "zip", "unziplora.cli.zip")
+@pytest.fixture(name="call")
+def zip_call(call: Call, shared_base: Base, tiny_folder: Path) -> Call:
+    """Run `zip` in a folder with two LoRA files and a picture, on the tiny base."""
     Image.linear_gradient("L").convert("RGB").resize((80, 80)).save("cat.png")
     for seed, file in enumerate(FILES):
         write_lora(Lora(tiny.random_lora(shared_base.unet, seed)), file)
@@ -38,11 +29,7 @@ def call(
     lines = [f"{name} = {json.dumps(value)}" for name, value in quick.items()]
     Path("quick.toml").write_text("\n".join([*lines, "sample_seeds = [0]", "teacher_images = 1"]))
 
-    def run(*args: object) -> tuple[int, str, str]:
-        code = cli.main(["zip", *(str(arg) for arg in args)])
-        return (code, *capsys.readouterr())
-
-    return run
+    return partial(call, "zip")
 
 
 def test_two_files_become_one_with_samples_and_a_card(call: Call):

@@ -5,10 +5,11 @@ Lengths inside the filters are written for 128 pixels and scale with the picture
 
 from collections.abc import Callable
 
+import cv2
 import numpy as np
 
 from recipes.base.filters import craft, drawing, painting
-from recipes.base.filters.common import Picture
+from recipes.base.filters.common import Picture, finish, over
 
 Filter = Callable[[Picture, np.random.Generator], Picture]
 
@@ -29,3 +30,9 @@ FILTERS: dict[str, Filter] = {
     "stained": craft.stained,
     "clay": craft.clay,
 }
+
+
+def rendered(rgba: Picture, name: str | None, rng: np.random.Generator, size: int) -> Picture:
+    """A drawing [S, S, 4] under a filter, or as it is, then area-averaged: uint8 [size, size, 3]."""
+    rgb = finish(over(rgba)) if name is None else FILTERS[name](rgba, rng)
+    return rgb if size == rgb.shape[0] else cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA)

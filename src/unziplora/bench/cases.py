@@ -64,6 +64,11 @@ class Case:
     oracle_content: tuple[Example, ...]
     oracle_style: tuple[Example, ...]
 
+    @property
+    def words(self) -> dict[str, str]:
+        """The words for its content and its style, as recipes call them."""
+        return {"content": self.content, "style": self.style}
+
 
 def load_cases(split: Split, path: Path = CASES) -> dict[str, Case]:
     """All cases of a split by slug, in their fixed order; partners are neighbours.

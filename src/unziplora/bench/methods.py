@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +20,6 @@ from unziplora.job import run_job
 from unziplora.lora.files import read_lora
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
-from unziplora.progress import Callback
-from unziplora.run import RunFolder
 from unziplora.split import split
 from unziplora.zip import zip_loras
 
@@ -61,11 +60,14 @@ class Split(Paired):
         return [self.recipe(place, case, seed)]
 
     def recipe(self, place: Workplace, case: Case, seed: int) -> SplitConfig:
-        """The recipe, below the settings for this method those of `home`."""
-        given = {**self.keys, **place.settings(self.home), **({} if self.shared else place.settings(self.name))}
+        """The training."""
         out = place.run_folder(self.home if self.shared else self.name, case, seed) / "split"
-        words = {"content": case.content, "style": case.style}
-        return SplitConfig.make(**{**place.common(case, seed), **words, **given, "out": out})
+        return SplitConfig.make(**{**place.common(case, seed), **case.words, **self.given(place), "out": out})
+
+    def given(self, place: Workplace) -> dict[str, Any]:
+        """Below the settings for this method those of `home`."""
+        own = {} if self.shared else place.settings(self.name)
+        return {**self.keys, **place.settings(self.home), **own}
 
     def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
         """Both LoRAs from one training."""
@@ -79,14 +81,11 @@ class Split(Paired):
 class Paper(Split):
     """UnZipLoRA as published; on the bundled base with the rates, rank and steps that fit its size."""
 
-    def recipe(self, place: Workplace, case: Case, seed: int) -> SplitConfig:
+    def given(self, place: Workplace) -> dict[str, Any]:
         """The preset `paper`, in the number format and with the optimiser that run everywhere."""
         size = BUNDLED if place.config.base == "bundled" else {}
         plain = {name: value for name, value in PAPER.items() if name not in ("optimizer", "precision")}
-        given = {**size, **plain, "optimizer": "adamw", "preset": "paper", **place.settings(self.name)}
-        words = {"content": case.content, "style": case.style}
-        out = place.run_folder(self.name, case, seed) / "split"
-        return SplitConfig.make(**{**place.common(case, seed), **words, **given, "out": out})
+        return {**size, **plain, "optimizer": "adamw", "preset": "paper", **place.settings(self.name)}
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,12 @@ class BLoraHalves(Paired):
 
     def recipe(self, place: Workplace, case: Case, seed: int) -> BLoraConfig:
         """The training."""
-        words = {"content": case.content, "style": case.style}
         out = place.run_folder(self.name, case, seed) / "blora"
-        return BLoraConfig.make(**{**place.common(case, seed), **words, **place.settings(self.name), "out": out})
+        return BLoraConfig.make(**{**place.common(case, seed), **case.words, **place.settings(self.name), "out": out})
 
     def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
         """Both halves; the style goes by the rare word, as it was trained."""
-        run = place.finish(_blora, self.recipe(place, case, seed))
+        run = place.finish(partial(run_job, BLora), self.recipe(place, case, seed))
         return Adapters(read_lora(run.content), read_lora(run.style), manner="{token}")
 
 
@@ -130,7 +128,7 @@ class DreamBooths(Paired):
 
     def file(self, place: Workplace, case: Case, seed: int, kind: str) -> Path:
         """One of the two, trained if it is not there."""
-        return place.finish(_dreambooth, self.recipe(place, case, seed, kind)).lora(kind)
+        return place.finish(partial(run_job, DreamBooth), self.recipe(place, case, seed, kind)).lora(kind)
 
 
 @dataclass(frozen=True)
@@ -189,14 +187,6 @@ class Zipped:
         run = place.finish(zip_loras, self.recipe(place, case, partner, seed))
         content, style, merged = (read_lora(run.lora(name)) for name in ("content", "style", "lora"))
         return Adapters(content, style, merged) if self.how == "zip" else Adapters(merged, merged, merged)
-
-
-def _dreambooth(config: DreamBoothConfig, resume: bool = False, progress: Callback | None = None) -> RunFolder:
-    return run_job(DreamBooth, config, resume, progress)
-
-
-def _blora(config: BLoraConfig, resume: bool = False, progress: Callback | None = None) -> RunFolder:
-    return run_job(BLora, config, resume, progress)
 
 
 def _separations(count: int) -> dict[str, bool]:

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from unziplora.atomic import atomic_write
+from unziplora.atomic import atomic_write, write_png
 from unziplora.base import Base
 from unziplora.bench.adapters import Adapters, Method
 from unziplora.bench.cases import Case
 from unziplora.bench.measures import Measure
 from unziplora.bench.scores import leak, product, similarity
-from unziplora.bench.workplace import Workplace, write_png
+from unziplora.bench.workplace import Workplace
 from unziplora.config_training import TrainingConfig
 from unziplora.generate import generate
 from unziplora.lora.files import Lora
@@ -58,7 +58,7 @@ class Ask:
 
 def asks(case: Case, partner: Case, alone: Adapters, mixed: Adapters, token: str) -> list[Ask]:
     """Everything that is asked of a method's LoRAs, task by task."""
-    words = {"token": token, "content": case.content, "style": case.style}
+    words = {"token": token, **case.words}
     subject, manner = alone.subject.format(**words), alone.manner.format(**words)
     found = [
         Ask("content", e.word, Prompts(f"{subject} in {e.word} style"), _named(content=alone.content), e.pictures)
@@ -69,7 +69,7 @@ def asks(case: Case, partner: Case, alone: Adapters, mixed: Adapters, token: str
         for e in case.others
     ]
     for task, styled, made, truth in (("both", case, alone, case.picture), ("mix", partner, mixed, case.mix)):
-        words = {"token": token, "content": case.content, "style": styled.style}
+        words = {"token": token, **case.words, "style": styled.style}
         full = f"{made.subject} in {made.manner} style".format(**words)
         seen = [text.format(**words) for text in made.prompts or ()]
         loras = _named(lora=made.merged) or _named(content=made.content, style=made.style)
@@ -100,15 +100,19 @@ def score(measure: Measure, case: Case, ask: Ask, made: Sequence[Image.Image]) -
     truths, style_alone = list(ask.truths), ask.task == "style"
     identity = measure.concept if style_alone else measure.content
     contents = similarity(identity(made), identity(truths))
-    styles = similarity(measure.style(made), measure.style(truths))
+    made_styles, true_styles = measure.style(made), measure.style(truths)
+    styles = similarity(made_styles, true_styles)
     rows = [
         {"content": content, "style": style, "score": product(content, style)}
         for content, style in zip(contents, styles, strict=True)
     ]
-    if ask.task in ("content", "style"):
-        view = measure.content if style_alone else measure.style
-        for row, value in zip(rows, leak(view(made), view(truths), view([case.picture])), strict=True):
-            row["leak"] = value
+    leaks: list[float] = []
+    if style_alone:
+        leaks = leak(measure.content(made), measure.content(truths), measure.content([case.picture]))
+    elif ask.task == "content":
+        leaks = leak(made_styles, true_styles, measure.style([case.picture]))
+    for row, value in zip(rows, leaks, strict=False):
+        row["leak"] = value
     return rows
 
 
@@ -188,7 +192,7 @@ def _fingerprint(case: Case) -> list[str]:
 def _drawn(place: Workplace, base: Base, ask: Ask, seeds: Sequence[int], files: Sequence[Path]) -> list[Image.Image]:
     made = draw(base, ask, seeds, place.config.sample_steps, place.config.guidance)
     for picture, file in zip(made, files, strict=True):
-        write_png(picture, file)
+        write_png(file, picture)
     return made
 
 

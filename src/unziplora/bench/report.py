@@ -10,10 +10,9 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel
 
-from unziplora.atomic import atomic_write
+from unziplora.atomic import atomic_write, write_png
 from unziplora.bench.cases import Case
 from unziplora.bench.scores import CONTENT, STYLE, Figures, headline, mean_figures, spread
-from unziplora.bench.workplace import write_png
 from unziplora.config_bench import ABLATION, BenchConfig
 from unziplora.grid import sheet
 
@@ -175,7 +174,7 @@ def write_report(report: Report, results: Sequence[Mapping[str, Any]], cases: Se
     """
     for case in cases:
         mine = [result for result in results if result["case"] == case.slug]
-        write_png(contact_sheet(case, mine, folder), folder / "sheets" / f"{case.slug}.png")
+        write_png(folder / "sheets" / f"{case.slug}.png", contact_sheet(case, mine, folder))
     atomic_write(folder / "report.json", report.model_dump_json(indent=1) + "\n")
     links = "\n".join(f"![{case.slug}](sheets/{case.slug}.png)\n" for case in cases)
     atomic_write(folder / "report.md", f"{markdown(report)}\n## Pictures of the first seed\n\n{links}")

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from PIL import Image
-
-from unziplora.atomic import atomic_write
+from unziplora.atomic import write_png
 from unziplora.bench.cases import Case, Example
 from unziplora.config_bench import BenchConfig
 from unziplora.config_training import TrainingConfig
@@ -73,7 +71,7 @@ class Workplace:
         for number, picture in enumerate(picture for example in examples for picture in example.pictures):
             path = self.folder / "cases" / case.slug / f"{name}-{number}.png"
             if not path.is_file():
-                write_png(picture, path)
+                write_png(path, picture)
             paths.append(path)
         return paths
 
@@ -90,15 +88,6 @@ class Workplace:
         if run.card.exists():
             return run
         return job(config, run.latest() is not None, self.progress)
-
-
-def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a picture atomically.
-
-    Raises:
-        MachineError: disk full, no permission.
-    """
-    atomic_write(path, lambda file: picture.save(file, "PNG"))
 
 
 def _check_same(run: RunFolder, config: TrainingConfig) -> None:

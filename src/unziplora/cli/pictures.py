@@ -12,6 +12,7 @@ from unziplora.cli.output import emit, stdout_kept
 from unziplora.config import Recipe, resolve, to_toml
 from unziplora.config_sample import GridConfig, SampleConfig
 from unziplora.progress import show
+from unziplora.run import loras_of
 
 
 def run_sample(
@@ -44,8 +45,6 @@ def run_grid(
 
 def _layers(ctx: click.Context, run: str | None, config_file: str | None) -> list[dict[str, object]]:
     """The keys of file and flags; a run folder named first gives what it has, content and style most often."""
-    from unziplora.sources import loras_of
-
     file, flags = layers(ctx, config_file)
     found: dict[str, object] = {} if run is None else {**loras_of(Path(run))}
     return [file, found, flags]
