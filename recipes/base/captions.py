@@ -86,7 +86,10 @@ def wordings(kind: Kind, caption: str | None = None, style: str | None = None) -
     return [fill(template, caption, word) for word in words for template in FULL]
 
 
-def draw_prompt(kind: Kind, caption: str, style: str, rng: np.random.Generator, *, black: bool = False) -> str:
-    """A random wording; colour words are left out where the picture cannot show them."""
-    choices = wordings(kind, strip_colours(caption) if black else caption, style)
-    return choices[int(rng.integers(len(choices)))]
+def draw_prompt(
+    kind: Kind, caption: str, style: str, rng: np.random.Generator, *, black: bool = False, paper: str = ""
+) -> str:
+    """A random wording; colour words are left out where the picture cannot show them, an odd paper is named."""
+    choices = wordings(kind, strip_colours(caption) if black or paper else caption, style)
+    prompt = choices[int(rng.integers(len(choices)))]
+    return f"{prompt} on {paper}" if prompt and paper else prompt

@@ -116,6 +116,8 @@ class UnetSettings(StageSettings):
     ema_decay: float = 0.995
     kinds: dict[str, float] = {"full": 0.63, "content": 0.15, "style": 0.1, "empty": 0.12}
     """Shares of the kinds of prompts."""
+    graded: float = 0.0
+    """Share of pictures on other paper, in other pigments and textures, which their prompts name: "… on blue paper"."""
     guidance: float = 4.0
     """Classifier-free guidance of the sheets."""
     compile: bool = False

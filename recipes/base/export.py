@@ -56,7 +56,7 @@ def scores_table(evaluation: dict, judges: dict) -> str:
     return "\n".join(lines)
 
 
-def card(recipe: Recipe, steps: int, evaluation: dict) -> str:
+def card(recipe: Recipe, steps: int, channels: int, evaluation: dict) -> str:
     """The model card: what it knows, how it was made, how good it is, whose drawings it saw."""
     world = World(recipe.world)
     words = [f"- {STYLE_WORDS[style][0]}" for style in recipe.world.styles]
@@ -65,6 +65,7 @@ def card(recipe: Recipe, steps: int, evaluation: dict) -> str:
     captions = [world.caption(concept) for concept in world.trained_concepts]
     return CARD.read_text().format(
         resolution=recipe.world.resolution,
+        channels=channels,
         concepts=", ".join(captions) if len(captions) <= 100 else f"{len(captions)} things",
         styles="\n".join(words),
         steps=f"{steps:,}",
@@ -88,7 +89,7 @@ def export(recipe: Recipe, folder: Path) -> int:
     tidy_vae_config(folder / "vae" / "config.json")
     for name in ("tokenizer", "tokenizer_2"):
         write_vocabulary(getattr(pipe, name), folder / name)
-    (folder / "README.md").write_text(card(recipe, steps, evaluation))
+    (folder / "README.md").write_text(card(recipe, steps, pipe.vae.config.latent_channels, evaluation))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > LIMIT:
         raise ValueError(f"{folder} has {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}: use a smaller UNet")

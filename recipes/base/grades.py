@@ -7,6 +7,18 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+PAPERS: dict[str, tuple[float, float, float]] = {
+    "white": (1.0, 1.0, 1.0),
+    "cream": (0.96, 0.92, 0.8),
+    "yellow": (0.96, 0.9, 0.68),
+    "orange": (0.97, 0.8, 0.68),
+    "pink": (0.97, 0.75, 0.84),
+    "purple": (0.85, 0.72, 0.95),
+    "blue": (0.72, 0.83, 0.96),
+    "green": (0.75, 0.95, 0.75),
+    "grey": (0.75, 0.75, 0.75),
+}
+
 
 @dataclass
 class Grade:
@@ -58,6 +70,13 @@ class Grade:
             graded = graded * (1 + self.texture * self.field(pixels.shape[0], rng)[..., None])
         return np.clip(graded, 0, 1)
 
+    @property
+    def words(self) -> str:
+        """Its paper as prompts name it: "grainy blue paper"."""
+        paper = min(PAPERS, key=lambda name: float(np.square(np.array(PAPERS[name]) - self.light).sum()))
+        texture = ("grainy " if self.angle is None else "hatched ") if self.texture else ""
+        return f"{texture}{paper} paper"
+
 
 def hue_matrix(angle: float, chroma: float) -> np.ndarray:
     """Turn colours around the grey axis by an angle in radians and scale their distance from it, [3, 3]."""
@@ -66,10 +85,13 @@ def hue_matrix(angle: float, chroma: float) -> np.ndarray:
     return grey + chroma * (np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross)
 
 
+def grade_each(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+    """Every picture uint8 [N, R, R, 3] in a grade of its own, and the words for each."""
+    grades = [Grade.draw(rng) for _ in pixels]
+    pictures = [grade.apply(one / 255, rng) for grade, one in zip(grades, pixels, strict=True)]
+    return np.round(255 * np.stack(pictures)).astype(np.uint8), [grade.words for grade in grades]
+
+
 def grade_some(pixels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """A share of pictures uint8 [N, R, R, 3] in a grade of their own each, the others as they are."""
-    graded = [
-        np.round(255 * Grade.draw(rng).apply(one / 255, rng)).astype(np.uint8) if rng.random() < share else one
-        for one in pixels
-    ]
-    return np.stack(graded)
+    return np.stack([grade_each(one[None], rng)[0][0] if rng.random() < share else one for one in pixels])

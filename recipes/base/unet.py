@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ from torch import Tensor
 from recipes.base.captions import Kind, draw_prompt, wordings
 from recipes.base.config import Recipe, UnetSettings
 from recipes.base.dataset import Pictures, training_pictures
+from recipes.base.grades import grade_each
 from recipes.base.loop import Stage, adamw
 from recipes.base.sheets import sheet
 from recipes.base.text import TextEncoders
 from recipes.base.vae import open_vae, to_tensor
+from recipes.base.widen import widen_unet
 from recipes.base.world import World
 
 
@@ -103,11 +106,15 @@ def encode_pictures(vae: AutoencoderTiny, pixels: np.ndarray, device: torch.devi
 
 
 class Deck:
-    """Draws training examples: the kind of prompt first, then a style, then a picture of it."""
+    """Draws training examples: the kind of prompt first, then a style, then a picture of it, plain or graded.
 
-    def __init__(self, pictures: Pictures, world: World, kinds: dict[str, float]):
+    The graded picture of number i is number N + i; `papers` are its words.
+    """
+
+    def __init__(self, pictures: Pictures, world: World, settings: UnetSettings, papers: Sequence[str] = ()):
         self.items, self.world = pictures.items, world
-        self.kinds, shares = list(kinds), np.array(list(kinds.values()))
+        self.papers, self.graded = papers, settings.graded if papers else 0.0
+        self.kinds, shares = list(settings.kinds), np.array(list(settings.kinds.values()))
         self.shares = shares / shares.sum()
         styles = sorted({item.style for item in self.items})
         self.by_style = [np.array([i for i, x in enumerate(self.items) if x.style == s]) for s in styles]
@@ -119,10 +126,20 @@ class Deck:
         for kind in rng.choice(self.kinds, count, p=self.shares):
             pool = self.natural if kind == "content" else self.by_style[int(rng.integers(len(self.by_style)))]
             index = int(rng.choice(pool))
-            item = self.items[index]
-            chosen.append(index)
-            prompts.append(draw_prompt(kind, self.world.caption(item.concept), item.style, rng, black=item.black))
+            item, caption = self.items[index], self.world.caption(self.items[index].concept)
+            paper = self.papers[index] if self.graded and rng.random() < self.graded else ""
+            chosen.append(index + len(self.items) if paper else index)
+            prompts.append(draw_prompt(kind, caption, item.style, rng, black=item.black, paper=paper))
         return np.array(chosen), prompts
+
+
+def take_over(recipe: Recipe, init: Path) -> None:
+    """Copy an exported base's text encoders and autoencoder, where the recipe has not trained its own."""
+    clip, vae = recipe.output / "clip", recipe.output / "vae" / "vae"
+    if not (clip / "text_encoder").exists():
+        TextEncoders.load(init, torch.device("cpu")).save(clip)
+    if not vae.exists():
+        AutoencoderTiny.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32).save_pretrained(vae)
 
 
 class UnetStage(Stage):
@@ -133,20 +150,12 @@ class UnetStage(Stage):
     def __init__(self, recipe: Recipe, init: Path | None = None):
         super().__init__(recipe)
         s = self.settings = recipe.unet
-        self.text = TextEncoders.load(init or recipe.output / "clip", self.device)
         if init:
-            vae = AutoencoderTiny.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32)
-        else:
-            vae = open_vae(recipe)
-        self.vae = vae.to(self.device).eval().requires_grad_(False)
+            take_over(recipe, init)
+        self.text = TextEncoders.load(recipe.output / "clip", self.device)
+        self.vae = open_vae(recipe).to(self.device).eval().requires_grad_(False)
         torch.manual_seed(recipe.seed)
-        if init:
-            self.unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet", torch_dtype=torch.float32)
-        else:
-            width = sum(encoder.config.hidden_size for encoder in self.text.encoders)
-            pooled = self.text.encoders[1].config.projection_dim
-            self.unet = build_unet(s, self.vae.config.latent_channels, width, pooled)
-        self.unet = self.unet.to(self.device)
+        self.unet = self.start(init).to(self.device)
         self.ema = copy.deepcopy(self.unet).eval().requires_grad_(False)
         self.modules = {"unet": self.unet, "ema": self.ema}
         self.optimizer = adamw({"unet": self.unet}, s.lr)
@@ -155,8 +164,21 @@ class UnetStage(Stage):
         self.alphas = self.scheduler.alphas_cumprod.to(self.device)
         self.world = World(recipe.world)
         pictures = training_pictures(recipe)
-        self.deck = Deck(pictures, self.world, s.kinds)
         self.latents = encode_pictures(self.vae, pictures.pixels, self.device)
+        papers: list[str] = []
+        if s.graded:
+            graded, papers = grade_each(pictures.pixels, np.random.default_rng(recipe.seed))
+            self.latents = torch.cat([self.latents, encode_pictures(self.vae, graded, self.device)])
+        self.deck = Deck(pictures, self.world, s, papers)
+
+    def start(self, init: Path | None) -> UNet2DConditionModel:
+        """An untrained UNet, or that of an exported base, with as many channels as the autoencoder has."""
+        channels = self.vae.config.latent_channels
+        if init:
+            unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet", torch_dtype=torch.float32)
+            return widen_unet(unet, channels) if unet.config.in_channels < channels else unet
+        width = sum(encoder.config.hidden_size for encoder in self.text.encoders)
+        return build_unet(self.settings, channels, width, self.text.encoders[1].config.projection_dim)
 
     def conditions(self, prompts: list[str], rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """What the UNet is told; half of the empty prompts are zeros, as SDXL's may be at sampling."""

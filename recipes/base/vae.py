@@ -15,6 +15,7 @@ from recipes.base.dataset import Pictures, load, render_items, save, training_pi
 from recipes.base.grades import grade_some
 from recipes.base.loop import Log, Stage, adamw
 from recipes.base.sheets import sheet, to_pixels
+from recipes.base.widen import widen_vae
 from recipes.base.world import NEVER_FILTERS, World
 
 
@@ -47,13 +48,13 @@ def to_tensor(pixels: np.ndarray, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderTiny, real: Tensor) -> None:
-    """Rescale the encoder's last layer so that the latents of `real` have mean 0 and variance 1."""
-    latents = vae.encode(real).latents.float()
+def standardise(vae: AutoencoderTiny, real: Tensor, first: int = 0) -> None:
+    """Rescale the encoder's last layer so that latent channels of `real`, from `first` on, have mean 0, variance 1."""
+    latents = vae.encode(real).latents.float()[:, first:]
     mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     last = vae.encoder.layers[-1]
-    last.bias.copy_((last.bias - mean) / spread)
-    last.weight.div_(spread[:, None, None, None])
+    last.bias[first:] = (last.bias[first:] - mean) / spread
+    last.weight[first:] /= spread[:, None, None, None]
 
 
 def broad_pictures(recipe: Recipe) -> Pictures:
@@ -131,7 +132,7 @@ class VaeStage(Stage):
     """L1 on pixels and on edges, with the latents held near N(0, 1) and a little noise on them.
 
     Started from an exported base, the latents of the recipe's own pictures are held where they were instead, so that
-    this base's UNet goes with the new autoencoder too.
+    this base's UNet goes with the new autoencoder too. Channels that the recipe has more than the base are added.
     """
 
     name = "vae"
@@ -140,16 +141,19 @@ class VaeStage(Stage):
         super().__init__(recipe)
         self.settings = recipe.vae
         torch.manual_seed(recipe.seed)
-        vae, self.before = build_vae(recipe.vae), None
+        vae, self.before, self.kept = build_vae(recipe.vae), None, 0
         if init:
             vae = AutoencoderTiny.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32)
             self.before = copy.deepcopy(vae).to(self.device).eval().requires_grad_(False)
+            self.kept = vae.config.latent_channels
+            if recipe.vae.latent_channels > self.kept:
+                vae = widen_vae(vae, recipe.vae.latent_channels)
         self.vae = vae.to(self.device, memory_format=torch.channels_last).train()
         self.modules = {"vae": self.vae}
         self.optimizer = adamw(self.modules, recipe.vae.lr)
         self.pixels = broad_pictures(recipe).pixels
-        if not init:
-            standardise(self.vae, to_tensor(self.pixels[::100], self.device))
+        if self.kept < self.vae.config.latent_channels:
+            standardise(self.vae, to_tensor(self.pixels[::100], self.device), self.kept)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         s, rng = self.settings, self.draw(step)
@@ -159,7 +163,9 @@ class VaeStage(Stage):
         noisy = latents + s.latent_noise * torch.randn_like(latents)
         made = self.vae.decode(noisy).sample.float()
         pixel, edge = (made - real).abs().mean(), edge_loss(made, real)
-        held = s.latent_penalty * latent_penalty(latents) if self.before is None else self.moved(plain)
+        held = latents.new_zeros(()) if self.before is None else self.moved(plain)
+        if self.kept < latents.shape[1]:
+            held = held + s.latent_penalty * latent_penalty(latents[:, self.kept :])
         loss = pixel + 0.5 * edge + held
         return loss, {"l1": pixel.item(), "edge": edge.item(), "held": held.item()}
 
@@ -169,7 +175,7 @@ class VaeStage(Stage):
         real = to_tensor(crops[: len(crops) // 2], self.device)
         with torch.no_grad():
             wanted = self.before.encode(real).latents
-        return (self.vae.encode(real).latents - wanted).float().square().mean()
+        return (self.vae.encode(real).latents[:, : self.kept] - wanted).float().square().mean()
 
     def report(self, step: int) -> None:
         """PSNR and reconstructions."""

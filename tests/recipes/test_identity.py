@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,17 @@ class TestGrade:
         third = hue_matrix(2 * math.pi / 3, 1.0)
         assert np.allclose(third @ [1, 0, 0], [0, 1, 0])
         assert np.allclose(hue_matrix(1.0, 0.0) @ [0.9, 0.3, 0.3], 0.5)
+
+    @pytest.mark.parametrize(
+        ("light", "texture", "angle", "words"),
+        [
+            ((1.0, 0.99, 0.98), 0.0, None, "white paper"),
+            ((0.7, 0.8, 0.95), 0.3, None, "grainy blue paper"),
+            ((0.95, 0.9, 0.7), 0.3, 0.5, "hatched yellow paper"),
+        ],
+    )
+    def test_a_grade_names_its_paper(self, light: tuple, texture: float, angle: float | None, words: str):
+        assert replace(Grade.none(), light=np.array(light), texture=texture, angle=angle).words == words
 
     def test_a_share_of_pictures_is_graded(self):
         pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)

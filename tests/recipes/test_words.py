@@ -79,3 +79,10 @@ def test_merges_are_a_prefix_that_knows_common_words() -> None:
     assert len(tokenizer("sks").input_ids) == 4
     with pytest.raises(ValueError, match="merges"):
         read_merges(50_000)
+
+
+def test_an_odd_paper_is_named_and_colours_are_not() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [draw_prompt("full", "red apple", "watercolor", rng, paper="grainy blue paper") for _ in range(20)]
+    assert all(prompt.endswith(" on grainy blue paper") and "red" not in prompt.split() for prompt in drawn)
+    assert draw_prompt("empty", "red apple", "watercolor", rng, paper="grainy blue paper") == ""

@@ -1,0 +1,115 @@
+"""A base with more latent channels starts as the base that it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+
+from recipes.base.config import Recipe
+from recipes.base.dataset import training_pictures
+from recipes.base.export import export
+from recipes.base.loop import train
+from recipes.base.unet import Deck, UnetStage, trained_pipeline
+from recipes.base.vae import VaeStage, to_tensor
+from recipes.base.widen import widen_unet, widen_vae
+from recipes.base.world import World
+
+MORE = 20
+
+
+class Never:
+    """A stop that never says yes."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@pytest.fixture(scope="module")
+def folder(trained: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported base with 16 latent channels."""
+    path = tmp_path_factory.mktemp("base") / "toy"
+    export(trained, path)
+    return path
+
+
+@pytest.fixture
+def wide(trained: Recipe, tmp_path: Path) -> Recipe:
+    """The same recipe with more latent channels."""
+    vae = trained.vae.model_copy(update={"latent_channels": MORE})
+    return trained.model_copy(update={"output": tmp_path / "wide", "vae": vae})
+
+
+def test_the_decoder_paints_what_it_painted(folder: Path) -> None:
+    vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    more = widen_vae(vae, MORE)
+    picture = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        old, new = vae.encode(picture).latents, more.encode(picture).latents
+        assert new.shape[1] == MORE
+        assert torch.allclose(new[:, :16], old, atol=1e-5)
+        assert new[:, 16:].std() > 0
+        assert torch.allclose(more.decode(new).sample, vae.decode(old).sample, atol=1e-5)
+
+
+def test_the_unet_predicts_what_it_predicted_and_nothing_more(folder: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    more = widen_unet(unet, MORE)
+    latents, t = torch.randn(2, MORE, 4, 4), torch.tensor([10, 700])
+    hidden, added = torch.randn(2, 77, 48), {"text_embeds": torch.randn(2, 32), "time_ids": torch.ones(2, 6)}
+    with torch.no_grad():
+        old = unet(latents[:, :16], t, hidden, added_cond_kwargs=added).sample
+        new = more(latents, t, hidden, added_cond_kwargs=added).sample
+    assert torch.allclose(new[:, :16], old, atol=1e-5)
+    assert torch.equal(new[:, 16:], torch.zeros_like(new[:, 16:]))
+
+
+def test_a_base_goes_on_with_more_channels_and_exports(folder: Path, wide: Recipe, tmp_path: Path) -> None:
+    before = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    stage = VaeStage(wide, folder)
+    pictures = to_tensor(stage.pixels[:32], stage.device)
+    with torch.no_grad():
+        fresh = stage.vae.encode(pictures).latents
+        assert torch.allclose(fresh[:, :16], before.encode(pictures).latents, atol=1e-4)
+    assert 0.5 < float(fresh[:, 16:].std()) < 2
+    assert train(stage, Never())
+    assert train(UnetStage(wide, folder), Never())
+    assert UnetStage(wide, folder).unet.config.in_channels == MORE
+    pipe, _ = trained_pipeline(wide)
+    assert pipe("a key", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    export(wide, tmp_path / "more")
+    assert f"latents of {MORE} channels" in (tmp_path / "more" / "README.md").read_text()
+
+
+def test_parts_that_the_recipe_has_not_trained_come_from_the_base(folder: Path, trained: Recipe, tmp_path: Path):
+    recipe = trained.model_copy(update={"output": tmp_path / "next"})
+    stage = UnetStage(recipe, folder)
+    theirs = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(stage.vae.parameters(), theirs.parameters(), strict=True))
+    assert (recipe.output / "clip" / "text_encoder_2").is_dir()
+
+
+class TestGradedPictures:
+    """Pictures on odd papers are drawn at their share, under prompts that name the paper."""
+
+    def test_numbers_and_prompts_go_together(self, trained: Recipe):
+        pictures = training_pictures(trained)
+        papers = [f"paper {number}" for number in range(len(pictures))]
+        settings = trained.unet.model_copy(update={"graded": 0.5, "kinds": {"full": 1.0}})
+        deck = Deck(pictures, World(trained.world), settings, papers)
+        chosen, prompts = deck.draw(200, np.random.default_rng(0))
+        graded = chosen >= len(papers)
+        assert 70 < graded.sum() < 130
+        for number, prompt in zip(chosen, prompts, strict=True):
+            assert prompt.endswith(f" on paper {number - len(papers)}") == (number >= len(papers))
+
+    def test_latents_of_both_are_kept_at_their_places(self, trained: Recipe):
+        settings = trained.unet.model_copy(update={"graded": 0.5})
+        plain, both = UnetStage(trained), UnetStage(trained.model_copy(update={"unet": settings}))
+        count = len(plain.deck.items)
+        assert torch.equal(both.latents[:count], plain.latents)
+        assert len(both.latents) == 2 * count
+        assert not torch.allclose(both.latents[count:], plain.latents, atol=0.05)
