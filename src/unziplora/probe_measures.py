@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from unziplora.errors import UserError, first_line
-from unziplora.quiet import quiet
+from unziplora.vision import CLIP, open_vision
 
 Pictures = Sequence[Image.Image]
 
@@ -78,7 +76,7 @@ class Clip:
         Raises:
             UserError: there is no such model here or on the hub, it is damaged, or it is no CLIP model.
         """
-        self.model, self.processor = load_clip(source)
+        self.model, self.processor = open_vision(CLIP, source)
         self.model.to(device)
         self.contents = [f"a picture of a {word}" for word in contents]
         self.styles = [f"a picture in {phrase} style" for phrase in styles]
@@ -100,33 +98,6 @@ class Clip:
             made = self.model(**inputs.to(self.model.device))  # its embeddings have unit length
             rows.append(made.image_embeds @ made.text_embeds.T)
         return F.normalize(torch.cat(rows).float().cpu(), dim=1)
-
-
-def load_clip(source: str) -> tuple[Any, Any]:
-    """Open a CLIP model and its processor, from a folder or the hub.
-
-    Raises:
-        UserError: there is no such model here or on the hub, it is damaged, or it is no CLIP model.
-    """
-    from transformers import AutoConfig, CLIPModel, CLIPProcessor
-
-    path = Path(source).expanduser()
-    place: dict[str, Any] = {"local_files_only": True} if path.is_dir() else {}
-    name = str(path) if path.is_dir() else source
-    try:
-        with quiet():
-            kind = AutoConfig.from_pretrained(name, **place).model_type
-            if kind != "clip":
-                raise UserError(f"--clip {source}: this is a {kind} model, not a CLIP model")
-            model = CLIPModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **place)
-            return model.eval().requires_grad_(False), CLIPProcessor.from_pretrained(name, **place)
-    except UserError:
-        raise
-    except Exception as error:  # each library on the way has errors of its own
-        raise UserError(
-            f"--clip {source}: no CLIP model can be loaded from here ({first_line(error)}). Give a folder with a CLIP "
-            "model in .safetensors and its processor, or a hub id while online; or leave --clip out"
-        ) from error
 
 
 def to_tensor(pictures: Pictures, side: int) -> Tensor:

@@ -114,5 +114,5 @@ class TestClip:
         torch.testing.assert_close(ImageModel("clip", str(tmp_path)).embed(PICTURES), made.image_embeds)
 
     def test_refuses_what_is_no_clip_model(self, csd):
-        with pytest.raises(UserError, match="not a CLIP model"):
+        with pytest.raises(UserError, match="give a CLIP model"):
             ImageModel("clip", str(csd))

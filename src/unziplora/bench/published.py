@@ -8,26 +8,33 @@ Each is the mean cosine of image embeddings over all pairs of a made and a given
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from unziplora.errors import UserError, first_line
-from unziplora.probe_measures import load_clip
-from unziplora.quiet import quiet
+from unziplora.errors import UserError
+from unziplora.vision import CLIP, Wanted, open_vision
 
 Pictures = Sequence[Image.Image]
 Kind = Literal["clip", "dino", "csd"]
-DINO_MODELS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
-NEEDED = {
-    "dino": "a DINO, DINOv2 or DINOv3 vision transformer in .safetensors with its image processor",
-    "csd": "a CLIPVisionModelWithProjection in .safetensors with its image processor, whose visual projection is the "
-    "style projection of CSD (the transpose of `last_layer_style` in the published checkpoint)",
-}
+DINO = Wanted(
+    "--dino",
+    "AutoModel",
+    "AutoImageProcessor",
+    ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"),
+    "a DINO, DINOv2 or DINOv3 vision transformer in .safetensors with its image processor",
+)
+CSD = Wanted(
+    "--csd",
+    "CLIPVisionModelWithProjection",
+    "AutoImageProcessor",
+    ("clip_vision_model",),
+    "a CLIPVisionModelWithProjection in .safetensors with its image processor, whose visual projection is the style "
+    "projection of CSD (the transpose of `last_layer_style` in the published checkpoint)",
+)
 BATCH = 16
 
 
@@ -47,16 +54,16 @@ class ImageModel:
         """
         self.kind, self.source, self._device = kind, source, device
         if kind == "clip":
-            model, processor = load_clip(source)
+            model, processor = open_vision(CLIP, source)
             self._processor = processor.image_processor
             self._embed: Callable[[Tensor], Tensor] = lambda pixels: model.visual_projection(
                 model.vision_model(pixel_values=pixels).pooler_output
             )
         elif kind == "csd":
-            model, self._processor = _load(kind, source, "CLIPVisionModelWithProjection", ("clip_vision_model",))
+            model, self._processor = open_vision(CSD, source)
             self._embed = lambda pixels: model(pixel_values=pixels).image_embeds
         else:
-            model, self._processor = _load(kind, source, "AutoModel", DINO_MODELS)
+            model, self._processor = open_vision(DINO, source)
             self._embed = lambda pixels: model(pixel_values=pixels).last_hidden_state[:, 0]
         model.to(device)
 
@@ -79,35 +86,3 @@ class ImageModel:
         if not made or not given:
             raise UserError(f"--{self.kind}: needs at least one made and one given picture")
         return (self.embed(made) @ self.embed(given).T).mean().item()
-
-
-def _load(kind: Kind, source: str, name: str, types: tuple[str, ...]) -> tuple[Any, Any]:
-    """A model of one of the types, complete, and its image processor."""
-    import transformers
-
-    path = Path(source).expanduser()
-    place: dict[str, Any] = {"local_files_only": True} if path.is_dir() else {}
-    where = str(path) if path.is_dir() else source
-    try:
-        with quiet():
-            found = transformers.AutoConfig.from_pretrained(where, **place).model_type
-            if found not in types:
-                raise UserError(f"--{kind} {source}: this is a {found} model; give {NEEDED[kind]}")
-            extra = {"add_pooling_layer": False} if found == "vit" else {}  # DINO has no pooling layer
-            model, about = getattr(transformers, name).from_pretrained(
-                where, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra, **place
-            )
-            if missing := sorted(about["missing_keys"]):
-                raise UserError(
-                    f"--{kind} {source}: {missing[0]} is not in its weights, so its embeddings would be random; "
-                    f"give {NEEDED[kind]}"
-                )
-            processor = transformers.AutoImageProcessor.from_pretrained(where, **place)
-    except UserError:
-        raise
-    except Exception as error:  # each library on the way has errors of its own
-        raise UserError(
-            f"--{kind} {source}: no model can be loaded from here ({first_line(error)}). Give the folder, or while "
-            f"online the hub id, of {NEEDED[kind]}; or leave --{kind} out"
-        ) from error
-    return model.eval().requires_grad_(False), processor
