@@ -97,23 +97,24 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float((-10 * torch.log10(error + 1e-8)).mean())
 
 
+def pictures_to_rebuild(recipe: Recipe, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """Training pictures, never-trained drawings, flat and under never-trained filters, uint8 [N, R, R, 3] each."""
+    world = World(recipe.world)
+    return {
+        "seen": pixels[:: max(1, len(pixels) // 64)][:64],
+        "unseen": unseen_drawings(world, 96).pixels,
+        "unseen_filters": unseen_drawings(world, 96, filters=sorted(NEVER_FILTERS)).pixels,
+    }
+
+
 @torch.no_grad()
 def report_reconstructions(stage: Stage, vae: AutoencoderTiny, pixels: np.ndarray, step: int) -> None:
-    """Log PSNR on never-trained drawings, flat and under never-trained filters, and on training pictures.
-
-    Writes a sheet, real above, made below.
-    """
-    world = World(stage.recipe.world)
-    pictures = {
-        "psnr_unseen": unseen_drawings(world, 96).pixels,
-        "psnr_unseen_filters": unseen_drawings(world, 96, filters=sorted(NEVER_FILTERS)).pixels,
-        "psnr_seen": pixels[:: max(1, len(pixels) // 64)][:64],
-    }
+    """Log PSNR and write a sheet, real above, made below."""
     rows, figures = [], {}
-    for name, picked in pictures.items():
+    for name, picked in pictures_to_rebuild(stage.recipe, pixels).items():
         real = to_tensor(picked, stage.device)
         made = vae(real).sample
-        figures[name] = round(psnr(real, made), 2)
+        figures[f"psnr_{name}"] = round(psnr(real, made), 2)
         width = min(16, len(real))
         for i in range(0, min(len(real), 4 * width) - width + 1, width):
             rows += [to_pixels(real[i : i + width]), to_pixels(made[i : i + width])]

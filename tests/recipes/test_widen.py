@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
+from PIL import Image
 
 from recipes.base.config import Recipe
 from recipes.base.dataset import training_pictures
 from recipes.base.export import export
 from recipes.base.loop import train
+from recipes.base.roundtrip import roundtrip
 from recipes.base.unet import Deck, UnetStage, trained_pipeline
 from recipes.base.vae import VaeStage, to_tensor
 from recipes.base.widen import widen_unet, widen_vae
 from recipes.base.world import World
+from unziplora.bench.cases import load_cases
 
 MORE = 20
 
@@ -113,3 +118,17 @@ class TestGradedPictures:
         assert torch.equal(both.latents[:count], plain.latents)
         assert len(both.latents) == 2 * count
         assert not torch.allclose(both.latents[count:], plain.latents, atol=0.05)
+
+
+def test_the_round_trip_is_measured_on_every_kind_of_picture(folder: Path, trained: Recipe, tmp_path: Path) -> None:
+    found = roundtrip(trained, folder, tmp_path / "sheet.png")
+    assert set(found) == {"seen", "unseen", "unseen_filters", "dev_cases"}
+    vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    errors = []
+    for case in load_cases("dev").values():
+        real = torch.from_numpy(np.asarray(case.picture.resize((32, 32))).copy()).permute(2, 0, 1)[None] / 255
+        with torch.no_grad():
+            made = vae(2 * real - 1).sample.clamp(-1, 1) / 2 + 0.5
+        errors.append(-10 * math.log10(float((made - real).square().mean())))
+    assert found["dev_cases"] == pytest.approx(mean(errors), abs=0.02)
+    assert Image.open(tmp_path / "sheet.png").width >= 8 * 32
