@@ -63,6 +63,8 @@ class VaeSettings(StageSettings):
     """Autoencoder: f = 8, trained on crops."""
 
     channels: int = 48
+    start: Literal["random", "pca"] = "random"
+    """`pca`: the encoder begins as the principal components of patches (at least 48 channels, two per latent)."""
     encoder_blocks: list[int] = [0, 1, 3, 4]
     decoder_blocks: list[int] = [4, 3, 2, 1]
     latent_channels: int = 16

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.base.config import Recipe, StageSettings
+from unziplora.device import training_attention
 
 
 def pick_device() -> torch.device:
@@ -60,6 +61,8 @@ class Stage(ABC):
     settings: StageSettings
     modules: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer
+    tokens = 0
+    """The most that any of its attentions looks over."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -144,7 +147,8 @@ def update(stage: Stage, step: int) -> dict[str, float]:
     for group in stage.optimizer.param_groups:
         group.setdefault("full_lr", group["lr"])
         group["lr"] = group["full_lr"] * rate(step, stage.settings)
-    with torch.autocast(stage.device.type, torch.bfloat16, enabled=reduced_precision(stage.device)):
+    precision = torch.autocast(stage.device.type, torch.bfloat16, enabled=reduced_precision(stage.device))
+    with precision, training_attention(stage.device, stage.tokens):
         loss, figures = stage.loss(step)
     loss.backward()
     parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]

@@ -163,6 +163,7 @@ class UnetStage(Stage):
         self.scheduler = build_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(self.device)
         self.world = World(recipe.world)
+        self.tokens = (recipe.world.resolution // 8 // 2) ** 2  # attention starts at the second level
         pictures = training_pictures(recipe)
         self.latents = encode_pictures(self.vae, pictures.pixels, self.device)
         papers: list[str] = []

@@ -14,6 +14,7 @@ from recipes.base.config import Recipe, VaeSettings
 from recipes.base.dataset import Pictures, load, render_items, save, training_pictures, unseen_drawings
 from recipes.base.grades import grade_some
 from recipes.base.loop import Log, Stage, adamw
+from recipes.base.pca import start_as_pca
 from recipes.base.sheets import sheet, to_pixels
 from recipes.base.widen import widen_vae
 from recipes.base.world import NEVER_FILTERS, World
@@ -80,10 +81,10 @@ def crop_batch(pixels: np.ndarray, count: int, size: int, rng: np.random.Generat
     return np.stack([c[:, ::-1] if flip else c for c, flip in zip(crops, rng.random(count) < 0.5, strict=True)])
 
 
-def latent_penalty(latents: Tensor) -> Tensor:
-    """Squared distance of each channel's mean from 0 and variance from 1."""
+def latent_penalty(latents: Tensor, spread: Tensor) -> Tensor:
+    """Squared distance of each channel's mean from 0 and variance from `spread`², relative to it."""
     mean, variance = latents.float().mean((0, 2, 3)), latents.float().var((0, 2, 3))
-    return (mean**2 + (variance - 1) ** 2).mean()
+    return (mean**2 / spread**2 + (variance / spread**2 - 1) ** 2).mean()
 
 
 def edge_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def open_vae(recipe: Recipe) -> AutoencoderTiny:
 
 
 class VaeStage(Stage):
-    """L1 on pixels and on edges, with the latents held near N(0, 1) and a little noise on them.
+    """L1 on pixels and on edges, with the latents' spread held where it started and a little noise on them.
 
     Started from an exported base, the latents of the recipe's own pictures are held where they were instead, so that
     this base's UNet goes with the new autoencoder too. Channels that the recipe has more than the base are added.
@@ -153,7 +154,10 @@ class VaeStage(Stage):
         self.modules = {"vae": self.vae}
         self.optimizer = adamw(self.modules, recipe.vae.lr)
         self.pixels = broad_pictures(recipe).pixels
-        if self.kept < self.vae.config.latent_channels:
+        self.spread = torch.ones(self.vae.config.latent_channels - self.kept, device=self.device)
+        if recipe.vae.start == "pca" and not init:
+            self.spread = start_as_pca(self.vae, self.pixels[::40]).to(self.device)
+        elif len(self.spread):
             standardise(self.vae, to_tensor(self.pixels[::100], self.device), self.kept)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -166,7 +170,7 @@ class VaeStage(Stage):
         pixel, edge = (made - real).abs().mean(), edge_loss(made, real)
         held = latents.new_zeros(()) if self.before is None else self.moved(plain)
         if self.kept < latents.shape[1]:
-            held = held + s.latent_penalty * latent_penalty(latents[:, self.kept :])
+            held = held + s.latent_penalty * latent_penalty(latents[:, self.kept :], self.spread)
         loss = pixel + 0.5 * edge + held
         return loss, {"l1": pixel.item(), "edge": edge.item(), "held": held.item()}
 
