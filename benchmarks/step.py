@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from unziplora.config import resolve
 from unziplora.config_split import SplitConfig
+from unziplora.device import training_attention
 from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
@@ -36,15 +38,15 @@ from unziplora.train import Trainer
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
-        "sample_size": 8,
-        "in_channels": 16,
-        "out_channels": 16,
+        "sample_size": 16,
+        "in_channels": 24,
+        "out_channels": 24,
         "block_out_channels": (64, 128, 192),
         "transformer_layers_per_block": (1, 1, 2),
         "attention_head_dim": (2, 4, 6),
         "cross_attention_dim": 256,
-        "addition_time_embed_dim": 64,
-        "projection_class_embeddings_input_dim": 160 + 6 * 64,
+        "addition_time_embed_dim": 32,
+        "projection_class_embeddings_input_dim": 160 + 6 * 32,
     },
     "sdxl": {
         "sample_size": 128,
@@ -163,17 +165,29 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--resolution", type=int, help="pixels; default: 64 for small, 1024 for sdxl")
+    parser.add_argument("--resolution", type=int, help="pixels; default: 128 for small, 1024 for sdxl")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rank", type=int, help="default: 16 for small, 64 for sdxl")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--fused", action="store_true", help="torch's fused attention on a CPU too")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.resolution = options.resolution or {"small": 64, "sdxl": 1024}[options.size]
+    options.resolution = options.resolution or {"small": 128, "sdxl": 1024}[options.size]
     options.latent_side = options.resolution // 8
     options.rank = options.rank or {"small": 16, "sdxl": 64}[options.size]
+    with attention(options):
+        measure(options)
+
+
+def attention(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """How a job computes attention on this device, or torch's fused way."""
+    return nullcontext() if options.fused else training_attention(options.device, (options.latent_side // 2) ** 2)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Time and memory of every kind, in turns; or, in a process of its own, one kind's memory."""
     if options.memory_of:
         step = make(options.memory_of, options)
         for index in range(3):

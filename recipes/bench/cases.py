@@ -228,7 +228,7 @@ def build(world: Path, meta: Path, out: Path, table: Path = TABLE) -> list[Data]
             made.writestr(zipfile.ZipInfo(name, STAMP), text, zipfile.ZIP_DEFLATED)
         for name, pixels in sorted(builder.pictures.items()):
             data = io.BytesIO()
-            Image.fromarray(pixels).save(data, "webp", lossless=True, quality=100, method=6)
+            Image.fromarray(pixels).save(data, "webp", quality=90, method=6)
             made.writestr(zipfile.ZipInfo(name, STAMP), data.getvalue())
     return cases
 
