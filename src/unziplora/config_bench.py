@@ -61,6 +61,7 @@ class BenchConfig(Recipe):
     seeds: list[int] = key([0, 1, 2], "Training seeds.", "Training", min_length=1)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Number format of the base.", "Training")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
+    workers: int = key(1, "Processes that share the work, the cores and the GPUs.", "Training", ge=1)
 
     samples: int = key(2, "Pictures per prompt.", "Sampling", ge=1)
     sample_steps: int = key(20, "Denoising steps.", "Sampling", ge=1)

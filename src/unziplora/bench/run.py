@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from unziplora.bench.adapters import Method
 from unziplora.bench.cases import Case, choose, load_cases
 from unziplora.bench.measures import Measure, Plain, Published, Trained
 from unziplora.bench.methods import METHODS
+from unziplora.bench.parallel import fill
 from unziplora.bench.pictures import picture_cases, picture_measures, picture_report, write_picture_report
 from unziplora.bench.protocol import evaluate
 from unziplora.bench.report import Report, summarise, write_report
@@ -92,6 +94,9 @@ class Bench:
             for case in self.chosen
             for seed in (seeds if self.methods[name].seeded else seeds[:1])
         ]
+        if self.place.config.workers > 1:
+            told = [(name, case.slug, seed) for name, case, seed in units]
+            fill(partial(open_bench, self.place.config), self, told, self.place.config.workers)
         results: list[dict[str, Any]] = []
         start = time.monotonic()
         for done, (name, case, seed) in enumerate(units):

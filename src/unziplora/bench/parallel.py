@@ -1,0 +1,97 @@
+"""A benchmark on several processes: one training of a small base leaves most of a machine idle."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unziplora.bench.cases import Case
+from unziplora.bench.protocol import evaluate
+from unziplora.bench.workplace import Workplace
+from unziplora.progress import Callback, Progress
+
+if TYPE_CHECKING:
+    from unziplora.bench.run import Bench
+
+Unit = tuple[str, str, int]
+"""A method, a case's slug and a training seed."""
+
+_opened: Bench | None = None  # of a worker process
+
+
+def groups(units: Sequence[Unit], cases: Mapping[str, Case]) -> list[list[Unit]]:
+    """Units that share no training with those of another group, each in the given order.
+
+    A case and its partner need each other's trainings, and methods build on each other's; seeds share nothing.
+    """
+    found: dict[tuple[frozenset[str], int], list[Unit]] = defaultdict(list)
+    for unit in units:
+        _, slug, seed = unit
+        found[frozenset((slug, cases[slug].partner)), seed].append(unit)
+    return list(found.values())
+
+
+def fill(open_bench: Callable[[], Bench], bench: Bench, units: Sequence[Unit], workers: int) -> None:
+    """Have processes train, sample and score, so that every unit's scores are in the benchmark's folder.
+
+    Args:
+        open_bench: opens the same benchmark in another process.
+        bench: whose folder is filled.
+        units: what is wanted.
+        workers: processes; they share the cores, and the GPUs by turns.
+
+    Raises:
+        UserError, MachineError, Interrupted: as `evaluate`; what is done so far is kept.
+    """
+    parts, place = groups(units, bench.cases), bench.place
+    context = multiprocessing.get_context("spawn")  # a forked copy of torch's threads or of CUDA does not work
+    numbers: Queue[int] = context.Queue()
+    for number in range(workers):
+        numbers.put(number)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(min(workers, len(parts)), context, _open, (open_bench, numbers, threads)) as pool:
+        work = [pool.submit(_do, part, place.folder, dict(place.overrides), dict(place.homes)) for part in parts]
+        try:
+            _follow(work, [len(part) for part in parts], bench.tell)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _follow(work: Sequence[Future[str]], sizes: Sequence[int], tell: Callback) -> None:
+    """Tell what is done; raise the first failure."""
+    start, done, left = time.monotonic(), 0, set(work)
+    while left:
+        finished, left = wait(left, return_when=FIRST_COMPLETED)
+        for future in finished:
+            done += sizes[work.index(future)]
+            pace = (time.monotonic() - start) / done
+            tell(Progress(done, sum(sizes), seconds_per_step=pace, message=future.result()))
+
+
+def _open(open_bench: Callable[[], Bench], numbers: Queue[int], threads: int) -> None:
+    """Load cases, measures and base in a worker process."""
+    global _opened
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
+    _opened = open_bench()
+
+
+def _do(units: Sequence[Unit], folder: Path, overrides: dict[str, Any], homes: dict[str, Path]) -> str:
+    """Do a group of units in a worker process; return a line about it."""
+    assert _opened is not None
+    bench = _opened
+    place: Workplace = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
+    for name, slug, seed in units:
+        evaluate(place, bench.base, bench.measures, bench.methods[name], bench.cases, bench.cases[slug], seed)
+    return f"{', '.join(dict.fromkeys(slug for _, slug, _ in units))}, seed {units[0][2]}: done"
