@@ -133,6 +133,12 @@ class Deck:
         return np.array(chosen), prompts
 
 
+def timesteps(count: int, shift: float, rng: np.random.Generator) -> np.ndarray:
+    """Random timesteps in 0…999, [count]; a shift above 1 prefers noisy ones (Esser et al., arXiv 2403.03206, eq. 23)."""
+    even = rng.random(count)
+    return np.floor(1000 * shift * even / (1 + (shift - 1) * even)).astype(np.int64)
+
+
 def take_over(recipe: Recipe, init: Path) -> None:
     """Copy an exported base's text encoders and autoencoder, where the recipe has not trained its own."""
     clip, vae = recipe.output / "clip", recipe.output / "vae" / "vae"
@@ -195,7 +201,7 @@ class UnetStage(Stage):
         chosen, prompts = self.deck.draw(self.settings.batch, rng)
         latents = self.latents[torch.from_numpy(chosen).to(self.device)]
         hidden, added = self.conditions(prompts, rng)
-        t = torch.from_numpy(rng.integers(0, 1000, len(latents))).to(self.device)
+        t = torch.from_numpy(timesteps(len(latents), self.settings.timestep_shift, rng)).to(self.device)
         noise = torch.randn_like(latents)
         a, b = (x[:, None, None, None] for x in (self.alphas[t].sqrt(), (1 - self.alphas[t]).sqrt()))
         predicted = self.forward(a * latents + b * noise, t, hidden, added_cond_kwargs=added).sample
