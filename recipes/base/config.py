@@ -122,7 +122,7 @@ class UnetSettings(StageSettings):
     """Share of pictures on other paper, in other pigments and textures, which their prompts name: "… on blue paper"."""
     timestep_shift: float = 1.0
     """Above 1, noisy timesteps come more often: the larger the latents, the more noise it takes to hide a shape, and
-    the shape is what a small model learns last. 2 for twice the side (Esser et al., arXiv 2403.03206, section 5.3.2)."""
+    the shape is what a small model learns last. 2 for twice the side (arXiv 2403.03206, section 5.3.2)."""
     guidance: float = 4.0
     """Classifier-free guidance of the sheets."""
     compile: bool = False

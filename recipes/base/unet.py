@@ -134,7 +134,7 @@ class Deck:
 
 
 def timesteps(count: int, shift: float, rng: np.random.Generator) -> np.ndarray:
-    """Random timesteps in 0…999, [count]; a shift above 1 prefers noisy ones (Esser et al., arXiv 2403.03206, eq. 23)."""
+    """Random timesteps in 0…999, [count]; a shift above 1 prefers noisy ones (arXiv 2403.03206, eq. 23)."""
     even = rng.random(count)
     return np.floor(1000 * shift * even / (1 + (shift - 1) * even)).astype(np.int64)
 
