@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from test_files import KOHYA, kohya, make, store
 
 from unziplora import atomic
+from unziplora.base_files import read_header
 from unziplora.errors import MachineError, UserError
 from unziplora.lora.files import Lora, read_lora, write_lora
+from unziplora.lora.storage import open_tensors
 
 
 def refused(path, match):
@@ -115,6 +117,18 @@ def test_pickles_are_refused_unopened(tmp_path, name, protocol):
         path.write_bytes(pickle.dumps(Trap(trace), protocol=protocol))
     refused(path, r"pickled file; convert it to \.safetensors")
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("low", [0x80, 0x280, 0x480])
+def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, low):
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.arange(3.0)}, path)
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    head, body = path.read_bytes()[8 : 8 + length], path.read_bytes()[8 + length :]
+    path.write_bytes((0x10000 + low).to_bytes(8, "little") + head.ljust(0x10000 + low) + body)
+    tensors, _ = open_tensors(path)
+    assert tensors["x"].tolist() == [0, 1, 2]
+    assert read_header(path).shapes == {"x": (3,)}
 
 
 # --- safetensors, but no LoRA for SDXL

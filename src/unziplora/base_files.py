@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from unziplora.errors import UserError
+from unziplora.lora.storage import is_pickle
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
@@ -51,7 +52,7 @@ def read_header(path: Path) -> Header:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: only a git-lfs pointer, not the weights; run `git lfs pull` in its repository")
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    if is_pickle(start):
         raise UserError(f"{path}: {UNPICKLE} (its name says .safetensors, its content does not)")
     try:
         with safe_open(path, "pt") as file:

@@ -22,6 +22,14 @@ _CONVERT = "convert it to .safetensors with the program that made it: pickled fi
 _PROTOCOLS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
+def is_pickle(start: bytes) -> bool:
+    """Whether a file that starts like this (9 bytes or more) is a pickle, plain or in a zip.
+
+    A safetensors file starts with the length of its header, which can begin like a pickle: then a brace follows.
+    """
+    return start.startswith(b"PK\x03\x04") or (start[:2] in _PROTOCOLS and start[8:9] != b"{")
+
+
 def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of a safetensors file; files of other kinds are refused by name.
 
@@ -54,7 +62,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _refuse_other_files(path: Path, start: bytes, size: int) -> None:
     if size == 0:
         raise UserError(f"{path}: the file is empty; fetch it again")
-    if path.suffix.lower() in _PICKLES or start.startswith(b"PK\x03\x04") or start[:2] in _PROTOCOLS:
+    if path.suffix.lower() in _PICKLES or is_pickle(start):
         raise UserError(f"{path}: a pickled file; {_CONVERT}")
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a Git LFS pointer, not the file itself; run 'git lfs pull'")
