@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from unziplora.config import resolve
 from unziplora.config_split import SplitConfig
-from unziplora.device import training_attention
 from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
@@ -170,24 +168,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="default: 16 for small, 64 for sdxl")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--fused", action="store_true", help="torch's fused attention on a CPU too")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.resolution = options.resolution or {"small": 128, "sdxl": 1024}[options.size]
     options.latent_side = options.resolution // 8
     options.rank = options.rank or {"small": 16, "sdxl": 64}[options.size]
-    with attention(options):
-        measure(options)
-
-
-def attention(options: argparse.Namespace) -> AbstractContextManager[None]:
-    """How a job computes attention on this device, or torch's fused way."""
-    return nullcontext() if options.fused else training_attention(options.device, (options.latent_side // 2) ** 2)
-
-
-def measure(options: argparse.Namespace) -> None:
-    """Time and memory of every kind, in turns; or, in a process of its own, one kind's memory."""
     if options.memory_of:
         step = make(options.memory_of, options)
         for index in range(3):

@@ -11,15 +11,16 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.base.config import Recipe, StageSettings
-from unziplora.device import training_attention
 
 
 def pick_device() -> torch.device:
@@ -30,6 +31,15 @@ def pick_device() -> torch.device:
 def reduced_precision(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32: on a GPU, and on a CPU with AVX-512 (without, 16 times slower)."""
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def training_attention(device: torch.device | str, tokens: int) -> AbstractContextManager[None]:
+    """How attention over so many tokens is best computed in a forward pass that a backward pass follows.
+
+    On a CPU as plain products: torch's fused kernel saves memory, but its backward pass takes several times as long.
+    From about a thousand tokens on, memory decides.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" and tokens <= 1024 else nullcontext()
 
 
 class Stop:

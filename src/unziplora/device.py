@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unziplora.errors import UserError, first_line
 
@@ -38,12 +36,3 @@ def pick_dtype(precision: Literal["auto", "bf16", "fp16", "fp32"], device: torch
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float16 if device.type == "mps" else torch.float32
-
-
-def training_attention(device: torch.device | str, tokens: int) -> AbstractContextManager[None]:
-    """How attention over so many tokens is best computed in a forward pass that a backward pass follows.
-
-    On a CPU as plain products: torch's fused kernel saves memory, but its backward pass takes several times as long.
-    From about a thousand tokens on, memory decides.
-    """
-    return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" and tokens <= 1024 else nullcontext()

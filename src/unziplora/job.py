@@ -18,7 +18,7 @@ from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
 from unziplora.card import About, base_name, card, shared_settings
 from unziplora.config_training import PictureConfig, TrainingConfig
-from unziplora.device import pick_device, pick_dtype, training_attention
+from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
 from unziplora.images import load_picture
 from unziplora.lora.families import sdxl_sized
@@ -83,9 +83,7 @@ class Job(Generic[C]):
         setup = Setup(base, self.resolution(base), accelerator.autocast, self.tell)
         method = self.kind.build(config, setup)
         self.tell("training", memory=True)
-        tokens = (setup.size // base.pipe.vae_scale_factor // 2) ** 2  # attention starts at the UNet's second level
-        with training_attention(device, tokens):
-            done = self.train(base, method, accelerator)
+        done = self.train(base, method, accelerator)
         if done < config.steps:
             raise Interrupted(
                 f"stopped after step {done} of {config.steps}, checkpoint saved; continue with:\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from unziplora.device import training_attention
+from recipes.base.loop import training_attention
 
 
 def fused() -> bool:
