@@ -151,6 +151,7 @@ def test_switches_masks_and_priors_run_through(config, picture, tmp_path, switch
     mask = tmp_path / "mask.png"
     Image.new("L", (96, 80), 255).save(mask)
     changes = {switch: False, "masks": [mask], "content_prior": 1.0, "style_prior": 0.5, "prior_images": 1}
+    changes |= {"content_alone": 0.3, "style_alone": 0.3}
     run = split(config(steps=4, sample_seeds=[], **changes))
     assert all(up.isfinite().all() for _, up in read_lora(run.style).modules.values())
 

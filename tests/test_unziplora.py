@@ -283,6 +283,37 @@ def test_prior_preservation_teaches_one_lora_and_leaves_the_other(tiny_base):
     assert all(b.strength == 1.0 for b in method.branches["style"].values())
 
 
+def test_steps_alone_teach_one_lora_the_picture_and_leave_the_other(tiny_base):
+    recipe = config(content_alone=0.4, style_alone=0.3)
+    told = examples(tiny_base, seed=9)
+    made = UnZipLora(
+        tiny_base.unet, scheduler(tiny_base), examples(tiny_base), recipe, SDXL_BLOCKS, style_examples=told
+    )
+    for branch in [*made.branches["content"].values(), *made.branches["style"].values()]:
+        torch.nn.init.normal_(branch.up, std=0.1)
+    turns = [made.alone(step) for step in range(400)]
+    shares = [turns.count(name) / 400 for name in ("content", "style", None)]
+    assert shares == pytest.approx([0.4, 0.3, 0.3], abs=0.08)  # more than three standard errors
+    for name, shown in (("content", made.examples), ("style", told)):
+        step = turns.index(name)
+        terms = list(made.losses(step))
+        with made.only(name):
+            draw = generator(recipe.seed, "train", step)
+            expected = denoising_loss(tiny_base.unet, made.scheduler, shown, draw=draw, **recipe.noising())
+        assert len(terms) == 1
+        torch.testing.assert_close(terms[0], expected)
+        terms[0].backward()
+        other = "style" if name == "content" else "content"
+        assert any(b.up.grad is not None and b.up.grad.abs().max() > 0 for b in made.branches[name].values())
+        assert all(b.up.grad is None for b in made.branches[other].values())
+        tiny_base.unet.zero_grad()
+
+
+def test_steps_alone_must_leave_steps_together():
+    with pytest.raises(UserError, match="no step in which the LoRAs learn together"):
+        config(content_alone=0.5, style_alone=0.5)
+
+
 def test_a_stop_request_finishes_the_step_and_saves(tiny_base):
     import os
     import signal

@@ -60,6 +60,7 @@ class UnZipLora(Method[SplitConfig]):
         priors: Mapping[str, Examples] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = torch.enable_grad,
         pictures: Sequence[Image.Image] = (),
+        style_examples: Examples | None = None,
     ) -> None:
         """Inject both LoRAs into the UNet, in place.
 
@@ -73,12 +74,14 @@ class UnZipLora(Method[SplitConfig]):
             priors: class pictures for the LoRAs whose prior is preserved, with their conditioning.
             autocast: context of the forward passes.
             pictures: what the examples were made from, for the sample sheet.
+            style_examples: the picture with the style prompt alone, for the steps of `style_alone`.
 
         Raises:
             UserError: the block map names a block that this UNet does not have.
         """
         self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
         self.priors, self.autocast, self.pictures = dict(priors or {}), autocast, list(pictures)
+        self.style_examples = style_examples
         paths = attention_linears(unet)
         if config.block_separation:
             check_blocks(blocks, paths)
@@ -117,6 +120,9 @@ class UnZipLora(Method[SplitConfig]):
         pictures, words = load_pictures(config, setup.size), config.prompts()
         prompts = Prompts(**words) if config.prompt_separation else Prompts(words["full"])
         examples = picture_examples(setup, config, pictures, prompts)
+        # Away from the full prompt, which names the content.
+        style = Prompts(*[words["style"]] * (3 if config.prompt_separation else 1))
+        style_examples = picture_examples(setup, config, pictures, style) if config.style_alone else None
         weights = {"content": config.content_prior, "style": config.style_prior}
         templates = {"content": config.content_class_prompt, "style": config.style_class_prompt}
         priors = {}
@@ -127,7 +133,8 @@ class UnZipLora(Method[SplitConfig]):
                 priors[name] = class_examples(setup, config, prompts, config.prior_images)
         setup.leave_unet_alone(config)
         scheduler, blocks = setup.noise_schedule(), read_blocks(config.blocks)
-        return cls(setup.base.unet, scheduler, examples, config, blocks, priors, setup.autocast, pictures)
+        made = priors, setup.autocast, pictures, style_examples
+        return cls(setup.base.unet, scheduler, examples, config, blocks, *made)
 
     @classmethod
     def about(cls, config: SplitConfig) -> About:
@@ -192,9 +199,15 @@ class UnZipLora(Method[SplitConfig]):
         """The terms of the step's loss, scalars; propagate each before asking for the next.
 
         The main term is the denoising error with both LoRAs plus λ L⊥; then, if asked for, each LoRA's
-        prior preservation: the other LoRA off, on class pictures with the class prompt.
+        prior preservation: the other LoRA off, on class pictures with the class prompt. A step in which one LoRA
+        learns alone has the denoising error without the other as its only term.
         """
-        config = self.config
+        config, alone = self.config, self.alone(step)
+        if alone is not None:
+            with self.only(alone):
+                examples = self.style_examples if alone == "style" else self.examples
+                yield self._denoising_loss(examples or self.examples, generator(config.seed, "train", step))
+            return
         loss = self._denoising_loss(self.examples, generator(config.seed, "train", step))
         if self.columns is not None and config.orthogonality and not self.phase(step).warm:
             loss = loss + config.orthogonality * self.columns.orthogonality()
@@ -204,6 +217,13 @@ class UnZipLora(Method[SplitConfig]):
             with self.only(name):
                 draw = generator(config.seed, "prior", name, step)
                 yield weights[name] * self._denoising_loss(examples, draw)
+
+    def alone(self, step: int) -> str | None:
+        """The LoRA that learns alone in this step; None: both together."""
+        drawn = float(torch.rand((), generator=generator(self.config.seed, "alone", step)))
+        if drawn < self.config.content_alone:
+            return "content"
+        return "style" if drawn < self.config.content_alone + self.config.style_alone else None
 
     def _denoising_loss(self, examples: Examples, draw: torch.Generator) -> Tensor:
         with self.autocast():
