@@ -13,6 +13,7 @@ from unziplora.config_training import SMALL, PictureConfig
 # change the method (docs/method.md); every deviation from the default is a key of its own.
 PAPER: dict[str, Any] = {
     "style_prompt": "a {content} in {style} style",
+    "blocks": "sdxl",
     "column_warmup": 1,
     "score_timesteps": 1,
     "column_score": "threshold",
@@ -30,6 +31,7 @@ BUNDLED: dict[str, Any] = {
     "steps": 350,
     "content_learning_rate": 2e-3,
     "style_learning_rate": 1e-3,
+    "blocks": "bundled",
     "column_warmup": 5,
     "score_timesteps": 4,
 }
@@ -59,7 +61,7 @@ class SplitConfig(PictureConfig):
     prompt_separation: bool = key(True, "Each LoRA sees its own prompt in cross-attention K and V.", "Method")
     column_separation: bool = key(True, "Each LoRA trains only its most important output columns.", "Method")
     block_separation: bool = key(True, "Blocks known for content or style train one LoRA fully.", "Method")
-    blocks: str = key("sdxl", "Block map: 'sdxl' or a TOML file.", "Method")
+    blocks: str = key("sdxl", "Block map: 'sdxl' (as published), 'bundled' (the bundled base's) or a TOML file.", "Method")
     column_periods: int = key(3, "Times that columns are chosen, evenly over the run.", "Method", ge=1)
     column_share: float = key(0.3, "Share of columns that a LoRA holds after the last choice.", "Method", gt=0, le=1)
     column_warmup: int = key(10, "Steps with all columns open before each choice.", "Method", ge=1)
