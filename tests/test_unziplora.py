@@ -309,6 +309,16 @@ def test_steps_alone_teach_one_lora_the_picture_and_leave_the_other(tiny_base):
         tiny_base.unet.zero_grad()
 
 
+def test_the_bundled_base_has_a_map_of_its_own_for_every_layer_and_the_paper_keeps_its_map(tiny_base):
+    assert config(base="bundled").blocks == "bundled"
+    assert config(base="bundled", preset="paper").blocks == config().blocks == "sdxl"
+    made = build(tiny_base, read_blocks("bundled"), column_separation=False)
+    for path in made.branches["content"]:
+        last = path.startswith("up_blocks.1.")
+        owned = made.branches["style" if last else "content"][path], made.branches["content" if last else "style"][path]
+        assert [bool(branch.mask.any()) for branch in owned] == [True, False]
+
+
 def test_steps_alone_must_leave_steps_together():
     with pytest.raises(UserError, match="no step in which the LoRAs learn together"):
         config(content_alone=0.5, style_alone=0.5)
