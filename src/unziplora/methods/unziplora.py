@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from unziplora.card import About, File, pictures_told
 from unziplora.config_split import SplitConfig
+from unziplora.encode import conditioning, to_device
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
 from unziplora.lora.files import Lora
@@ -74,14 +76,15 @@ class UnZipLora(Method[SplitConfig]):
             priors: class pictures for the LoRAs whose prior is preserved, with their conditioning.
             autocast: context of the forward passes.
             pictures: what the examples were made from, for the sample sheet.
-            style_examples: the picture with the style prompt alone, for the steps of `style_alone`.
+            style_examples: the picture with the style prompt alone, for the steps of `style_alone`;
+                default: the examples.
 
         Raises:
             UserError: the block map names a block that this UNet does not have.
         """
         self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
         self.priors, self.autocast, self.pictures = dict(priors or {}), autocast, list(pictures)
-        self.style_examples = style_examples
+        self.examples_alone = {"content": examples, "style": style_examples or examples}
         paths = attention_linears(unet)
         if config.block_separation:
             check_blocks(blocks, paths)
@@ -120,16 +123,20 @@ class UnZipLora(Method[SplitConfig]):
         pictures, words = load_pictures(config, setup.size), config.prompts()
         prompts = Prompts(**words) if config.prompt_separation else Prompts(words["full"])
         examples = picture_examples(setup, config, pictures, prompts)
-        # Away from the full prompt, which names the content.
-        style = Prompts(*[words["style"]] * (3 if config.prompt_separation else 1))
-        style_examples = picture_examples(setup, config, pictures, style) if config.style_alone else None
+
+        def alike(text: str) -> Prompts:
+            return Prompts(text, text, text) if config.prompt_separation else Prompts(text)
+
+        style_examples = None
+        if config.style_alone:  # away from the full prompt, which names the content
+            told = conditioning(setup.base, alike(words["style"]), setup.size, len(pictures))
+            style_examples = to_device(replace(examples, conditioning=told), setup.base)
         weights = {"content": config.content_prior, "style": config.style_prior}
         templates = {"content": config.content_class_prompt, "style": config.style_class_prompt}
         priors = {}
         for name in NAMES:
             if weights[name] > 0:
-                text = config.fill(templates[name])
-                prompts = Prompts(text, text, text) if config.prompt_separation else Prompts(text)
+                prompts = alike(config.fill(templates[name]))
                 priors[name] = class_examples(setup, config, prompts, config.prior_images)
         setup.leave_unet_alone(config)
         scheduler, blocks = setup.noise_schedule(), read_blocks(config.blocks)
@@ -205,8 +212,7 @@ class UnZipLora(Method[SplitConfig]):
         config, alone = self.config, self.alone(step)
         if alone is not None:
             with self.only(alone):
-                examples = self.style_examples if alone == "style" else self.examples
-                yield self._denoising_loss(examples or self.examples, generator(config.seed, "train", step))
+                yield self._denoising_loss(self.examples_alone[alone], generator(config.seed, "train", step))
             return
         loss = self._denoising_loss(self.examples, generator(config.seed, "train", step))
         if self.columns is not None and config.orthogonality and not self.phase(step).warm:
