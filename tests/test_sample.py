@@ -155,6 +155,29 @@ def test_convolutions_and_text_encoders_are_loaded_through_diffusers(fresh_base,
         latents(both, base)
 
 
+def test_a_part_for_text_encoders_acts_on_all_prompts_has_a_dial_and_goes_again(
+    fresh_base, shared_base: Base, tmp_path
+):
+    base, files = fresh_base(), {}
+    v = "text_encoder_2.text_model.encoder.layers.0.self_attn.v_proj"
+    text = {f"{v}.lora_A.weight": torch.randn(2, 24), f"{v}.lora_B.weight": torch.randn(24, 2)}
+    for seed, (name, part) in enumerate({"content": {}, "style": text, "wordless": {}}.items()):
+        files[name] = tmp_path / f"{name}.safetensors"
+        write_lora(Lora(tiny.random_lora(base.unet, min(seed, 1)), {}, part), files[name], dtype="fp32")
+    words = {"mode": "separate", "prompts": ["x"], "content_prompt": "a cat", "style_prompt": "ink"}
+
+    def made(style: str, base: Base = base, **more: object) -> torch.Tensor:
+        return latents(SampleConfig(content=files["content"], style=files[style], **{**words, **more}), base)
+
+    with_text, without = made("style"), made("wordless")
+    assert not torch.allclose(with_text, without, atol=1e-2)
+    torch.testing.assert_close(made("style", style_strength=0), made("wordless", style_strength=0))
+    assert not any("lora" in name for encoder in base.text_encoders for name, _ in encoder.named_parameters())
+    torch.testing.assert_close(
+        generate_latents(base, "a cat", [0], FAST), generate_latents(shared_base, "a cat", [0], FAST)
+    )
+
+
 def test_diffusers_and_our_branches_agree(fresh_base, tmp_path: Path):
     """The same file, once through PEFT and once through BranchedLinear."""
     file = tmp_path / "lora.safetensors"

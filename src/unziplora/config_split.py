@@ -81,6 +81,14 @@ class SplitConfig(PictureConfig):
         "zeros", "Start of B: zeros (ΔW = 0), or random with std 1/rank like the official code.", "Method"
     )
     decay_masked: bool = key(False, "Let weight decay and momentum move masked columns.", "Method")
+    phrase_steps: int = key(
+        0,
+        "Steps before all others in which the style phrase itself is learnt (textual inversion); the style LoRA then "
+        "has a part for the text encoders. 0: none.",
+        "Method",
+        ge=0,
+    )
+    phrase_learning_rate: float = key(5e-3, "Learning rate of the phrase's embeddings.", "Method", gt=0)
     content_alone: float = key(
         0.0, "Share of the steps in which the content LoRA learns the picture without the other.", "Method", ge=0, lt=1
     )

@@ -50,13 +50,14 @@ class Mounted:
         parts = [replace(part, lora=scale_blocks(part.lora, part.blocks, part.source)) for part in parts]
         for part in parts:
             check_fits(part.lora, base.unet, part.source, f"base {base.name}")
-        foreign = [part for part in parts if part.lora.text or _convolutions(base, part)]
+        foreign = [part for part in parts if _convolutions(base, part)]
         if foreign and separate:
             raise UserError(
-                f"{foreign[0].source}: it changes text encoders or convolutions, which cannot see a prompt of their "
-                "own; use --mode direct"
+                f"{foreign[0].source}: it changes convolutions, which cannot see a prompt of their own; use "
+                "--mode direct"
             )
         self._peft = bool(foreign)
+        self._told = [part.name for part in parts if part.lora.text]  # whose text encoders' part PEFT has
         self._weights = dict.fromkeys(self.names, 1.0)
         try:
             for part in parts:
@@ -72,6 +73,8 @@ class Mounted:
         stream = part.name if part.name in STREAMS else "full"
         pairs = {path: (down.flatten(1), up.flatten(1)) for path, (down, up) in part.lora.modules.items()}
         self._branches[part.name] = add_lora(self.base.unet, part.name, pairs, stream=stream)
+        if part.lora.text:
+            _load_peft(self.base, replace(part, lora=replace(part.lora, modules={})))
 
     def turn(self, **strengths: float) -> None:
         """Set the strength of LoRAs by name; block strengths are in their weights already."""
@@ -79,6 +82,9 @@ class Mounted:
             self._weights.update(strengths)
             self.base.pipe.set_adapters(list(self._weights), list(self._weights.values()))
             return
+        self._weights.update(strengths)
+        if self._told:
+            self.base.pipe.set_adapters(self._told, [self._weights[name] for name in self._told])
         for name, strength in strengths.items():
             for branch in self._branches[name].values():
                 branch.strength = strength
@@ -88,6 +94,8 @@ class Mounted:
         if self._peft:
             self.base.pipe.unload_lora_weights()
             return
+        if self._told:
+            self.base.pipe.unload_lora_weights()
         unet = self.base.unet
         for name, branches in self._branches.items():
             for path in branches:

@@ -82,6 +82,12 @@ def encode(base: Base, prompts: Sequence[str]) -> Embeddings:
     return Embeddings(torch.cat([rows[text][0] for text in prompts]), torch.cat([rows[text][1] for text in prompts]))
 
 
+def together(base: Base, prompts: Sequence[str]) -> Embeddings:
+    """Encode prompts in one batch, by text encoders that are on the device; gradients flow through them."""
+    tokens, _, pooled, _ = base.pipe.encode_prompt(list(prompts), device=base.device, do_classifier_free_guidance=False)
+    return Embeddings(tokens, pooled)
+
+
 def embed_negative(base: Base, prompts: Sequence[str]) -> Embeddings:
     """Encode negative prompts; an empty one is zeros where the base was trained so (as SDXL was)."""
     embeddings = embed(base, prompts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -16,7 +17,7 @@ from unziplora.objective import Examples, generator
 from unziplora.prompts import encode
 
 if TYPE_CHECKING:
-    from unziplora.config_dreambooth import DreamBoothConfig
+    from unziplora.config_training import PictureConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -25,7 +26,9 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 class TextLora:
     """PEFT's LoRA on q, k, v, out of both text encoders; the prompts' embeddings are computed anew in every step."""
 
-    def __init__(self, base: Base, config: DreamBoothConfig, prompts: Sequence[str], prior: Sequence[str]) -> None:
+    def __init__(
+        self, base: Base, config: PictureConfig, prompts: Sequence[str] = (), prior: Sequence[str] = ()
+    ) -> None:
         """Put adapters into the base's text encoders, in place.
 
         Args:
@@ -43,6 +46,17 @@ class TextLora:
                 cast(PreTrainedModel, encoder).add_adapter(adapter)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()  # the encoders themselves may be in half precision
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Have the text encoders without their adapters for a while."""
+        for encoder in self.base.text_encoders:
+            cast(PreTrainedModel, encoder).disable_adapters()
+        try:
+            yield
+        finally:
+            for encoder in self.base.text_encoders:
+                cast(PreTrainedModel, encoder).enable_adapters()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained matrices by encoder and name."""

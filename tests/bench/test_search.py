@@ -26,10 +26,16 @@ Cases = dict[str, Case]
 
 
 class TestGrid:
-    def test_order_is_random_but_fixed_and_longer_searches_begin_like_shorter_ones(self):
+    def test_longer_searches_begin_like_shorter_ones_and_the_longest_has_every_setting(self):
         assert grid(20)[:5] == grid(5)
         assert len(set(grid(108))) == 108
-        assert grid(5) != sorted(grid(5), key=lambda setting: setting.rate)
+
+    def test_the_first_few_settings_try_every_value_of_steps_ratio_and_rank(self):
+        few = grid(3)
+        assert {s.steps for s in few} == {150, 300, 600}
+        assert {s.ratio for s in few} == {0.25, 0.5, 1.0}
+        assert {s.rank for s in few} == {8, 16, 32}
+        assert {s.rate for s in grid(7)} == {3e-4, 1e-3, 2e-3, 4e-3}
 
     def test_more_than_the_grid_holds_is_refused(self):
         with pytest.raises(UserError, match="--search 109: the grid has 108 settings"):

@@ -9,8 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tomli_w
+import torch
 from pydantic import BaseModel
 
 from unziplora.atomic import atomic_write
@@ -24,9 +24,8 @@ RATES = (3e-4, 1e-3, 2e-3, 4e-3)
 RATIOS = (0.25, 0.5, 1.0)
 STEPS = (150, 300, 600)
 RANKS = (8, 16, 32)
-ORDER = 0
-"""Seed of the order in which the grid is tried."""
-
+SPREAD = 1024
+"""Points of Sobol's sequence that say in which order the grid is tried."""
 SEARCHED: tuple[MethodName, ...] = ("unziplora", "paper", "dreambooth", "blora", "ziplora")
 """Methods with settings of their own; the others take them over from these, or have none to choose."""
 
@@ -82,15 +81,19 @@ class Search(BaseModel):
 
 
 def grid(count: int) -> list[Setting]:
-    """The first settings of the grid, in a random but fixed order.
+    """The first settings of the grid, in the order of Sobol's sequence: already the first few are spread over it.
 
     Raises:
         UserError: the grid has fewer.
     """
-    every = [Setting(*values) for values in product(RATES, RATIOS, STEPS, RANKS)]
+    axes = (RATES, RATIOS, STEPS, RANKS)
+    every = [Setting(*values) for values in product(*axes)]
     if count > len(every):
         raise UserError(f"--search {count}: the grid has {len(every)} settings")
-    return [every[index] for index in np.random.default_rng(ORDER).permutation(len(every))[:count]]
+    points = torch.quasirandom.SobolEngine(len(axes)).draw(SPREAD)[1:].tolist()  # the first is a corner of the grid
+    places = [[int(x * len(axis)) for axis, x in zip(axes, point, strict=True)] for point in points]
+    spread = [Setting(RATES[a], RATIOS[b], STEPS[c], RANKS[d]) for a, b, c, d in places]
+    return list(dict.fromkeys([*spread, *every]))[:count]
 
 
 def search(config: BenchConfig, progress: Callback | None = None, bench: Bench | None = None) -> Search:

@@ -7,7 +7,7 @@ block separation in `BlockMap`. This file builds the LoRAs, says the loss and ex
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -39,7 +39,9 @@ from unziplora.methods.common import (
     switched_off,
 )
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.prompts import Prompts
+from unziplora.phrase import Phrase, learn_phrase, teach_encoders
+from unziplora.prompts import Prompts, visiting
+from unziplora.text_lora import TextLora
 
 
 class UnZipLora(Method[SplitConfig]):
@@ -63,6 +65,7 @@ class UnZipLora(Method[SplitConfig]):
         autocast: Callable[[], AbstractContextManager[Any]] = torch.enable_grad,
         pictures: Sequence[Image.Image] = (),
         style_examples: Examples | None = None,
+        text: TextLora | None = None,
     ) -> None:
         """Inject both LoRAs into the UNet, in place.
 
@@ -78,12 +81,14 @@ class UnZipLora(Method[SplitConfig]):
             pictures: what the examples were made from, for the sample sheet.
             style_examples: the picture with the style prompt alone, for the steps of `style_alone`;
                 default: the examples.
+            text: the style LoRA's part in the text encoders, which the conditioning was made with; it is done.
 
         Raises:
             UserError: the block map names a block that this UNet does not have.
         """
         self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
         self.priors, self.autocast, self.pictures = dict(priors or {}), autocast, list(pictures)
+        self.text = text
         self.examples_alone = {"content": examples, "style": style_examples or examples}
         paths = attention_linears(unet)
         if config.block_separation:
@@ -121,6 +126,7 @@ class UnZipLora(Method[SplitConfig]):
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
         """Encode pictures, prompts and class pictures once, then inject both LoRAs."""
         pictures, words = load_pictures(config, setup.size), config.prompts()
+        text = cls.learn_phrase(config, setup, pictures) if config.phrase_steps else None
         prompts = Prompts(**words) if config.prompt_separation else Prompts(words["full"])
         examples = picture_examples(setup, config, pictures, prompts)
 
@@ -140,8 +146,18 @@ class UnZipLora(Method[SplitConfig]):
                 priors[name] = class_examples(setup, config, prompts, config.prior_images)
         setup.leave_unet_alone(config)
         scheduler, blocks = setup.noise_schedule(), read_blocks(config.blocks)
-        made = priors, setup.autocast, pictures, style_examples
+        made = priors, setup.autocast, pictures, style_examples, text
         return cls(setup.base.unet, scheduler, examples, config, blocks, *made)
+
+    @classmethod
+    def learn_phrase(cls, config: SplitConfig, setup: Setup, pictures: list[Image.Image]) -> TextLora:
+        """Learn the style's phrase and leave it in the text encoders; a resumed run learns it anew, to the same end."""
+        setup.tell(f"learning the phrase {config.style!r}")
+        prompt, phrase = config.fill("a {content} in {style} style"), Phrase(setup.base, config.style)
+        examples = picture_examples(setup, config, pictures, Prompts(prompt))
+        with visiting(setup.base.text_encoders, setup.base.device):
+            learn_phrase(phrase, setup.noise_schedule(), examples, prompt, config, setup.autocast)
+            return teach_encoders(phrase, config)
 
     @classmethod
     def about(cls, config: SplitConfig) -> About:
@@ -239,9 +255,12 @@ class UnZipLora(Method[SplitConfig]):
         """Switch the other LoRA off."""
         return self.off(tuple(other for other in NAMES if other != name))
 
-    def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
+    @contextmanager
+    def off(self, names: tuple[str, ...]) -> Iterator[None]:
         """Switch LoRAs off."""
-        return switched_off(*(self.branches[name] for name in names))
+        text = self.text.off() if self.text is not None and "style" in names else nullcontext()
+        with text, switched_off(*(self.branches[name] for name in names)):
+            yield
 
     def after_backward(self, step: int) -> None:
         """Unless all scales train, keep their gradients only where the LoRAs overlap."""
@@ -274,7 +293,11 @@ class UnZipLora(Method[SplitConfig]):
 
     def export(self) -> dict[str, Lora]:
         """Both LoRAs as plain pairs: masks, scales and alpha folded into B."""
-        return {name: Lora(folded(self.branches[name])) for name in NAMES}
+        text = {} if self.text is None else self.text.export()
+        return {
+            "content": Lora(folded(self.branches["content"])),
+            "style": Lora(folded(self.branches["style"]), text=text),
+        }
 
     def views(self) -> list[View]:
         """Both together with the prompts of the training; each alone, away from the other's word.

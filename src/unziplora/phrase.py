@@ -1,0 +1,164 @@
+"""The style phrase first: its embeddings are learnt, then a LoRA of the text encoders makes them of the plain words.
+
+Textual inversion (arXiv 2208.01618) of the phrase with everything else frozen says as much of the style as words can.
+LoRAs that learn the picture told so need not say it again (pivotal tuning, arXiv 2106.05744).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unziplora.base import Base
+from unziplora.objective import Examples, denoising_loss, generator
+from unziplora.prompts import encode, together
+from unziplora.text_lora import TextLora
+
+if TYPE_CHECKING:
+    from unziplora.config_split import SplitConfig
+
+THINGS = (
+    *("cat", "dog", "house", "tree", "car", "flower", "boat", "bird", "apple", "chair", "mountain", "face", "fish"),
+    *("castle", "bicycle", "guitar", "cup", "shoe", "lamp", "bridge", "horse", "clock", "book", "umbrella"),
+)
+"""What the phrase is said of while the text encoders learn it."""
+
+STYLES = (
+    *("watercolor painting", "oil painting", "pencil sketch", "neon sign", "pixel art", "mosaic", "photograph"),
+    *("charcoal drawing", "3d render", "comic book", "stained glass", "poster"),
+)
+"""Styles whose prompts stay as they are."""
+
+TEACHING_STEPS, TEACHING_BATCH, TEACHING_RATE = 150, 16, 3e-3
+LOSS_SCALE = 1024.0
+"""Keeps fp16 gradients from underflow; Adam's steps do not depend on it."""
+
+
+class Phrase:
+    """What a phrase's tokens have learnt: an offset to the embedding of each, in both text encoders.
+
+    Attributes:
+        offsets: one parameter per text encoder, [tokens of the phrase, D].
+    """
+
+    def __init__(self, base: Base, text: str) -> None:
+        """Start at the phrase as the base knows it, without any offset."""
+        self.base = base
+        self.ids = [tokenizer(text, add_special_tokens=False).input_ids for tokenizer in base.tokenizers]
+        widths = [embeddings(encoder).weight.shape[1] for encoder in base.text_encoders]
+        self.offsets = [
+            nn.Parameter(torch.zeros(len(ids), width, device=base.device))
+            for ids, width in zip(self.ids, widths, strict=True)
+        ]
+
+    @contextmanager
+    def spoken(self) -> Iterator[None]:
+        """Add the offsets wherever the phrase occurs in a prompt, for a while."""
+        hooks = [
+            embeddings(encoder).register_forward_hook(_adding(ids, offsets))
+            for encoder, ids, offsets in zip(self.base.text_encoders, self.ids, self.offsets, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def embeddings(encoder: nn.Module) -> nn.Embedding:
+    """The token embeddings of a text encoder."""
+    found: Any = encoder
+    return found.get_input_embeddings()
+
+
+def _adding(ids: Sequence[int], offsets: Tensor) -> Callable[..., Tensor]:
+    """A hook of the token embeddings that finds the phrase, token after token, in [B, T] and adds to [B, T, D]."""
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        tokens, length = inputs[0], len(ids)
+        starts = (tokens.unfold(1, length, 1) == torch.tensor(ids, device=tokens.device)).all(-1)
+        for number, offset in enumerate(offsets):
+            here = F.pad(starts, (number, length - 1 - number))
+            output = output + here[..., None] * offset.to(output.dtype)
+        return output
+
+    return add
+
+
+def learn_phrase(
+    phrase: Phrase,
+    scheduler: DDPMScheduler,
+    examples: Examples,
+    prompt: str,
+    config: SplitConfig,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Fit the offsets to the pictures by the denoising loss, everything else frozen (arXiv 2208.01618, equation 2).
+
+    Args:
+        phrase: its base's UNet and text encoders are on the device.
+        scheduler: how the base sees noise.
+        examples: the pictures; their conditioning is told anew in every step.
+        prompt: with the phrase in it.
+        config: the recipe.
+        autocast: context of the forward passes.
+    """
+    base, count = phrase.base, len(examples.latents)
+    optimizer = torch.optim.Adam(phrase.offsets, lr=config.phrase_learning_rate)
+    for step in range(config.phrase_steps):
+        with phrase.spoken():
+            rows = encode(base, [prompt]).repeat(count)
+        told = replace(examples.conditioning, tokens=rows.tokens, pooled=rows.pooled)
+        with autocast():
+            draw = generator(config.seed, "phrase", step)
+            examples = replace(examples, conditioning=told)
+            loss = denoising_loss(base.unet, scheduler, examples, draw=draw, **config.noising())
+        optimizer.zero_grad()
+        (loss * LOSS_SCALE).backward()
+        optimizer.step()
+
+
+def teach_encoders(phrase: Phrase, config: SplitConfig) -> TextLora:
+    """Put a LoRA into the text encoders that makes of the plain phrase what `phrase` has learnt.
+
+    It learns from prompts alone: those with the phrase shall be embedded as with the offsets, all others as without.
+
+    Args:
+        phrase: learnt.
+        config: the recipe; its words, rank and seed.
+    """
+    base, prompts = phrase.base, config.prompts()
+    styled = [config.fill(f"a {thing} in {{style}} style") for thing in THINGS]
+    said = list(
+        dict.fromkeys([prompts["full"], prompts["style"], config.fill("a {content} in {style} style"), *styled])
+    )
+    own = [config.fill("a {token} {content} in ") + f"{style} style" for style in STYLES]
+    others = [f"a {thing} in {style} style" for thing, style in zip(THINGS, STYLES, strict=False)]
+    kept = [prompts["content"], config.fill("a {content}"), "an image", *(f"a {t}" for t in THINGS), *own, *others]
+    with torch.no_grad():
+        plain, kept_rows = together(base, said), together(base, kept)
+        with phrase.spoken():
+            goal = together(base, said)
+    tokens, pooled = torch.cat([goal.tokens, kept_rows.tokens]), torch.cat([goal.pooled, kept_rows.pooled])
+    sizes = [
+        (a - b).square().mean().clamp(min=1e-8) for a, b in ((goal.tokens, plain.tokens), (goal.pooled, plain.pooled))
+    ]
+    adapter, texts = TextLora(base, config), said + kept
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=TEACHING_RATE)
+    slowing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TEACHING_STEPS)
+    for step in range(TEACHING_STEPS):
+        index = torch.randperm(len(texts), generator=generator(config.seed, "teach", step))[:TEACHING_BATCH].tolist()
+        rows = together(base, [texts[number] for number in index])
+        errors = (rows.tokens - tokens[index]).square().mean(), (rows.pooled - pooled[index]).square().mean()
+        optimizer.zero_grad()
+        (errors[0] / sizes[0] + errors[1] / sizes[1]).backward()
+        optimizer.step()
+        slowing.step()
+    return adapter

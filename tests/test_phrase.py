@@ -1,0 +1,128 @@
+"""The style's phrase is learnt, and the text encoders learn to make the same of the plain words."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from PIL import Image
+
+from unziplora.base import Base, load_base
+from unziplora.config_sample import SampleConfig
+from unziplora.config_split import SplitConfig
+from unziplora.encode import conditioning
+from unziplora.lora.files import read_lora
+from unziplora.objective import Examples, denoising_loss, generator
+from unziplora.phrase import Phrase, embeddings, learn_phrase, teach_encoders
+from unziplora.prompts import Prompts, embed, together
+from unziplora.sample import sample
+from unziplora.split import split
+
+Make = Callable[..., SplitConfig]
+SPOKEN = "a cat in ink wash style"
+
+
+@pytest.fixture
+def config(tiny_folder: Path, tmp_path: Path) -> Make:
+    picture = tmp_path / "cat.png"
+    Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(picture)
+
+    def make(**changes: Any) -> SplitConfig:
+        values: dict[str, Any] = {"images": [picture], "base": str(tiny_folder), "out": tmp_path / "run"}
+        values |= {"content": "cat", "style": "ink wash", "rank": 4, "steps": 2, "column_periods": 1}
+        values |= {"column_warmup": 1, "score_timesteps": 1, "device": "cpu", "sample_seeds": [], "sample_steps": 2}
+        return SplitConfig.make(**{**values, "phrase_steps": 4, "save_precision": "fp32", **changes})
+
+    return make
+
+
+def picture(base: Base) -> Examples:
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Examples(latents, conditioning(base, Prompts(SPOKEN), base.resolution, 1))
+
+
+@pytest.fixture
+def base(tiny_folder: Path) -> Base:
+    return load_base(str(tiny_folder))
+
+
+class TestPhrase:
+    def test_offsets_are_added_where_the_whole_phrase_stands_and_nowhere_else(self, base: Base):
+        phrase, encoder, tokenizer = Phrase(base, "ink wash"), base.text_encoders[0], base.tokenizers[0]
+        with torch.no_grad():
+            for offsets in phrase.offsets:
+                offsets += torch.arange(1.0, len(offsets) + 1)[:, None]
+        tokens = tokenizer([SPOKEN, "an ink washer, ink"], padding=True, return_tensors="pt").input_ids
+        table = embeddings(encoder)
+        plain = table(tokens)
+        with phrase.spoken():
+            added = (table(tokens) - plain)[..., 0]
+        start = tokenizer("a cat in", add_special_tokens=False).input_ids
+        length = len(phrase.ids[0])
+        expected = torch.zeros(tokens.shape)
+        expected[0, 1 + len(start) : 1 + len(start) + length] = torch.arange(1.0, length + 1)
+        torch.testing.assert_close(added, expected, atol=1e-5, rtol=0)
+        assert torch.equal(table(tokens), plain)
+
+    def test_learning_lowers_the_loss_and_moves_nothing_else(self, base: Base, config: Make):
+        scheduler, examples, phrase = (
+            DDPMScheduler.from_config(base.scheduler.config),
+            picture(base),
+            Phrase(base, "ink wash"),
+        )
+        frozen = [parameter.clone() for module in (base.unet, *base.text_encoders) for parameter in module.parameters()]
+
+        def loss() -> float:
+            with phrase.spoken():
+                told = conditioning(base, Prompts(SPOKEN), base.resolution, 1)
+            seen = Examples(examples.latents, told)
+            return float(denoising_loss(base.unet, scheduler, seen, batch_size=64, draw=generator("test")))
+
+        before = loss()
+        learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=30, phrase_learning_rate=0.1))
+        assert loss() < before - 1e-4
+        now = [parameter for module in (base.unet, *base.text_encoders) for parameter in module.parameters()]
+        assert all(torch.equal(one, two) for one, two in zip(frozen, now, strict=True))
+
+
+def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: Make):
+    base = load_base("bundled")
+    phrase = Phrase(base, "ink wash")
+    with torch.no_grad():
+        for offsets in phrase.offsets:
+            offsets += torch.randn(offsets.shape, generator=torch.Generator().manual_seed(1)) / 20
+        with phrase.spoken():
+            goal = together(base, ["a tree in ink wash style"]).tokens
+        plain = together(base, ["a tree in ink wash style", "a tree", "a zebra in neon sign style"]).tokens
+    adapter = teach_encoders(phrase, config(rank=16))
+    taught = embed(base, ["a tree in ink wash style", "a tree", "a zebra in neon sign style"]).tokens
+    wide = (goal - plain[:1]).square().mean()
+    assert (taught[:1] - goal).square().mean() < 0.1 * wide
+    assert (taught[1:] - plain[1:]).square().mean() < 0.1 * wide
+    with adapter.off():
+        torch.testing.assert_close(embed(base, ["a tree"]).tokens, plain[1:2])
+    fresh = load_base(base.name)
+    fresh.pipe.load_lora_weights({name: tensor.clone() for name, tensor in adapter.export().items()})
+    torch.testing.assert_close(embed(fresh, ["a tree in ink wash style"]).tokens, taught[:1], atol=1e-5, rtol=1e-5)
+
+
+class TestSplit:
+    @pytest.fixture(autouse=True)
+    def _short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("unziplora.phrase.TEACHING_STEPS", 2)
+
+    def test_the_style_file_has_the_text_encoders_part_and_the_content_file_has_none(self, config: Make):
+        run = split(config())
+        assert not read_lora(run.content).text
+        assert any(name.startswith("text_encoder_2.") for name in read_lora(run.style).text)
+
+    def test_both_files_work_together_alone_and_with_prompts_of_their_own(self, config: Make, tmp_path: Path):
+        run = split(config(sample_seeds=[0], sample_steps=1, content_learning_rate=0.1, style_learning_rate=0.1))
+        made = {}
+        for number, mode in enumerate(("separate", "direct")):
+            given = {"content": run.path, "style": run.path, "mode": mode, "steps": 2, "guidance": 1}
+            (path,) = sample(SampleConfig(**given, out=tmp_path / str(number)))
+            made[mode] = Image.open(path).tobytes()
+        assert made["separate"] != made["direct"]
