@@ -1,6 +1,7 @@
 """The style's phrase is learnt, and the text encoders learn to make the same of the plain words."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from unziplora.base import Base, load_base
 from unziplora.config_sample import SampleConfig
 from unziplora.config_split import SplitConfig
 from unziplora.encode import conditioning
+from unziplora.errors import UserError
 from unziplora.lora.files import read_lora
+from unziplora.methods.common import Setup
+from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.phrase import Phrase, embeddings, learn_phrase, teach_encoders
 from unziplora.prompts import Prompts, embed, together
 from unziplora.sample import sample
 from unziplora.split import split
+from unziplora.variants import FILTERS, filtered
 
 Make = Callable[..., SplitConfig]
 SPOKEN = "a cat in ink wash style"
@@ -53,7 +58,7 @@ class TestPhrase:
         phrase, encoder, tokenizer = Phrase(base, "ink wash"), base.text_encoders[0], base.tokenizers[0]
         with torch.no_grad():
             for offsets in phrase.offsets:
-                offsets += torch.arange(1.0, len(offsets) + 1)[:, None]
+                offsets += torch.arange(1.0, offsets.shape[1] + 1)[:, None]
         tokens = tokenizer([SPOKEN, "an ink washer, ink"], padding=True, return_tensors="pt").input_ids
         table = embeddings(encoder)
         plain = table(tokens)
@@ -65,6 +70,27 @@ class TestPhrase:
         expected[0, 1 + len(start) : 1 + len(start) + length] = torch.arange(1.0, length + 1)
         torch.testing.assert_close(added, expected, atol=1e-5, rtol=0)
         assert torch.equal(table(tokens), plain)
+
+    def test_prompts_of_one_batch_may_be_read_each_in_its_own_way(self, base: Base):
+        phrase = Phrase(base, "ink wash", readings=3)
+        with torch.no_grad():
+            for offsets in phrase.offsets:
+                offsets += torch.tensor([0.0, 1.0, 5.0])[:, None, None]
+        with torch.no_grad(), phrase.spoken(torch.tensor([2, 0, 1])):
+            rows = together(base, [SPOKEN] * 3).tokens
+        torch.testing.assert_close(rows[1:2], embed(base, [SPOKEN]).tokens)
+        with phrase.spoken(torch.tensor([2])):
+            torch.testing.assert_close(rows[:1], embed(base, [SPOKEN]).tokens)
+
+    def test_each_reading_learns_from_its_own_pictures_alone(self, base: Base, config: Make):
+        scheduler, phrase = DDPMScheduler.from_config(base.scheduler.config), Phrase(base, "ink wash", readings=2)
+        examples = Examples(torch.randn(4, 4, 8, 8), conditioning(base, Prompts(SPOKEN), base.resolution, 4))
+        learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=1, batch_size=1))
+        learnt = [[bool(reading.any()) for reading in offsets] for offsets in phrase.offsets]
+        assert sorted(learnt[0]) == [False, True]
+        assert learnt[0] == learnt[1]
+        learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=8, batch_size=2))
+        assert all(offsets.abs().min() > 0 for offsets in phrase.offsets)
 
     def test_learning_lowers_the_loss_and_moves_nothing_else(self, base: Base, config: Make):
         scheduler, examples, phrase = (
@@ -118,6 +144,23 @@ class TestSplit:
         assert not read_lora(run.content).text
         assert any(name.startswith("text_encoder_2.") for name in read_lora(run.style).text)
 
+    def test_variants_teach_the_content_lora_alone_each_in_its_own_words(self, tiny_folder: Path, config: Make):
+        recipe = config(content_variants=True, content_alone=0.9, phrase_steps=8, batch_size=8)
+        setup = Setup(load_base(str(tiny_folder)), 64, nullcontext, lambda _: None)
+        method = UnZipLora.build(recipe, setup)
+        seen = method.examples_alone["content"]
+        assert len(seen.latents) == len(seen.conditioning.tokens) == 1 + len(FILTERS)
+        assert torch.equal(seen.latents[:1], method.examples.latents)
+        assert len({tuple(latent.flatten().tolist()) for latent in seen.latents}) >= 8  # a grey one has no hue to turn
+        tokens = seen.conditioning.tokens
+        assert len({tuple(rows.flatten().tolist()) for rows in tokens}) == len(tokens)
+        assert torch.equal(tokens[..., : tokens.shape[-1] // 3], tokens[..., -(tokens.shape[-1] // 3) :])
+
+    def test_variants_without_words_for_them_or_without_steps_alone_are_refused(self, config: Make):
+        for lacking in ({"phrase_steps": 0, "content_alone": 0.5}, {"content_alone": 0.0}):
+            with pytest.raises(UserError, match="content_alone and phrase_steps above 0"):
+                config(content_variants=True, **lacking)
+
     def test_both_files_work_together_alone_and_with_prompts_of_their_own(self, config: Make, tmp_path: Path):
         run = split(config(sample_seeds=[0], sample_steps=1, content_learning_rate=0.1, style_learning_rate=0.1))
         made = {}
@@ -126,3 +169,13 @@ class TestSplit:
             (path,) = sample(SampleConfig(**given, out=tmp_path / str(number)))
             made[mode] = Image.open(path).tobytes()
         assert made["separate"] != made["direct"]
+
+
+def test_variants_are_the_picture_and_others_of_its_size_all_different():
+    bands = [Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), quality) for quality in (5, 20, 80)]
+    picture = Image.merge("RGB", bands)
+    made = filtered(picture)
+    assert made[0] == picture
+    assert {p.size for p in made} == {(64, 64)}
+    assert {p.mode for p in made} == {"RGB"}
+    assert len({p.tobytes() for p in made}) == 1 + len(FILTERS)

@@ -92,6 +92,11 @@ class SplitConfig(PictureConfig):
     content_alone: float = key(
         0.0, "Share of the steps in which the content LoRA learns the picture without the other.", "Method", ge=0, lt=1
     )
+    content_variants: bool = key(
+        False,
+        "In those steps show the picture under plain filters too, each told as a style of its own; needs phrase_steps.",
+        "Method",
+    )
     style_alone: float = key(
         0.0, "The same for the style LoRA, then with the style prompt alone.", "Method", ge=0, lt=1
     )
@@ -109,6 +114,11 @@ class SplitConfig(PictureConfig):
             raise ValueError(
                 f"content_alone {self.content_alone:g} and style_alone {self.style_alone:g} leave no step in which the "
                 "LoRAs learn together: their sum must be below 1"
+            )
+        if self.content_variants and not (self.phrase_steps and self.content_alone):
+            raise ValueError(
+                "content_variants are shown while the content LoRA learns alone, and need words for their styles: "
+                "give content_alone and phrase_steps above 0 too"
             )
         if self.column_separation and self.steps // self.column_periods <= self.column_warmup:
             raise ValueError(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unziplora.base import Base
-from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.prompts import encode, together
+from unziplora.objective import Conditioning, Examples, denoising_loss, generator
+from unziplora.prompts import join, together
 from unziplora.text_lora import TextLora
 
 if TYPE_CHECKING:
@@ -42,27 +42,32 @@ LOSS_SCALE = 1024.0
 
 
 class Phrase:
-    """What a phrase's tokens have learnt: an offset to the embedding of each, in both text encoders.
+    """What a phrase's tokens have learnt: offsets to their embeddings, in both text encoders, in several readings.
 
     Attributes:
-        offsets: one parameter per text encoder, [tokens of the phrase, D].
+        offsets: one parameter per text encoder, [readings, tokens of the phrase, D].
     """
 
-    def __init__(self, base: Base, text: str) -> None:
+    def __init__(self, base: Base, text: str, readings: int = 1) -> None:
         """Start at the phrase as the base knows it, without any offset."""
         self.base = base
         self.ids = [tokenizer(text, add_special_tokens=False).input_ids for tokenizer in base.tokenizers]
         widths = [embeddings(encoder).weight.shape[1] for encoder in base.text_encoders]
         self.offsets = [
-            nn.Parameter(torch.zeros(len(ids), width, device=base.device))
+            nn.Parameter(torch.zeros(readings, len(ids), width, device=base.device))
             for ids, width in zip(self.ids, widths, strict=True)
         ]
 
     @contextmanager
-    def spoken(self) -> Iterator[None]:
-        """Add the offsets wherever the phrase occurs in a prompt, for a while."""
+    def spoken(self, readings: Tensor | None = None) -> Iterator[None]:
+        """Add the offsets wherever the phrase occurs in a prompt, for a while.
+
+        Args:
+            readings: which to take for each of B prompts that are encoded together, [B]; default: the first.
+        """
+        taken = torch.zeros(1, dtype=torch.long) if readings is None else readings
         hooks = [
-            embeddings(encoder).register_forward_hook(_adding(ids, offsets))
+            embeddings(encoder).register_forward_hook(_adding(ids, offsets[taken]))
             for encoder, ids, offsets in zip(self.base.text_encoders, self.ids, self.offsets, strict=True)
         ]
         try:
@@ -79,14 +84,18 @@ def embeddings(encoder: nn.Module) -> nn.Embedding:
 
 
 def _adding(ids: Sequence[int], offsets: Tensor) -> Callable[..., Tensor]:
-    """A hook of the token embeddings that finds the phrase, token after token, in [B, T] and adds to [B, T, D]."""
+    """A hook of the token embeddings that finds the phrase, token after token, in [B, T] and adds to [B, T, D].
+
+    Args:
+        offsets: [B or 1, tokens of the phrase, D].
+    """
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         tokens, length = inputs[0], len(ids)
         starts = (tokens.unfold(1, length, 1) == torch.tensor(ids, device=tokens.device)).all(-1)
-        for number, offset in enumerate(offsets):
+        for number in range(length):
             here = F.pad(starts, (number, length - 1 - number))
-            output = output + here[..., None] * offset.to(output.dtype)
+            output = output + here[..., None] * offsets[:, number : number + 1].to(output.dtype)
         return output
 
     return add
@@ -105,24 +114,43 @@ def learn_phrase(
     Args:
         phrase: its base's UNet and text encoders are on the device.
         scheduler: how the base sees noise.
-        examples: the pictures; their conditioning is told anew in every step.
+        examples: the pictures of every reading, as many of each, the first reading's first; their conditioning is
+            told anew in every step.
         prompt: with the phrase in it.
         config: the recipe.
         autocast: context of the forward passes.
     """
-    base, count = phrase.base, len(examples.latents)
     optimizer = torch.optim.Adam(phrase.offsets, lr=config.phrase_learning_rate)
     for step in range(config.phrase_steps):
-        with phrase.spoken():
-            rows = encode(base, [prompt]).repeat(count)
-        told = replace(examples.conditioning, tokens=rows.tokens, pooled=rows.pooled)
-        with autocast():
-            draw = generator(config.seed, "phrase", step)
-            examples = replace(examples, conditioning=told)
-            loss = denoising_loss(base.unet, scheduler, examples, draw=draw, **config.noising())
+        draw = generator(config.seed, "phrase", step)
+        index = _drawn(phrase, len(examples.latents), config.batch_size, draw)
+        with phrase.spoken(index * len(phrase.offsets[0]) // len(examples.latents)), autocast():
+            rows = together(phrase.base, [prompt] * len(index))
+            ids = examples.conditioning.time_ids[index]
+            weights = None if examples.weights is None else examples.weights[index]
+            told = Examples(examples.latents[index], Conditioning(rows.tokens, rows.pooled, ids), weights)
+            loss = denoising_loss(phrase.base.unet, scheduler, told, draw=draw, **config.noising())
         optimizer.zero_grad()
         (loss * LOSS_SCALE).backward()
         optimizer.step()
+
+
+@torch.no_grad()
+def retold(phrase: Phrase, examples: Examples, config: SplitConfig) -> Examples:
+    """The pictures with the full prompt in their own readings, as all LoRAs shall see it."""
+    count = len(examples.latents)
+    with phrase.spoken(torch.arange(count) * len(phrase.offsets[0]) // count):
+        rows = together(phrase.base, [config.prompts()["full"]] * count)
+    tokens = join(*[rows.tokens] * 3) if config.prompt_separation else rows.tokens
+    return replace(examples, conditioning=Conditioning(tokens, rows.pooled, examples.conditioning.time_ids))
+
+
+def _drawn(phrase: Phrase, pictures: int, count: int, draw: torch.Generator) -> Tensor:
+    """Pictures to learn from in one step, about half of them of the first reading, [count]."""
+    readings = len(phrase.offsets[0])
+    first = torch.randint(pictures // readings, (count,), generator=draw)
+    any_reading = torch.randint(pictures, (count,), generator=draw)
+    return torch.where(torch.rand(count, generator=draw) < 0.5, first, any_reading)
 
 
 def teach_encoders(phrase: Phrase, config: SplitConfig) -> TextLora:

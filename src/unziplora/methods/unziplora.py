@@ -39,9 +39,10 @@ from unziplora.methods.common import (
     switched_off,
 )
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.phrase import Phrase, learn_phrase, teach_encoders
+from unziplora.phrase import Phrase, learn_phrase, retold, teach_encoders
 from unziplora.prompts import Prompts, visiting
 from unziplora.text_lora import TextLora
+from unziplora.variants import filtered
 
 
 class UnZipLora(Method[SplitConfig]):
@@ -66,6 +67,7 @@ class UnZipLora(Method[SplitConfig]):
         pictures: Sequence[Image.Image] = (),
         style_examples: Examples | None = None,
         text: TextLora | None = None,
+        variants: Examples | None = None,
     ) -> None:
         """Inject both LoRAs into the UNet, in place.
 
@@ -82,6 +84,7 @@ class UnZipLora(Method[SplitConfig]):
             style_examples: the picture with the style prompt alone, for the steps of `style_alone`;
                 default: the examples.
             text: the style LoRA's part in the text encoders, which the conditioning was made with; it is done.
+            variants: what the content LoRA sees where it learns alone; default: the examples.
 
         Raises:
             UserError: the block map names a block that this UNet does not have.
@@ -89,7 +92,7 @@ class UnZipLora(Method[SplitConfig]):
         self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
         self.priors, self.autocast, self.pictures = dict(priors or {}), autocast, list(pictures)
         self.text = text
-        self.examples_alone = {"content": examples, "style": style_examples or examples}
+        self.examples_alone = {"content": variants or examples, "style": style_examples or examples}
         paths = attention_linears(unet)
         if config.block_separation:
             check_blocks(blocks, paths)
@@ -126,7 +129,7 @@ class UnZipLora(Method[SplitConfig]):
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
         """Encode pictures, prompts and class pictures once, then inject both LoRAs."""
         pictures, words = load_pictures(config, setup.size), config.prompts()
-        text = cls.learn_phrase(config, setup, pictures) if config.phrase_steps else None
+        text, variants = cls.learn_phrase(config, setup, pictures) if config.phrase_steps else (None, None)
         prompts = Prompts(**words) if config.prompt_separation else Prompts(words["full"])
         examples = picture_examples(setup, config, pictures, prompts)
 
@@ -146,18 +149,32 @@ class UnZipLora(Method[SplitConfig]):
                 priors[name] = class_examples(setup, config, prompts, config.prior_images)
         setup.leave_unet_alone(config)
         scheduler, blocks = setup.noise_schedule(), read_blocks(config.blocks)
-        made = priors, setup.autocast, pictures, style_examples, text
+        made = priors, setup.autocast, pictures, style_examples, text, variants
         return cls(setup.base.unet, scheduler, examples, config, blocks, *made)
 
     @classmethod
-    def learn_phrase(cls, config: SplitConfig, setup: Setup, pictures: list[Image.Image]) -> TextLora:
-        """Learn the style's phrase and leave it in the text encoders; a resumed run learns it anew, to the same end."""
+    def learn_phrase(
+        cls, config: SplitConfig, setup: Setup, pictures: list[Image.Image]
+    ) -> tuple[TextLora, Examples | None]:
+        """Learn the style's phrase and leave it in the text encoders; a resumed run learns it anew, to the same end.
+
+        Returns:
+            The text encoders' LoRA, and the picture's variants for the content LoRA, if the recipe asks for them.
+        """
         setup.tell(f"learning the phrase {config.style!r}")
-        prompt, phrase = config.fill("a {content} in {style} style"), Phrase(setup.base, config.style)
-        examples = picture_examples(setup, config, pictures, Prompts(prompt))
+        readings = [filtered(p) if config.content_variants else [p] for p in pictures]
+        shown = [picture for reading in zip(*readings, strict=True) for picture in reading]
+        phrase = Phrase(setup.base, config.style, len(readings[0]))
+        examples = picture_examples(setup, config, shown, Prompts("an image"))
+        if examples.weights is not None:
+            examples = replace(examples, weights=examples.weights.repeat(len(readings[0]), 1, 1, 1))
         with visiting(setup.base.text_encoders, setup.base.device):
+            prompt = config.fill("a {content} in {style} style")
             learn_phrase(phrase, setup.noise_schedule(), examples, prompt, config, setup.autocast)
-            return teach_encoders(phrase, config)
+            told = None
+            if config.content_variants:
+                told = to_device(retold(phrase, examples, config), setup.base)
+            return teach_encoders(phrase, config), told
 
     @classmethod
     def about(cls, config: SplitConfig) -> About:
