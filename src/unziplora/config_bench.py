@@ -17,14 +17,16 @@ MethodName = Literal[
     "prompt",
     "column",
     "block",
+    "words",
     "dreambooth",
     "blora",
     "ziplora",
     "direct",
     "oracle",
 ]
-ABLATION: tuple[MethodName, ...] = ("joint", "prompt", "column", "block")
-"""Joint training of two LoRAs without any separation, then with one separation more at a time."""
+ABLATION: tuple[MethodName, ...] = ("joint", "prompt", "column", "block", "words", "unziplora")
+"""Joint training of two LoRAs without any separation; with one of the paper's separations more at a time; then the
+default without its steps alone, and the default."""
 
 
 class BenchConfig(Recipe):

@@ -14,6 +14,11 @@ from unziplora.config_training import SMALL, PictureConfig
 PAPER: dict[str, Any] = {
     "style_prompt": "a {content} in {style} style",
     "blocks": "sdxl",
+    "column_separation": True,
+    "block_separation": True,
+    "phrase_steps": 0,
+    "content_alone": 0.0,
+    "content_variants": False,
     "column_warmup": 1,
     "score_timesteps": 1,
     "column_score": "threshold",

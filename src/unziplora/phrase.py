@@ -36,7 +36,7 @@ STYLES = (
 )
 """Styles whose prompts stay as they are."""
 
-TEACHING_STEPS, TEACHING_BATCH, TEACHING_RATE = 150, 16, 3e-3
+TEACHING_STEPS, TEACHING_BATCH, TEACHING_RATE = 100, 12, 4e-3
 LOSS_SCALE = 1024.0
 """Keeps fp16 gradients from underflow; Adam's steps do not depend on it."""
 

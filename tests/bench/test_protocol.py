@@ -15,6 +15,7 @@ from unziplora.bench.cases import Case
 from unziplora.bench.methods import METHODS
 from unziplora.bench.protocol import Ask, asks, draw, evaluate, score
 from unziplora.bench.workplace import Workplace
+from unziplora.config_bench import ABLATION
 from unziplora.config_split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.lora.algebra import delta
@@ -177,14 +178,17 @@ class TestMethods:
         return replace(place, overrides=overrides)
 
     def test_ablation_adds_one_separation_at_a_time_to_the_same_settings(self, place: Workplace, cases: Cases):
-        seen = []
-        for name in ("joint", "prompt", "column", "block"):
+        more = {"phrase_steps": 3, "content_alone": 0.5, "content_variants": True}
+        place = replace(place, overrides={"unziplora": {**SMALL, **more}})
+        seen, told = [], []
+        for name in ABLATION:
             (recipe,) = METHODS[name].recipes(place, cases["cat"], 0)
             assert isinstance(recipe, SplitConfig)
             assert recipe.steps == 2
             seen.append((recipe.prompt_separation, recipe.column_separation, recipe.block_separation))
-        assert seen == [(False,) * 3, (True, False, False), (True, True, False), (True,) * 3]
-        assert METHODS["block"].recipes(place, cases["cat"], 0) == METHODS["unziplora"].recipes(place, cases["cat"], 0)
+            told.append((recipe.phrase_steps, recipe.content_alone, recipe.content_variants))
+        assert seen[:4] == [(False,) * 3, (True, False, False), (True, True, False), (True,) * 3]
+        assert told == [*[(0, 0.0, False)] * 4, (3, 0.0, False), (3, 0.5, True)]
 
     def test_paper_keeps_what_is_published_and_takes_the_size_from_the_base(self, place: Workplace, cases: Cases):
         bundled = replace(place, config=place.config.model_copy(update={"base": "bundled"}))

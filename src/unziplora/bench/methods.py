@@ -49,11 +49,10 @@ class Untrained:
 
 @dataclass(frozen=True)
 class Split(Paired):
-    """UnZipLoRA, with keys of its own; a `home` that is another method's shares its settings and its runs."""
+    """UnZipLoRA; with keys of its own, it is the same as `home` but for these."""
 
     keys: Mapping[str, Any] = field(default_factory=dict)
     home: str = "unziplora"
-    shared: bool = False
 
     def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
         """One training."""
@@ -61,13 +60,12 @@ class Split(Paired):
 
     def recipe(self, place: Workplace, case: Case, seed: int) -> SplitConfig:
         """The training."""
-        out = place.run_folder(self.home if self.shared else self.name, case, seed) / "split"
+        out = place.run_folder(self.name, case, seed) / "split"
         return SplitConfig.make(**{**place.common(case, seed), **case.words, **self.given(place), "out": out})
 
     def given(self, place: Workplace) -> dict[str, Any]:
-        """Below the settings for this method those of `home`."""
-        own = {} if self.shared else place.settings(self.name)
-        return {**self.keys, **place.settings(self.home), **own}
+        """The settings of `home`, the method's own keys, the settings for this method: the last one counts."""
+        return {**place.settings(self.home), **self.keys, **place.settings(self.name)}
 
     def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
         """Both LoRAs from one training."""
@@ -189,9 +187,14 @@ class Zipped:
         return Adapters(content, style, merged) if self.how == "zip" else Adapters(merged, merged, merged)
 
 
-def _separations(count: int) -> dict[str, bool]:
+ALONE: dict[str, Any] = {"content_alone": 0.0, "content_variants": False}
+"""Both LoRAs in every step, and the picture as it is."""
+
+
+def _separations(count: int) -> dict[str, Any]:
+    """The first of the published separations, and nothing that is not of the paper."""
     names = ("prompt_separation", "column_separation", "block_separation")
-    return {name: number < count for number, name in enumerate(names)}
+    return {**{name: number < count for number, name in enumerate(names)}, **ALONE, "phrase_steps": 0}
 
 
 METHODS: dict[str, Method] = {
@@ -203,7 +206,8 @@ METHODS: dict[str, Method] = {
         Split("joint", _separations(0)),
         Split("prompt", _separations(1)),
         Split("column", _separations(2)),
-        Split("block", shared=True),
+        Split("block", _separations(3)),
+        Split("words", ALONE),
         DreamBooths("dreambooth"),
         BLoraHalves("blora"),
         Zipped("ziplora", "zip"),
