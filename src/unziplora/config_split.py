@@ -19,6 +19,7 @@ PAPER: dict[str, Any] = {
     "phrase_steps": 0,
     "content_alone": 0.0,
     "content_variants": False,
+    "style_alone": 0.0,
     "column_warmup": 1,
     "score_timesteps": 1,
     "column_score": "threshold",
@@ -33,12 +34,18 @@ PAPER: dict[str, Any] = {
 # Found by trials on drawings and filters that the small base has not seen (docs/experiments.md).
 BUNDLED: dict[str, Any] = {
     **SMALL,
-    "steps": 350,
-    "content_learning_rate": 2e-3,
+    "content_learning_rate": 1e-3,
     "style_learning_rate": 1e-3,
+    "column_separation": False,
+    "block_separation": False,
     "blocks": "bundled",
     "column_warmup": 5,
     "score_timesteps": 4,
+    "phrase_steps": 160,
+    "phrase_learning_rate": 2e-2,
+    "content_alone": 0.6,
+    "content_variants": True,
+    "style_alone": 0.15,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER, "bundled": BUNDLED}

@@ -79,7 +79,7 @@ def demo(
         base = str(save_standin(folder / ".stand-in").resolve())
     given: dict[str, Any] = {"base": base, "preset": "bundled", "sample_seeds": []}
     if steps:
-        given["steps"] = steps
+        given |= {"steps": steps, "phrase_steps": steps}
     configs = [
         resolve(SplitConfig, {"images": [DEMO / f"{name}.png"]}, words, {**given, "out": folder / name})
         for name, words in read_toml(DEMO / "words.toml").items()

@@ -178,7 +178,7 @@ class TestMethods:
         return replace(place, overrides=overrides)
 
     def test_ablation_adds_one_separation_at_a_time_to_the_same_settings(self, place: Workplace, cases: Cases):
-        more = {"phrase_steps": 3, "content_alone": 0.5, "content_variants": True}
+        more = {"phrase_steps": 3, "content_alone": 0.5, "content_variants": True, "style_alone": 0.1}
         place = replace(place, overrides={"unziplora": {**SMALL, **more}})
         seen, told = [], []
         for name in ABLATION:
@@ -186,9 +186,9 @@ class TestMethods:
             assert isinstance(recipe, SplitConfig)
             assert recipe.steps == 2
             seen.append((recipe.prompt_separation, recipe.column_separation, recipe.block_separation))
-            told.append((recipe.phrase_steps, recipe.content_alone, recipe.content_variants))
+            told.append((recipe.phrase_steps, recipe.content_alone, recipe.content_variants, recipe.style_alone))
         assert seen[:4] == [(False,) * 3, (True, False, False), (True, True, False), (True,) * 3]
-        assert told == [*[(0, 0.0, False)] * 4, (3, 0.0, False), (3, 0.5, True)]
+        assert told == [*[(0, 0.0, False, 0.0)] * 4, (3, 0.0, False, 0.0), (3, 0.5, True, 0.1)]
 
     def test_paper_keeps_what_is_published_and_takes_the_size_from_the_base(self, place: Workplace, cases: Cases):
         bundled = replace(place, config=place.config.model_copy(update={"base": "bundled"}))
@@ -198,8 +198,11 @@ class TestMethods:
         for recipe in (small, large):
             assert (recipe.column_score, recipe.column_choice, recipe.init) == ("threshold", "strict", "gaussian")
             assert recipe.style_prompt == "a {content} in {style} style"
+            assert (recipe.phrase_steps, recipe.content_alone, recipe.style_alone) == (0, 0, 0)
+            assert recipe.column_separation
+            assert recipe.block_separation
             assert (recipe.optimizer, recipe.precision, recipe.column_warmup) == ("adamw", "fp32", 1)
-        assert (small.rank, small.content_learning_rate, small.steps) == (16, 2e-3, 350)
+        assert (small.rank, small.content_learning_rate, small.steps) == (16, 1e-3, 300)
         assert (large.rank, large.content_learning_rate, large.steps) == (64, 5e-5, 600)
 
     def test_oracle_learns_its_pictures_with_a_prompt_each_and_longer(self, place: Workplace, cases: Cases):

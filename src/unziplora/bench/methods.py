@@ -187,14 +187,14 @@ class Zipped:
         return Adapters(content, style, merged) if self.how == "zip" else Adapters(merged, merged, merged)
 
 
-ALONE: dict[str, Any] = {"content_alone": 0.0, "content_variants": False}
+TOGETHER: dict[str, Any] = {"content_alone": 0.0, "content_variants": False, "style_alone": 0.0}
 """Both LoRAs in every step, and the picture as it is."""
 
 
 def _separations(count: int) -> dict[str, Any]:
     """The first of the published separations, and nothing that is not of the paper."""
     names = ("prompt_separation", "column_separation", "block_separation")
-    return {**{name: number < count for number, name in enumerate(names)}, **ALONE, "phrase_steps": 0}
+    return {**{name: number < count for number, name in enumerate(names)}, **TOGETHER, "phrase_steps": 0}
 
 
 METHODS: dict[str, Method] = {
@@ -207,7 +207,7 @@ METHODS: dict[str, Method] = {
         Split("prompt", _separations(1)),
         Split("column", _separations(2)),
         Split("block", _separations(3)),
-        Split("words", ALONE),
+        Split("words", TOGETHER),
         DreamBooths("dreambooth"),
         BLoraHalves("blora"),
         Zipped("ziplora", "zip"),
