@@ -1,5 +1,7 @@
 """The style's phrase is learnt, and the text encoders learn to make the same of the plain words."""
 
+import os
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,17 +11,19 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
+from safetensors.torch import load_file
 
 from unziplora.base import Base, load_base
 from unziplora.config_sample import SampleConfig
 from unziplora.config_split import SplitConfig
 from unziplora.encode import conditioning
-from unziplora.errors import UserError
+from unziplora.errors import Interrupted, UserError
 from unziplora.lora.files import read_lora
 from unziplora.methods.common import Setup
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.phrase import Phrase, embeddings, learn_phrase, teach_encoders
+from unziplora.progress import Progress
 from unziplora.prompts import Prompts, embed, together
 from unziplora.sample import sample
 from unziplora.split import split
@@ -155,6 +159,32 @@ class TestSplit:
         tokens = seen.conditioning.tokens
         assert len({tuple(rows.flatten().tolist()) for rows in tokens}) == len(tokens)
         assert torch.equal(tokens[..., : tokens.shape[-1] // 3], tokens[..., -(tokens.shape[-1] // 3) :])
+
+    def test_class_pictures_are_the_bases_own(self, config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        made = []
+        for steps in (0, 3):
+            monkeypatch.setenv("UNZIPLORA_CACHE", str(tmp_path / f"cache-{steps}"))
+            recipe = config(phrase_steps=steps, content_prior=1.0, prior_images=1, phrase_learning_rate=1.0)
+            recipe = recipe.model_copy(update={"content_class_prompt": "a {content} in {style} style"})
+            method = UnZipLora.build(recipe, Setup(load_base(recipe.base), 64, nullcontext, lambda _: None))
+            made.append(method.priors["content"].latents)
+        assert torch.equal(*made)
+
+    def test_a_run_that_was_interrupted_ends_like_one_that_was_not(self, config: Make, tmp_path: Path):
+        more = {"steps": 4, "checkpoint_every": 2, "content_variants": True, "content_alone": 0.5}
+        whole = split(config(out=tmp_path / "whole", **more))
+
+        def interrupt(event: Progress) -> None:
+            if event.step == 3 and event.loss == event.loss:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(Interrupted):
+            split(config(out=tmp_path / "cut", **more), progress=interrupt)
+        cut = split(config(out=tmp_path / "cut", **more), resume=True)
+        for name in ("content", "style"):
+            one, two = (load_file(getattr(run, name)) for run in (whole, cut))
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[key], two[key]) for key in one)
 
     def test_variants_without_words_for_them_or_without_steps_alone_are_refused(self, config: Make):
         for lacking in ({"phrase_steps": 0, "content_alone": 0.5}, {"content_alone": 0.0}):

@@ -78,11 +78,10 @@ class Mounted:
 
     def turn(self, **strengths: float) -> None:
         """Set the strength of LoRAs by name; block strengths are in their weights already."""
+        self._weights.update(strengths)
         if self._peft:
-            self._weights.update(strengths)
             self.base.pipe.set_adapters(list(self._weights), list(self._weights.values()))
             return
-        self._weights.update(strengths)
         if self._told:
             self.base.pipe.set_adapters(self._told, [self._weights[name] for name in self._told])
         for name, strength in strengths.items():
@@ -91,10 +90,7 @@ class Mounted:
 
     def remove(self) -> None:
         """Take these LoRAs out again; others stay."""
-        if self._peft:
-            self.base.pipe.unload_lora_weights()
-            return
-        if self._told:
+        if self._peft or self._told:
             self.base.pipe.unload_lora_weights()
         unet = self.base.unet
         for name, branches in self._branches.items():

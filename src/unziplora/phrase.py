@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unziplora.base import Base
+from unziplora.encode import encode_pictures, to_device
+from unziplora.images import to_tensor
+from unziplora.methods.common import Setup
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
-from unziplora.prompts import join, together
+from unziplora.prompts import join, together, visiting
 from unziplora.text_lora import TextLora
+from unziplora.variants import filtered
 
 if TYPE_CHECKING:
     from unziplora.config_split import SplitConfig
@@ -99,6 +104,41 @@ def _adding(ids: Sequence[int], offsets: Tensor) -> Callable[..., Tensor]:
         return output
 
     return add
+
+
+def learn_words(
+    setup: Setup, config: SplitConfig, pictures: Sequence[Image.Image], examples: Examples
+) -> tuple[TextLora, Examples | None]:
+    """Learn the style's phrase and leave it in the text encoders; a resumed run learns it anew, to the same end.
+
+    Args:
+        setup: the base, without LoRAs.
+        config: the recipe.
+        pictures: what is learnt from.
+        examples: the same, encoded.
+
+    Returns:
+        The text encoders' LoRA, and the pictures with their variants for the content LoRA, if the recipe asks for them.
+    """
+    setup.tell(f"learning the phrase {config.style!r}")
+    if config.content_variants:
+        examples = _with_variants(setup.base, pictures, examples)
+    phrase = Phrase(setup.base, config.style, len(examples.latents) // len(pictures))
+    with visiting(setup.base.text_encoders, setup.base.device):
+        prompt = config.fill("a {content} in {style} style")
+        learn_phrase(phrase, setup.noise_schedule(), examples, prompt, config, setup.autocast)
+        variants = to_device(retold(phrase, examples, config), setup.base) if config.content_variants else None
+        return teach_encoders(phrase, config), variants
+
+
+def _with_variants(base: Base, pictures: Sequence[Image.Image], examples: Examples) -> Examples:
+    """The pictures, then all of them under the first filter, the second …; told as the pictures are."""
+    by_filter = zip(*(filtered(picture)[1:] for picture in pictures), strict=True)
+    more = encode_pictures(base, [to_tensor(picture) for row in by_filter for picture in row])
+    latents = torch.cat([examples.latents, more.to(examples.latents)])
+    index = torch.arange(len(latents)) % len(pictures)
+    weights = None if examples.weights is None else examples.weights[index]
+    return Examples(latents, examples.conditioning.take(index), weights)
 
 
 def learn_phrase(

@@ -75,11 +75,10 @@ def embed(base: Base, prompts: Sequence[str]) -> Embeddings:
 
 def encode(base: Base, prompts: Sequence[str]) -> Embeddings:
     """Encode prompts one by one, each once, by text encoders that are on the device; gradients flow through them."""
-    rows: dict[str, tuple[Tensor, Tensor]] = {}
-    for text in dict.fromkeys(prompts):
-        tokens, _, pooled, _ = base.pipe.encode_prompt(text, device=base.device, do_classifier_free_guidance=False)
-        rows[text] = tokens, pooled
-    return Embeddings(torch.cat([rows[text][0] for text in prompts]), torch.cat([rows[text][1] for text in prompts]))
+    rows = {text: together(base, [text]) for text in dict.fromkeys(prompts)}
+    return Embeddings(
+        torch.cat([rows[text].tokens for text in prompts]), torch.cat([rows[text].pooled for text in prompts])
+    )
 
 
 def together(base: Base, prompts: Sequence[str]) -> Embeddings:

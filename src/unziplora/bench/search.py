@@ -26,6 +26,7 @@ STEPS = (150, 300, 600)
 RANKS = (8, 16, 32)
 SPREAD = 1024
 """Points of Sobol's sequence that say in which order the grid is tried."""
+
 SEARCHED: tuple[MethodName, ...] = ("unziplora", "paper", "dreambooth", "blora", "ziplora")
 """Methods with settings of their own; the others take them over from these, or have none to choose."""
 

@@ -39,10 +39,9 @@ from unziplora.methods.common import (
     switched_off,
 )
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.phrase import Phrase, learn_phrase, retold, teach_encoders
-from unziplora.prompts import Prompts, visiting
+from unziplora.phrase import learn_words
+from unziplora.prompts import Prompts
 from unziplora.text_lora import TextLora
-from unziplora.variants import filtered
 
 
 class UnZipLora(Method[SplitConfig]):
@@ -129,52 +128,34 @@ class UnZipLora(Method[SplitConfig]):
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
         """Encode pictures, prompts and class pictures once, then inject both LoRAs."""
         pictures, words = load_pictures(config, setup.size), config.prompts()
-        text, variants = cls.learn_phrase(config, setup, pictures) if config.phrase_steps else (None, None)
         prompts = Prompts(**words) if config.prompt_separation else Prompts(words["full"])
-        examples = picture_examples(setup, config, pictures, prompts)
 
         def alike(text: str) -> Prompts:
             return Prompts(text, text, text) if config.prompt_separation else Prompts(text)
 
-        style_examples = None
-        if config.style_alone:  # away from the full prompt, which names the content
-            told = conditioning(setup.base, alike(words["style"]), setup.size, len(pictures))
-            style_examples = to_device(replace(examples, conditioning=told), setup.base)
         weights = {"content": config.content_prior, "style": config.style_prior}
         templates = {"content": config.content_class_prompt, "style": config.style_class_prompt}
-        priors = {}
-        for name in NAMES:
-            if weights[name] > 0:
-                prompts = alike(config.fill(templates[name]))
-                priors[name] = class_examples(setup, config, prompts, config.prior_images)
+        priors = {  # before the phrase is learnt: class pictures are the base's own
+            name: class_examples(setup, config, alike(config.fill(templates[name])), config.prior_images)
+            for name in NAMES
+            if weights[name] > 0
+        }
+        examples = picture_examples(setup, config, pictures, prompts)
+
+        def told(prompts: Prompts) -> Examples:
+            rows = conditioning(setup.base, prompts, setup.size, len(pictures))
+            return to_device(replace(examples, conditioning=rows), setup.base)
+
+        text, variants, style_examples = None, None, None
+        if config.phrase_steps:
+            text, variants = learn_words(setup, config, pictures, examples)
+            examples = told(prompts)
+        if config.style_alone:  # away from the full prompt, which names the content
+            style_examples = told(alike(words["style"]))
         setup.leave_unet_alone(config)
         scheduler, blocks = setup.noise_schedule(), read_blocks(config.blocks)
         made = priors, setup.autocast, pictures, style_examples, text, variants
         return cls(setup.base.unet, scheduler, examples, config, blocks, *made)
-
-    @classmethod
-    def learn_phrase(
-        cls, config: SplitConfig, setup: Setup, pictures: list[Image.Image]
-    ) -> tuple[TextLora, Examples | None]:
-        """Learn the style's phrase and leave it in the text encoders; a resumed run learns it anew, to the same end.
-
-        Returns:
-            The text encoders' LoRA, and the picture's variants for the content LoRA, if the recipe asks for them.
-        """
-        setup.tell(f"learning the phrase {config.style!r}")
-        readings = [filtered(p) if config.content_variants else [p] for p in pictures]
-        shown = [picture for reading in zip(*readings, strict=True) for picture in reading]
-        phrase = Phrase(setup.base, config.style, len(readings[0]))
-        examples = picture_examples(setup, config, shown, Prompts("an image"))
-        if examples.weights is not None:
-            examples = replace(examples, weights=examples.weights.repeat(len(readings[0]), 1, 1, 1))
-        with visiting(setup.base.text_encoders, setup.base.device):
-            prompt = config.fill("a {content} in {style} style")
-            learn_phrase(phrase, setup.noise_schedule(), examples, prompt, config, setup.autocast)
-            told = None
-            if config.content_variants:
-                told = to_device(retold(phrase, examples, config), setup.base)
-            return teach_encoders(phrase, config), told
 
     @classmethod
     def about(cls, config: SplitConfig) -> About:
@@ -269,8 +250,8 @@ class UnZipLora(Method[SplitConfig]):
             return denoising_loss(self.unet, self.scheduler, examples, draw=draw, **self.config.noising())
 
     def only(self, name: str) -> AbstractContextManager[None]:
-        """Switch the other LoRA off."""
-        return self.off(tuple(other for other in NAMES if other != name))
+        """Switch the other LoRA off in the UNet; the words are encoded already."""
+        return switched_off(*(self.branches[other] for other in NAMES if other != name))
 
     @contextmanager
     def off(self, names: tuple[str, ...]) -> Iterator[None]:
