@@ -206,11 +206,12 @@ class TestMethods:
         assert (large.rank, large.content_learning_rate, large.steps) == (64, 5e-5, 600)
 
     def test_oracle_learns_its_pictures_with_a_prompt_each_and_longer(self, place: Workplace, cases: Cases):
-        content, style = METHODS["oracle"].recipes(replace(place, overrides={}), cases["cat"], 0)
+        searched = {"dreambooth": {"content": {"steps": 7, "rank": 2}}}
+        content, style = METHODS["oracle"].recipes(replace(place, overrides=searched), cases["cat"], 0)
         assert content.picture_prompts() == ["a sks cat in oil style"]
         assert style.picture_prompts() == ["a bell in ink style", "a hat in ink style"]
         plain, _ = METHODS["dreambooth"].recipes(replace(place, overrides={}), cases["cat"], 0)
-        assert content.steps == 3 * plain.steps
+        assert (content.steps, content.rank) == (3 * plain.steps, plain.rank)
         assert [path.is_file() for path in style.images] == [True, True]
 
     @pytest.mark.parametrize("name", ["unziplora", "blora", "dreambooth", "oracle"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -134,7 +134,10 @@ class Oracle(DreamBooths):
     """What is within reach: DreamBooth on the same drawing in many styles, and on the same style of many drawings."""
 
     def recipe(self, place: Workplace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
-        """As DreamBooth, on the oracle's pictures with a prompt each, and longer."""
+        """DreamBooth's defaults, whatever is searched for it, on the oracle's pictures with a prompt each, and longer.
+
+        So a scale stays what it is while settings are chosen by it.
+        """
         content = kind == "content"
         examples = case.oracle_content if content else case.oracle_style
         prompt = "a {{token}} {{content}} in {} style" if content else "a {} in {{style}} style"
@@ -142,7 +145,7 @@ class Oracle(DreamBooths):
             "images": place.pictures(case, kind, examples),
             "prompts": [prompt.format(example.word) for example in examples for _ in example.pictures],
         }
-        plain = DreamBooths("dreambooth").recipe(place, case, seed, kind)
+        plain = DreamBooths("dreambooth").recipe(replace(place, overrides={}), case, seed, kind)
         given = {"steps": ORACLE_TIMES * plain.steps, **place.settings(self.name, kind)}
         out = place.run_folder(self.name, case, seed) / kind
         words = {kind: getattr(case, kind)}
