@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from unziplora import job
-from unziplora.base import Base
+from unziplora.base import Base, load_base
 from unziplora.class_pictures import FIRST_SEED
 from unziplora.config import resolve, to_toml
 from unziplora.config_sample import SampleConfig
@@ -243,7 +243,7 @@ class TestLoss:
             step = generator(5, "zip", name, 7)
             torch.randint(1, (1,), generator=step)
             times = torch.randint(1000, (2,), generator=step)
-            clean = method.examples[name].latents[[0, 0]]
+            clean = method.learnt.alone[name].latents[[0, 0]]
             noisy = schedule.add_noise(clean, torch.randn(clean.shape, generator=step), times)
             with torch.no_grad():
                 wanted = predict(noisy, times, row, [updates[name]])
@@ -330,7 +330,7 @@ class TestPictures:
         mounted = Mounted(other, [Part("content", loras["content"], {}, "")])
         settings = Settings(1, 2.0, width=64, height=64)
         wanted = generate_latents(other, "a sks cat", [FIRST_SEED, FIRST_SEED + 1], settings)
-        torch.testing.assert_close(method.examples["content"].latents, wanted)
+        torch.testing.assert_close(method.learnt.alone["content"].latents, wanted)
         mounted.remove()
         plain = generate_latents(other, "a sks cat", [FIRST_SEED], settings)
         assert not torch.allclose(plain, wanted[:1], atol=1e-3)
@@ -472,12 +472,63 @@ class TestDirect:
         assert merged.metadata["modelspec.prediction_type"] == "v"
 
 
+class TestTextEncoders:
+    @pytest.fixture
+    def own_base(self, tiny_folder: Path) -> Base:
+        """A base whose text encoders the test may change too."""
+        return load_base(str(tiny_folder))
+
+    @pytest.fixture
+    def pair(self, loras: dict[str, Lora], files: dict[str, Path]) -> Pair:
+        """What the style LoRA changes in a text encoder."""
+        draw = torch.Generator().manual_seed(3)
+        made = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)
+        write_lora(replace(loras["style"], text=text_tensors({TEXT: made})), files["style"], dtype="fp32")
+        return made
+
+    def test_each_lora_learnt_with_its_own_and_the_merged_one_reads_with_both(
+        self, own_base: Base, shared_base: Base, tiny_folder: Path, config: Make, pair: Pair
+    ):
+        learnt = build(own_base, config()).learnt
+        plain, told = shared_base, load_base(str(tiny_folder))
+        with torch.no_grad():
+            told.text_encoders[0].get_submodule(TEXT.removeprefix("text_encoder.text_model.")).weight += delta(pair)
+        for found, base, prompt in (
+            (learnt.alone["content"], plain, "a sks cat"),
+            (learnt.alone["style"], told, "an image in ink style"),
+            (learnt.merged["content"], told, "a sks cat"),
+            (learnt.merged["style"], told, "an image in ink style"),
+        ):
+            wanted = embed(base, [prompt])
+            torch.testing.assert_close(found.conditioning.tokens, wanted.tokens, rtol=1e-4, atol=1e-5)
+        assert torch.equal(learnt.alone["content"].latents, learnt.merged["content"].latents)
+
+    @pytest.mark.usefixtures("pair")
+    def test_are_switched_off_with_their_lora(self, own_base: Base, shared_base: Base, config: Make):
+        method, prompt = build(own_base, config()), ["a sks cat in ink style"]
+        plain, both = embed(shared_base, prompt).tokens, embed(own_base, prompt).tokens
+        with method.off(("style", "scales")):
+            torch.testing.assert_close(embed(own_base, prompt).tokens, plain)
+        with method.off(("content",)):
+            assert torch.equal(embed(own_base, prompt).tokens, both)
+        assert not torch.allclose(both, plain, atol=1e-3)
+        assert torch.equal(embed(own_base, prompt).tokens, both)
+
+    def test_are_in_the_merged_file_at_their_strength(self, config: Make, pair: Pair):
+        run = zip_loras(config(style_strength=0.5, parts=True, sample_seeds=[1]))
+        for name in ("lora", "style"):
+            assert read_lora(run.lora(name)).text_modules.keys() == {TEXT}
+            torch.testing.assert_close(delta(read_lora(run.lora(name)).text_modules[TEXT]), 0.5 * delta(pair))
+        assert not read_lora(run.content).text
+
+    def test_of_a_lora_that_makes_its_own_pictures(self, own_base: Base, config: Make, pair: Pair):
+        method = build(own_base, config(style_images=[], teacher_images=1))
+        assert method.learnt.alone["style"].latents.shape[0] == 1
+        assert method.text["style"][f"{TEXT}.lora_A.weight"].shape == pair[0].shape
+
+
 class TestRefusals:
     def test_what_has_no_column_scales(self, config: Make, loras: dict[str, Lora], files: dict[str, Path]):
-        pair = torch.ones(1, 16), torch.ones(16, 1)
-        write_lora(replace(loras["style"], text=text_tensors({TEXT: pair})), files["style"])
-        with pytest.raises(UserError, match=r"style-lora(.|\n)*text encoders(.|\n)*--method direct"):
-            zip_loras(config())
         conv = {"down_blocks.0.resnets.0.conv1": (torch.ones(1, 8, 3, 3), torch.ones(8, 1, 1, 1))}
         write_lora(Lora({**loras["style"].modules, **conv}), files["style"])
         with pytest.raises(UserError, match="convolutions"):

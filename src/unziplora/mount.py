@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,6 +88,16 @@ class Mounted:
         for name, strength in strengths.items():
             for branch in self._branches[name].values():
                 branch.strength = strength
+
+    @contextmanager
+    def without(self, *names: str) -> Iterator[None]:
+        """Have LoRAs at strength 0 for a while; names that are not mounted count for nothing."""
+        before = {name: self._weights[name] for name in names if name in self._weights}
+        self.turn(**dict.fromkeys(before, 0.0))
+        try:
+            yield
+        finally:
+            self.turn(**before)
 
     def remove(self) -> None:
         """Take these LoRAs out again; others stay."""

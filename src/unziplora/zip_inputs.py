@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -101,16 +101,16 @@ def _summed(parts: list[dict[str, Pair]]) -> dict[str, Pair]:
 
 
 def check_zippable(config: ZipConfig, loras: Mapping[str, Lora]) -> None:
-    """Refuse what has no column scales: text encoders, convolutions, LoRAs without a common layer.
+    """Refuse what column scales cannot be put on: convolutions, LoRAs without a common layer.
 
     Raises:
         UserError: names the file, and what to do instead.
     """
     for name, lora in loras.items():
-        if lora.text or any(down.dim() > 2 for down, _ in lora.modules.values()):
+        if any(down.dim() > 2 for down, _ in lora.modules.values()):
             raise UserError(
-                f"{getattr(config, f'{name}_lora')}: it changes text encoders or convolutions, which have no column "
-                "scales; --method direct adds them as they are"
+                f"{getattr(config, f'{name}_lora')}: it changes convolutions, which have no column scales; "
+                "--method direct adds them as they are"
             )
     if not shared_layers(loras):
         raise UserError(
@@ -125,16 +125,50 @@ def shared_layers(loras: Mapping[str, Lora]) -> list[str]:
     return [path for path in content if path in style]
 
 
-def learnt(setup: Setup, config: ZipConfig, name: str, lora: Lora, pictures: list[Image.Image]) -> Examples:
-    """What a LoRA learnt, with the conditioning of its prompt: its pictures, else some that it makes itself."""
-    text = config.prompts()[name]
+@dataclass(frozen=True)
+class Learnt:
+    """What both LoRAs learnt, by LoRA name: pictures with the conditioning of the LoRA's prompt.
+
+    Attributes:
+        alone: the prompt as the LoRA's own text encoders read it.
+        merged: the same pictures; the prompt as the text encoders with both LoRAs read it.
+        texts: the LoRAs' parts of the text encoders, which stay in the base; a LoRA may have none.
+    """
+
+    alone: dict[str, Examples]
+    merged: dict[str, Examples]
+    texts: Mounted
+
+
+def learnt(
+    setup: Setup, config: ZipConfig, loras: Mapping[str, Lora], pictures: Mapping[str, list[Image.Image]]
+) -> Learnt:
+    """What the LoRAs learnt: their pictures, else some that each makes itself; text encoders are changed in place."""
+    base, prompts = setup.base, config.prompts()
+    parts = {name: Part(name, lora, {}, str(getattr(config, f"{name}_lora"))) for name, lora in loras.items()}
+    latents = {name: _latents(setup, config, parts[name], pictures[name]) for name in NAMES}
+    told = [replace(part, lora=replace(part.lora, modules={})) for part in parts.values() if part.lora.text]
+    texts = Mounted(base, told)
+
+    def read(name: str) -> Examples:
+        made = conditioning(base, Prompts(prompts[name]), setup.size, len(latents[name]))
+        return to_device(Examples(latents[name], made), base)
+
+    merged = {name: read(name) for name in NAMES}
+    alone = {}
+    for name in NAMES:
+        with texts.without(*(other for other in NAMES if other != name)):
+            alone[name] = read(name)
+    return Learnt(alone, merged, texts)
+
+
+def _latents(setup: Setup, config: ZipConfig, part: Part, pictures: list[Image.Image]) -> Tensor:
+    """Latents of the pictures, or of some that the base makes with this LoRA in it, [N, C, h, w]."""
     if pictures:
-        latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
-    else:
-        setup.tell(f"the {name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
-        latents = _made(setup, config, Part(name, lora, {}, str(getattr(config, f"{name}_lora"))), text)
-    told = conditioning(setup.base, Prompts(text), setup.size, len(latents))
-    return to_device(Examples(latents, told), setup.base)
+        return encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
+    text = config.prompts()[part.name]
+    setup.tell(f"the {part.name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
+    return _made(setup, config, part, text)
 
 
 def _made(setup: Setup, config: ZipConfig, part: Part, text: str) -> Tensor:

@@ -1,6 +1,7 @@
 """ZipLoRA (arXiv 2311.13600): a content and a style LoRA become one, by trained scales of their input columns.
 
 ΔW = ΔW_c diag(m_c) + ΔW_s diag(m_s). The matrices rest; only the scales m train, towards what each LoRA does alone.
+What LoRAs change in text encoders has no scales: both parts act, and the UNet's scales train with prompts read so.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from unziplora.lora.separation import NAMES
 from unziplora.memory import inspect_base
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup, View, folded, switched_off
-from unziplora.objective import Examples, generator, noised, snr_weights
+from unziplora.objective import generator, noised, snr_weights
 from unziplora.prompts import Prompts
-from unziplora.zip_inputs import check_zippable, learnt, merge, read_loras, shared_layers
+from unziplora.zip_inputs import Learnt, check_zippable, learnt, merge, read_loras, shared_layers
 
 SCALES = "scales"
 """What is switched off, by this name, for the plain sum of both LoRAs."""
@@ -72,7 +73,7 @@ class ZipLora(Method[ZipConfig]):
         self,
         unet: nn.Module,
         scheduler: DDPMScheduler,
-        examples: Mapping[str, Examples],
+        learnt: Learnt,
         loras: Mapping[str, Lora],
         config: ZipConfig,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -83,14 +84,15 @@ class ZipLora(Method[ZipConfig]):
         Args:
             unet: frozen, without LoRAs.
             scheduler: says how noise is added.
-            examples: by LoRA name the pictures that it learnt, with the conditioning of its prompt.
-            loras: by name, at their strengths; of linear layers that the UNet has.
+            learnt: the pictures of both LoRAs, with the conditioning of their prompts.
+            loras: by name, at their strengths; of linear layers that the UNet has, and of text encoders.
             config: the recipe.
             autocast: context of the forward passes.
             pictures: what the examples were made from, for the sample sheet.
         """
-        self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
+        self.unet, self.scheduler, self.learnt, self.config = unet, scheduler, learnt, config
         self.autocast, self.pictures = autocast, list(pictures)
+        self.text = {name: lora.text for name, lora in loras.items()}
         self.branches = {name: add_lora(unet, name, loras[name].modules) for name in NAMES}
         for branch in (branch for branches in self.branches.values() for branch in branches.values()):
             branch.requires_grad_(False)
@@ -126,10 +128,10 @@ class ZipLora(Method[ZipConfig]):
             check_fits(lora, base.unet, str(getattr(config, f"{name}_lora")), f"base {base.name}")
         paths = {"content": config.content_images, "style": config.style_images}
         pictures = {name: [load_picture(path, setup.size) for path in paths[name]] for name in NAMES}
-        examples = {name: learnt(setup, config, name, loras[name], pictures[name]) for name in NAMES}
+        made = learnt(setup, config, loras, pictures)
         setup.leave_unet_alone(config)
         shown = [picture for name in NAMES for picture in pictures[name]]
-        return cls(base.unet, setup.noise_schedule(), examples, loras, config, setup.autocast, shown)
+        return cls(base.unet, setup.noise_schedule(), made, loras, config, setup.autocast, shown)
 
     @classmethod
     def about(cls, config: ZipConfig) -> About:
@@ -154,33 +156,47 @@ class ZipLora(Method[ZipConfig]):
         that λ means the same for every picture size and base.
         """
         for name in NAMES:
-            yield self._distance(name, generator(self.config.seed, "zip", name, step))
+            yield self._distance(name, step)
         if self.config.orthogonality:
             content, style = (self.scales[name] for name in NAMES)
             pairs: list[tuple[Tensor, Tensor]] = [(content[path].columns, style[path].columns) for path in content]
             yield self.config.orthogonality * orthogonality(pairs)
 
-    def _distance(self, name: str, draw: torch.Generator) -> Tensor:
+    def _distance(self, name: str, step: int) -> Tensor:
         """Mean squared difference of the predictions by the merged LoRA and by one alone, a scalar."""
         config = self.config
-        drawn = noised(self.scheduler, self.examples[name], config.batch_size, draw, config.noise_offset)
+        alone, merged = (
+            noised(
+                self.scheduler,
+                examples[name],
+                config.batch_size,
+                generator(config.seed, "zip", name, step),  # the same pictures, noise and timesteps for both
+                config.noise_offset,
+            )
+            for examples in (self.learnt.alone, self.learnt.merged)
+        )
         # Two contexts: what autocast keeps of the first pass, without gradients, must not serve the second.
         with torch.no_grad(), self.autocast(), self.alone(name):
-            wanted = self.unet(**drawn.inputs)[0]
+            wanted = self.unet(**alone.inputs)[0]
         with self.autocast():
-            given = self.unet(**drawn.inputs)[0]
+            given = self.unet(**merged.inputs)[0]
         error = (given.float() - wanted.float()).square().mean(dim=(1, 2, 3))
         if config.min_snr_gamma is not None:
-            error = error * snr_weights(self.scheduler, drawn.timesteps, config.min_snr_gamma)
+            error = error * snr_weights(self.scheduler, merged.timesteps, config.min_snr_gamma)
         return error.mean()
 
     def alone(self, name: str) -> AbstractContextManager[None]:
-        """Have one LoRA act alone, without scales, as it was before merging."""
-        return self.off((*(other for other in NAMES if other != name), SCALES))
+        """Have one LoRA act alone in the UNet, without scales, as it was before merging."""
+        return self._unet_off((*(other for other in NAMES if other != name), SCALES))
 
     @contextmanager
     def off(self, names: tuple[str, ...]) -> Iterator[None]:
         """Switch LoRAs off; `scales` switches the scales off."""
+        with self.learnt.texts.without(*names), self._unet_off(names):
+            yield
+
+    @contextmanager
+    def _unet_off(self, names: tuple[str, ...]) -> Iterator[None]:
         scales = [scale for name in NAMES for scale in self.scales[name].values()] if SCALES in names else []
         with switched_off(*(self.branches[name] for name in NAMES if name in names)):
             for scale in scales:
@@ -202,8 +218,11 @@ class ZipLora(Method[ZipConfig]):
             columns.copy_(state[name])
 
     def export(self) -> dict[str, Lora]:
-        """The merged LoRA, of rank r_c + r_s, scales folded into A; and if asked for its two parts."""
-        parts = {name: Lora(folded(self.branches[name])) for name in NAMES}
+        """The merged LoRA, of rank r_c + r_s, scales folded into A; and if asked for its two parts.
+
+        What the LoRAs change in text encoders is added as it is.
+        """
+        parts = {name: Lora(folded(self.branches[name]), text=self.text[name]) for name in NAMES}
         return {"lora": merge(parts), **(parts if self.config.parts else {})}
 
     def views(self) -> list[View]:
