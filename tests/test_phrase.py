@@ -160,6 +160,24 @@ class TestSplit:
         assert len({tuple(rows.flatten().tolist()) for rows in tokens}) == len(tokens)
         assert torch.equal(tokens[..., : tokens.shape[-1] // 3], tokens[..., -(tokens.shape[-1] // 3) :])
 
+    def test_words_are_learnt_with_as_little_memory_as_the_loras(
+        self, tiny_folder: Path, config: Make, monkeypatch: pytest.MonkeyPatch
+    ):
+        checkpointed = []
+
+        def spy(phrase: Phrase, *rest: Any) -> None:
+            checkpointed.append(phrase.base.unet.is_gradient_checkpointing)
+            learn_phrase(phrase, *rest)
+
+        monkeypatch.setattr("unziplora.phrase.learn_phrase", spy)
+        made = []
+        for saving in (True, False):
+            recipe = config(gradient_checkpointing=saving, phrase_steps=2, phrase_learning_rate=0.1)
+            setup = Setup(load_base(str(tiny_folder)), 64, nullcontext, lambda _: None)
+            made.append(UnZipLora.build(recipe, setup).examples.conditioning.tokens)
+        assert checkpointed == [True, False]
+        torch.testing.assert_close(*made)
+
     def test_class_pictures_are_the_bases_own(self, config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         made = []
         for steps in (0, 3):

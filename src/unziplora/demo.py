@@ -13,7 +13,7 @@ from unziplora.atomic import write_png
 from unziplora.base import BUNDLED, Base, load_base
 from unziplora.config import read_toml, resolve
 from unziplora.config_sample import SampleConfig
-from unziplora.config_split import SplitConfig
+from unziplora.config_split import PRESETS, SplitConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.generate import decode, generate_latents
 from unziplora.grid import sheet
@@ -64,7 +64,7 @@ def demo(
     Args:
         out: folder of the two runs; where it is taken, the next free number is appended.
         base: another base to try it on.
-        steps: instead of the preset's.
+        steps: instead of the preset's; fewer, for the style's words too.
         progress: see `split`.
 
     Raises:
@@ -79,7 +79,7 @@ def demo(
         base = str(save_standin(folder / ".stand-in").resolve())
     given: dict[str, Any] = {"base": base, "preset": "bundled", "sample_seeds": []}
     if steps:
-        given |= {"steps": steps, "phrase_steps": steps}
+        given |= {"steps": steps, "phrase_steps": min(steps, PRESETS["bundled"]["phrase_steps"])}
     configs = [
         resolve(SplitConfig, {"images": [DEMO / f"{name}.png"]}, words, {**given, "out": folder / name})
         for name, words in read_toml(DEMO / "words.toml").items()

@@ -112,7 +112,7 @@ def learn_words(
     """Learn the style's phrase and leave it in the text encoders; a resumed run learns it anew, to the same end.
 
     Args:
-        setup: the base, without LoRAs.
+        setup: the base, without LoRAs; its VAE leaves the device.
         config: the recipe.
         pictures: what is learnt from.
         examples: the same, encoded.
@@ -123,6 +123,7 @@ def learn_words(
     setup.tell(f"learning the phrase {config.style!r}")
     if config.content_variants:
         examples = _with_variants(setup.base, pictures, examples)
+    setup.leave_unet_alone(config, text=True)
     phrase = Phrase(setup.base, config.style, len(examples.latents) // len(pictures))
     with visiting(setup.base.text_encoders, setup.base.device):
         prompt = config.fill("a {content} in {style} style")

@@ -49,7 +49,7 @@ class Setup:
         return DDPMScheduler.from_config(self.base.scheduler.config)
 
     def leave_unet_alone(self, config: TrainingConfig, text: bool = False) -> None:
-        """Send the VAE off the device, once everything is encoded, and unless they are trained, the text encoders."""
+        """Send the VAE off the device, once all pictures are encoded, and the text encoders unless they are needed."""
         for module in (self.base.vae, *(() if text else self.base.text_encoders)):
             module.to("cpu")
         if config.gradient_checkpointing:
