@@ -128,6 +128,23 @@ class TestBench:
         right = [sheet.crop((sheet.width - 6 * cell, 0, sheet.width, one.height - 4)) for sheet in (one, two)]
         assert right[0].tobytes() == right[1].tobytes()
 
+    def test_scores_without_their_pictures_are_told_all_the_same(
+        self, config: BenchConfig, tiny_base: Base, cases: Cases
+    ):
+        config = config.model_copy(update={"methods": ["base"]})
+
+        def run() -> Report:
+            return bench(config, base=tiny_base, measures=[Colours()], cases=cases)
+
+        first = run()
+        for picture in config.out.rglob("samples/*.png"):
+            picture.unlink()
+        assert run().rows == first.rows
+        assert not list(config.out.rglob("samples/*.png"))
+        results = [json.loads((config.out / "runs/base/cat/seed-0/scores.json").read_text())]
+        bare = contact_sheet(cases["cat"], [], config.out)
+        assert contact_sheet(cases["cat"], results, config.out).size == bare.size
+
     def test_progress_tells_every_unit(self, config: BenchConfig, tiny_base: Base, cases: Cases):
         told: list[tuple[int, int]] = []
         bench(

@@ -181,16 +181,20 @@ def write_report(report: Report, results: Sequence[Mapping[str, Any]], cases: Se
 
 
 def contact_sheet(case: Case, results: Sequence[Mapping[str, Any]], folder: Path) -> Image.Image:
-    """The truth, then a row per method: input, content alone, style alone, both, mixed; the first picture of each."""
+    """The truth, then a row per method: input, content alone, style alone, both, mixed; the first picture of each.
+
+    Scores count without their pictures; a method whose pictures were not kept has no row.
+    """
     truths = [example.pictures[0] for example in (*case.targets, *case.others)]
     rows = [[case.picture, *truths, case.picture, case.mix]]
     heads = ["input", *(example.word for example in (*case.targets, *case.others)), "both", f"in {case.partner}"]
     names = ["truth"]
     for result in results:
-        if result["method"] not in names:
-            home = folder / "runs" / result["method"] / case.slug / f"seed-{result['seed']}"
-            files = {(picture["task"], picture["target"]): picture["file"] for picture in reversed(result["pictures"])}
-            rows.append([case.picture, *(Image.open(home / file) for file in reversed(files.values()))])
+        home = folder / "runs" / result["method"] / case.slug / f"seed-{result['seed']}"
+        files = {(picture["task"], picture["target"]): picture["file"] for picture in reversed(result["pictures"])}
+        shown = [home / file for file in reversed(files.values())]
+        if result["method"] not in names and all(path.is_file() for path in shown):
+            rows.append([case.picture, *(Image.open(path) for path in shown)])
             names.append(result["method"])
     side = ENLARGED * case.picture.width
     large = [[picture.resize((side, side), Image.Resampling.NEAREST) for picture in row] for row in rows]
