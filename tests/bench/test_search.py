@@ -124,12 +124,36 @@ def test_takes_the_best_of_the_same_settings_for_every_method(searching: BenchCo
     assert {best["steps"] for best in found.best.values()} == {most}
     assert found.scores["blora"].index(max(found.scores["blora"])) == [s.steps for s in grid(4)].index(most)
     assert read_toml(found.file) == found.best
-    assert json.loads((searching.out / "search.json").read_text())["scores"] == found.scores
+    told = json.loads((searching.out / "search.json").read_text())
+    assert (told["scores"], told["means"]) == (found.scores, found.means)
     assert sorted(path.name for path in (searching.out / "search" / "blora").iterdir()) == ["00", "01", "02", "03"]
 
     final = searching.model_copy(update={"search": 0, "settings": found.file, "methods": ["base", "blora", "oracle"]})
     report = bench(final, base=tiny_base, measures=[Steps()], cases=painted, methods=methods)
     assert report.of("colours")[1].seeds[0]["headline"] == pytest.approx(max(found.scores["blora"]))
+
+
+def test_where_every_score_is_0_the_best_mean_decides(searching: BenchConfig, tiny_base: Base, painted: Cases):
+    class Half(Steps):
+        """More steps make the other things better; the drawing is worse than the base's with every setting."""
+
+        def concept(self, pictures: Any) -> torch.Tensor:
+            return Steps.content(self, pictures)
+
+        def style(self, pictures: Any) -> torch.Tensor:
+            return torch.tensor([[1.0, 0.0]] * len(pictures))
+
+        def content(self, pictures: Any) -> torch.Tensor:
+            level = [picture.getpixel((0, 0))[0] / 255 for picture in pictures]
+            likeness = [1.0 if value > 0.9 else 0.1 if value > 0.01 else 0.5 for value in level]
+            return torch.tensor([[value, (1 - value**2) ** 0.5] for value in likeness])
+
+    methods = {name: Painter(name) for name in ("base", "oracle", "unziplora", "blora")}
+    found = search(searching, bench=open_bench(searching, None, tiny_base, [Half()], painted, methods))
+    assert found.scores["blora"] == [0.0] * 4
+    steps = [setting.steps for setting in grid(4)]
+    assert max(zip(found.means["blora"], steps, strict=True))[1] == max(steps)
+    assert found.best["blora"]["steps"] == max(steps)
 
 
 def test_without_a_scale_nothing_is_chosen(searching: BenchConfig, tiny_base: Base, painted: Cases):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import tomli_w
@@ -67,12 +67,15 @@ class Search(BaseModel):
     Attributes:
         tried: the settings, in order.
         scores: by method, one score per setting.
+        means: the same with the plain mean of scaled content and style, which decides where scores are equal: a
+            method that is below the base in one half has the score 0 with every setting.
         best: by method, the best setting in the method's own keys.
         file: the settings as TOML, for `--settings`.
     """
 
     tried: list[dict[str, float]]
     scores: dict[str, list[float]]
+    means: dict[str, list[float]]
     best: dict[str, dict[str, Any]]
     file: Path
 
@@ -101,7 +104,8 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
     """Try `config.search` settings for every searchable method and write settings.toml and search.json into `out`.
 
     Each setting is a benchmark of its own in `out/search/NN`; the scale is that of base and oracle as they are. The
-    score is the first measure's, the mean over training seeds. ZipLoRA is searched last, on the best DreamBooth.
+    score is the first measure's, the mean over training seeds; where scores are equal, `Search.means` decides.
+    ZipLoRA is searched last, on the best DreamBooth.
 
     Args:
         bench: use this one, instead of opening one.
@@ -114,37 +118,41 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
     ends = bench.measure(["base", "oracle"], config.training_seeds)
     names: list[str] = [name for name in SEARCHED if name in config.methods and name in bench.methods]
     scores: dict[str, list[float]] = {}
+    means: dict[str, list[float]] = {}
     best: dict[str, dict[str, Any]] = {}
     homes: dict[str, Path] = {}
     for name in names:
         folders = [bench.place.folder / "search" / name / f"{number:02d}" for number in range(len(settings))]
-        scores[name] = []
+        found: list[tuple[float, float]] = []
         for folder, setting in zip(folders, settings, strict=True):
             overrides = {**best, name: setting.overrides(name)}
             place = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
             results = replace(bench, place=place).measure([name], config.training_seeds)
-            scores[name].append(_score(summarise(config, [*ends, *results], [bench.measures[0].name]), name))
-        winner = max(range(len(settings)), key=scores[name].__getitem__)
+            found.append(_score(summarise(config, [*ends, *results], [bench.measures[0].name]), name))
+        winner = found.index(max(found))
+        scores[name], means[name] = [score for score, _ in found], [mean for _, mean in found]
         best[name], homes = settings[winner].overrides(name), {**homes, name: folders[winner]}
     file = bench.place.folder / "settings.toml"
-    found = Search(tried=[asdict(setting) for setting in settings], scores=scores, best=best, file=file)
-    told = json.dumps(found.model_dump(mode="json", exclude={"file"}), indent=1)
+    tried = [asdict(setting) for setting in settings]
+    result = Search(tried=tried, scores=scores, means=means, best=best, file=file)
+    told = json.dumps(result.model_dump(mode="json", exclude={"file"}), indent=1)
     atomic_write(bench.place.folder / "search.json", told + "\n")
     atomic_write(file, tomli_w.dumps(best))
-    return found
+    return result
 
 
-def _score(report: Report, method: str) -> float:
-    """The mean headline over training seeds.
+def _score(report: Report, method: str) -> tuple[float, float]:
+    """The headline, and the mean of scaled content and style, means over training seeds.
 
     Raises:
         UserError: there is no scale.
     """
     rows = [row for row in report.rows if row.method == method]
-    values: Sequence[float] = [figures.get("headline", float("nan")) for figures in rows[0].seeds.values()]
-    if any(value != value for value in values):
+    seeds = list(rows[0].seeds.values())
+    if any("headline" not in figures for figures in seeds):
         raise UserError(
             "the oracle is no better than the base on these cases, so there is no scale to choose settings by: "
             "take more cases or another base"
         )
-    return sum(values) / len(values)
+    halves = [(figures["content.scaled"] + figures["style.scaled"]) / 2 for figures in seeds]
+    return fmean(figures["headline"] for figures in seeds), fmean(halves)
