@@ -30,6 +30,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from unziplora.config import resolve
 from unziplora.config_split import SplitConfig
 from unziplora.lora.blocks import SDXL_BLOCKS
+from unziplora.methods.material import Material
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
 from unziplora.train import Trainer
@@ -106,7 +107,7 @@ def ours(unet: UNet2DConditionModel, options: argparse.Namespace, accelerator: A
     words = {**PLACE, "steps": 10**6, "column_periods": 1, "rank": options.rank, "batch_size": options.batch}
     config = resolve(SplitConfig, words)
     examples = make_examples(unet, options.latent_side, joined=True)
-    method = UnZipLora(unet, DDPMScheduler(), examples, config, SDXL_BLOCKS, autocast=accelerator.autocast)
+    method = UnZipLora(unet, DDPMScheduler(), Material(examples), config, SDXL_BLOCKS, autocast=accelerator.autocast)
     trainer = Trainer(method, config, accelerator)
     start = config.column_warmup - 1  # the next step scores and chooses columns: the steady state comes after it
     trainer.step(start)

@@ -152,9 +152,9 @@ class TestSplit:
         recipe = config(content_variants=True, content_alone=0.9, phrase_steps=8, batch_size=8)
         setup = Setup(load_base(str(tiny_folder)), 64, nullcontext, lambda _: None)
         method = UnZipLora.build(recipe, setup)
-        seen = method.examples_alone["content"]
+        seen = method.material.alone["content"]
         assert len(seen.latents) == len(seen.conditioning.tokens) == 1 + len(FILTERS)
-        assert torch.equal(seen.latents[:1], method.examples.latents)
+        assert torch.equal(seen.latents[:1], method.material.examples.latents)
         assert len({tuple(latent.flatten().tolist()) for latent in seen.latents}) >= 8  # a grey one has no hue to turn
         tokens = seen.conditioning.tokens
         assert len({tuple(rows.flatten().tolist()) for rows in tokens}) == len(tokens)
@@ -174,7 +174,7 @@ class TestSplit:
         for saving in (True, False):
             recipe = config(gradient_checkpointing=saving, phrase_steps=2, phrase_learning_rate=0.1)
             setup = Setup(load_base(str(tiny_folder)), 64, nullcontext, lambda _: None)
-            made.append(UnZipLora.build(recipe, setup).examples.conditioning.tokens)
+            made.append(UnZipLora.build(recipe, setup).material.examples.conditioning.tokens)
         assert checkpointed == [True, False]
         torch.testing.assert_close(*made)
 
@@ -185,7 +185,7 @@ class TestSplit:
             recipe = config(phrase_steps=steps, content_prior=1.0, prior_images=1, phrase_learning_rate=1.0)
             recipe = recipe.model_copy(update={"content_class_prompt": "a {content} in {style} style"})
             method = UnZipLora.build(recipe, Setup(load_base(recipe.base), 64, nullcontext, lambda _: None))
-            made.append(method.priors["content"].latents)
+            made.append(method.material.priors["content"].latents)
         assert torch.equal(*made)
 
     def test_a_run_that_was_interrupted_ends_like_one_that_was_not(self, config: Make, tmp_path: Path):

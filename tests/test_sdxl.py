@@ -9,6 +9,7 @@ from unziplora.config import resolve
 from unziplora.config_split import SplitConfig
 from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.lora.layer import adapted
+from unziplora.methods.material import Material
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Conditioning, Examples
 
@@ -19,7 +20,7 @@ def method() -> UnZipLora:
     config = resolve(SplitConfig, {"images": ["x.png"], "content": "cat", "style": "ink", "out": "run", "rank": 64})
     nothing = torch.empty(1, device="meta")
     examples = Examples(nothing, Conditioning(nothing, nothing, nothing))
-    return UnZipLora(unet, DDPMScheduler(), examples, config, SDXL_BLOCKS)
+    return UnZipLora(unet, DDPMScheduler(), Material(examples), config, SDXL_BLOCKS)
 
 
 def test_sdxl_has_560_attention_linears_and_the_published_count_of_parameters(method):

@@ -12,6 +12,7 @@ from unziplora.config_split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
 from unziplora.lora.layer import adapted, remove
+from unziplora.methods.material import Material
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator, snr_weights
 from unziplora.train import Trainer, train
@@ -45,7 +46,7 @@ def scheduler(base) -> DDPMScheduler:
 
 def build(base, blocks: BlockMap = SDXL_BLOCKS, **changes: object) -> UnZipLora:
     recipe = config(**changes)
-    return UnZipLora(base.unet, scheduler(base), examples(base, recipe.prompt_separation), recipe, blocks)
+    return UnZipLora(base.unet, scheduler(base), Material(examples(base, recipe.prompt_separation)), recipe, blocks)
 
 
 def run(method: UnZipLora, start: int = 0, stop: int | None = None) -> Trainer:
@@ -140,13 +141,13 @@ def test_columns_are_chosen_by_the_gradient_of_the_dense_update(tiny_base):
         wanted[name, path] = torch.zeros(len(leaf))
         for turn in range(recipe.score_timesteps):
             draw = generator(recipe.seed, "score", step, turn)
-            loss = method._denoising_loss(method.examples, draw)
+            loss = method._denoising_loss(method.material.examples, draw)
             (gradient,) = torch.autograd.grad(loss, leaf)
             wanted[name, path] += (gradient * leaf).abs().mean(1).detach()
         handle.remove()
     with method.columns.scored("importance", 1.0) as scores:
         for turn in range(recipe.score_timesteps):
-            method._denoising_loss(method.examples, generator(recipe.seed, "score", step, turn)).backward()
+            method._denoising_loss(method.material.examples, generator(recipe.seed, "score", step, turn)).backward()
     for (name, path), score in wanted.items():
         assert score.max() > 0
         torch.testing.assert_close(scores[name][path].total, score, rtol=1e-3, atol=1e-12)
@@ -272,8 +273,8 @@ def test_gradient_checkpointing_changes_nothing(fresh_base):
 
 def test_prior_preservation_teaches_one_lora_and_leaves_the_other(tiny_base):
     recipe = config(content_prior=1.0, column_separation=False, block_separation=False)
-    prior = {"content": examples(tiny_base, seed=9)}
-    method = UnZipLora(tiny_base.unet, scheduler(tiny_base), examples(tiny_base), recipe, SDXL_BLOCKS, prior)
+    material = Material(examples(tiny_base), priors={"content": examples(tiny_base, seed=9)})
+    method = UnZipLora(tiny_base.unet, scheduler(tiny_base), material, recipe, SDXL_BLOCKS)
     terms = method.losses(0)
     next(terms)
     next(terms).backward()
@@ -286,15 +287,14 @@ def test_prior_preservation_teaches_one_lora_and_leaves_the_other(tiny_base):
 def test_steps_alone_teach_one_lora_the_picture_and_leave_the_other(tiny_base):
     recipe = config(content_alone=0.4, style_alone=0.3)
     told = examples(tiny_base, seed=9)
-    made = UnZipLora(
-        tiny_base.unet, scheduler(tiny_base), examples(tiny_base), recipe, SDXL_BLOCKS, style_examples=told
-    )
+    material = Material(examples(tiny_base), alone={"style": told})
+    made = UnZipLora(tiny_base.unet, scheduler(tiny_base), material, recipe, SDXL_BLOCKS)
     for branch in [*made.branches["content"].values(), *made.branches["style"].values()]:
         torch.nn.init.normal_(branch.up, std=0.1)
     turns = [made.alone(step) for step in range(400)]
     shares = [turns.count(name) / 400 for name in ("content", "style", None)]
     assert shares == pytest.approx([0.4, 0.3, 0.3], abs=0.08)  # more than three standard errors
-    for name, shown in (("content", made.examples), ("style", told)):
+    for name, shown in (("content", material.examples), ("style", told)):
         step = turns.index(name)
         terms = list(made.losses(step))
         with made.only(name):

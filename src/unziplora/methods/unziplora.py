@@ -6,19 +6,16 @@ block separation in `BlockMap`. This file builds the LoRAs, says the loss and ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from PIL import Image
 from torch import Tensor, nn
 
 from unziplora.card import About, File, pictures_told
 from unziplora.config_split import SplitConfig
-from unziplora.encode import conditioning, to_device
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
 from unziplora.lora.files import Lora
@@ -29,19 +26,15 @@ from unziplora.methods.common import (
     Setup,
     View,
     branch_state,
-    class_examples,
     folded,
     load_branch_state,
-    load_pictures,
     matrices,
     new_branches,
-    picture_examples,
     switched_off,
 )
+from unziplora.methods.material import Material, gather
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.phrase import learn_words
 from unziplora.prompts import Prompts
-from unziplora.text_lora import TextLora
 
 
 class UnZipLora(Method[SplitConfig]):
@@ -58,40 +51,26 @@ class UnZipLora(Method[SplitConfig]):
         self,
         unet: nn.Module,
         scheduler: DDPMScheduler,
-        examples: Examples,
+        material: Material,
         config: SplitConfig,
         blocks: BlockMap,
-        priors: Mapping[str, Examples] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = torch.enable_grad,
-        pictures: Sequence[Image.Image] = (),
-        style_examples: Examples | None = None,
-        text: TextLora | None = None,
-        variants: Examples | None = None,
     ) -> None:
         """Inject both LoRAs into the UNet, in place.
 
         Args:
             unet: frozen, of SDXL's topology, full size or small, without LoRAs.
             scheduler: says how noise is added and what is predicted.
-            examples: the picture; its conditioning is the three prompts' embeddings joined, or the full
-                prompt's alone (no prompt separation).
+            material: what is learnt from.
             config: the recipe.
             blocks: which blocks belong to which LoRA.
-            priors: class pictures for the LoRAs whose prior is preserved, with their conditioning.
             autocast: context of the forward passes.
-            pictures: what the examples were made from, for the sample sheet.
-            style_examples: the picture with the style prompt alone, for the steps of `style_alone`;
-                default: the examples.
-            text: the style LoRA's part in the text encoders, which the conditioning was made with; it is done.
-            variants: what the content LoRA sees where it learns alone; default: the examples.
 
         Raises:
             UserError: the block map names a block that this UNet does not have.
         """
-        self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
-        self.priors, self.autocast, self.pictures = dict(priors or {}), autocast, list(pictures)
-        self.text = text
-        self.examples_alone = {"content": variants or examples, "style": style_examples or examples}
+        self.unet, self.scheduler, self.material, self.config = unet, scheduler, material, config
+        self.autocast, self.pictures = autocast, list(material.pictures)
         paths = attention_linears(unet)
         if config.block_separation:
             check_blocks(blocks, paths)
@@ -126,36 +105,12 @@ class UnZipLora(Method[SplitConfig]):
 
     @classmethod
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
-        """Encode pictures, prompts and class pictures once, then inject both LoRAs."""
-        pictures, words = load_pictures(config, setup.size), config.prompts()
-        prompts = Prompts(**words) if config.prompt_separation else Prompts(words["full"])
-
-        def alike(text: str) -> Prompts:
-            return Prompts(text, text, text) if config.prompt_separation else Prompts(text)
-
-        weights = {"content": config.content_prior, "style": config.style_prior}
-        templates = {"content": config.content_class_prompt, "style": config.style_class_prompt}
-        priors = {  # before the phrase is learnt: class pictures are the base's own
-            name: class_examples(setup, config, alike(config.fill(templates[name])), config.prior_images)
-            for name in NAMES
-            if weights[name] > 0
-        }
-        examples = picture_examples(setup, config, pictures, prompts)
-
-        def told(prompts: Prompts) -> Examples:
-            rows = conditioning(setup.base, prompts, setup.size, len(pictures))
-            return to_device(replace(examples, conditioning=rows), setup.base)
-
-        text, variants, style_examples = None, None, None
-        if config.phrase_steps:
-            text, variants = learn_words(setup, config, pictures, examples)
-            examples = told(prompts)
-        if config.style_alone:  # away from the full prompt, which names the content
-            style_examples = told(alike(words["style"]))
+        """Gather what is learnt from, then inject both LoRAs."""
+        material = gather(config, setup)
         setup.leave_unet_alone(config)
-        scheduler, blocks = setup.noise_schedule(), read_blocks(config.blocks)
-        made = priors, setup.autocast, pictures, style_examples, text, variants
-        return cls(setup.base.unet, scheduler, examples, config, blocks, *made)
+        return cls(
+            setup.base.unet, setup.noise_schedule(), material, config, read_blocks(config.blocks), setup.autocast
+        )
 
     @classmethod
     def about(cls, config: SplitConfig) -> About:
@@ -207,7 +162,7 @@ class UnZipLora(Method[SplitConfig]):
             with self.columns.scored(config.column_score, divisor) as scores:
                 for turn in range(config.score_timesteps):
                     draw = generator(config.seed, "score", step, turn)
-                    (self._denoising_loss(self.examples, draw) * gradient_scale).backward()
+                    (self._denoising_loss(self.material.examples, draw) * gradient_scale).backward()
             self.unet.zero_grad()
             periods, share = config.column_periods, config.column_share
             self.columns.choose(scores, share, now.period, periods, config.column_choice)
@@ -223,20 +178,22 @@ class UnZipLora(Method[SplitConfig]):
         prior preservation: the other LoRA off, on class pictures with the class prompt. A step in which one LoRA
         learns alone has the denoising error without the other as its only term.
         """
-        config, alone = self.config, self.alone(step)
+        config, examples, alone = self.config, self.material.examples, self.alone(step)
         if alone is not None:
             with self.only(alone):
-                yield self._denoising_loss(self.examples_alone[alone], generator(config.seed, "train", step))
+                yield self._denoising_loss(
+                    self.material.alone.get(alone, examples), generator(config.seed, "train", step)
+                )
             return
-        loss = self._denoising_loss(self.examples, generator(config.seed, "train", step))
+        loss = self._denoising_loss(examples, generator(config.seed, "train", step))
         if self.columns is not None and config.orthogonality and not self.phase(step).warm:
             loss = loss + config.orthogonality * self.columns.orthogonality()
         yield loss
         weights = {"content": config.content_prior, "style": config.style_prior}
-        for name, examples in self.priors.items():
+        for name, pictures in self.material.priors.items():
             with self.only(name):
                 draw = generator(config.seed, "prior", name, step)
-                yield weights[name] * self._denoising_loss(examples, draw)
+                yield weights[name] * self._denoising_loss(pictures, draw)
 
     def alone(self, step: int) -> str | None:
         """The LoRA that learns alone in this step; None: both together."""
@@ -256,8 +213,11 @@ class UnZipLora(Method[SplitConfig]):
     @contextmanager
     def off(self, names: tuple[str, ...]) -> Iterator[None]:
         """Switch LoRAs off."""
-        text = self.text.off() if self.text is not None and "style" in names else nullcontext()
-        with text, switched_off(*(self.branches[name] for name in names)):
+        text = self.material.text
+        with (
+            text.off() if text and "style" in names else nullcontext(),
+            switched_off(*(self.branches[name] for name in names)),
+        ):
             yield
 
     def after_backward(self, step: int) -> None:
@@ -291,10 +251,10 @@ class UnZipLora(Method[SplitConfig]):
 
     def export(self) -> dict[str, Lora]:
         """Both LoRAs as plain pairs: masks, scales and alpha folded into B."""
-        text = {} if self.text is None else self.text.export()
+        text = self.material.text
         return {
             "content": Lora(folded(self.branches["content"])),
-            "style": Lora(folded(self.branches["style"]), text=text),
+            "style": Lora(folded(self.branches["style"]), text=text.export() if text else {}),
         }
 
     def views(self) -> list[View]:
