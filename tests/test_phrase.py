@@ -96,6 +96,16 @@ class TestPhrase:
         learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=8, batch_size=2))
         assert all(offsets.abs().min() > 0 for offsets in phrase.offsets)
 
+    def test_the_schedule_holds_for_the_words_too(self, base: Base, config: Make):
+        scheduler, moved = DDPMScheduler.from_config(base.scheduler.config), {}
+        for schedule in ("constant", "cosine"):
+            phrase = Phrase(base, "ink wash")
+            recipe = config(phrase_steps=8, phrase_learning_rate=1e-3, schedule=schedule)
+            learn_phrase(phrase, scheduler, picture(base), SPOKEN, recipe)
+            moved[schedule] = max(offsets.abs().max().item() for offsets in phrase.offsets)
+        # Adam moves a number by about the rate in every step: the sums of eight rates.
+        assert moved["cosine"] < 1.1 * 4.5e-3 < moved["constant"] < 1.1 * 8e-3
+
     def test_learning_lowers_the_loss_and_moves_nothing_else(self, base: Base, config: Make):
         scheduler, examples, phrase = (
             DDPMScheduler.from_config(base.scheduler.config),

@@ -14,7 +14,7 @@ from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
 from unziplora.lora.layer import adapted, remove
 from unziplora.methods.material import Material
 from unziplora.methods.unziplora import UnZipLora
-from unziplora.objective import Conditioning, Examples, denoising_loss, generator, snr_weights
+from unziplora.objective import Conditioning, Examples, denoising_loss, generator, shifted, snr_weights
 from unziplora.train import Trainer, train
 
 TINY = {"rank": 2, "steps": 9, "column_periods": 3, "column_warmup": 1, "score_timesteps": 2, "checkpoint_every": 0}
@@ -385,6 +385,16 @@ def test_the_loss_by_hand(tiny_base, kind):
     weight = min(snr, torch.tensor(5.0)) / (snr if kind == "epsilon" else snr + 1)
     wanted = weight * (guess - (noise if kind == "epsilon" else velocity)).square().mean()
     torch.testing.assert_close(loss, wanted)
+
+
+def test_a_shift_moves_timesteps_towards_noise_and_keeps_them_in_range():
+    every = torch.arange(1000)
+    assert torch.equal(shifted(every, 1000, 1.0), every)
+    moved = shifted(every, 1000, 3.0)
+    assert moved[[0, 500, 999]].tolist() == [1, 750, 999]  # 3u / (1 + 2u) at u = 0.0005, 0.5005, 0.9995
+    assert (moved >= every).all()
+    assert moved.max() == 999
+    assert shifted(every, 1000, 1 / 3)[moved].sub(every).abs().max() <= 2
 
 
 def test_min_snr_at_zero_terminal_snr(tiny_base):

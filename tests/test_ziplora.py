@@ -263,12 +263,12 @@ class TestLoss:
         assert terms[0] < 1e-10  # the merged LoRA is the content LoRA
         assert terms[1] > 1e-6
 
-    def test_min_snr_and_noise_offset_change_it(self, tiny_base: Base, config: Make):
+    def test_min_snr_noise_offset_and_shift_change_it(self, tiny_base: Base, config: Make):
         found = []
-        for change in ({}, {"min_snr_gamma": 0.01}, {"noise_offset": 1.0}):
+        for change in ({}, {"min_snr_gamma": 0.01}, {"noise_offset": 1.0}, {"timestep_shift": 4.0}):
             found.append(next(build(tiny_base, config(**change)).losses(0)).item())
             remove(tiny_base.unet)
-        assert len(set(found)) == 3
+        assert len(set(found)) == 4
         assert found[1] < found[0]
 
     def test_training_brings_the_merged_lora_nearer_to_both(self, tiny_base: Base, config: Make):

@@ -37,11 +37,19 @@ class TrainingConfig(Recipe):
     batch_size: int = key(1, "Noisy latents per step.", "Training", ge=1)
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = key("adamw", "Optimiser.", "Training")
     betas: tuple[float, float] = key((0.9, 0.999), "Adam's betas.", "Training")
-    schedule: Literal["constant", "cosine"] = key("constant", "Learning-rate schedule.", "Training")
+    schedule: Literal["constant", "cosine"] = key(
+        "constant", "Learning-rate schedule; cosine ends at zero.", "Training"
+    )
     schedule_warmup: int = key(0, "Steps of linear learning-rate warm-up.", "Training", ge=0)
     max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", "Training", gt=0)
     min_snr_gamma: float | None = key(None, "Min-SNR weighting (arXiv 2303.09556), usually 5.", "Training", gt=0)
     noise_offset: float = key(0.0, "Per-channel noise offset.", "Training", ge=0)
+    timestep_shift: float = key(
+        1.0,
+        "Above 1: more of the steps see much noise, where layout and colours of the ground are decided; 1: all alike.",
+        "Training",
+        gt=0,
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key(
         "auto",
         "Arithmetic of the frozen base; auto: bf16 where the device has it, else fp16, fp32 on CPU.",
@@ -62,7 +70,7 @@ class TrainingConfig(Recipe):
 
     def noising(self) -> dict[str, Any]:
         """How noisy latents are drawn and weighted: keywords of `objective.denoising_loss`."""
-        return self.model_dump(include={"batch_size", "min_snr_gamma", "noise_offset"})
+        return self.model_dump(include={"batch_size", "min_snr_gamma", "noise_offset", "timestep_shift"})
 
     def words(self) -> dict[str, str]:
         """The user's words by the names under which prompt templates call them."""

@@ -68,8 +68,9 @@ def denoising_loss(
     draw: torch.Generator,
     min_snr_gamma: float | None = None,
     noise_offset: float = 0.0,
+    timestep_shift: float = 1.0,
 ) -> Tensor:
-    """Mean squared error of the UNet's prediction on noisy latents at uniform timesteps, a scalar.
+    """Mean squared error of the UNet's prediction on noisy latents at random timesteps, a scalar.
 
     The target is the noise, the velocity or the clean latent, as `scheduler.config.prediction_type` says.
 
@@ -78,8 +79,9 @@ def denoising_loss(
         draw: source of pictures, timesteps and noise.
         min_snr_gamma: γ of min-SNR weighting (arXiv 2303.09556), or None for equal weights.
         noise_offset: size of an additional noise that is constant over each latent channel.
+        timestep_shift: see `shifted`.
     """
-    drawn = noised(scheduler, examples, batch_size, draw, noise_offset)
+    drawn = noised(scheduler, examples, batch_size, draw, noise_offset, timestep_shift)
     clean, timesteps = examples.latents[drawn.index], drawn.timesteps
     prediction = unet(**drawn.inputs)[0]
     error = (prediction.float() - target(scheduler, clean, drawn.noise, timesteps).float()).square()
@@ -111,15 +113,20 @@ class Noised:
 
 
 def noised(
-    scheduler: DDPMScheduler, examples: Examples, batch_size: int, draw: torch.Generator, noise_offset: float = 0.0
+    scheduler: DDPMScheduler,
+    examples: Examples,
+    batch_size: int,
+    draw: torch.Generator,
+    noise_offset: float = 0.0,
+    timestep_shift: float = 1.0,
 ) -> Noised:
-    """Draw pictures in turn from a random start, uniform timesteps and noise, on the CPU: alike on every device."""
+    """Draw pictures in turn from a random start, timesteps and noise, on the CPU: alike on every device."""
     device, count = examples.latents.device, len(examples.latents)
     start = int(torch.randint(count, (1,), generator=draw))
     index = ((start + torch.arange(batch_size)) % count).to(device)
     clean, told = examples.latents[index], examples.conditioning.take(index)
     steps = int(scheduler.config["num_train_timesteps"])
-    timesteps = torch.randint(steps, (batch_size,), generator=draw).to(device)
+    timesteps = shifted(torch.randint(steps, (batch_size,), generator=draw), steps, timestep_shift).to(device)
     noise = torch.randn(clean.shape, generator=draw)
     if noise_offset:
         noise = noise + noise_offset * torch.randn(*clean.shape[:2], 1, 1, generator=draw)
@@ -132,6 +139,12 @@ def noised(
         "return_dict": False,
     }
     return Noised(index, noise, timesteps, inputs)
+
+
+def shifted(timesteps: Tensor, steps: int, shift: float) -> Tensor:
+    """Uniform timesteps 0…steps − 1 moved towards noise by a shift above 1 (arXiv 2403.03206, equation 23), [B]."""
+    part = (timesteps + 0.5) / steps
+    return (steps * shift * part / (1 + (shift - 1) * part)).long()
 
 
 def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -50,14 +50,14 @@ def _load(module: str, name: str, extra: str) -> Any:
         ) from None
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> LambdaLR:
+def make_schedule(optimizer: torch.optim.Optimizer, kind: str, steps: int, warmup: int = 0) -> LambdaLR:
     """Constant, or cosine to zero at the last step, after a linear warm-up."""
 
     def factor(step: int) -> float:
-        warm = min(1.0, (step + 1) / (config.schedule_warmup + 1))
-        if config.schedule == "constant":
+        warm = min(1.0, (step + 1) / (warmup + 1))
+        if kind == "constant":
             return warm
-        done = max(0, step - config.schedule_warmup) / max(1, config.steps - config.schedule_warmup)
+        done = max(0, step - warmup) / max(1, steps - warmup)
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return LambdaLR(optimizer, factor)

@@ -22,6 +22,7 @@ from unziplora.encode import encode_pictures, to_device
 from unziplora.images import to_tensor
 from unziplora.methods.common import Setup
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
+from unziplora.optim import make_schedule
 from unziplora.prompts import join, together, visiting
 from unziplora.text_lora import TextLora
 from unziplora.variants import filtered
@@ -162,6 +163,7 @@ def learn_phrase(
         autocast: context of the forward passes.
     """
     optimizer = torch.optim.Adam(phrase.offsets, lr=config.phrase_learning_rate)
+    schedule = make_schedule(optimizer, config.schedule, config.phrase_steps)
     for step in range(config.phrase_steps):
         draw = generator(config.seed, "phrase", step)
         index = _drawn(phrase, len(examples.latents), config.batch_size, draw)
@@ -174,6 +176,7 @@ def learn_phrase(
         optimizer.zero_grad()
         (loss * LOSS_SCALE).backward()
         optimizer.step()
+        schedule.step()
 
 
 @torch.no_grad()

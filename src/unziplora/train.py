@@ -39,7 +39,9 @@ class Trainer:
         self.method, self.config, self.accelerator = method, config, accelerator
         self.groups = method.parameter_groups()
         optimizers = make_optimizers(self.groups, config)
-        schedules = [make_schedule(optimizer, config) for optimizer in optimizers]
+        schedules = [
+            make_schedule(optimizer, config.schedule, config.steps, config.schedule_warmup) for optimizer in optimizers
+        ]
         self.optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
         self.schedules = [accelerator.prepare_scheduler(schedule) for schedule in schedules]
 

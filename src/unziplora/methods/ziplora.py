@@ -172,6 +172,7 @@ class ZipLora(Method[ZipConfig]):
                 config.batch_size,
                 generator(config.seed, "zip", name, step),  # the same pictures, noise and timesteps for both
                 config.noise_offset,
+                config.timestep_shift,
             )
             for examples in (self.learnt.alone, self.learnt.merged)
         )
