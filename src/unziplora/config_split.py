@@ -39,7 +39,6 @@ BUNDLED: dict[str, Any] = {
     "content_learning_rate": 1e-3,
     "style_learning_rate": 1e-3,
     "schedule": "cosine",
-    "timestep_shift": 2.0,
     "column_separation": False,
     "block_separation": False,
     "blocks": "bundled",
