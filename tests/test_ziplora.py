@@ -274,8 +274,7 @@ class TestLoss:
     def test_training_brings_the_merged_lora_nearer_to_both(self, tiny_base: Base, config: Make):
         @torch.no_grad()
         def distance() -> float:
-            held_out = [generator("held out", number) for number in range(3)]
-            return sum(float(method._distance(name, draw)) for name in method.scales for draw in held_out)
+            return sum(float(method._distance(name, step)) for name in method.scales for step in (100, 101, 102))
 
         method = build(tiny_base, config(steps=12, learning_rate=0.1))
         before = distance()
