@@ -26,6 +26,7 @@ from recipes.base.text import TextEncoders
 from recipes.base.vae import open_vae, to_tensor
 from recipes.base.widen import widen_unet
 from recipes.base.world import World
+from unziplora.objective import towards_noise
 
 
 def build_unet(settings: UnetSettings, latent_channels: int, text_width: int, pooled: int) -> UNet2DConditionModel:
@@ -135,8 +136,7 @@ class Deck:
 
 def timesteps(count: int, shift: float, rng: np.random.Generator) -> np.ndarray:
     """Random timesteps in 0…999, [count]; a shift above 1 prefers noisy ones (arXiv 2403.03206, eq. 23)."""
-    even = rng.random(count)
-    return np.floor(1000 * shift * even / (1 + (shift - 1) * even)).astype(np.int64)
+    return np.floor(towards_noise(rng.random(count), 1000, shift)).astype(np.int64)
 
 
 def take_over(recipe: Recipe, init: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
+
+Part = TypeVar("Part", Tensor, "np.ndarray[Any, Any]")
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,12 @@ def noised(
 
 def shifted(timesteps: Tensor, steps: int, shift: float) -> Tensor:
     """Uniform timesteps 0…steps − 1 moved towards noise by a shift above 1 (arXiv 2403.03206, equation 23), [B]."""
-    part = (timesteps + 0.5) / steps
-    return (steps * shift * part / (1 + (shift - 1) * part)).long()
+    return towards_noise((timesteps + 0.5) / steps, steps, shift).long()
+
+
+def towards_noise(part: Part, steps: int, shift: float) -> Part:
+    """Even parts 0…1 of the way to noise as shifted timesteps, not yet rounded; tensors or arrays of any shape."""
+    return steps * shift * part / (1 + (shift - 1) * part)
 
 
 def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
