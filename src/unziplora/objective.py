@@ -86,7 +86,7 @@ def denoising_loss(
     """
     drawn = noised(scheduler, examples, batch_size, draw, noise_offset, timestep_shift)
     clean, timesteps = examples.latents[drawn.index], drawn.timesteps
-    prediction = unet(**drawn.inputs)[0]
+    prediction = unet(**drawn.told(examples.conditioning))[0]
     error = (prediction.float() - target(scheduler, clean, drawn.noise, timesteps).float()).square()
     if examples.weights is not None:
         weights = examples.weights[drawn.index]
@@ -106,13 +106,24 @@ class Noised:
         index: which pictures, [B].
         noise: what was added, [B, C, h, w].
         timesteps: how much of it, [B].
-        inputs: what the UNet is called with.
+        latents: the noisy latents, [B, C, h, w].
     """
 
     index: Tensor
     noise: Tensor
     timesteps: Tensor
-    inputs: dict[str, Any]
+    latents: Tensor
+
+    def told(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What the UNet is called with, given the conditioning of all pictures."""
+        rows = conditioning.take(self.index)
+        return {
+            "sample": self.latents,
+            "timestep": self.timesteps,
+            "encoder_hidden_states": rows.tokens,
+            "added_cond_kwargs": {"text_embeds": rows.pooled, "time_ids": rows.time_ids},
+            "return_dict": False,
+        }
 
 
 def noised(
@@ -127,21 +138,14 @@ def noised(
     device, count = examples.latents.device, len(examples.latents)
     start = int(torch.randint(count, (1,), generator=draw))
     index = ((start + torch.arange(batch_size)) % count).to(device)
-    clean, told = examples.latents[index], examples.conditioning.take(index)
+    clean = examples.latents[index]
     steps = int(scheduler.config["num_train_timesteps"])
     timesteps = shifted(torch.randint(steps, (batch_size,), generator=draw), steps, timestep_shift).to(device)
     noise = torch.randn(clean.shape, generator=draw)
     if noise_offset:
         noise = noise + noise_offset * torch.randn(*clean.shape[:2], 1, 1, generator=draw)
     noise = noise.to(device, clean.dtype)
-    inputs = {
-        "sample": scheduler.add_noise(clean, noise, timesteps),
-        "timestep": timesteps,
-        "encoder_hidden_states": told.tokens,
-        "added_cond_kwargs": {"text_embeds": told.pooled, "time_ids": told.time_ids},
-        "return_dict": False,
-    }
-    return Noised(index, noise, timesteps, inputs)
+    return Noised(index, noise, timesteps, scheduler.add_noise(clean, noise, timesteps))
 
 
 def shifted(timesteps: Tensor, steps: int, shift: float) -> Tensor:

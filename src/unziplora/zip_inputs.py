@@ -155,6 +155,8 @@ def learnt(
         return to_device(Examples(latents[name], made), base)
 
     merged = {name: read(name) for name in NAMES}
+    if not told:
+        return Learnt(merged, merged, texts)
     alone = {}
     for name in NAMES:
         with texts.without(*(other for other in NAMES if other != name)):
@@ -168,11 +170,6 @@ def _latents(setup: Setup, config: ZipConfig, part: Part, pictures: list[Image.I
         return encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
     text = config.prompts()[part.name]
     setup.tell(f"the {part.name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
-    return _made(setup, config, part, text)
-
-
-def _made(setup: Setup, config: ZipConfig, part: Part, text: str) -> Tensor:
-    """Latents of pictures by a base with one LoRA in it, [N, C, h, w]."""
     settings = Settings(
         config.sample_steps,
         config.sample_guidance,

@@ -164,26 +164,23 @@ class ZipLora(Method[ZipConfig]):
 
     def _distance(self, name: str, step: int) -> Tensor:
         """Mean squared difference of the predictions by the merged LoRA and by one alone, a scalar."""
-        config = self.config
-        alone, merged = (
-            noised(
-                self.scheduler,
-                examples[name],
-                config.batch_size,
-                generator(config.seed, "zip", name, step),  # the same pictures, noise and timesteps for both
-                config.noise_offset,
-                config.timestep_shift,
-            )
-            for examples in (self.learnt.alone, self.learnt.merged)
+        config, alone, merged = self.config, self.learnt.alone[name], self.learnt.merged[name]
+        drawn = noised(
+            self.scheduler,
+            alone,
+            config.batch_size,
+            generator(config.seed, "zip", name, step),
+            config.noise_offset,
+            config.timestep_shift,
         )
         # Two contexts: what autocast keeps of the first pass, without gradients, must not serve the second.
         with torch.no_grad(), self.autocast(), self.alone(name):
-            wanted = self.unet(**alone.inputs)[0]
+            wanted = self.unet(**drawn.told(alone.conditioning))[0]
         with self.autocast():
-            given = self.unet(**merged.inputs)[0]
+            given = self.unet(**drawn.told(merged.conditioning))[0]
         error = (given.float() - wanted.float()).square().mean(dim=(1, 2, 3))
         if config.min_snr_gamma is not None:
-            error = error * snr_weights(self.scheduler, merged.timesteps, config.min_snr_gamma)
+            error = error * snr_weights(self.scheduler, drawn.timesteps, config.min_snr_gamma)
         return error.mean()
 
     def alone(self, name: str) -> AbstractContextManager[None]:
