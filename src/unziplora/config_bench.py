@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -61,6 +62,12 @@ class BenchConfig(Recipe):
     )
     token: str = key("sks", "Rare word that stands for the subject.", "Method", min_length=1)
     seeds: list[int] = key([0, 1, 2], "Training seeds.", "Training", min_length=1)
+    oracle_seeds: int | None = key(
+        None,
+        "Train the oracle, which takes the longest, with so many of the seeds; default: with all.",
+        "Training",
+        ge=1,
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Number format of the base.", "Training")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
     workers: int = key(1, "Processes that share the work, the cores and the GPUs.", "Training", ge=1)
@@ -100,3 +107,7 @@ class BenchConfig(Recipe):
     def training_seeds(self) -> list[int]:
         """The seeds that are trained."""
         return self.seeds[:1] if self.quick else self.seeds
+
+    def seeds_of(self, method: str, seeds: Sequence[int]) -> Sequence[int]:
+        """Those of some seeds that a method is trained with."""
+        return seeds[: self.oracle_seeds] if method == "oracle" else seeds

@@ -92,7 +92,7 @@ class Bench:
             (name, case, seed)
             for name in names
             for case in self.chosen
-            for seed in (seeds if self.methods[name].seeded else seeds[:1])
+            for seed in (self.place.config.seeds_of(name, seeds) if self.methods[name].seeded else seeds[:1])
         ]
         if self.place.config.workers > 1:
             told = [(name, case.slug, seed) for name, case, seed in units]
