@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,22 @@ class TestBench:
             ("unziplora", "second"): [0, 1],
         }
         assert {case for case, _ in fake.trained} == {"cat", "dog"}
+
+    def test_the_oracle_may_train_with_fewer_seeds(
+        self, config: BenchConfig, tiny_base: Base, fake: Fake, cases: Cases
+    ):
+        other = replace(fake, name="unziplora", trained=[])
+        fake.name = "oracle"
+        told = {"methods": ["base", "unziplora", "oracle"], "seeds": [4, 2], "oracle_seeds": 1}
+        methods = {"base": METHODS["base"], "unziplora": other, "oracle": fake}
+        config = config.model_copy(update=told)
+        report = bench(config, base=tiny_base, measures=[Colours()], cases=cases, methods=methods)
+        assert {row.method: sorted(row.seeds) for row in report.rows} == {
+            "base": [4],
+            "unziplora": [2, 4],
+            "oracle": [4],
+        }
+        assert {seed for _, seed in fake.trained} == {4}
 
     def test_writes_report_and_contact_sheets(self, made: Report, config: BenchConfig):
         names = {path.name for path in config.out.iterdir()}
