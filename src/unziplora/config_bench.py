@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -103,11 +102,7 @@ class BenchConfig(Recipe):
             raise ValueError("--pictures goes with neither --search nor --cases: there is no truth to choose by")
         return self
 
-    @property
-    def training_seeds(self) -> list[int]:
-        """The seeds that are trained."""
-        return self.seeds[:1] if self.quick else self.seeds
-
-    def seeds_of(self, method: str, seeds: Sequence[int]) -> Sequence[int]:
-        """Those of some seeds that a method is trained with."""
+    def training_seeds(self, method: str) -> list[int]:
+        """The seeds that a method is trained with."""
+        seeds = self.seeds[:1] if self.quick else self.seeds
         return seeds[: self.oracle_seeds] if method == "oracle" else seeds

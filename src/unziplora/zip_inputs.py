@@ -155,12 +155,11 @@ def learnt(
         return to_device(Examples(latents[name], made), base)
 
     merged = {name: read(name) for name in NAMES}
-    if not told:
-        return Learnt(merged, merged, texts)
-    alone = {}
+    alone = dict(merged)
     for name in NAMES:
-        with texts.without(*(other for other in NAMES if other != name)):
-            alone[name] = read(name)
+        if others := [part.name for part in told if part.name != name]:
+            with texts.without(*others):
+                alone[name] = read(name)
     return Learnt(alone, merged, texts)
 
 

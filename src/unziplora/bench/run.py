@@ -60,7 +60,7 @@ def bench(
     names = [name for name in config.methods if name in bench.methods]
     if config.pictures is not None:
         names = [name for name in names if name != "oracle"]  # it learns from the truth, and there is none
-    results = bench.measure(names, config.training_seeds)
+    results = bench.measure(names)
     if config.pictures is not None:
         report = picture_report(config, results, [measure.name for measure in bench.measures])
         write_picture_report(report, bench.place.folder)
@@ -82,17 +82,18 @@ class Bench:
     methods: dict[str, Method]
     tell: Callback
 
-    def measure(self, names: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    def measure(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """The scores of every method, case and seed; of methods that no seed changes, the first seed's.
 
         Raises:
             UserError, MachineError, Interrupted: as `evaluate`.
         """
+        seeds = {name: self.place.config.training_seeds(name) for name in names}
         units = [
             (name, case, seed)
             for name in names
             for case in self.chosen
-            for seed in (self.place.config.seeds_of(name, seeds) if self.methods[name].seeded else seeds[:1])
+            for seed in (seeds[name] if self.methods[name].seeded else seeds[name][:1])
         ]
         if self.place.config.workers > 1:
             told = [(name, case.slug, seed) for name, case, seed in units]

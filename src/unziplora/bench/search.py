@@ -115,7 +115,7 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
     """
     settings = grid(config.search)
     bench = bench or open_bench(config, progress)
-    ends = bench.measure(["base", "oracle"], config.training_seeds)
+    ends = bench.measure(["base", "oracle"])
     names: list[str] = [name for name in SEARCHED if name in config.methods and name in bench.methods]
     scores: dict[str, list[float]] = {}
     means: dict[str, list[float]] = {}
@@ -127,7 +127,7 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
         for folder, setting in zip(folders, settings, strict=True):
             overrides = {**best, name: setting.overrides(name)}
             place = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
-            results = replace(bench, place=place).measure([name], config.training_seeds)
+            results = replace(bench, place=place).measure([name])
             found.append(_score(summarise(config, [*ends, *results], [bench.measures[0].name]), name))
         winner = found.index(max(found))
         scores[name], means[name] = [score for score, _ in found], [mean for _, mean in found]
