@@ -27,7 +27,7 @@ from unziplora.progress import Progress
 from unziplora.prompts import Prompts, embed, together
 from unziplora.sample import sample
 from unziplora.split import split
-from unziplora.variants import FILTERS, filtered
+from unziplora.variants import FILTERS
 
 Make = Callable[..., SplitConfig]
 SPOKEN = "a cat in ink wash style"
@@ -227,13 +227,3 @@ class TestSplit:
             (path,) = sample(SampleConfig(**given, out=tmp_path / str(number)))
             made[mode] = Image.open(path).tobytes()
         assert made["separate"] != made["direct"]
-
-
-def test_variants_are_the_picture_and_others_of_its_size_all_different():
-    bands = [Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), quality) for quality in (5, 20, 80)]
-    picture = Image.merge("RGB", bands)
-    made = filtered(picture)
-    assert made[0] == picture
-    assert {p.size for p in made} == {(64, 64)}
-    assert {p.mode for p in made} == {"RGB"}
-    assert len({p.tobytes() for p in made}) == 1 + len(FILTERS)
