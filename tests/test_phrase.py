@@ -86,19 +86,6 @@ class TestPhrase:
         with phrase.spoken(torch.tensor([2])):
             torch.testing.assert_close(rows[:1], embed(base, [SPOKEN]).tokens)
 
-    def test_every_reading_stands_on_the_first_and_teaches_it_nothing(self, base: Base):
-        phrase = Phrase(base, "ink wash", readings=2)
-        with torch.no_grad():
-            for offsets in phrase.offsets:
-                offsets += torch.tensor([2.0, 3.0])[:, None, None]
-        assert all(torch.equal(whole.unique(dim=0)[:, 0, 0], torch.tensor([2.0, 5.0])) for whole in phrase.readings())
-        with phrase.spoken(torch.tensor([1])):
-            together(base, [SPOKEN]).tokens.square().sum().backward()
-        for offsets in phrase.offsets:
-            assert offsets.grad is not None
-            assert not offsets.grad[0].any()
-            assert offsets.grad[1].any()
-
     def test_each_reading_learns_from_its_own_pictures_alone(self, base: Base, config: Make):
         scheduler, phrase = DDPMScheduler.from_config(base.scheduler.config), Phrase(base, "ink wash", readings=2)
         examples = Examples(torch.randn(4, 4, 8, 8), conditioning(base, Prompts(SPOKEN), base.resolution, 4))

@@ -51,8 +51,7 @@ class Phrase:
     """What a phrase's tokens have learnt: offsets to their embeddings, in both text encoders, in several readings.
 
     Attributes:
-        offsets: one parameter per text encoder, [readings, tokens of the phrase, D]; those of the first reading, and
-            what every other one adds to them.
+        offsets: one parameter per text encoder, [readings, tokens of the phrase, D].
     """
 
     def __init__(self, base: Base, text: str, readings: int = 1) -> None:
@@ -65,10 +64,6 @@ class Phrase:
             for ids, width in zip(self.ids, widths, strict=True)
         ]
 
-    def readings(self) -> list[Tensor]:
-        """The whole offsets of every reading, per text encoder; the first one learns from its own pictures alone."""
-        return [torch.cat([own[:1], own[:1].detach() + own[1:]]) for own in self.offsets]
-
     @contextmanager
     def spoken(self, readings: Tensor | None = None) -> Iterator[None]:
         """Add the offsets wherever the phrase occurs in a prompt, for a while.
@@ -79,7 +74,7 @@ class Phrase:
         taken = torch.zeros(1, dtype=torch.long) if readings is None else readings
         hooks = [
             embeddings(encoder).register_forward_hook(_adding(ids, offsets[taken]))
-            for encoder, ids, offsets in zip(self.base.text_encoders, self.ids, self.readings(), strict=True)
+            for encoder, ids, offsets in zip(self.base.text_encoders, self.ids, self.offsets, strict=True)
         ]
         try:
             yield
