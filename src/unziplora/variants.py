@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import reduce, wraps
 
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
@@ -31,6 +31,7 @@ def _blurred(picture: Image.Image, share: float = 0.02) -> Image.Image:
 
 
 def _at_filter_width(change: Filter) -> Filter:
+    @wraps(change)
     def changed(picture: Image.Image) -> Image.Image:
         if picture.width <= FILTER_WIDTH:
             return change(picture)
@@ -45,6 +46,7 @@ def _odd(length: float) -> int:
     return max(3, round(length) // 2 * 2 + 1)
 
 
+@_at_filter_width
 def _smoothed(picture: Image.Image) -> Image.Image:
     return picture.filter(ImageFilter.MedianFilter(_odd(0.05 * picture.width)))
 
@@ -53,6 +55,7 @@ def _posterised(picture: Image.Image) -> Image.Image:
     return ImageOps.posterize(_blurred(picture, 0.008), 2)
 
 
+@_at_filter_width
 def _edges(picture: Image.Image) -> Image.Image:
     """Light where a colour channel changes from pixel to pixel, black elsewhere (morphological gradient)."""
     soft, size = _blurred(picture, 0.012), _odd(0.02 * picture.width)
@@ -68,12 +71,12 @@ FILTERS: dict[str, Filter] = {
     "grey": _grey,
     "inverted": ImageOps.invert,
     "blurred": _blurred,
-    "smoothed": _at_filter_width(_smoothed),
+    "smoothed": _smoothed,
     "hue 120": _turned(120),
     "hue 240": _turned(240),
     "posterised": _posterised,
-    "edges": _at_filter_width(_edges),
-    "edges inverted": _at_filter_width(lambda picture: ImageOps.invert(_edges(picture))),
+    "edges": _edges,
+    "edges inverted": lambda picture: ImageOps.invert(_edges(picture)),
     "coarse": _coarse,
 }
 
