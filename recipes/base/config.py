@@ -120,6 +120,8 @@ class UnetSettings(StageSettings):
     """Shares of the kinds of prompts."""
     graded: float = 0.0
     """Share of pictures on other paper, in other pigments and textures, which their prompts name: "… on blue paper"."""
+    broad: float = 0.0
+    """Share of pictures of all concepts that are not held out, `[vae] pictures` of them: shapes beyond the recipe's."""
     timestep_shift: float = 1.0
     """Above 1, noisy timesteps come more often: the larger the latents, the more noise it takes to hide a shape, and
     the shape is what a small model learns last. 2 for twice the side (arXiv 2403.03206, section 5.3.2)."""

@@ -23,9 +23,9 @@ from recipes.base.grades import grade_each
 from recipes.base.loop import Stage, adamw
 from recipes.base.sheets import sheet
 from recipes.base.text import TextEncoders
-from recipes.base.vae import open_vae, to_tensor
+from recipes.base.vae import broad_pictures, open_vae, to_tensor
 from recipes.base.widen import widen_unet
-from recipes.base.world import World
+from recipes.base.world import Item, World
 from unziplora.objective import towards_noise
 
 
@@ -106,27 +106,50 @@ def encode_pictures(vae: AutoencoderTiny, pixels: np.ndarray, device: torch.devi
     return latents.float() * vae.config.scaling_factor
 
 
+class Pool:
+    """Some of the pictures, by their numbers: those of each style, and those that answer prompts without a style."""
+
+    def __init__(self, items: Sequence[Item], first: int = 0):
+        numbered = list(enumerate(items, first))
+        styles = sorted({item.style for item in items})
+        self.by_style = [np.array([i for i, x in numbered if x.style == style]) for style in styles]
+        self.natural = np.array([i for i, x in numbered if x.natural])
+
+    def draw(self, kind: str, rng: np.random.Generator) -> int:
+        """A picture's number: of a random style, or a natural one where the prompt names none."""
+        numbers = self.natural if kind == "content" else self.by_style[int(rng.integers(len(self.by_style)))]
+        return int(rng.choice(numbers))
+
+
 class Deck:
     """Draws training examples: the kind of prompt first, then a style, then a picture of it, plain or graded.
 
-    The graded picture of number i is number N + i; `papers` are its words.
+    The graded picture of number i is number N + i; `papers` are its words. The recipe's own pictures come first, then
+    those of all concepts, which are drawn at the share `broad`.
     """
 
-    def __init__(self, pictures: Pictures, world: World, settings: UnetSettings, papers: Sequence[str] = ()):
+    def __init__(
+        self,
+        pictures: Pictures,
+        world: World,
+        settings: UnetSettings,
+        papers: Sequence[str] = (),
+        own: int | None = None,
+    ):
         self.items, self.world = pictures.items, world
         self.papers, self.graded = papers, settings.graded if papers else 0.0
         self.kinds, shares = list(settings.kinds), np.array(list(settings.kinds.values()))
         self.shares = shares / shares.sum()
-        styles = sorted({item.style for item in self.items})
-        self.by_style = [np.array([i for i, x in enumerate(self.items) if x.style == s]) for s in styles]
-        self.natural = np.array([i for i, x in enumerate(self.items) if x.natural])
+        self.own = Pool(self.items[:own])
+        self.broad = Pool(self.items[own:], own) if own is not None and settings.broad else None
+        self.broad_share = settings.broad
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
         """Indices of pictures and a prompt for each."""
         chosen, prompts = [], []
         for kind in rng.choice(self.kinds, count, p=self.shares):
-            pool = self.natural if kind == "content" else self.by_style[int(rng.integers(len(self.by_style)))]
-            index = int(rng.choice(pool))
+            broad = self.broad if self.broad and rng.random() < self.broad_share else None
+            index = (broad or self.own).draw(kind, rng)
             item, caption = self.items[index], self.world.caption(self.items[index].concept)
             paper = self.papers[index] if self.graded and rng.random() < self.graded else ""
             chosen.append(index + len(self.items) if paper else index)
@@ -170,13 +193,14 @@ class UnetStage(Stage):
         self.alphas = self.scheduler.alphas_cumprod.to(self.device)
         self.world = World(recipe.world)
         self.tokens = (recipe.world.resolution // 8 // 2) ** 2  # attention starts at the second level
-        pictures = training_pictures(recipe)
+        own = training_pictures(recipe)
+        pictures = broad_pictures(recipe) if s.broad else own
         self.latents = encode_pictures(self.vae, pictures.pixels, self.device)
         papers: list[str] = []
         if s.graded:
             graded, papers = grade_each(pictures.pixels, np.random.default_rng(recipe.seed))
             self.latents = torch.cat([self.latents, encode_pictures(self.vae, graded, self.device)])
-        self.deck = Deck(pictures, self.world, s, papers)
+        self.deck = Deck(pictures, self.world, s, papers, len(own))
 
     def start(self, init: Path | None) -> UNet2DConditionModel:
         """An untrained UNet, or that of an exported base, with as many channels as the autoencoder has."""

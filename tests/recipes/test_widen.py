@@ -18,7 +18,7 @@ from recipes.base.export import export
 from recipes.base.loop import train
 from recipes.base.roundtrip import roundtrip
 from recipes.base.unet import Deck, UnetStage, trained_pipeline
-from recipes.base.vae import VaeStage, to_tensor
+from recipes.base.vae import VaeStage, broad_pictures, to_tensor
 from recipes.base.widen import widen_unet, widen_vae
 from recipes.base.world import World
 from unziplora.bench.cases import load_cases
@@ -118,6 +118,24 @@ class TestGradedPictures:
         assert torch.equal(both.latents[:count], plain.latents)
         assert len(both.latents) == 2 * count
         assert not torch.allclose(both.latents[count:], plain.latents, atol=0.05)
+
+
+class TestBroadPictures:
+    """Pictures of all concepts are drawn at their share, and not at all without one."""
+
+    @pytest.mark.parametrize(("broad", "least", "most"), [(0.0, 0, 0), (0.3, 80, 160)])
+    def test_they_are_drawn_at_their_share(self, trained: Recipe, broad: float, least: int, most: int):
+        pictures = training_pictures(trained)
+        own = len(pictures) // 2
+        settings = trained.unet.model_copy(update={"broad": broad, "kinds": {"full": 1.0}})
+        chosen, _ = Deck(pictures, World(trained.world), settings, own=own).draw(400, np.random.default_rng(0))
+        assert least <= (chosen >= own).sum() <= most
+
+    def test_the_stage_has_latents_of_all_of_them(self, trained: Recipe):
+        settings = trained.unet.model_copy(update={"broad": 0.3})
+        stage = UnetStage(trained.model_copy(update={"unet": settings}))
+        assert len(stage.latents) == len(stage.deck.items) == len(broad_pictures(trained).items)
+        assert len(stage.latents) > len(training_pictures(trained).items)
 
 
 def test_the_round_trip_is_measured_on_every_kind_of_picture(folder: Path, trained: Recipe, tmp_path: Path) -> None:
