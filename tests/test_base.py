@@ -38,6 +38,14 @@ def test_folder_is_opened_frozen(shared_base: Base):
         assert not any(p.requires_grad for p in part.parameters())
 
 
+def test_fingerprint_is_that_of_the_weights(fresh_base, shared_base: Base, tiny_folder: Path):
+    half, other = load_base(str(tiny_folder), torch.bfloat16), fresh_base()
+    assert half.fingerprint() == other.fingerprint() == shared_base.fingerprint()
+    with torch.no_grad():
+        other.unet.conv_out.bias += 0.1
+    assert other.fingerprint() != shared_base.fingerprint()
+
+
 def test_tiny_bases_share_no_unet(fresh_base, shared_base: Base):
     one, other = fresh_base(), fresh_base()
     assert len({id(base.unet) for base in (one, other, shared_base)}) == 3

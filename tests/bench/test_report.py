@@ -1,9 +1,11 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fakes import Colours, Fake
 
 from unziplora.base import Base
@@ -127,7 +129,7 @@ class TestBench:
 
     def test_writes_report_and_contact_sheets(self, made: Report, config: BenchConfig):
         names = {path.name for path in config.out.iterdir()}
-        assert names == {"bench.toml", "cases", "runs", "sheets", "report.json", "report.md"} - {"cases"}
+        assert names == {"bench.toml", "weights.txt", "runs", "sheets", "report.json", "report.md"}
         assert json.loads((config.out / "report.json").read_text())["measures"] == ["colours", "second"]
         assert "![dog](sheets/dog.png)" in (config.out / "report.md").read_text()
         assert "| unziplora |" in str(made)
@@ -161,6 +163,16 @@ class TestBench:
         results = [json.loads((config.out / "runs/base/cat/seed-0/scores.json").read_text())]
         bare = contact_sheet(cases["cat"], [], config.out)
         assert contact_sheet(cases["cat"], results, config.out).size == bare.size
+
+    def test_other_weights_under_the_same_name_are_refused(
+        self, made: Report, config: BenchConfig, fresh_base: Callable[[], Base], cases: Cases
+    ):
+        other = fresh_base()
+        assert bench(config, base=other, measures=[Colours()], cases=cases).rows
+        with torch.no_grad():
+            other.unet.conv_in.weight += 1
+        with pytest.raises(UserError, match=f"these are {other.fingerprint()}.*: choose another --out"):
+            bench(config, base=other, measures=[Colours()], cases=cases)
 
     def test_progress_tells_every_unit(self, config: BenchConfig, tiny_base: Base, cases: Cases):
         told: list[tuple[int, int]] = []

@@ -137,6 +137,7 @@ def open_bench(
         cases = picture_cases(config.pictures, base.resolution) if config.pictures else load_cases(config.split)
     chosen = choose(cases, config.cases, config.quick)
     place = Workplace(config, config.out.expanduser().resolve(), overrides)
+    place.claim(base)
     atomic_write(place.folder / "bench.toml", to_toml(config))
     return Bench(place, base, found, cases, chosen, methods or METHODS, progress or (lambda _: None))
 

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from unziplora.atomic import write_png
+from unziplora.atomic import atomic_write, write_png
+from unziplora.base import Base
 from unziplora.bench.cases import Case, Example
 from unziplora.config_bench import BenchConfig
 from unziplora.config_training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.progress import Callback
 from unziplora.run import MAY_CHANGE, RunFolder
+
+WEIGHTS = "weights.txt"
+"""Holds the fingerprint of the base's weights."""
 
 C = TypeVar("C", bound=TrainingConfig, contravariant=True)
 
@@ -42,6 +46,21 @@ class Workplace:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     homes: Mapping[str, Path] = field(default_factory=dict)
     progress: Callback = lambda _: None
+
+    def claim(self, base: Base) -> None:
+        """Note the base's weights; what is here by other weights would be taken for theirs.
+
+        Raises:
+            UserError: the folder's runs and scores are of other weights of that name.
+        """
+        path, mine = self.folder / WEIGHTS, base.fingerprint()
+        found = path.read_text(encoding="utf-8").strip() if path.is_file() else mine
+        if found != mine:
+            raise UserError(
+                f"{self.folder}: measured with other weights of base {self.config.base!r} ({found}; these are {mine}): "
+                "choose another --out, or the version of the base that it was measured with"
+            )
+        atomic_write(path, mine + "\n")
 
     def run_folder(self, method: str, case: Case, seed: int) -> Path:
         """Where one method's trainings on a case are kept."""
