@@ -120,6 +120,8 @@ class UnetSettings(StageSettings):
     """Shares of the kinds of prompts."""
     graded: float = 0.0
     """Share of pictures on other paper, in other pigments and textures, which their prompts name: "… on blue paper"."""
+    before: int = 0
+    """Steps that the base given with `--init` was trained for before: the model card counts them."""
     broad: float = 0.0
     """Share of pictures of all concepts that are not held out, `[vae] pictures` of them: shapes beyond the recipe's."""
     timestep_shift: float = 1.0

@@ -114,7 +114,8 @@ def main() -> None:
         about: dict[str, object] = {"folder": str(options.folder)}
     else:
         pipe, trained = trained_pipeline(recipe)
-        about = {"steps": trained, "pictures seen": trained * recipe.unet.batch}
+        steps = trained + recipe.unet.before
+        about = {"steps": steps, "pictures seen": steps * recipe.unet.batch}
     about["scores"] = evaluate(pipe, recipe, count=options.count, guidance=options.guidance, steps=options.steps)
     path = recipe.output / "evaluation" / "evaluation.json"
     path.write_text(json.dumps(about, indent=2) + "\n")

@@ -81,6 +81,7 @@ def export(recipe: Recipe, folder: Path) -> int:
     Raises ValueError when it is larger than 60 MB.
     """
     pipe, steps = trained_pipeline(recipe)
+    steps += recipe.unet.before
     evaluation_file = recipe.output / "evaluation" / "evaluation.json"
     evaluation = json.loads(evaluation_file.read_text()) if evaluation_file.exists() else {}
     if folder.exists():
