@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from unziplora.base import Base
-from unziplora.class_pictures import class_pictures, fingerprint
+from unziplora.class_pictures import class_pictures
 from unziplora.config import resolve
 from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.errors import Interrupted, UserError
@@ -194,10 +194,10 @@ class TestPrior:
 
     def test_another_base_has_pictures_of_its_own(self, fresh_base: Callable[[], Base]):
         one, two = fresh_base(), fresh_base()
-        assert fingerprint(one) == fingerprint(two)
+        assert one.fingerprint() == two.fingerprint()
         with torch.no_grad():
             two.unet.conv_in.weight[0, 0, 0, 0] += 1
-        assert fingerprint(one) != fingerprint(two)
+        assert one.fingerprint() != two.fingerprint()
 
     def test_ones_own_pictures_count(self, tiny_base: Base, tmp_path: Path):
         own = tmp_path / "cats"

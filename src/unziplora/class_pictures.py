@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from unziplora.atomic import explain, write_png
@@ -69,15 +68,6 @@ def cache_folder(base: Base, prompt: str, settings: Settings) -> Path:
     """Where class pictures of this base, prompt and these settings are kept: UNZIPLORA_CACHE, or ~/.cache/unziplora."""
     root = os.environ.get("UNZIPLORA_CACHE")
     home = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unziplora"
-    told = repr((fingerprint(base), prompt, replace(settings, batch_size=1))).encode()
+    told = repr((base.fingerprint(), prompt, replace(settings, batch_size=1))).encode()
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40]
     return home / "class-pictures" / f"{words}-{hashlib.sha256(told).hexdigest()[:12]}"
-
-
-@torch.no_grad()
-def fingerprint(base: Base) -> str:
-    """What tells one base's weights from another's: a checksum of the UNet's first and last layer."""
-    digest = hashlib.sha256()
-    for layer in (base.unet.conv_in, base.unet.conv_out):
-        digest.update(layer.weight.float().cpu().numpy().tobytes())
-    return digest.hexdigest()

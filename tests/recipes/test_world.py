@@ -27,7 +27,7 @@ def with_style(settings: WorldSettings, **style: object) -> WorldSettings:
 
 def test_forty_concepts_are_held_out_of_shipped_recipes() -> None:
     assert len(held_out_concepts()) == 40
-    for name in ("small", "emoji-xl", "full"):
+    for name in ("small", "emoji-xl", "emoji-xl-more", "full"):
         recipe = Recipe.read(RECIPES / f"{name}.toml")
         assert recipe.world.concepts == "all" or not set(recipe.world.concepts) & held_out_concepts()
         styles = recipe.world.styles.values()

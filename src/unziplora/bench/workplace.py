@@ -54,13 +54,13 @@ class Workplace:
             UserError: the folder's runs and scores are of other weights of that name.
         """
         path, mine = self.folder / WEIGHTS, base.fingerprint()
-        found = path.read_text(encoding="utf-8").strip() if path.is_file() else mine
-        if found != mine:
+        if not path.is_file():
+            atomic_write(path, mine + "\n")
+        elif (found := path.read_text(encoding="utf-8").strip()) != mine:
             raise UserError(
                 f"{self.folder}: measured with other weights of base {self.config.base!r} ({found}; these are {mine}): "
                 "choose another --out, or the version of the base that it was measured with"
             )
-        atomic_write(path, mine + "\n")
 
     def run_folder(self, method: str, case: Case, seed: int) -> Path:
         """Where one method's trainings on a case are kept."""
