@@ -61,7 +61,7 @@ class TestPhrase:
     def test_offsets_are_added_where_the_whole_phrase_stands_and_nowhere_else(self, base: Base):
         phrase, encoder, tokenizer = Phrase(base, "ink wash"), base.text_encoders[0], base.tokenizers[0]
         with torch.no_grad():
-            for offsets in phrase.offsets:
+            for offsets in phrase.free:
                 offsets += torch.arange(1.0, offsets.shape[1] + 1)[:, None]
         tokens = tokenizer([SPOKEN, "an ink washer, ink"], padding=True, return_tensors="pt").input_ids
         table = embeddings(encoder)
@@ -75,10 +75,30 @@ class TestPhrase:
         torch.testing.assert_close(added, expected, atol=1e-5, rtol=0)
         assert torch.equal(table(tokens), plain)
 
+    def test_a_whole_share_of_a_known_token_makes_it_of_every_token_of_the_phrase(self, base: Base):
+        phrase = Phrase(base, "ink wash", known=["sign", "neon sign"])
+        for number in (0, 1):
+            tokenizer, table = base.tokenizers[number], embeddings(base.text_encoders[number])
+            known = sorted(set(tokenizer("neon sign", add_special_tokens=False).input_ids))
+            token = tokenizer("sign", add_special_tokens=False).input_ids[-1]
+            with torch.no_grad():
+                phrase.shares[number][:, :, known.index(token)] = 1.0
+            with phrase.spoken(), torch.no_grad():
+                read = table(torch.tensor([phrase.ids[number]]))
+                torch.testing.assert_close(read[0], table.weight[token].expand_as(read[0]), atol=1e-6, rtol=0)
+
+    def test_shares_and_the_free_part_learn_at_their_own_rates(self, base: Base, config: Make):
+        scheduler, phrase = DDPMScheduler.from_config(base.scheduler.config), Phrase(base, "ink wash", known=["sign"])
+        recipe = config(phrase_steps=1, phrase_learning_rate=1e-3, phrase_word_rate=1e-2)
+        learn_phrase(phrase, scheduler, picture(base), SPOKEN, recipe)
+        for part, rate in ((phrase.free, 1e-3), (phrase.shares, 1e-2)):
+            # Adam's first step is the rate, whatever the loss.
+            assert max(values.abs().max().item() for values in part) == pytest.approx(rate, rel=0.01)
+
     def test_prompts_of_one_batch_may_be_read_each_in_its_own_way(self, base: Base):
         phrase = Phrase(base, "ink wash", readings=3)
         with torch.no_grad():
-            for offsets in phrase.offsets:
+            for offsets in phrase.free:
                 offsets += torch.tensor([0.0, 1.0, 5.0])[:, None, None]
         with torch.no_grad(), phrase.spoken(torch.tensor([2, 0, 1])):
             rows = together(base, [SPOKEN] * 3).tokens
@@ -90,11 +110,11 @@ class TestPhrase:
         scheduler, phrase = DDPMScheduler.from_config(base.scheduler.config), Phrase(base, "ink wash", readings=2)
         examples = Examples(torch.randn(4, 4, 8, 8), conditioning(base, Prompts(SPOKEN), base.resolution, 4))
         learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=1, batch_size=1))
-        learnt = [[bool(reading.any()) for reading in offsets] for offsets in phrase.offsets]
+        learnt = [[bool(reading.any()) for reading in offsets] for offsets in phrase.free]
         assert sorted(learnt[0]) == [False, True]
         assert learnt[0] == learnt[1]
         learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=8, batch_size=2))
-        assert all(offsets.abs().min() > 0 for offsets in phrase.offsets)
+        assert all(offsets.abs().min() > 0 for offsets in phrase.free)
 
     def test_the_schedule_holds_for_the_words_too(self, base: Base, config: Make):
         scheduler, moved = DDPMScheduler.from_config(base.scheduler.config), {}
@@ -102,7 +122,7 @@ class TestPhrase:
             phrase = Phrase(base, "ink wash")
             recipe = config(phrase_steps=8, phrase_learning_rate=1e-3, schedule=schedule)
             learn_phrase(phrase, scheduler, picture(base), SPOKEN, recipe)
-            moved[schedule] = max(offsets.abs().max().item() for offsets in phrase.offsets)
+            moved[schedule] = max(offsets.abs().max().item() for offsets in phrase.free)
         # Adam moves a number by about the rate in every step: the sums of eight rates.
         assert moved["cosine"] < 1.1 * 4.5e-3 < moved["constant"] < 1.1 * 8e-3
 
@@ -131,7 +151,7 @@ def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: 
     base = load_base("bundled")
     phrase = Phrase(base, "ink wash")
     with torch.no_grad():
-        for offsets in phrase.offsets:
+        for offsets in phrase.free:
             offsets += torch.randn(offsets.shape, generator=torch.Generator().manual_seed(1)) / 20
         with phrase.spoken():
             goal = together(base, ["a tree in ink wash style"]).tokens
@@ -159,7 +179,7 @@ class TestSplit:
         assert any(name.startswith("text_encoder_2.") for name in read_lora(run.style).text)
 
     def test_variants_teach_the_content_lora_alone_each_in_its_own_words(self, tiny_folder: Path, config: Make):
-        recipe = config(content_variants=True, content_alone=0.9, phrase_steps=8, batch_size=8)
+        recipe = config(content_variants=True, content_alone=0.9, phrase_steps=32, batch_size=8)
         setup = Setup(load_base(str(tiny_folder)), 64, nullcontext, lambda _: None)
         method = UnZipLora.build(recipe, setup)
         seen = method.material.alone["content"]

@@ -104,6 +104,10 @@ class SplitConfig(PictureConfig):
         ge=0,
     )
     phrase_learning_rate: float = key(5e-3, "Learning rate of the phrase's embeddings.", "Method", gt=0)
+    phrase_words: list[str] = key(
+        [], "Words of styles that the base knows well: the phrase is learnt as a mixture of them as well.", "Method"
+    )
+    phrase_word_rate: float = key(1e-2, "Learning rate of the shares of these words.", "Method", gt=0)
     content_alone: float = key(
         0.0, "Share of the steps in which the content LoRA learns the picture without the other.", "Method", ge=0, lt=1
     )

@@ -1,7 +1,8 @@
 """The style phrase first: its embeddings are learnt, then a LoRA of the text encoders makes them of the plain words.
 
 Textual inversion (arXiv 2208.01618) of the phrase with everything else frozen says as much of the style as words can.
-LoRAs that learn the picture told so need not say it again (pivotal tuning, arXiv 2106.05744).
+LoRAs that learn the picture told so need not say it again (pivotal tuning, arXiv 2106.05744). Most of the way may go
+along words of styles that the base knows (`phrase_words`): far from all of them it does not understand what it is told.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ STYLES = (
 )
 """Styles whose prompts stay as they are."""
 
+FIRST = 0.5
+"""Share of the phrase's steps for the picture itself; the rest is for it and its variants alike."""
+
 TEACHING_STEPS, TEACHING_BATCH, TEACHING_RATE = 100, 12, 4e-3
 LOSS_SCALE = 1024.0
 """Keeps fp16 gradients from underflow; Adam's steps do not depend on it."""
@@ -51,17 +55,34 @@ class Phrase:
     """What a phrase's tokens have learnt: offsets to their embeddings, in both text encoders, in several readings.
 
     Attributes:
-        offsets: one parameter per text encoder, [readings, tokens of the phrase, D].
+        free: the part of the offsets that goes anywhere, one parameter per text encoder,
+            [readings, tokens of the phrase, D].
+        shares: the part that goes along known words, how much of the way to each of their K tokens,
+            [readings, tokens of the phrase, K].
     """
 
-    def __init__(self, base: Base, text: str, readings: int = 1) -> None:
+    def __init__(self, base: Base, text: str, readings: int = 1, known: Sequence[str] = ()) -> None:
         """Start at the phrase as the base knows it, without any offset."""
         self.base = base
         self.ids = [tokenizer(text, add_special_tokens=False).input_ids for tokenizer in base.tokenizers]
-        widths = [embeddings(encoder).weight.shape[1] for encoder in base.text_encoders]
-        self.offsets = [
-            nn.Parameter(torch.zeros(readings, len(ids), width, device=base.device))
-            for ids, width in zip(self.ids, widths, strict=True)
+        self.free, self.shares, self._ways = [], [], []
+        for tokenizer, encoder, ids in zip(base.tokenizers, base.text_encoders, self.ids, strict=True):
+            table = embeddings(encoder).weight.detach().float()
+            tokens = sorted({token for word in known for token in tokenizer(word, add_special_tokens=False).input_ids})
+            self._ways.append((table[tokens][None] - table[ids][:, None]).to(base.device))
+            self.free.append(nn.Parameter(torch.zeros(readings, len(ids), table.shape[1], device=base.device)))
+            self.shares.append(nn.Parameter(torch.zeros(readings, len(ids), len(tokens), device=base.device)))
+
+    @property
+    def readings(self) -> int:
+        """How many readings there are."""
+        return len(self.free[0])
+
+    def offsets(self) -> list[Tensor]:
+        """What is added to the tokens' embeddings, per text encoder [readings, tokens of the phrase, D]."""
+        return [
+            free + torch.einsum("rtk,tkd->rtd", shares, ways)
+            for free, shares, ways in zip(self.free, self.shares, self._ways, strict=True)
         ]
 
     @contextmanager
@@ -74,7 +95,7 @@ class Phrase:
         taken = torch.zeros(1, dtype=torch.long) if readings is None else readings
         hooks = [
             embeddings(encoder).register_forward_hook(_adding(ids, offsets[taken]))
-            for encoder, ids, offsets in zip(self.base.text_encoders, self.ids, self.offsets, strict=True)
+            for encoder, ids, offsets in zip(self.base.text_encoders, self.ids, self.offsets(), strict=True)
         ]
         try:
             yield
@@ -125,7 +146,7 @@ def learn_words(
     if config.content_variants:
         examples = _with_variants(setup.base, pictures, examples)
     setup.leave_unet_alone(config, text=True)
-    phrase = Phrase(setup.base, config.style, len(examples.latents) // len(pictures))
+    phrase = Phrase(setup.base, config.style, len(examples.latents) // len(pictures), config.phrase_words)
     with visiting(setup.base.text_encoders, setup.base.device):
         prompt = config.fill("a {content} in {style} style")
         learn_phrase(phrase, setup.noise_schedule(), examples, prompt, config, setup.autocast)
@@ -162,12 +183,13 @@ def learn_phrase(
         config: the recipe.
         autocast: context of the forward passes.
     """
-    optimizer = torch.optim.Adam(phrase.offsets, lr=config.phrase_learning_rate)
+    parts = (phrase.free, config.phrase_learning_rate), (phrase.shares, config.phrase_word_rate)
+    optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in parts])
     schedule = make_schedule(optimizer, config.schedule, config.phrase_steps)
     for step in range(config.phrase_steps):
         draw = generator(config.seed, "phrase", step)
         index = _drawn(phrase, len(examples.latents), config.batch_size, draw)
-        with phrase.spoken(index * len(phrase.offsets[0]) // len(examples.latents)), autocast():
+        with phrase.spoken(index * phrase.readings // len(examples.latents)), autocast():
             rows = together(phrase.base, [prompt] * len(index))
             ids = examples.conditioning.time_ids[index]
             weights = None if examples.weights is None else examples.weights[index]
@@ -183,18 +205,17 @@ def learn_phrase(
 def retold(phrase: Phrase, examples: Examples, config: SplitConfig) -> Examples:
     """The pictures with the full prompt in their own readings, as all LoRAs shall see it."""
     count = len(examples.latents)
-    with phrase.spoken(torch.arange(count) * len(phrase.offsets[0]) // count):
+    with phrase.spoken(torch.arange(count) * phrase.readings // count):
         rows = together(phrase.base, [config.prompts()["full"]] * count)
     tokens = join(*[rows.tokens] * 3) if config.prompt_separation else rows.tokens
     return replace(examples, conditioning=Conditioning(tokens, rows.pooled, examples.conditioning.time_ids))
 
 
 def _drawn(phrase: Phrase, pictures: int, count: int, draw: torch.Generator) -> Tensor:
-    """Pictures to learn from in one step, about half of them of the first reading, [count]."""
-    readings = len(phrase.offsets[0])
-    first = torch.randint(pictures // readings, (count,), generator=draw)
+    """Pictures to learn from in one step, about `FIRST` of them of the first reading, the style itself, [count]."""
+    first = torch.randint(pictures // phrase.readings, (count,), generator=draw)
     any_reading = torch.randint(pictures, (count,), generator=draw)
-    return torch.where(torch.rand(count, generator=draw) < 0.5, first, any_reading)
+    return torch.where(torch.rand(count, generator=draw) < FIRST, first, any_reading)
 
 
 def teach_encoders(phrase: Phrase, config: SplitConfig) -> TextLora:

@@ -85,6 +85,8 @@ def _presets(model: type[Recipe]) -> str:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(item) for item in value)}]"
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else plain(value)
@@ -96,8 +98,6 @@ def _default(field: FieldInfo) -> str:
     value = field.default
     if value is None or value == []:
         return "–"
-    if isinstance(value, (list, tuple)):
-        return f"`[{', '.join(_toml(item) for item in value)}]`"
     return f"`{_toml(str(value) if isinstance(value, Path) else value)}`"
 
 
