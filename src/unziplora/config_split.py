@@ -36,7 +36,7 @@ PAPER: dict[str, Any] = {
 # Found by trials on drawings and filters that the small base has not seen (docs/experiments.md).
 BUNDLED: dict[str, Any] = {
     **SMALL,
-    "content_learning_rate": 1e-3,
+    "content_learning_rate": 2e-3,
     "style_learning_rate": 1e-3,
     "schedule": "cosine",
     "column_separation": False,
@@ -44,8 +44,13 @@ BUNDLED: dict[str, Any] = {
     "blocks": "bundled",
     "column_warmup": 5,
     "score_timesteps": 4,
-    "phrase_steps": 120,
-    "phrase_learning_rate": 2e-2,
+    "phrase_steps": 160,
+    "phrase_learning_rate": 2e-3,
+    "phrase_words": [  # of the styles of its world (recipes/base/captions.py)
+        *("watercolor", "oil painting", "pencil sketch", "neon sign", "pixel art", "mosaic", "3d render", "crayon"),
+        *("chalk drawing", "blueprint", "halftone", "pop", "flat icon", "ink line", "gradient cartoon"),
+        *("black silhouette", "engraved", "cross stitch embroidery", "dots"),
+    ],
     "content_alone": 0.6,
     "content_variants": True,
     "style_alone": 0.15,

@@ -43,7 +43,7 @@ STYLES = (
 )
 """Styles whose prompts stay as they are."""
 
-FIRST = 0.5
+FIRST = 0.75
 """Share of the phrase's steps for the picture itself; the rest is for it and its variants alike."""
 
 TEACHING_STEPS, TEACHING_BATCH, TEACHING_RATE = 100, 12, 4e-3
