@@ -20,7 +20,7 @@ SMALL: dict[str, Any] = {
     "sample_subject": "house",
     "sample_style": "neon sign",
 }
-"""What every training on the small base that ships with the package sets: a minute on a laptop CPU."""
+"""What every training on the small base that ships with the package sets: a minute or two on a laptop CPU."""
 
 
 class TrainingConfig(Recipe):
