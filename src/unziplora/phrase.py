@@ -67,9 +67,9 @@ class Phrase:
         self.ids = [tokenizer(text, add_special_tokens=False).input_ids for tokenizer in base.tokenizers]
         self.free, self.shares, self._ways = [], [], []
         for tokenizer, encoder, ids in zip(base.tokenizers, base.text_encoders, self.ids, strict=True):
-            table = embeddings(encoder).weight.detach().float()
+            table = embeddings(encoder).weight.detach()
             tokens = sorted({token for word in known for token in tokenizer(word, add_special_tokens=False).input_ids})
-            self._ways.append((table[tokens][None] - table[ids][:, None]).to(base.device))
+            self._ways.append((table[tokens].float()[None] - table[ids].float()[:, None]).to(base.device))
             self.free.append(nn.Parameter(torch.zeros(readings, len(ids), table.shape[1], device=base.device)))
             self.shares.append(nn.Parameter(torch.zeros(readings, len(ids), len(tokens), device=base.device)))
 
