@@ -80,10 +80,10 @@ def test_there_and_back_for_every_module():
 
 
 def test_the_blocks_that_matter():
-    assert keys.block_to_sgm("up_blocks.0.attentions.0") == "output_blocks.0.1"  # B-LoRA's content
-    assert keys.block_to_sgm("up_blocks.0.attentions.1") == "output_blocks.1.1"  # B-LoRA's style
-    assert keys.block_to_sgm("mid_block.attentions.0") == "middle_block.1"
-    assert keys.block_to_sgm("down_blocks.2.attentions.1") == "input_blocks.8.1"
+    assert keys.to_sgm("up_blocks.0.attentions.0.proj_in") == "output_blocks.0.1.proj_in"  # B-LoRA's content
+    assert keys.to_sgm("up_blocks.0.attentions.1.proj_in") == "output_blocks.1.1.proj_in"  # B-LoRA's style
+    assert keys.to_sgm("mid_block.attentions.0.proj_in") == "middle_block.1.proj_in"
+    assert keys.to_sgm("down_blocks.2.attentions.1.proj_in") == "input_blocks.8.1.proj_in"
 
 
 def test_an_upsampler_without_attention_before_it():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unziplora.base import Base
+from unziplora.lora.keys import text_module
 from unziplora.objective import Examples, generator
 from unziplora.prompts import encode
 
@@ -92,5 +93,5 @@ class TextLora:
         for name, encoder in zip(ENCODERS, self.base.text_encoders, strict=True):
             for path, tensor in get_peft_model_state_dict(encoder, adapter_name="default").items():
                 factor = self.strength if ".lora_B." in path else 1.0
-                tensors[f"{name}.{path}"] = tensor.detach().float().cpu() * factor
+                tensors[f"{name}.{text_module(path)}"] = tensor.detach().float().cpu() * factor
         return tensors

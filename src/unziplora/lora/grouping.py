@@ -188,7 +188,7 @@ def _text_module(name: str) -> str:
         name = re.sub(rf"\.{old}$", f".{new}", name)
     if not keys.is_text_module(name):
         raise ValueError(f"{name!r} is no module of a CLIP text encoder")
-    return name if name.startswith("text_") else f"text_model.{name}"
+    return keys.text_module(name)
 
 
 def _layout(found: set[str]) -> str:

@@ -71,6 +71,11 @@ def is_text_module(path: str) -> bool:
     return _TEXT.fullmatch(path) is not None
 
 
+def text_module(path: str) -> str:
+    """A text encoder's module with the level `text_model.`, which files have and transformers 5 leaves out."""
+    return path if path.startswith("text_") else f"text_model.{path}"
+
+
 def to_sgm(path: str, layers: int = LAYERS) -> str:
     """diffusers' module path in sgm's names, such as `up_blocks.0.attentions.1` → `output_blocks.1.1`.
 
@@ -80,11 +85,6 @@ def to_sgm(path: str, layers: int = LAYERS) -> str:
     if not is_unet_module(path):
         raise ValueError(f"{path!r} is no module of an SDXL UNet")
     return _to_sgm(path, layers)
-
-
-def block_to_sgm(block: str, layers: int = LAYERS) -> str:
-    """An attention block's path in sgm's names: `up_blocks.0.attentions.0` → `output_blocks.0.1`."""
-    return to_sgm(f"{block}.proj_in", layers).removesuffix(".proj_in")
 
 
 def _to_sgm(path: str, layers: int) -> str:
