@@ -147,25 +147,34 @@ class TestPhrase:
         assert all(torch.equal(one, two) for one, two in zip(frozen, now, strict=True))
 
 
-def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: Make):
-    base = load_base("bundled")
-    phrase = Phrase(base, "ink wash")
+def test_a_phrase_occurs_where_all_of_its_tokens_do(base: Base):
+    phrase = Phrase(base, "pencil sketch")
+    assert phrase.occurs_in("a house in pencil sketch style")
+    assert phrase.occurs_in("pencil sketch")
+    assert not phrase.occurs_in("a pencil in sketch style")
+    assert not phrase.occurs_in("a house in pencil style")
+
+
+@pytest.mark.parametrize("style", ["ink wash", "pencil sketch"])  # the second is one of phrase.STYLES
+def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: Make, style: str):
+    base, said = load_base("bundled"), [f"a sks cat in {style} style", "a tree", "a zebra in neon sign style"]
+    phrase = Phrase(base, style)
     with torch.no_grad():
         for offsets in phrase.free:
             offsets += torch.randn(offsets.shape, generator=torch.Generator().manual_seed(1)) / 20
         with phrase.spoken():
-            goal = together(base, ["a tree in ink wash style"]).tokens
-        plain = together(base, ["a tree in ink wash style", "a tree", "a zebra in neon sign style"]).tokens
-    adapter = teach_encoders(phrase, config(rank=16))
-    taught = embed(base, ["a tree in ink wash style", "a tree", "a zebra in neon sign style"]).tokens
+            goal = together(base, said[:1]).tokens
+        plain = together(base, said).tokens
+    adapter = teach_encoders(phrase, config(rank=16, style=style))
+    taught = embed(base, said).tokens
     wide = (goal - plain[:1]).square().mean()
-    assert (taught[:1] - goal).square().mean() < 0.1 * wide
+    assert (taught[:1] - goal).square().mean() < 0.05 * wide
     assert (taught[1:] - plain[1:]).square().mean() < 0.1 * wide
     with adapter.off():
         torch.testing.assert_close(embed(base, ["a tree"]).tokens, plain[1:2])
     fresh = load_base(base.name)
     fresh.pipe.load_lora_weights({name: tensor.clone() for name, tensor in adapter.export().items()})
-    torch.testing.assert_close(embed(fresh, ["a tree in ink wash style"]).tokens, taught[:1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embed(fresh, said[:1]).tokens, taught[:1], atol=1e-5, rtol=1e-5)
 
 
 class TestSplit:

@@ -85,6 +85,14 @@ class Phrase:
             for free, shares, ways in zip(self.free, self.shares, self._ways, strict=True)
         ]
 
+    def occurs_in(self, prompt: str) -> bool:
+        """Whether the offsets change this prompt: all of the phrase's tokens occur in it, one after the other."""
+        for tokenizer, ids in zip(self.base.tokenizers, self.ids, strict=True):
+            tokens = tokenizer(prompt, add_special_tokens=False).input_ids
+            if any(tokens[start : start + len(ids)] == ids for start in range(len(tokens))):
+                return True
+        return False
+
     @contextmanager
     def spoken(self, readings: Tensor | None = None) -> Iterator[None]:
         """Add the offsets wherever the phrase occurs in a prompt, for a while.
@@ -234,14 +242,17 @@ def teach_encoders(phrase: Phrase, config: SplitConfig) -> TextLora:
     )
     own = [config.fill("a {token} {content} in ") + f"{style} style" for style in STYLES]
     others = [f"a {thing} in {style} style" for thing, style in zip(THINGS, STYLES, strict=False)]
-    kept = [prompts["content"], config.fill("a {content}"), "an image", *(f"a {t}" for t in THINGS), *own, *others]
+    plain_ones = [prompts["content"], config.fill("a {content}"), "an image", *(f"a {thing}" for thing in THINGS)]
+    # The phrase may be one of STYLES: no prompt can be embedded both ways.
+    kept = [text for text in (*plain_ones, *own, *others) if not phrase.occurs_in(text)]
     with torch.no_grad():
         plain, kept_rows = together(base, said), together(base, kept)
         with phrase.spoken():
             goal = together(base, said)
     tokens, pooled = torch.cat([goal.tokens, kept_rows.tokens]), torch.cat([goal.pooled, kept_rows.pooled])
     sizes = [
-        (a - b).square().mean().clamp(min=1e-8) for a, b in ((goal.tokens, plain.tokens), (goal.pooled, plain.pooled))
+        (a.float() - b.float()).square().mean().clamp(min=1e-8)
+        for a, b in ((goal.tokens, plain.tokens), (goal.pooled, plain.pooled))
     ]
     adapter, texts = TextLora(base, config), said + kept
     optimizer = torch.optim.Adam(adapter.parameters(), lr=TEACHING_RATE)
@@ -249,7 +260,8 @@ def teach_encoders(phrase: Phrase, config: SplitConfig) -> TextLora:
     for step in range(TEACHING_STEPS):
         index = torch.randperm(len(texts), generator=generator(config.seed, "teach", step))[:TEACHING_BATCH].tolist()
         rows = together(base, [texts[number] for number in index])
-        errors = (rows.tokens - tokens[index]).square().mean(), (rows.pooled - pooled[index]).square().mean()
+        pairs = (rows.tokens, tokens[index]), (rows.pooled, pooled[index])
+        errors = [(made.float() - wanted.float()).square().mean() for made, wanted in pairs]
         optimizer.zero_grad()
         (errors[0] / sizes[0] + errors[1] / sizes[1]).backward()
         optimizer.step()
