@@ -162,8 +162,13 @@ def test_one_process_at_a_time(run: RunFolder) -> None:
             pass
         with pytest.raises(UserError, match="is training into this folder"):
             RunFolder.create(run.path, recipe(run.path))
-    with run.lock():
-        pass
+        half = run.checkpoints / ".tmp-step-000200"
+        half.mkdir()
+        with pytest.raises(UserError, match="is training into this folder"):
+            RunFolder.resume(run.path, recipe(run.path))
+        assert half.is_dir()  # the process that writes it goes on
+    RunFolder.resume(run.path, recipe(run.path))
+    assert not half.exists()
 
 
 def test_log_lines_survive_a_cut_and_are_rewound(run: RunFolder) -> None:

@@ -51,7 +51,7 @@ def class_pictures(
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)[:count]
     except OSError as error:
         raise explain(folder, error) from None
-    pictures = [load_picture(path, side) for path in found]
+    pictures = {path: load_picture(path, side) for path in found}
     seeds = [FIRST_SEED + number for number in range(len(found), count)]
     if seeds:
         tell(f"generating {len(seeds)} class pictures into {folder}: {prompt}")
@@ -60,8 +60,8 @@ def class_pictures(
         made = decode(base, generate_latents(base, prompt, batch, settings))
         for seed, picture in zip(batch, made, strict=True):
             write_png(folder / f"{seed}.png", picture)
-        pictures += made
-    return pictures
+            pictures[folder / f"{seed}.png"] = picture
+    return [pictures[path] for path in sorted(pictures)]  # as the next call finds them
 
 
 def cache_folder(base: Base, prompt: str, settings: Settings) -> Path:

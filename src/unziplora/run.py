@@ -28,9 +28,12 @@ MAY_CHANGE = {
     "formats",
     "checkpoint_every",
     "trackers",
-    *(f"sample_{part}" for part in ("every", "subject", "style", "steps", "guidance", "seeds")),
+    *(f"sample_{part}" for part in ("every", "subject", "style", "seeds")),
 }
-"""Keys that may differ when a run is resumed: none of them changes what is learnt."""
+"""Keys that may differ when a run is resumed: none of them changes what is learnt.
+
+The samples' steps and guidance are not among them: class pictures and ZipLoRA's teachers are made with them too.
+"""
 
 KINDS = ("content", "style")
 MERGED = "lora"
@@ -117,7 +120,7 @@ class RunFolder:
         """Open the folder of an interrupted run, tidy it, and check that the recipe is the same.
 
         Raises:
-            UserError: no run is there, or keys differ that decide what is learnt.
+            UserError: no run is there, another process is at it, or keys differ that decide what is learnt.
         """
         run = cls(path)
         saved = run.config(type(config))
@@ -132,7 +135,8 @@ class RunFolder:
                 f"{path}: a run is resumed with the settings that it began with; these differ: {', '.join(lines)}. "
                 "Leave them out, or start a new run with another --out"
             )
-        run.tidy()
+        with run.lock():  # what another process has half-written is not left over
+            run.tidy()
         return run
 
     def config(self, model: type[R]) -> R:

@@ -36,6 +36,10 @@ class Trainer:
     """A method with its optimisers, whose whole state can be saved and restored between steps."""
 
     def __init__(self, method: Trained, config: TrainingConfig, accelerator: Accelerator) -> None:
+        if config.optimizer == "prodigy" and accelerator.scaler is not None:
+            raise UserError(  # a loss scaler serves one optimiser, and Prodigy needs one for each LoRA
+                "Prodigy does not go with fp16: set precision to bf16 or fp32, or optimizer to adamw"
+            )
         self.method, self.config, self.accelerator = method, config, accelerator
         self.groups = method.parameter_groups()
         optimizers = make_optimizers(self.groups, config)
@@ -95,8 +99,8 @@ class Trainer:
             total += loss.detach().item()
         if not torch.isfinite(torch.tensor(total)):
             raise UserError(
-                f"step {step}: the loss is {total}. Lower the learning rates, or set precision to bf16 or fp32; "
-                "--resume continues from the last checkpoint"
+                f"step {step}: the loss is {total}. Start a new run, into another --out, with lower learning rates or "
+                "with --precision bf16 or fp32"
             )
         self.method.after_backward(step)
         parameters = [p for group in self.groups for p in group["params"] if p.grad is not None]
