@@ -60,9 +60,26 @@ def test_a_map_of_ones_own_says_the_blocks(config: Make, tmp_path: Path):
     run = run_job(BLora, config(blocks=str(tmp_path / "map.toml")))
     assert blocks(read_lora(run.content)) == ["mid_block.attentions.0"]
     assert blocks(read_lora(run.style)) == ["down_blocks.1.attentions.0", "down_blocks.1.attentions.1"]
-    (tmp_path / "wrong.toml").write_text('content = ["up_blocks.7"]\nstyle = []\n')
+    (tmp_path / "wrong.toml").write_text('content = ["up_blocks.7"]\nstyle = ["mid_block"]\n')
     with pytest.raises(UserError, match=r"up_blocks\.7"):
         run_job(BLora, config(blocks=str(tmp_path / "wrong.toml"), out=tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('content = ["mid_block"]\nstyle = []', "a block for the content and one for the style"),
+        ('content = ["up_blocks.0"]\nstyle = ["up_blocks.0.attentions.1"]', r"up_blocks\.0 cannot belong to both"),
+        ('content = ["up_blocks.0.attentions.1"]\nstyle = ["up_blocks.0"]', r"attentions\.1 cannot belong to both"),
+    ],
+)
+def test_a_map_that_leaves_a_lora_without_a_block_is_refused_at_once(
+    config: Make, tmp_path: Path, text: str, match: str
+):
+    (tmp_path / "map.toml").write_text(text)
+    with pytest.raises(UserError, match=match):
+        run_job(BLora, config(blocks=str(tmp_path / "map.toml"), out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_published_map():
@@ -71,6 +88,7 @@ def test_the_published_map():
 
 
 def test_the_card_and_sampling_know_its_words(config: Make, tmp_path: Path):
+    assert BLora.about(config(style_prompt="a drawing by {token}")).files["style"].trigger == "a drawing by sks"
     run = run_job(BLora, config(sample_seeds=[0], token="v7", sample_guidance=2))
     assert read_lora(run.content).metadata["modelspec.trigger_phrase"] == "A v7"
     assert read_lora(run.style).metadata["modelspec.trigger_phrase"] == "in v7 style"

@@ -1,5 +1,7 @@
 """The card of a run folder."""
 
+import ast
+import shlex
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,10 @@ def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
     assert f"base_model: {SDXL}" in text
     assert 'instance_prompt: "a sks cat in pencil \\"sketch\\" style"' in text
     assert "rank = 64" in text
+    python = text.split("```python\n")[1].split("```")[0]
+    assert ast.unparse(ast.parse(python).body[-1]).startswith("pipe('a sks cat in pencil \"sketch\" style'")
+    commands = text.split("```sh\n")[1].split("```")[0].splitlines()
+    assert shlex.split(commands[-1])[-1] == 'a dog in pencil "sketch" style'
 
 
 def test_files_for_a_small_base_promise_nothing(run: RunFolder) -> None:

@@ -57,6 +57,9 @@ def test_unknown_keys_bring_up_the_nearest() -> None:
         ({"content_learning_rate": -1.0}, "content_learning_rate: "),
         ({"content_learning_rate": float("nan")}, "content_learning_rate: "),
         ({"betas": [0.9]}, "betas"),
+        ({"betas": [0.9, 1.5]}, "betas: each is at least 0 and below 1"),
+        ({"sample_seeds": [-1]}, "sample_seeds: seeds are whole numbers from 0 on"),
+        ({"optimizer": "prodigy", "content_learning_rate": 1.0}, "set content_learning_rate and style_learning_rate"),
         ({"column_separation": "perhaps"}, "column_separation: "),
         ({"content": "Cat", "style": "cat"}, "content and style are the same word ('Cat')"),
         ({"masks": ["a.png", "b.png"]}, "2 masks for 1 images: give one mask per image"),
@@ -103,8 +106,13 @@ def test_prompts_take_the_words() -> None:
     assert prompts["full"] == "a sks cat in pencil sketch style"
     assert prompts["content"] == "a sks cat"
     assert prompts["style"] == "an image in pencil sketch style"
-    with pytest.raises(UserError, match="use only"):
-        resolve(SplitConfig, GIVEN, {"full_prompt": "a {subject}"}).prompts()
+    for template in ("a {subject}", "a {content.x}", "a {content[x]}", "a {}", "a {content"):
+        with pytest.raises(UserError, match="use only"):
+            resolve(SplitConfig, GIVEN, {"full_prompt": template}).prompts()
+
+
+def test_the_layout_that_runs_are_read_from_is_always_written() -> None:
+    assert resolve(SplitConfig, GIVEN, {"formats": ["diffusers"]}).formats == ["kohya", "diffusers"]
 
 
 def test_a_configuration_cannot_be_changed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -90,13 +91,17 @@ def base_name(config: TrainingConfig) -> str:
 
 
 def _head(config: TrainingConfig, about: About) -> str:
-    # JSON strings are YAML strings: words with quotes or colons stay whole.
     base = f"base_model: {config.base}\n" if HUB_ID.fullmatch(base_name(config)) else ""
-    words = json.dumps(about.prompt, ensure_ascii=False)
+    words = _string(about.prompt)
     return (
         f"---\n{base}instance_prompt: {words}\nlibrary_name: diffusers\n"
         "tags: [lora, sdxl, text-to-image, unziplora]\n---\n"
     )
+
+
+def _string(text: str) -> str:
+    """A text in quotes, whatever is in it: strings of JSON are strings of YAML and of Python."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _title(config: TrainingConfig, about: About) -> str:
@@ -135,11 +140,12 @@ def _commands(run: RunFolder, config: TrainingConfig, about: About) -> str:
     subject = config.sample_subject if isinstance(config, PictureConfig) else "dog"
     lines = []
     if "lora" in about.files or {"content", "style"} <= about.files.keys():
-        lines.append(f"unziplora sample {run.path}")
+        lines.append(f"unziplora sample {shlex.quote(str(run.path))}")
     prompts = {"content": "{} on a beach", "style": f"a {subject} {{}}"}
     for name, file in about.files.items():
         if name != "lora":
-            lines.append(f'unziplora sample --{name} {run.path} --prompts "{prompts[name].format(file.trigger)}"')
+            prompt = shlex.quote(prompts[name].format(file.trigger))
+            lines.append(f"unziplora sample --{name} {shlex.quote(str(run.path))} --prompts {prompt}")
     return "\n".join(lines)
 
 
@@ -155,7 +161,8 @@ def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
         else ""
     )
     loads = "\n".join(
-        f'pipe.load_lora_weights("{run.path.as_posix()}", weight_name="{file}.safetensors", adapter_name="{file}")'
+        f'pipe.load_lora_weights({_string(run.path.as_posix())}, weight_name="{file}.safetensors", '
+        f'adapter_name="{file}")'
         for file in titles
     )
     return f"""## Use
@@ -176,10 +183,10 @@ sampler, prompt `{both}`.
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-pipe = StableDiffusionXLPipeline.from_pretrained("{base_name(config)}", torch_dtype=torch.float16).to("cuda")
+pipe = StableDiffusionXLPipeline.from_pretrained({_string(base_name(config))}, torch_dtype=torch.float16).to("cuda")
 {loads}
 pipe.set_adapters({json.dumps(list(titles))}, {[1.0] * len(titles)})
-pipe("{both}", guidance_scale=5.0).images[0].save("picture.png")
+pipe({_string(both)}, guidance_scale=5.0).images[0].save("picture.png")
 ```
 
 **unziplora**:

@@ -68,7 +68,8 @@ class DreamBoothConfig(PictureConfig):
             raise ValueError(
                 f"{len(self.prompts)} prompts for {len(self.images)} images: give one for all, or one per image"
             )
-        self.check_rates(learning_rate=self.learning_rate)
+        text = {"text_learning_rate": self.text_learning_rate} if self.text_encoders else {}
+        self.check_rates(learning_rate=self.learning_rate, **text)
         return self
 
     @property

@@ -96,7 +96,7 @@ class SplitConfig(PictureConfig):
     scale_gradient: Literal["overlap", "all"] = key(
         "overlap", "Columns whose soft scales train: those held by both LoRAs, or all.", "Method"
     )
-    orthogonality: float = key(0.5, "Weight of Σ|m_c · m_s|.", "Method", ge=0)
+    orthogonality: float = key(0.5, "Weight of the mean |m_c · m_s| of the column scales.", "Method", ge=0)
     init: Literal["zeros", "gaussian"] = key(
         "zeros", "Start of B: zeros (ΔW = 0), or random with std 1/rank like the official code.", "Method"
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import Recipe, key
+from unziplora.config import Recipe, key, natural_seeds
 from unziplora.errors import UserError
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -60,13 +61,29 @@ class TrainingConfig(Recipe):
     seed: int = key(0, "Seed of everything random.", "Training", ge=0)
 
     save_precision: Literal["fp16", "bf16", "fp32"] = key("fp16", "Number format in the files.", "Output")
-    formats: list[Literal["kohya", "diffusers"]] = key(["kohya"], "File layouts to write.", "Output", min_length=1)
+    formats: list[Literal["kohya", "diffusers"]] = key(
+        ["kohya"], "File layouts to write; kohya's, which every program reads, is always among them.", "Output"
+    )
     checkpoint_every: int = key(200, "Steps between checkpoints; 0: only when interrupted.", "Output", ge=0)
     sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0)
     sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1)
     sample_guidance: float = key(5.0, "Classifier-free guidance of samples.", "Output", ge=1)
     sample_seeds: list[int] = key([0, 1], "Seeds of samples; empty: no samples.", "Output")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = key([], "Experiment trackers.", "Output")
+
+    _natural = field_validator("sample_seeds")(natural_seeds)
+
+    @field_validator("formats")
+    @classmethod
+    def _with_kohya(cls, layouts: list[str]) -> list[str]:
+        return list(dict.fromkeys(["kohya", *layouts]))
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each is at least 0 and below 1")
+        return betas
 
     def noising(self) -> dict[str, Any]:
         """How noisy latents are drawn and weighted: keywords of `objective.denoising_loss`."""
@@ -86,14 +103,14 @@ class TrainingConfig(Recipe):
         words = self.words()
         try:
             text = template.format(**words)
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             known = ", ".join(f"{{{name}}}" for name in words)
             raise UserError(f"prompt template {template!r}: use only {known} ({error})") from None
         return text.replace("style style", "style")
 
     def check_rates(self, **rates: float) -> None:
         """Refuse learning rates that do not go with the optimiser."""
-        if self.optimizer == "prodigy" and 0 < max(rates.values()) < 0.1:
+        if self.optimizer == "prodigy" and any(0 < rate < 0.1 for rate in rates.values()):
             got = " and ".join(f"{rate:g}" for rate in rates.values())
             raise ValueError(
                 f"Prodigy finds the step size itself, and its learning rates are factors (got {got}): "
@@ -133,3 +150,9 @@ class PictureConfig(TrainingConfig):
         if self.masks and len(self.masks) != len(self.images):
             raise ValueError(f"{len(self.masks)} masks for {len(self.images)} images: give one mask per image")
         return self
+
+
+def style_words(style: str) -> str:
+    """What calls a style up behind any subject: of "an image in ink style" the end, else the whole prompt."""
+    end = re.search(r".*\b(in .+ style)$", style)
+    return end[1] if end else style

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import field_validator, model_validator
 
 from unziplora.config import key
-from unziplora.config_training import TrainingConfig
+from unziplora.config_training import TrainingConfig, style_words
 from unziplora.errors import UserError
 
 
@@ -62,7 +61,8 @@ class ZipConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> ZipConfig:
-        self.check_rates(learning_rate=self.learning_rate)
+        if self.optimizer == "prodigy":
+            raise ValueError("Prodigy is for matrices; column scales lie between 0 and 1 and are trained by adamw")
         return self
 
     def told_prompts(self) -> dict[str, str]:
@@ -91,9 +91,3 @@ def joined_prompt(content: str, style: str) -> str:
     """A prompt of both: "a sks cat" with "an image in ink style" is "a sks cat in ink style", else after a comma."""
     words = style_words(style)
     return f"{content} {words}" if words.startswith("in ") else f"{content}, {words}"
-
-
-def style_words(style: str) -> str:
-    """What calls a style up behind any subject: of "an image in ink style" the end, else the whole prompt."""
-    end = re.search(r".*\b(in .+ style)$", style)
-    return end[1] if end else style

@@ -19,9 +19,13 @@ class BlockMap:
     def owner(self, path: str) -> str | None:
         """`content` or `style`, if the layer at this module path lies in one of their blocks."""
         for name in ("content", "style"):
-            if any(path == block or path.startswith(block + ".") for block in getattr(self, name)):
+            if any(_inside(path, block) for block in getattr(self, name)):
                 return name
         return None
+
+
+def _inside(path: str, block: str) -> bool:
+    return path == block or path.startswith(block + ".")
 
 
 # arXiv 2412.04465, with B-LoRA's finding (arXiv 2403.14572) for up_blocks.0.
@@ -49,7 +53,7 @@ def read_blocks(source: str) -> BlockMap:
     """The block map of a name (`NAMED`), or one from a TOML file with the lists `content` and `style`.
 
     Raises:
-        UserError: the file is missing or malformed, or a block is listed for both.
+        UserError: the file is missing or malformed, or a block, or a part of it, is listed for both.
     """
     if source in NAMED:
         return NAMED[source]
@@ -59,9 +63,9 @@ def read_blocks(source: str) -> BlockMap:
     for name, blocks in table.items():
         if not isinstance(blocks, list) or not all(isinstance(block, str) for block in blocks):
             raise UserError(f"{source}: {name} must be a list of block names such as 'up_blocks.0.attentions.1'")
-    both = set(table["content"]) & set(table["style"])
+    both = [one for one in table["content"] for two in table["style"] if _inside(one, two) or _inside(two, one)]
     if both:
-        raise UserError(f"{source}: {', '.join(sorted(both))} cannot belong to both content and style")
+        raise UserError(f"{source}: {', '.join(sorted(set(both)))} cannot belong to both content and style")
     return BlockMap(tuple(table["content"]), tuple(table["style"]))
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from unziplora.card import About, File, pictures_told
 from unziplora.config_blora import BLoraConfig
+from unziplora.config_training import style_words
+from unziplora.errors import UserError
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import attention_linears, of_kinds
@@ -80,7 +82,9 @@ class BLora(Method[BLoraConfig]):
         Raises:
             UserError: either is not usable.
         """
-        read_blocks(config.blocks)
+        blocks = read_blocks(config.blocks)
+        if not (blocks.content and blocks.style):
+            raise UserError(f"{config.blocks}: B-LoRA needs a block for the content and one for the style")
         cls.about(config)
 
     @classmethod
@@ -101,13 +105,14 @@ class BLora(Method[BLoraConfig]):
     @classmethod
     def about(cls, config: BLoraConfig) -> About:
         """Two LoRAs from one training."""
+        style = style_words(config.fill(config.style_prompt))
         return About(
             method="B-LoRA (arXiv 2403.14572)",
             made=f"Two LoRAs trained on {pictures_told(config)}",
             prompt=config.fill(config.full_prompt),
             files={
                 "content": File("the content", config.fill(config.content_prompt), "Its blocks hold no style."),
-                "style": File("the style", config.fill("in {token} style"), "Its blocks hold no content."),
+                "style": File("the style", style, "Its blocks hold no content."),
             },
         )
 

@@ -19,7 +19,7 @@ from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.encode import conditioning, encode_pictures, loss_weights, to_device
 from unziplora.generate import Settings
 from unziplora.images import load_mask, load_picture, to_tensor
-from unziplora.lora.algebra import Pair
+from unziplora.lora.algebra import Pair, fold_output
 from unziplora.lora.layer import Branch, add_lora, inject
 from unziplora.objective import Conditioning, Examples, generator
 from unziplora.prompts import Prompts, embed, time_ids
@@ -151,7 +151,8 @@ def load_branch_state(branches: Branches, prefix: str, state: Mapping[str, Tenso
 @torch.no_grad()
 def folded(branches: Branches) -> dict[str, Pair]:
     """A LoRA as plain pairs (A [r, in], B [out, r]) of strength 1: masks, scales, alpha folded into B."""
-    return {path: (b.down.float().cpu(), (b.columns()[:, None] * b.up).float().cpu()) for path, b in branches.items()}
+    parts = {path: fold_output((b.down, b.up), b.columns()) for path, b in branches.items()}
+    return {path: (down.cpu(), up.cpu()) for path, (down, up) in parts.items()}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unziplora.card import About, File, pictures_told
 from unziplora.config_dreambooth import DreamBoothConfig
+from unziplora.config_training import style_words
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import of_kinds, target_linears
 from unziplora.methods.base import Method
@@ -80,8 +81,8 @@ class DreamBooth(Method[DreamBoothConfig]):
         Raises:
             UserError: one is not usable.
         """
-        config.picture_prompts()
-        config.fill(config.class_prompt or "")
+        for text in (*config.picture_prompts(), config.fill(config.class_prompt or "")):
+            Prompts(text)
 
     @classmethod
     def layers(cls, config: DreamBoothConfig, paths: list[str]) -> dict[str, list[str]]:
@@ -106,7 +107,7 @@ class DreamBooth(Method[DreamBoothConfig]):
     def about(cls, config: DreamBoothConfig) -> About:
         """One LoRA."""
         prompt = config.picture_prompts()[0]
-        trigger = config.fill("in {style} style") if config.product == "style" else prompt
+        trigger = style_words(prompt) if config.product == "style" else prompt
         return About(
             method="DreamBooth LoRA (arXiv 2208.12242)",
             made=f"A LoRA trained on {pictures_told(config)}",

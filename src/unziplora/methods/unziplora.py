@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unziplora.card import About, File, pictures_told
 from unziplora.config_split import SplitConfig
+from unziplora.config_training import style_words
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
 from unziplora.lora.files import Lora
@@ -115,14 +116,14 @@ class UnZipLora(Method[SplitConfig]):
     @classmethod
     def about(cls, config: SplitConfig) -> About:
         """Two LoRAs that work alone and together."""
-        words, style = config.prompts(), config.fill("in {style} style")
+        words = config.prompts()
         return About(
             method="UnZipLoRA (arXiv 2412.04465)",
             made=f"Two LoRAs split from {pictures_told(config)}",
             prompt=words["full"],
             files={
                 "content": File("the content", words["content"], "Pair with the style LoRA to restore the picture."),
-                "style": File("the style", style, "Pair with any content LoRA."),
+                "style": File("the style", style_words(words["style"]), "Pair with any content LoRA."),
             },
         )
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from unziplora.card import About, File
-from unziplora.config_zip import ZipConfig, style_words
+from unziplora.config_training import style_words
+from unziplora.config_zip import ZipConfig
 from unziplora.images import load_picture
 from unziplora.lora.columns import orthogonality
 from unziplora.lora.files import Lora, check_fits
