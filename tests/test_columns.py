@@ -54,6 +54,12 @@ def test_threshold_scores_do_not_depend_on_loss_scaling_if_it_is_known():
     assert unscaled.total.tolist() == [1.0] * 4  # the official code in fp16
 
 
+def test_gradients_beyond_fp16_leave_the_scores_of_other_columns_alone():
+    scores = Scores("importance")
+    scores(torch.tensor([[torch.inf, 1.0], [2.0, 1.0], [torch.nan, 0.0]]), torch.ones(3, 2))
+    assert scores.total.tolist() == [0.5, 1.5, 0.0]
+
+
 def test_choice_takes_the_best_and_keeps_what_is_held():
     scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
     first = choose(scores, NONE, NONE, 2)

@@ -20,7 +20,7 @@ from unziplora.errors import UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.images import to_tensor
 from unziplora.lora.algebra import Pair, cat, scale
-from unziplora.lora.files import Lora, read_lora, text_tensors
+from unziplora.lora.files import Lora, by, read_lora, text_tensors
 from unziplora.lora.separation import NAMES
 from unziplora.methods.common import Setup
 from unziplora.mount import Mounted, Part
@@ -84,8 +84,8 @@ def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) 
         one, two = ((*up.shape[:1], *down.shape[1:]) for down, up in (content[path], style[path]))
         if one != two:
             raise UserError(
-                f"the LoRAs were made for bases of different shapes: {path} is {_by(one)} in {config.content_lora} "
-                f"and {_by(two)} in {config.style_lora}. Take two of the same base"
+                f"the LoRAs were made for bases of different shapes: {path} is {by(one)} in {config.content_lora} "
+                f"and {by(two)} in {config.style_lora}. Take two of the same base"
             )
     return loras
 
@@ -182,7 +182,3 @@ def _latents(setup: Setup, config: ZipConfig, part: Part, pictures: list[Image.I
         return generate_latents(setup.base, text, seeds, settings)
     finally:
         mounted.remove()
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape))

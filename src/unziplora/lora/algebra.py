@@ -42,12 +42,6 @@ def fold_output(pair: Pair, columns: Tensor) -> Pair:
     return down.float(), up.float() * columns.float().reshape(-1, *[1] * (up.dim() - 1))
 
 
-def fold_input(pair: Pair, columns: Tensor) -> Pair:
-    """The pair of ΔW diag(m) for a factor per input feature, m [in]: A · m[None, :] (arXiv 2311.13600)."""
-    down, up = pair
-    return down.float() * columns.float().reshape(1, -1, *[1] * (down.dim() - 2)), up.float()
-
-
 def cat(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
     """The pair of Σ wᵢ ΔWᵢ, exactly: the factors joined along the rank, of rank Σ rᵢ."""
     weights = [1.0] * len(pairs) if weights is None else weights

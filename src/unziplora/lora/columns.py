@@ -61,6 +61,7 @@ class Scores:
     def __call__(self, gradient: Tensor, delta: Tensor) -> None:
         """Add ∂L/∂ΔW and ΔW, both [out, in] (the observer of `Branch`)."""
         cone = (gradient * delta).abs() / self.gradient_scale
+        cone = cone.nan_to_num(nan=0.0, posinf=0.0)  # a gradient beyond fp16 says nothing, as in the steps it skips
         score = cone.mean(dim=1) if self.kind == "importance" else (cone > CONE_THRESHOLD).float().mean(dim=1)
         self.total = score if self.total is None else self.total + score
 

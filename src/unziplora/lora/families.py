@@ -24,6 +24,7 @@ _OTHER_FAMILIES = (
 _ADAPTER = re.compile(r"lora|hada_|lokr_|\.alpha$|oft_|dora|\.diff(_b)?$|\.a1\.weight|\.on_input|\.w_norm")
 _CROSS = re.compile(r"attn2\.to_[kv]$")
 _SELF = re.compile(r"attn1\.to_[qkv]$")
+_SQUARE = re.compile(r"attn1\.to_[kv]$|attn[12]\.to_(q|out\.0)$|attentions\.\d+\.proj_(in|out)$")
 _SDXL_WIDTHS = {"down_blocks.1": 640, "down_blocks.2": 1280, "mid_block": 1280, "up_blocks.0": 1280, "up_blocks.1": 640}
 SDXL_CROSS = 2048
 
@@ -68,11 +69,20 @@ def unet_family(shapes: Shapes, cross: int | None = None) -> str | None:
 
 
 def sdxl_sized(shapes: Shapes) -> bool:
-    """Whether the attention layers among these modules have the widths of SDXL's own UNet."""
+    """Whether the transformers' layers among these modules have the widths of SDXL's own UNet."""
     for path, shape in shapes.items():
-        width = next((w for block, w in _SDXL_WIDTHS.items() if path.startswith(block + ".")), None)
-        if _CROSS.search(path) and shape != (width, SDXL_CROSS):
-            return False
-        if _SELF.search(path) and shape != (width, width):
+        width = next((w for block, w in _SDXL_WIDTHS.items() if path.startswith(block + ".")), 0)
+        if _sdxl_shape(path, width) not in (None, shape):
             return False
     return True
+
+
+def _sdxl_shape(path: str, width: int) -> tuple[int, int] | None:
+    """The shape [out, in] of a transformer's layer in a block of this width; None for any other layer."""
+    if _CROSS.search(path):
+        return width, SDXL_CROSS
+    if path.endswith("ff.net.0.proj"):
+        return 8 * width, width  # GEGLU: twice four times the width
+    if path.endswith("ff.net.2"):
+        return width, 4 * width
+    return (width, width) if _SQUARE.search(path) else None

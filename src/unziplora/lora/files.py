@@ -214,7 +214,7 @@ def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA", base: str = 
         if path not in weights:
             raise misfit(lora, name, base, f"the base has no {path}")
         if shape != weights[path]:
-            raise misfit(lora, name, base, f"{path} is {_by(shape)} in the LoRA and {_by(weights[path])} in the base")
+            raise misfit(lora, name, base, f"{path} is {by(shape)} in the LoRA and {by(weights[path])} in the base")
 
 
 def misfit(lora: Lora, name: str, base: str, why: str) -> UserError:
@@ -224,7 +224,8 @@ def misfit(lora: Lora, name: str, base: str, why: str) -> UserError:
     return UserError(f"{name} does not fit {base} ({why}){told}. Take the base it was made for")
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def by(shape: tuple[int, ...]) -> str:
+    """A shape in words: 4×8."""
     return "×".join(map(str, shape))
 
 
