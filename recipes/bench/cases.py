@@ -33,9 +33,9 @@ else:
 TABLE = Path(__file__).with_name("cases.toml")
 FREE = "Apache-2.0"
 CHANCELESS = "neon"
-"""The one filter without noise: drawn anew, the picture is the same."""
+"""The one filter without noise: drawn anew, the picture is the same. (Pixel art differs in its ground alone.)"""
 STAMP = (2020, 1, 1, 0, 0, 0)
-"""Time of every file in the zip: the same cases make the same bytes."""
+"""Time of every file in the zip: the same cases make the same bytes, but for the rounding of another processor."""
 
 NOTICE = """Pictures of the benchmark of unziplora: drawings of free emoji sets under filters of its own.
 fxemoji: (c) Mozilla Foundation; noto-v1 (Noto Emoji, first version): (c) Google. Both are under the
@@ -84,6 +84,10 @@ class Look:
     def known(cls, style: str) -> Look:
         """A style as the base has learnt it."""
         return cls(style, style, STYLE_WORDS[style][0])
+
+    def alike(self, other: Look) -> bool:
+        """Whether two looks differ in nothing but their names."""
+        return (self.filter, self.seed, tuple(self.tint)) == (other.filter, other.seed, tuple(other.tint))
 
     def render(self, rgba: Picture, resolution: int, seed: int) -> NDArray[np.uint8]:
         """The picture of a drawing [S, S, 4], uint8 [R, R, 3]: filtered, then area-averaged, then tinted."""
@@ -155,6 +159,8 @@ class Builder:
         known = {self.looks[name].filter for *_, name in other["cases"] if not self.looks[name].new}
         if look.filter in known:
             raise ValueError(f"{look.name}: filter {look.filter} is one of the other split")
+        if any(self.looks[name].alike(look) for *_, name in other["cases"]):
+            raise ValueError(f"{look.name}: the other split has the same look")
 
     def _targets(self, look: Look, drawing: str, concept: str, number: int) -> list[Data]:
         """Four known styles that are not the case's, in turn."""

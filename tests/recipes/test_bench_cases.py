@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -13,9 +14,18 @@ from PIL import Image
 from toy import shape
 
 from recipes.base.filters import FILTERS
+from recipes.bench.cases import TABLE as SHIPPED
 from recipes.bench.cases import Draws, Look, build
+from unziplora.bench.cases import CASES
 
 CONCEPTS = ["key", "star", "house", "bell", "fish", "frog", "crown", "cactus", "tulip", "panda", "castle", "guitar"]
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
 TABLE = """
 resolution = 32
 seed = 1
@@ -97,6 +107,22 @@ def test_a_table_that_would_leak_is_refused(
     with pytest.raises(ValueError, match=message):
         build(*world, tmp_path / "out.zip", table(tmp_path, TABLE.replace(*change), cases))
     assert not (tmp_path / "out.zip").exists()
+
+
+def test_the_shipped_cases_are_those_of_the_table():
+    told = tomllib.loads(SHIPPED.read_text())
+    with zipfile.ZipFile(CASES) as archive:
+        cases = json.loads(archive.read("cases.json"))["cases"]
+    looks = {"dev": set(), "test": set()}
+    for split, seen in looks.items():
+        mine = [case for case in cases if case["split"] == split]
+        assert len(mine) == len(told[split]["cases"])
+        for case, (concept, drawing, name) in zip(mine, told[split]["cases"], strict=True):
+            look = Look(name, **told["looks"][name])
+            assert (case["drawing"], case["style"]) == (f"{drawing}/{concept}", look.phrase)
+            assert (case["filter"], case["seed"], case["tint"]) == (look.filter, look.seed, list(look.tint))
+            seen.add((look.filter, look.seed, tuple(look.tint)))
+    assert not looks["dev"] & looks["test"]
 
 
 def test_a_look_keeps_its_ink_while_the_noise_changes():
