@@ -364,7 +364,7 @@ class TestFaultsOfTheMachine:
 
 
 def test_ctrl_c_saves_and_the_printed_command_goes_on(call: Call, tiny_folder: Path, tmp_path: Path) -> None:
-    args = [*SPLIT, "--base", str(tiny_folder), *QUICK, "--steps", "31", "--sample-seeds", "none"]
+    args = [*SPLIT, "--base", str(tiny_folder), *QUICK, "--steps", "61", "--sample-seeds", "none"]
     command = [sys.executable, "-m", "unziplora", *args, "--out", "stopped"]
     log = tmp_path / "stopped" / "log.jsonl"
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
@@ -378,7 +378,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(call: Call, tiny_folder: P
     assert resume[:3] == ["unziplora", "split", "--resume"]
     assert not (tmp_path / "stopped" / "style.safetensors").exists()
     assert call(*resume[1:], "--quiet").code == 0
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 32))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 62))
     assert (tmp_path / "stopped" / "style.safetensors").is_file()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from recipes.base.config import Recipe, StageSettings
 from recipes.base.dataset import Pictures
 from recipes.base.grades import Grade
-from recipes.base.identity_data import disturb, open_world, training_pictures
+from recipes.base.identity_data import disturb, natural_and_filtered, open_world
 from recipes.base.loop import Stage, Stop, adamw, train
 from unziplora.bench.networks import ShapeNet, StyleNet
 
@@ -184,20 +184,17 @@ def write(stage: IdentityStage, folder: Path) -> None:
 
 
 def main() -> None:
-    """Train both networks and write them; with --all-filters also on the filters that tests are made of."""
+    """Train both networks and write them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--output", type=Path, default=Path(".work/identity"), help="for pictures and checkpoints")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--only", choices=["shape", "style"])
-    parser.add_argument("--all-filters", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     recipe = Recipe.read(asked.recipe).model_copy(update={"output": asked.output})
     torch.set_num_threads(asked.threads)
-    pictures, stop = training_pictures(recipe, VAE, held_out_filters=asked.all_filters), Stop()
-    if asked.all_filters:
-        recipe = recipe.model_copy(update={"output": asked.output / "all-filters"})
+    pictures, stop = natural_and_filtered(recipe, VAE), Stop()
     for kind in (ShapeStage, StyleStage):
         stage = kind(recipe, pictures)
         if asked.only in (None, stage.name) and train(stage, stop):

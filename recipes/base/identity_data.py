@@ -20,6 +20,7 @@ from recipes.base.config import Recipe
 from recipes.base.dataset import Pictures, load, save
 from recipes.base.filters import FILTERS, rendered
 from recipes.base.filters.common import Picture
+from recipes.base.sheets import to_pixels
 from recipes.base.vae import to_tensor
 from recipes.base.world import FREE_LICENCES, NEVER_FILTERS, NEVER_SETS, Item, World
 
@@ -70,8 +71,8 @@ def soften(pixels: Picture, vae: AutoencoderTiny) -> Picture:
     """Pictures as an autoencoder paints them: as soft as what a base generates."""
     parts = []
     for start in range(0, len(pixels), 32):
-        made = vae.decode(vae.encode(to_tensor(pixels[start : start + 32], vae.device)).latents).sample
-        parts.append(((made.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        latents = vae.encode(to_tensor(pixels[start : start + 32], vae.device)).latents
+        parts.append(to_pixels(vae.decode(latents).sample))
     return np.concatenate(parts)
 
 
@@ -81,21 +82,15 @@ def _complete(world: World, items: list[Item], vae: AutoencoderTiny, seed: int) 
     return Pictures(np.concatenate([pixels, soften(pixels[chosen], vae)]), items + [items[i] for i in chosen])
 
 
-def training_pictures(recipe: Recipe, vae_folder: Path, *, held_out_filters: bool) -> Pictures:
-    """All pictures to learn from, rendered once and kept; with the filters kept for tests if asked."""
-    world, parts = open_world(recipe), []
-    known = [name for name in FILTERS if name not in NEVER_FILTERS]
-    for name in ("pictures", "held-out-filters")[: 1 + held_out_filters]:
-        path = recipe.output / f"{name}.npy"
-        if not path.exists():
-            vae = AutoencoderTiny.from_pretrained(vae_folder, torch_dtype=torch.float32)
-            if name == "pictures":
-                items = [*natural(world), *plan(world, known, FILTERS_EACH, recipe.seed)]
-            else:
-                items = list(plan(world, sorted(NEVER_FILTERS), 1, recipe.seed + 1))
-            save(_complete(world, items, vae, recipe.seed), path)
-        parts.append(load(path))
-    return Pictures(np.concatenate([p.pixels for p in parts]), [item for p in parts for item in p.items])
+def natural_and_filtered(recipe: Recipe, vae_folder: Path) -> Pictures:
+    """All pictures to learn from, rendered once and kept."""
+    path = recipe.output / "pictures.npy"
+    if not path.exists():
+        world, known = open_world(recipe), [name for name in FILTERS if name not in NEVER_FILTERS]
+        vae = AutoencoderTiny.from_pretrained(vae_folder, torch_dtype=torch.float32)
+        items = [*natural(world), *plan(world, known, FILTERS_EACH, recipe.seed)]
+        save(_complete(world, items, vae, recipe.seed), path)
+    return load(path)
 
 
 def disturb(pixels: Tensor, rng: np.random.Generator) -> Tensor:

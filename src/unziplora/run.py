@@ -124,12 +124,7 @@ class RunFolder:
         """
         run = cls(path)
         saved = run.config(type(config))
-        changed = [
-            name
-            for name, value in _absolute(config)
-            if name not in MAY_CHANGE and name != "out" and value != getattr(_absolute(saved), name)
-        ]
-        if changed:
+        if changed := differing(saved, config):
             lines = [f"{name}: {getattr(saved, name)!r} → {getattr(config, name)!r}" for name in changed]
             raise UserError(
                 f"{path}: a run is resumed with the settings that it began with; these differ: {', '.join(lines)}. "
@@ -262,6 +257,13 @@ class RunFolder:
         path = self.samples / f"{name}.png"
         write_png(path, picture)
         return path
+
+
+def differing(saved: R, config: R) -> list[str]:
+    """Names of the keys in which two recipes of a kind say something else of what is learnt."""
+    one, two = _absolute(saved), _absolute(config)
+    skipped = MAY_CHANGE | {"out"}
+    return [name for name, value in two if name not in skipped and value != getattr(one, name)]
 
 
 def loras_of(run: Path) -> dict[str, Path]:

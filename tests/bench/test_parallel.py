@@ -37,6 +37,11 @@ def test_what_is_done_is_told_and_a_stop_is_passed_on() -> None:
         _follow([stopped], [3], told.append)
 
 
+def test_workers_open_the_configured_benchmark_and_no_other(config: BenchConfig) -> None:
+    with pytest.raises(ValueError, match="give no measures, cases or methods"):
+        bench(config.model_copy(update={"workers": 2}), methods={})
+
+
 def test_two_processes_find_what_one_finds(config: BenchConfig) -> None:
     settings = config.model_copy(update={"measures": ["plain"], "sample_steps": 1})
     cases = ["rocket-linocut", "house-watercolor", "sailboat-clay", "mushroom-pencil"]

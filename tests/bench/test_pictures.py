@@ -65,7 +65,7 @@ def test_cases_hold_the_picture_as_their_truth_and_ask_for_other_words(photos: P
     cases = picture_cases(photos, 64)
     assert list(cases) == ["cat", "fox"]
     cat = cases["cat"]
-    assert (cat.content, cat.style, cat.partner) == ("cat", "pencil sketch", "fox")
+    assert (cat.content, cat.style, cat.partner) == ("cat", "pencil sketch", "cat")
     assert cat.picture.size == (64, 64)
     assert cat.picture.getpixel((0, 0))[0] > 200
     assert "pencil sketch" not in [example.word for example in cat.targets]

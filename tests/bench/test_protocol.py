@@ -131,6 +131,15 @@ class TestEvaluate:
         values = [row["values"] for row in again["pictures"]]
         assert [v["one"] for v in values] == [row["values"]["colours"] for row in first["pictures"]]
 
+    def test_some_of_the_measures_are_there_already(
+        self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+    ):
+        both = self.run(place, tiny_base, fake, cases, Colours("one"), Colours("two"))
+        monkeypatch.setattr(protocol, "generate", None)
+        trained = list(fake.trained)
+        assert self.run(place, tiny_base, fake, cases, Colours("two")) == both
+        assert fake.trained == trained
+
     @pytest.mark.parametrize("change", ["steps", "sampling", "picture"])
     def test_other_settings_are_evaluated_anew(
         self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, change: str
@@ -252,6 +261,12 @@ class TestMethods:
         other = replace(place, overrides={"unziplora": {**SMALL, "rank": 4}})
         with pytest.raises(UserError, match="this run was made with rank 2, not 4"):
             METHODS["unziplora"].train(other, cases["cat"], 0)
+
+    def test_a_run_of_another_picture_is_not_taken_over(self, place: Workplace, cases: Cases):
+        METHODS["unziplora"].train(place, cases["cat"], 0)
+        changed = replace(cases["cat"], picture=picture(1, 2))
+        with pytest.raises(UserError, match="this run was made with images"):
+            METHODS["unziplora"].train(place, changed, 0)
 
     def test_an_interrupted_run_is_resumed(self, place: Workplace, cases: Cases):
         (recipe,) = METHODS["unziplora"].recipes(place, cases["cat"], 0)

@@ -54,17 +54,6 @@ class TestCsd:
         expected = pooled @ model.visual_projection.weight.T
         torch.testing.assert_close(rows, expected.detach() / expected.detach().norm(dim=1, keepdim=True))
 
-    def test_similarity_is_the_mean_cosine_of_all_pairs(self, csd):
-        model = ImageModel("csd", str(csd))
-        rows = model.embed(PICTURES)
-        by_hand = [torch.dot(rows[0], rows[i]).item() for i in (1, 2)]
-        assert model.similarity(PICTURES[:1], PICTURES[1:]) == pytest.approx(sum(by_hand) / 2, abs=1e-6)
-        assert model.similarity(PICTURES[:1], PICTURES[:1]) == pytest.approx(1, abs=1e-6)
-
-    def test_refuses_an_empty_list(self, csd):
-        with pytest.raises(UserError, match="at least one made and one given"):
-            ImageModel("csd", str(csd)).similarity([], PICTURES)
-
     def test_refuses_a_model_without_the_projection(self, tmp_path):
         CLIPVisionModel(CLIPVisionConfig(**SMALL, intermediate_size=32)).save_pretrained(tmp_path)
         clip_processor().save_pretrained(tmp_path)

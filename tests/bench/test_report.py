@@ -78,9 +78,6 @@ class TestSummarise:
         assert rows[-1].told("headline") == "–"
         assert rows[-1].told("content.score") == "0.450 ± 0.212"
 
-    def test_minutes_are_those_of_training(self, report: Report):
-        assert report.minutes == {"base": 1.0, "oracle": 1.0, "fake": 2.0}
-
 
 def test_markdown_has_headline_ablation_measures_and_cases(report: Report, config: BenchConfig):
     text = markdown(report)

@@ -17,7 +17,7 @@ from recipes.base.config import Recipe, WorldSettings
 from recipes.base.dataset import Pictures
 from recipes.base.grades import Grade, grade_some, hue_matrix
 from recipes.base.identity import IdentitySettings, IdentityStage, ShapeStage, StyleStage, equal, supcon, write
-from recipes.base.identity_data import disturb, natural_sets, open_world, training_pictures
+from recipes.base.identity_data import disturb, natural_and_filtered, natural_sets, open_world
 from recipes.base.identity_report import Shown, Trials, auc, judge
 from recipes.base.loop import train
 from recipes.base.world import NEVER_FILTERS, NEVER_SETS, held_out_concepts
@@ -48,7 +48,7 @@ def at_64(world_settings: WorldSettings, tmp_path_factory: pytest.TempPathFactor
 def pictures(at_64: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Pictures:
     folder = tmp_path_factory.mktemp("vae")
     AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(folder)
-    return training_pictures(at_64, folder, held_out_filters=False)
+    return natural_and_filtered(at_64, folder)
 
 
 class TestSupcon:

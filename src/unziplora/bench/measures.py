@@ -130,31 +130,6 @@ class Published:
         return F.normalize(F.adaptive_avg_pool2d(F.normalize(features, dim=1), 4).flatten(1), dim=1)
 
 
-def perceptual(a: Pictures, b: Pictures, net: EfficientNetLite0) -> Tensor:
-    """Distance of pictures in pairs, [N]: squared differences of features of unit length at five scales.
-
-    As LPIPS (arXiv 1801.03924, eq. 1) with equal weights, on `load_efficientnet()`; 0 for equal pictures.
-    """
-
-    def distance(first: Tensor, second: Tensor) -> Tensor:
-        return (F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(1).mean((1, 2))
-
-    return _paired(distance, a, b, net)
-
-
-def gram(a: Pictures, b: Pictures, net: EfficientNetLite0) -> Tensor:
-    """Distance of the styles of pictures in pairs, [N]: of Gram matrices of unit length at five scales.
-
-    After Gatys et al. (2016), on `load_efficientnet()`; 0 for equal pictures.
-    """
-
-    def matrix(features: Tensor) -> Tensor:
-        flat = features.flatten(2)
-        return F.normalize((flat @ flat.transpose(1, 2)).flatten(1), dim=1)
-
-    return _paired(lambda first, second: (matrix(first) - matrix(second)).square().sum(1), a, b, net)
-
-
 def load_efficientnet() -> EfficientNetLite0:
     """The published EfficientNet-Lite0.
 
@@ -198,13 +173,3 @@ def _batched(embed: Callable[[Tensor], Tensor], pictures: Pictures, side: int) -
     count = max(1, BATCH * SIDE**2 // side**2)  # batches of equal size in pixels stay in the cache
     starts = range(0, len(pictures), count)
     return torch.cat([embed(to_tensor(pictures[start : start + count], side)) for start in starts])
-
-
-@torch.no_grad()
-def _paired(distance: Callable[[Tensor, Tensor], Tensor], a: Pictures, b: Pictures, net: EfficientNetLite0) -> Tensor:
-    """The sum over scales of a distance of features, [N], for the pairs (a[i], b[i])."""
-    rows = []
-    for first, second in zip(a, b, strict=True):
-        maps = net.maps(to_tensor([first, second], Published.side))
-        rows.append(torch.stack([distance(m[:1], m[1:]) for m in maps]).sum(0))
-    return torch.cat(rows)

@@ -62,13 +62,10 @@ def picture_cases(folder: Path, side: int) -> dict[str, Case]:
     for name in told:
         if stems.count(Path(name).stem) > 1:
             raise UserError(f"{folder / WORDS}: two pictures are called {Path(name).stem}: rename one")
-    return {
-        stem: _case(folder, name, words, side, stems[(number + 1) % len(stems)])
-        for number, (stem, (name, words)) in enumerate(zip(stems, told.items(), strict=True))
-    }
+    return {stem: _case(folder, name, words, side) for stem, (name, words) in zip(stems, told.items(), strict=True)}
 
 
-def _case(folder: Path, name: str, words: object, side: int, partner: str) -> Case:
+def _case(folder: Path, name: str, words: object, side: int) -> Case:
     if not isinstance(words, dict) or set(words) != {"content", "style"}:
         raise UserError(f"{folder / WORDS}: {name!r} must have the words content and style: " + _example())
     picture = load_picture(folder / name, side)
@@ -86,7 +83,7 @@ def _case(folder: Path, name: str, words: object, side: int, partner: str) -> Ca
         picture=picture,
         targets=tuple(Example(style, (picture,)) for style in styles),
         others=tuple(Example(thing, (picture,)) for thing in things),
-        partner=partner,
+        partner=Path(name).stem,  # mixes of two pictures are not of this protocol
         mix=picture,
         oracle_content=(),
         oracle_style=(),

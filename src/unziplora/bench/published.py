@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from unziplora.errors import UserError
 from unziplora.vision import CLIP, Wanted, open_vision
 
 Pictures = Sequence[Image.Image]
@@ -76,13 +75,3 @@ class ImageModel:
             pixels = self._processor(images=batch, return_tensors="pt")["pixel_values"]
             rows.append(self._embed(pixels.to(self._device)).float().cpu())
         return F.normalize(torch.cat(rows), dim=1)
-
-    def similarity(self, made: Pictures, given: Pictures) -> float:
-        """Mean cosine over all pairs of a made and a given picture, in −1…1.
-
-        Raises:
-            UserError: one of the lists is empty.
-        """
-        if not made or not given:
-            raise UserError(f"--{self.kind}: needs at least one made and one given picture")
-        return (self.embed(made) @ self.embed(given).T).mean().item()

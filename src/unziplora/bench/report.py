@@ -71,7 +71,6 @@ class Report(BaseModel):
     version: str
     measures: list[str]
     rows: list[Row]
-    minutes: dict[str, float]
 
     def __str__(self) -> str:
         return table(self.of(self.measures[0]), COLUMNS)
@@ -95,12 +94,8 @@ def summarise(config: BenchConfig, results: Sequence[Mapping[str, Any]], measure
             if row.measure == measure and ends.keys() >= {"base", "oracle"}:
                 for figures in row.seeds.values():
                     figures.update(headline(figures, ends["base"], ends["oracle"]))
-    minutes = {
-        method: sum(result["seconds"]["training"] for result in results if result["method"] == method) / 60
-        for method in methods
-    }
     told = config.model_dump(mode="json", exclude={"out"})
-    return Report(config=told, version=version("unziplora"), measures=list(measures), rows=rows, minutes=minutes)
+    return Report(config=told, version=version("unziplora"), measures=list(measures), rows=rows)
 
 
 def _row(method: str, measure: str, results: Sequence[Mapping[str, Any]]) -> Row:
@@ -150,7 +145,6 @@ def markdown(report: Report) -> str:
         rows, scaled = report.of(measure), dict(list(COLUMNS.items())[:3])
         parts.append(f"## Measured by {measure}, not scaled\n\n" + table(rows, {**scaled, **RAW}) + "\n")
     parts += ["## Per case: content score / style score, not scaled\n", _per_case(first), ""]
-    parts += ["## Minutes of training\n", *(f"- {name}: {value:.1f}" for name, value in report.minutes.items()), ""]
     return "\n".join(parts)
 
 

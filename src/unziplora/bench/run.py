@@ -124,6 +124,8 @@ def open_bench(
     methods: dict[str, Method] | None = None,
 ) -> Bench:
     """Load cases, settings, measures and base. Arguments and errors are those of `bench`."""
+    if config.workers > 1 and any(part is not None for part in (measures, cases, methods)):
+        raise ValueError("several workers open the configured benchmark each: give no measures, cases or methods")
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out} is a file; give a folder for runs, scores and report")
     overrides = read_toml(config.settings) if config.settings else {}

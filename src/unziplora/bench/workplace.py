@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from unziplora.config_bench import BenchConfig
 from unziplora.config_training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.progress import Callback
-from unziplora.run import MAY_CHANGE, RunFolder
+from unziplora.run import RunFolder, differing
 
 WEIGHTS = "weights.txt"
 """Holds the fingerprint of the base's weights."""
@@ -85,10 +86,11 @@ class Workplace:
         }
 
     def pictures(self, case: Case, name: str, examples: Sequence[Example]) -> list[Path]:
-        """Pictures of a case as files that trainings can read, written once."""
+        """Pictures of a case as files that trainings can read, written once; a file's name tells what is in it."""
         paths = []
         for number, picture in enumerate(picture for example in examples for picture in example.pictures):
-            path = self.folder / "cases" / case.slug / f"{name}-{number}.png"
+            mark = hashlib.sha256(picture.tobytes()).hexdigest()[:8]
+            path = self.folder / "cases" / case.slug / f"{name}-{number}-{mark}.png"
             if not path.is_file():
                 write_png(path, picture)
             paths.append(path)
@@ -110,16 +112,20 @@ class Workplace:
 
 
 def _check_same(run: RunFolder, config: TrainingConfig) -> None:
-    """Refuse a run that was made with other settings; where its pictures lie does not matter."""
+    """Refuse a run that was made with other settings; where its pictures lie does not matter, only their names."""
     saved = run.config(type(config))
-    for name in sorted(config.model_fields_set - MAY_CHANGE):
+    for name in differing(saved, config):
         old, new = getattr(saved, name), getattr(config, name)
-        if old != new and not _is_path(new):
+        if new is None or new == []:
+            continue  # what a recipe leaves open, its run has filled in
+        if _names(old) is None or _names(old) != _names(new):
             raise UserError(
                 f"{run.path}: this run was made with {name} {old!r}, not {new!r}: choose another --out for the "
                 "benchmark, or delete this folder"
             )
 
 
-def _is_path(value: object) -> bool:
-    return isinstance(value, Path) or (isinstance(value, list) and any(isinstance(item, Path) for item in value))
+def _names(value: object) -> list[str] | None:
+    """The file names of a path or of several; None of anything else."""
+    paths = value if isinstance(value, list) else [value]
+    return [path.name for path in paths] if all(isinstance(path, Path) for path in paths) else None
