@@ -1,4 +1,4 @@
-# make demo   set up everything and split the picture that ships with the repository
+# make demo   set up everything and split the two pictures that ship with the repository
 # make test   set up everything and run lint, type check and tests
 # make setup  only the environment in .venv
 PYTHON ?= python3

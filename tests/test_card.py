@@ -62,6 +62,18 @@ def test_tells_nothing_about_the_machine(run: RunFolder) -> None:
     assert f'base = "{run.path.name}"' in text
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("my-xl", 'from_pretrained("PATH/TO/my-xl"'),
+        ("my-xl.safetensors", 'from_single_file("PATH/TO/my-xl.safetensors"'),
+    ],
+)
+def test_a_base_on_this_machine_is_opened_by_its_kind(run: RunFolder, tmp_path: Path, name: str, call: str) -> None:
+    (tmp_path / name).touch()
+    assert call in written(run, base=str(tmp_path / name))
+
+
 def test_measured_scores_are_listed(run: RunFolder) -> None:
     assert "| DINO | 0.349 |" in written(run, scores={"DINO": 0.349})
 

@@ -133,7 +133,9 @@ class TestWrongRequests:
             ([*SPLIT, "--optimizer", "sgd"], "'sgd' is not one of"),
             (["split", "cat.png", "--content", "cat", "--style", "Cat"], "the same word"),
             (["split", "cat.png", "--content", "", "--style", "x"], "content: "),
-            (["split"], "images is missing"),
+            (["zip"], "unziplora zip CONTENT STYLE; see unziplora zip --help"),
+            (["demo", "--steps", "0"], "--steps"),
+            (["split"], "unziplora split PICTURE …; see unziplora split --help"),
             (["split", "cat.png"], "content is missing"),
             (["split", "--resume"], "--resume needs the run folder"),
             ([*SPLIT, "--resume", "--out", "nowhere"], "no run to resume here"),
@@ -170,7 +172,7 @@ class TestWrongRequests:
         before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
         done = call(*SPLIT, "--out", finished)
         assert done.code == 2
-        assert "--resume, or choose another --out" in done.err
+        assert "holds a finished run: choose another --out" in done.err
         assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
     def test_json_tells_the_fault_too(self, call: Call) -> None:
@@ -230,6 +232,33 @@ class TestSplit:
         done = call("split", "notes.png", *SPLIT[2:], "--base", tiny_folder, "--dry-run")
         assert done.code == 2
         assert "not a picture" in done.err
+
+    @pytest.mark.parametrize("dry", [["--dry-run"], ["--out", "never"]])
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["--blocks", "sdlx"], "no block map 'sdlx': there are sdxl, blora, bundled"),
+            (["--optimizer", "adamw8bit"], "pip install 'unziplora[8bit]'"),
+            (["--resolution", "100"], "must be a multiple of 32"),
+            (["--preset", "paper"], "precision fp16 needs a GPU"),
+            (["--masks", "gone.png"], "gone.png"),
+        ],
+    )
+    def test_what_cannot_be_trained_is_told_before_anything_is_loaded(
+        self,
+        call: Call,
+        tiny_folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        args: list[str],
+        message: str,
+        dry: list[str],
+    ) -> None:
+        monkeypatch.setattr("unziplora.job.load_base", None)
+        monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+        done = call(*SPLIT, "--base", tiny_folder, "--device", "cpu", *args, *dry)
+        assert done.code == 2
+        assert message in done.err
+        assert not Path("never").exists()
 
     def test_our_warnings_are_single_lines_told_once(self, call: Call, tiny_folder: Path) -> None:
         Image.new("RGB", (20, 20)).save("tiny.png")
@@ -444,6 +473,29 @@ class TestPictures:
         done = call("sample", finished, "--steps", "3", "--dry-run", "--json")
         assert done.json["config"]["steps"] == 3
         assert done.json["config"]["content"] == done.json["config"]["style"] == str(finished)
+        assert done.json["prompts"][0]["full"] == "a sks cat in pencil sketch style"
+        assert Path(done.json["base"]).is_dir()
+        assert "# prompt: a sks cat in pencil sketch style" in call("sample", finished, "--dry-run").out
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["sample", "nope"], "no such run folder or LoRA file"),
+            (["sample", "--base", "nope", "--prompts", "x"], "base 'nope': no such file or folder"),
+            (["grid", "--base", "nope", "--prompts", "x"], "base 'nope': no such file or folder"),
+            (["blocks", "--base", "nope"], "base 'nope': no such file or folder"),
+        ],
+    )
+    def test_a_dry_run_refuses_what_the_run_would(self, call: Call, args: list[str], message: str) -> None:
+        done = call(*args, "--dry-run")
+        assert done.code == 2
+        assert message in done.err
+
+    def test_one_file_is_one_lora(self, call: Call, finished: Path) -> None:
+        for kind, other in (("content", "style"), ("style", "content")):
+            told = call("sample", finished / f"{kind}.safetensors", "--dry-run", "--json").json
+            assert told["config"][kind] == str(finished / f"{kind}.safetensors")
+            assert told["config"][other] is None
 
 
 class TestFlags:

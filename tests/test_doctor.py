@@ -1,6 +1,7 @@
 """What the doctor finds, and the memory estimate that its advice rests on."""
 
 import json
+import re
 import socket
 from collections import namedtuple
 from pathlib import Path
@@ -20,6 +21,8 @@ from unziplora.errors import UserError
 from unziplora.lora.layer import add_lora, of_kinds
 from unziplora.memory import Memory, Sizes, estimate, inspect_base, smaller
 from unziplora.methods.unziplora import UnZipLora
+
+ROOT = Path(__file__).parents[1]
 
 CARD = Device(name="cuda:0", model="Card", memory_free=23 * GIB, memory_total=24 * GIB, bf16=True)
 
@@ -171,7 +174,7 @@ class TestMemory:
         """Needs for SDXL in bf16 by the same arithmetic as on a GPU: no VAE and text encoders while training."""
         sizes = inspect_base(SDXL)
         for least, flags in FITTING:
-            side = 768 if "768" in flags else 1024
+            side = next((side for side in (512, 768) if str(side) in flags), 1024)
             trained = 2 * sizes.adapter(64, of_kinds(sizes.names, ["attention"]))
             state = 2 if "adamw8bit" in flags else 8
             kept = kept_bytes(
@@ -183,6 +186,21 @@ class TestMemory:
                 checkpointing="checkpointing" in flags,
             )
             assert 2 * sizes.unet + (8 + state) * trained + 1.25 * kept + 0.6 * GIB < least * GIB
+
+    def test_the_readme_tells_what_the_estimate_says(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("unziplora.memory.pick_device", lambda _: torch.device("cuda"))
+        monkeypatch.setattr("unziplora.memory.free_bytes", lambda _: None)
+        sizes, lines = inspect_base(SDXL), (ROOT / "README.md").read_text().splitlines()
+        checkpointed = {"gradient_checkpointing": True}
+        for start, changes in {
+            "| default |": {},
+            "| `--gradient-checkpointing` |": checkpointed,
+            "| `--gradient-checkpointing --optimizer adamw8bit` |": {**checkpointed, "optimizer": "adamw8bit"},
+        }.items():
+            (line,) = (line for line in lines if line.startswith(start))
+            for told, side in zip(re.findall(r"([\d.]+) GiB", line), (1024, 768, 512), strict=True):
+                needed = split_memory(recipe(precision="bf16", resolution=side, **changes), sizes).total
+                assert float(told) == pytest.approx(needed / GIB, abs=0.06)
 
 
 class TestActivations:

@@ -129,10 +129,10 @@ def test_grids_that_cannot_be_are_refused(keys: dict, message: str):
         resolve(GridConfig, keys)
 
 
-def test_grid_is_written_to_a_png_file_only(shared_base: Base, tmp_path: Path):
+def test_grid_is_written_to_a_png_file_only(tmp_path: Path):
     for out in (tmp_path, tmp_path / "grid.jpg"):
-        with pytest.raises(UserError, match=r"name of a \.png file"):
-            grid(GridConfig(prompts=["x"], out=out), shared_base)
+        with pytest.raises(UserError, match=r"out: give the name of a \.png file"):
+            resolve(GridConfig, {"prompts": ["x"], "out": out})
 
 
 def test_axes_follow_what_is_given():

@@ -35,7 +35,7 @@ def test_what_our_own_file_holds(tmp_path):
     described = metadata_for(title="cat", trigger="a sks cat", base="some/base", thumbnail=Image.new("RGB", (8, 8)))
     write_lora(make(rank=4), path, metadata=described, alpha=2)
     found = inspect(path)
-    assert (found.layout, found.modules, found.text_modules) == ("kohya-sgm", len(make().modules), 0)
+    assert (found.layout, found.modules, found.text_modules) == ("kohya", len(make().modules), 0)
     assert (found.ranks, found.alphas) == ({4: found.modules}, {"2": found.modules})
     assert found.strengths == {"0.5": found.modules}
     assert found.dtypes == {"fp16": found.modules}
@@ -45,10 +45,10 @@ def test_what_our_own_file_holds(tmp_path):
     assert found.trained_on == "some/base"
     assert found.problems == []
     text = str(found)
-    for word in ("kohya-sgm", "a sks cat", "ComfyUI", "up_blocks.0.attentions.1", "modelspec.thumbnail", "rank      4"):
+    for word in ("kohya", "a sks cat", "ComfyUI", "up_blocks.0.attentions.1", "modelspec.thumbnail", "rank      4"):
         assert word in text
     assert max(map(len, found.lines())) < 140
-    assert json.loads(found.model_dump_json())["layout"] == "kohya-sgm"
+    assert json.loads(found.model_dump_json())["layout"] == "kohya"
 
 
 def test_shares_are_those_of_the_dense_updates(tmp_path):
@@ -180,7 +180,7 @@ def test_an_existing_file_is_spared_unless_asked(tmp_path):
     write_lora(make(), path)
     with pytest.raises(UserError, match="exists already"):
         convert(path, path, "diffusers")
-    assert inspect(path).layout == "kohya-sgm"
+    assert inspect(path).layout == "kohya"
     convert(path, path, "diffusers", overwrite=True)
     assert inspect(path).layout == "diffusers"
 

@@ -90,7 +90,7 @@ def test_a_run_leaves_what_a_user_expects(config, tmp_path):
 def test_a_finished_run_is_not_overwritten(config):
     run = split(config(steps=4, column_periods=1, sample_seeds=[]))
     before = run.content.read_bytes()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="holds a finished run: choose another --out"):
         split(config(steps=4, column_periods=1, sample_seeds=[]))
     with pytest.raises(UserError, match="finished"):
         split(config(steps=4, column_periods=1, sample_seeds=[]), resume=True)
@@ -137,12 +137,32 @@ def test_a_killed_run_continues_from_its_last_whole_checkpoint(config, tmp_path)
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.parametrize("when", ["loading base", "wrote "])
+def test_a_run_that_was_stopped_outside_its_steps_goes_on(config, tmp_path, when):
+    whole = split(config(out=tmp_path / "whole", sample_seeds=[]))
+    steps: list[int] = []
+
+    def stop(event: Progress) -> None:
+        if (event.message or "").startswith(when):
+            raise KeyboardInterrupt
+
+    def count(event: Progress) -> None:
+        steps.extend([event.step] if event.loss == event.loss else [])
+
+    with pytest.raises(Interrupted, match=r"unziplora split --resume --out .*/cut"):
+        split(config(out=tmp_path / "cut", sample_seeds=[]), progress=stop)
+    cut = split(config(out=tmp_path / "cut", sample_seeds=[]), resume=True, progress=count)
+    assert steps == ([1, 2, 3, 4, 5, 6] if when == "loading base" else [])
+    one, two = tensors(whole.content), tensors(cut.content)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_resuming_with_another_recipe_is_refused(config):
     def kill(event: Progress) -> None:
         if event.step == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         split(config(), progress=kill)
     with pytest.raises(UserError, match="content_learning_rate"):
         split(config(content_learning_rate=0.5), resume=True)

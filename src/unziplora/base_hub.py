@@ -49,8 +49,12 @@ def download(source: str, dtype: torch.dtype) -> Path:
         base_files.check_unet_config(Path(index).parent, source)  # before gigabytes are fetched
         return Path(StableDiffusionXLPipeline.download(source, use_safetensors=True, variant=variant))
     except (OSError, ValueError) as error:
-        why = "the hub cannot be reached and the model was not fetched before" if offline else "fetching it failed"
+        if offline:
+            raise MachineError(
+                f"base {source}: there is no such folder here, and the hub, from which a model of this name was not "
+                "fetched before, cannot be reached. Give a folder or .safetensors file that is on this machine"
+            ) from error
         raise MachineError(
-            f"base {source}: {why} ({first_line(error)}). Check network and disk space, or give a folder or "
-            ".safetensors file that is on this machine"
+            f"base {source}: fetching it failed ({first_line(error)}). Check network and disk space, or give a folder "
+            "or .safetensors file that is on this machine"
         ) from error

@@ -183,7 +183,7 @@ sampler, prompt `{both}`.
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-pipe = StableDiffusionXLPipeline.from_pretrained({_string(base_name(config))}, torch_dtype=torch.float16).to("cuda")
+pipe = StableDiffusionXLPipeline.{_loading(config)}, torch_dtype=torch.float16).to("cuda")
 {loads}
 pipe.set_adapters({json.dumps(list(titles))}, {[1.0] * len(titles)})
 pipe({_string(both)}, guidance_scale=5.0).images[0].save("picture.png")
@@ -195,6 +195,15 @@ pipe({_string(both)}, guidance_scale=5.0).images[0].save("picture.png")
 {_commands(run, config, about)}
 ```
 """
+
+
+def _loading(config: TrainingConfig) -> str:
+    """The beginning of diffusers' call that opens the base; where it lies on this machine is not told."""
+    name = base_name(config)
+    if name == config.base:
+        return f"from_pretrained({_string(name)}"
+    call = "from_single_file" if name.endswith(".safetensors") else "from_pretrained"
+    return f"{call}({_string('PATH/TO/' + name)}"
 
 
 def _settings(config: TrainingConfig) -> str:

@@ -24,7 +24,10 @@ class BLoraConfig(PictureConfig):
     content_prompt: str = key("A {token}", "Prompt that calls the content up.", "Prompts")
     style_prompt: str = key("an image in {token} style", "Prompt that calls the style up.", "Prompts")
     blocks: str = key(
-        "blora", "Block map: 'blora' (one block each, as published), 'sdxl' (UnZipLoRA's) or a TOML file.", "Method"
+        "blora",
+        "Block map: 'blora' (one block each, as published), 'sdxl' (UnZipLoRA's), 'bundled' (for that base) or a TOML "
+        "file.",
+        "Method",
     )
     steps: int = key(1000, "Optimiser steps.", "Training", ge=1)
     learning_rate: float = key(5e-5, "Learning rate.", "Training", ge=0)

@@ -115,6 +115,13 @@ class GridConfig(SampleConfig):
     content_strengths: list[float] = key([0.0, 0.5, 1.0], "Strengths on a content axis.", "Grid", min_length=1)
     style_strengths: list[float] = key([0.0, 0.5, 1.0], "Strengths on a style axis.", "Grid", min_length=1)
 
+    @field_validator("out")
+    @classmethod
+    def _picture(cls, out: Path) -> Path:
+        if out.suffix.lower() != ".png" or out.is_dir():
+            raise ValueError("give the name of a .png file")
+        return out
+
     @model_validator(mode="after")
     def _axes(self) -> GridConfig:
         rows, columns = self.axes()

@@ -81,7 +81,11 @@ class SplitConfig(PictureConfig):
     prompt_separation: bool = key(True, "Each LoRA sees its own prompt in cross-attention K and V.", "Method")
     column_separation: bool = key(True, "Each LoRA trains only its most important output columns.", "Method")
     block_separation: bool = key(True, "Blocks known for content or style train one LoRA fully.", "Method")
-    blocks: str = key("sdxl", "Block map: 'sdxl' (as published), 'bundled' (for that base) or a TOML file.", "Method")
+    blocks: str = key(
+        "sdxl",
+        "Block map: 'sdxl' (as published), 'bundled' (for that base), 'blora' (one block each) or a TOML file.",
+        "Method",
+    )
     column_periods: int = key(3, "Times that columns are chosen, evenly over the run.", "Method", ge=1)
     column_share: float = key(0.3, "Share of columns that a LoRA holds after the last choice.", "Method", gt=0, le=1)
     column_warmup: int = key(10, "Steps with all columns open before each choice.", "Method", ge=1)

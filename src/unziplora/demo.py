@@ -15,9 +15,11 @@ from unziplora.config import read_toml, resolve
 from unziplora.config_sample import SampleConfig
 from unziplora.config_split import PRESETS, SplitConfig
 from unziplora.device import pick_device, pick_dtype
+from unziplora.errors import Interrupted
 from unziplora.generate import decode, generate_latents
 from unziplora.grid import sheet
 from unziplora.images import load_picture
+from unziplora.memory import inspect_base
 from unziplora.progress import Callback, Progress, duration
 from unziplora.sample import open_session
 from unziplora.split import split
@@ -72,6 +74,8 @@ def demo(
     """
     start = time.monotonic()
     tell = progress or (lambda _: None)
+    if base != "bundled":
+        inspect_base(base)  # one that is not there is told before a folder is made
     folder = free_folder(Path(out))
     noise = base == "bundled" and not (BUNDLED / "emoji-xl" / "model_index.json").is_file()
     if noise:
@@ -86,7 +90,10 @@ def demo(
     ]
     for config in configs:
         tell(Progress(0, 0, message=f"splitting a picture of a {config.content} in {config.style} style"))
-        split(config, progress=progress)
+        try:
+            split(config, progress=progress)
+        except Interrupted:
+            raise Interrupted("the demo was stopped; run it again") from None
     tell(Progress(0, 0, message="making the strip"))
     strip = folder / "strip.png"
     write_png(strip, make_strip(configs[0], configs[1]))

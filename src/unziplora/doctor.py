@@ -147,15 +147,11 @@ def find_devices() -> list[Device]:
 def advice(device: Device, bundled: bool, eight_bit: bool) -> str:
     """Which command fits this machine; the limits are `memory.estimate`'s for SDXL, with some room."""
     small = "try it with: unziplora demo" if bundled else "the bundled small base is not installed"
-    if device.name == "cpu":
-        fits = device.memory_total >= 16 * GIB
-        return "No GPU: the small bundled base runs in minutes; " + (
-            f"SDXL would fit ({size(device.memory_total)}) but takes hours. {small[0].upper()}{small[1:]}"
-            if fits
-            else f"SDXL does not fit. {small[0].upper()}{small[1:]}"
-        )
     gib = device.memory_total / GIB
-    flags = next((flags for least, flags in FITTING if gib >= least), None)
+    flags = next((flags for least, flags in (FITTING_CPU if device.name == "cpu" else FITTING) if gib >= least), None)
+    if device.name == "cpu":
+        told = "SDXL does not fit" if flags is None else f"SDXL would fit {flags}but takes hours"
+        return f"No GPU: the small bundled base runs in minutes; {told}. {small[0].upper()}{small[1:]}"
     if flags is None:
         return f"{device.model} has {gib:.0f} GiB: too little for SDXL; {small}"
     if "adamw8bit" in flags and not eight_bit:
@@ -167,8 +163,16 @@ FITTING: list[tuple[float, str]] = [
     (19.5, ""),
     (11.5, "--gradient-checkpointing"),
     (9.5, "--gradient-checkpointing --optimizer adamw8bit --resolution 768"),
+    (7.5, "--gradient-checkpointing --optimizer adamw8bit --resolution 512"),
 ]
 """Least memory of a card in GiB, and the flags with which SDXL trains in it."""
+
+FITTING_CPU: list[tuple[float, str]] = [
+    (36, ""),
+    (21, "with --gradient-checkpointing "),
+    (13, "with --gradient-checkpointing --precision bf16 "),
+]
+"""The same of a machine's memory, of which the system takes a part."""
 
 
 def _python() -> Check:

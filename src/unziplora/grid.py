@@ -77,8 +77,6 @@ def grid(config: GridConfig, base: Base | None = None, progress: Progress | None
         UserError: something given does not exist, is damaged, or does not fit together.
         MachineError: out of memory, disk full, no permission.
     """
-    if config.out.is_dir() or config.out.suffix.lower() != ".png":
-        raise UserError(f"--out {config.out}: give the name of a .png file")
     with open_session(config, base) as session:
         across, down = ([(axis, value) for value in _values(config, axis)] for axis in reversed(config.axes()))
         cells = [[{**dict([row]), **dict([column])} for column in across] for row in down]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,14 @@ from unziplora.card import About, base_name, card, shared_settings
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
-from unziplora.images import load_picture
+from unziplora.images import load_mask, load_picture
 from unziplora.lora.families import sdxl_sized
 from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.metadata import metadata_for
+from unziplora.memory import inspect_base
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup
+from unziplora.optim import find_optimizer
 from unziplora.progress import Callback, Progress
 from unziplora.run import RunFolder
 from unziplora.samples import sample_sheet
@@ -47,17 +50,55 @@ def run_job(kind: type[Method[C]], config: C, resume: bool = False, progress: Ca
     Raises:
         UserError: a picture, a word, the base, the folder or a setting is not usable.
         MachineError: disk full, no permission, out of memory.
-        Interrupted: stopped on request; a checkpoint is saved.
+        Interrupted: stopped on request; it tells how to continue.
     """
     job = Job(kind, config, progress or (lambda _: None))
-    if isinstance(config, PictureConfig):
-        for path in config.images:
-            load_picture(path, 64)  # a bad picture is told before a folder is made and a base is loaded
-    kind.check(config)
+    check_job(kind, config, 64)
     job.run = RunFolder.resume(config.out, config) if resume else RunFolder.create(config.out, config)
     with job.run.lock():
-        job.do()
+        try:
+            job.do()
+        except KeyboardInterrupt:  # outside the loop, which finishes its step
+            raise job.stopped("stopped; what is not saved yet will be done again") from None
     return job.run
+
+
+def check_job(kind: type[Method[C]], config: C, side: int) -> None:
+    """Refuse what cannot be trained, before a folder is made and a base is loaded.
+
+    Args:
+        side: pixels at which pictures and masks are opened.
+
+    Raises:
+        UserError: a picture, a mask, a word or a block map is not usable, or this machine lacks what a setting needs.
+    """
+    if isinstance(config, PictureConfig):
+        for path in config.images:
+            load_picture(path, side)
+        for mask, path in zip(config.masks, config.images, strict=False):
+            load_mask(mask, side, path)
+    kind.check(config)
+    device = pick_device(config.device)
+    if pick_dtype(config.precision, device) == torch.float16 and device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
+    for name in config.trackers:
+        if find_spec(name) is None:  # accelerate would leave it out without a word
+            raise UserError(f"tracker {name} is not installed: pip install 'unziplora[{name}]', or leave it out")
+    find_optimizer(config.optimizer)
+    if config.resolution:
+        check_resolution(config.resolution, inspect_base(config.base).latent_scale)
+
+
+def check_resolution(resolution: int, latent_scale: int) -> None:
+    """Refuse pictures whose latents cannot be halved twice, as they are inside the UNet.
+
+    Raises:
+        UserError: names the nearest that can.
+    """
+    unit = latent_scale * 4
+    if resolution % unit:
+        near = max(unit, round(resolution / unit) * unit)
+        raise UserError(f"resolution {resolution}: must be a multiple of {unit} for this base, such as {near}")
 
 
 @dataclass
@@ -85,10 +126,7 @@ class Job(Generic[C]):
         self.tell("training", memory=True)
         done = self.train(base, method, accelerator)
         if done < config.steps:
-            raise Interrupted(
-                f"stopped after step {done} of {config.steps}, checkpoint saved; continue with:\n"
-                f"  unziplora {method.command} --resume --out {run.path}"
-            )
+            raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
         loras, about = method.export(), method.about(config)
         write_loras(run, config, about, loras, self.of_the_base(method, setup), self.tell_of)
         if config.sample_seeds:
@@ -97,13 +135,15 @@ class Job(Generic[C]):
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # twice the size of everything else
         accelerator.end_training()
 
+    def stopped(self, where: str) -> Interrupted:
+        """What to raise when the run was asked to stop."""
+        command = f"unziplora {self.kind.command} --resume --out {shlex.quote(str(self.run.path))}"
+        return Interrupted(f"{where}; continue with:\n  {command}")
+
     def resolution(self, base: Base) -> int:
         """The side of the training pictures in pixels, which must fit the base."""
         resolution = self.config.resolution or base.resolution
-        unit = base.pipe.vae_scale_factor * 4  # two halvings of the latents inside the UNet
-        if resolution % unit:
-            near = max(unit, round(resolution / unit) * unit)
-            raise UserError(f"resolution {resolution}: must be a multiple of {unit} for this base, such as {near}")
+        check_resolution(resolution, base.pipe.vae_scale_factor)
         return resolution
 
     def train(self, base: Base, method: Method[C], accelerator: Accelerator) -> int:
@@ -214,17 +254,8 @@ def write_card(run: RunFolder, config: TrainingConfig, about: About, loras: Mapp
 
 
 def make_accelerator(config: TrainingConfig, device: torch.device, dtype: torch.dtype, folder: Path) -> Accelerator:
-    """accelerate, with the precision and the trackers of the configuration.
-
-    Raises:
-        UserError: a tracker's package is not installed.
-    """
+    """accelerate, with the precision and the trackers of the configuration."""
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
-    if precision == "fp16" and device.type == "cpu":
-        raise UserError("precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
-    for name in config.trackers:
-        if find_spec(name) is None:  # accelerate would leave it out without a word
-            raise UserError(f"tracker {name} is not installed: pip install 'unziplora[{name}]', or leave it out")
     # accelerate keeps its settings for the whole process; several runs in one process may differ.
     AcceleratorState._reset_state()
     accelerator = Accelerator(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from unziplora.config_training import TrainingConfig
 from unziplora.errors import UserError
 
 Groups = list[dict[str, Any]]
+
+_PACKAGES = {"prodigy": ("prodigyopt", "Prodigy", "prodigy"), "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", "8bit")}
+"""Module, class and our extra of the optimisers that do not come with torch."""
 
 
 def make_optimizers(groups: Groups, config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -23,13 +27,13 @@ def make_optimizers(groups: Groups, config: TrainingConfig) -> list[torch.optim.
     Raises:
         UserError: the optimiser's package is not installed.
     """
+    found = find_optimizer(config.optimizer)
     if config.optimizer == "prodigy":
-        prodigy = _load("prodigyopt", "Prodigy", "prodigy")
         options = {"betas": config.betas, "decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
-        matrices = [prodigy([group], **options) for group in groups if group["name"] != "scales"]
+        matrices = [found([group], **options) for group in groups if group["name"] != "scales"]
         return [*matrices, *(_adamw([group], config) for group in groups if group["name"] == "scales")]
     if config.optimizer == "adamw8bit":
-        return [_load("bitsandbytes.optim", "AdamW8bit", "8bit")(groups, betas=config.betas)]
+        return [found(groups, betas=config.betas)]
     return [_adamw(groups, config)]
 
 
@@ -38,9 +42,15 @@ def _adamw(groups: Groups, config: TrainingConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=config.betas, fused=True)
 
 
-def _load(module: str, name: str, extra: str) -> Any:
-    from importlib import import_module
+def find_optimizer(kind: str) -> Any:
+    """The class of an optimiser.
 
+    Raises:
+        UserError: its package is not installed.
+    """
+    if kind not in _PACKAGES:
+        return torch.optim.AdamW
+    module, name, extra = _PACKAGES[kind]
     try:
         return getattr(import_module(module), name)
     except Exception as error:  # bitsandbytes fails in many ways where it finds no CUDA

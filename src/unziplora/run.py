@@ -98,12 +98,7 @@ class RunFolder:
         """
         run = cls(path)
         if not run.is_free():
-            known = run.config_file.is_file()
-            raise UserError(
-                f"{path} exists already and {'holds a run' if known else 'is not empty'}: "
-                + ("continue it with --resume, or " if known else "")
-                + "choose another --out"
-            )
+            raise UserError(f"{path} {run._taken()}")
         try:
             path.mkdir(parents=True, exist_ok=True)
             with run.lock():
@@ -114,6 +109,16 @@ class RunFolder:
         except OSError as error:
             raise explain(path, error) from None
         return run
+
+    def _taken(self) -> str:
+        """What lies where a new run should begin, and what to do."""
+        if not self.path.is_dir():
+            return "is a file: choose another --out"
+        if self.card.exists():
+            return "holds a finished run: choose another --out"
+        if self.config_file.is_file():
+            return "exists already and holds a run: continue it with --resume, or choose another --out"
+        return "exists already and is not empty: choose another --out"
 
     @classmethod
     def resume(cls, path: Path, config: Recipe) -> RunFolder:
@@ -267,7 +272,12 @@ def differing(saved: R, config: R) -> list[str]:
 
 
 def loras_of(run: Path) -> dict[str, Path]:
-    """What a run folder gives to sample, by kind: its content and its style LoRA, or its one LoRA for both."""
+    """What a run folder gives to sample, by kind: its content and its style LoRA, or its one LoRA for both.
+
+    A file is one LoRA: a style's if its name says so, else a content's.
+    """
+    if run.expanduser().is_file():
+        return {"style" if "style" in run.stem.lower() else "content": run}
     merged = run.expanduser() / f"{MERGED}.safetensors"
     if merged.is_file():
         return {"content": merged}

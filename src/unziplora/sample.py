@@ -50,10 +50,9 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
     Raises:
         UserError, MachineError: as `load_base`, `read_lora`, `Mounted` and `plan`.
     """
-    sources = [find_source(path, kind) for kind in ("content", "style") if (path := getattr(config, kind)) is not None]
+    sources = _sources(config)
     if base is None:
-        # a LoRA file may name its base in its header, which is read without the base's help
-        known = [with_metadata(source, read_lora(source.file).metadata) for source in sources]
+        known = known_sources(config)
         prompts = plan(config, known)
         device = pick_device(config.device)
         base = load_base(base_name(config, known), pick_dtype(config.precision, device), device)
@@ -70,6 +69,19 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
         yield Session(base, mounted, prompts, settings(config, sources))
     finally:
         mounted.remove()
+
+
+def _sources(config: SampleConfig) -> list[Source]:
+    return [find_source(path, kind) for kind in ("content", "style") if (path := getattr(config, kind)) is not None]
+
+
+def known_sources(config: SampleConfig) -> list[Source]:
+    """The LoRAs of a configuration with what their runs or headers tell, which needs no base.
+
+    Raises:
+        UserError: a run folder or a file is missing, or is no LoRA.
+    """
+    return [with_metadata(source, read_lora(source.file).metadata) for source in _sources(config)]
 
 
 def strengths(config: SampleConfig, sources: list[Source]) -> dict[str, float]:

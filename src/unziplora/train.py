@@ -125,7 +125,7 @@ def train(
 
     Args:
         report: called after every step.
-        save: called with the number of steps done when a checkpoint is due, also when asked to stop.
+        save: called with the number of steps done when a checkpoint is due, at the end and when asked to stop.
         sample: called with the number of steps done when a sample sheet is due.
     """
     config, done = trainer.config, start
@@ -133,8 +133,8 @@ def train(
         while done < config.steps and not stopped.is_set():
             report(trainer.step(done))
             done += 1
-            if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
-                save(done)
+            if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                save(done)  # also at the end: the files that follow may find the disk full
             if config.sample_every and done % config.sample_every == 0 and done < config.steps:
                 sample(done)
         if done < config.steps and (not config.checkpoint_every or done % config.checkpoint_every):

@@ -99,7 +99,8 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "content_lora is missing: Run folder or LoRA file that gives the content."),
+        ([], "say what to merge: unziplora zip CONTENT STYLE"),
+        (["a.safetensors"], "style_lora is missing: Run folder or LoRA file that gives the style."),
         (["gone.safetensors", "fox.safetensors"], "gone.safetensors: no such run folder or LoRA file"),
         (["cat.png", "fox.safetensors", *PROMPTS], "cat.png: not a safetensors file"),
         (

@@ -127,5 +127,6 @@ def _check_same(run: RunFolder, config: TrainingConfig) -> None:
 
 def _names(value: object) -> list[str] | None:
     """The file names of a path or of several; None of anything else."""
-    paths = value if isinstance(value, list) else [value]
-    return [path.name for path in paths] if all(isinstance(path, Path) for path in paths) else None
+    values = value if isinstance(value, list) else [value]
+    paths = [item for item in values if isinstance(item, Path)]
+    return [path.name for path in paths] if len(paths) == len(values) else None

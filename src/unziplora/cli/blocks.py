@@ -28,7 +28,11 @@ def run_blocks(ctx: click.Context, config_file: str | None, dry_run: bool, as_js
 
 
 def _plan(config: ProbeConfig, as_json: bool) -> None:
-    """Show the settings and the words of every pair."""
+    """Show the settings and the words of every pair; no weights of the base are read."""
+    with stdout_kept():
+        from unziplora.memory import inspect_base
+
+        inspect_base(config.base)
     pairs = config.words()
     lines = [
         f"# {pair.content} ({pair.other_content} instead), {pair.style} ({pair.other_style} instead)" for pair in pairs

@@ -67,7 +67,7 @@ def run_resize(
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
     text = (
         f"{target}  {ranks}, {Path(target).stat().st_size / 1e6:.1f} MB; {done.energy:.2%} of the update kept, "
-        f"at least {done.worst:.2%} in each module"
+        f"at least {done.worst:.2%} in each module (least in {done.worst_module})"
     )
     emit(done, text, as_json)
 

@@ -62,7 +62,9 @@ demo_command = click.Command(
     params=[
         click.Option(["--out"], default="runs/demo", show_default=True, help="Folder to create for both runs."),
         click.Option(["--base"], default="bundled", show_default=True, help="Another base to try it on."),
-        click.Option(["--steps"], type=int, help="Fewer steps are faster and worse.  [default: the preset's]"),
+        click.Option(
+            ["--steps"], type=click.IntRange(min=1), help="Fewer steps are faster and worse.  [default: the preset's]"
+        ),
         json_option(),
         quiet_option(),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from unziplora.cli.common import config_option, counted, dry_run_option, json_option, quiet_option
 from unziplora.cli.flags import RecipeCommand, layers, options
 from unziplora.cli.output import emit, stdout_kept
-from unziplora.config import Recipe, resolve, to_toml
+from unziplora.config import resolve, to_toml
 from unziplora.config_sample import GridConfig, SampleConfig
 from unziplora.progress import show
 from unziplora.run import loras_of
@@ -50,18 +51,33 @@ def _layers(ctx: click.Context, run: str | None, config_file: str | None) -> lis
     return [file, found, flags]
 
 
-def _plan(config: Recipe, as_json: bool) -> None:
-    emit({"config": config.model_dump(mode="json")}, lambda: to_toml(config), as_json)
+def _plan(config: SampleConfig, as_json: bool) -> None:
+    """Show the settings, and what follows from the LoRAs: base, guidance and prompts; no weights of a base are read."""
+    with stdout_kept():
+        from unziplora.memory import inspect_base
+        from unziplora.sample import known_sources
+        from unziplora.sources import base_name, guidance, plan
+
+        sources = known_sources(config)
+        base, prompts = base_name(config, sources), plan(config, sources)
+        inspect_base(base)
+    told = {"base": base, "guidance": guidance(config, sources), "prompts": [asdict(prompt) for prompt in prompts]}
+    lines = [f"# base: {base}", f"# guidance: {told['guidance']:g}", *(f"# prompt: {p.full}" for p in prompts)]
+    result = {"config": config.model_dump(mode="json"), **told}
+    emit(result, lambda: "\n".join([to_toml(config), *lines]), as_json)
 
 
-_RUN = "RUN is a run folder of `unziplora split`, `train` or `zip`: the same as --content RUN --style RUN."
+_RUN = (
+    "RUN is a run folder of `unziplora split`, `train` or `zip`: the same as --content RUN --style RUN; "
+    "or one LoRA file."
+)
 
 sample_command = RecipeCommand(
     "sample",
     callback=click.pass_context(run_sample),
     help=f"""Make pictures with a content LoRA, a style LoRA, or both.
 
-    {_RUN} LoRA files of other programs will do as well.
+    {_RUN} LoRA files of other programs will do as well; say what to show with --prompts.
 
     \b
     The picture anew:           unziplora sample runs/cat

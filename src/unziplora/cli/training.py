@@ -48,7 +48,11 @@ class Training:
         quiet: bool,
     ) -> None:
         """Carry out the command."""
-        config = resolve(self.model, *self._layers(ctx, picture, config_file, resume))
+        given = self._layers(ctx, picture, config_file, resume)
+        if not any(given):
+            command = f"unziplora {self.command}"
+            raise UserError(f"say what to learn from: {command} PICTURE …; see {command} --help")
+        config = resolve(self.model, *given)
         if dry_run:
             self._plan(config, as_json)
             return
@@ -72,12 +76,11 @@ class Training:
     def _plan(self, config: PictureConfig, as_json: bool) -> None:
         """Show the resolved settings, the prompts and the memory estimate; pictures and masks are opened."""
         with stdout_kept():
+            from unziplora.job import check_job
             from unziplora.memory import estimate, inspect_base
 
-            method = self.method()
-            method.check(config)
-            sizes = inspect_base(config.base)
-            _check_pictures(config, config.resolution or sizes.resolution)
+            method, sizes = self.method(), inspect_base(config.base)
+            check_job(method, config, config.resolution or sizes.resolution)
             memory = estimate(config, sizes, method.layers(config, sizes.names))
         prompts = config.told_prompts()
         result = {
@@ -131,15 +134,6 @@ def run_layers(
     if not saved.is_file():
         raise UserError(f"{out}: no run to resume here (it has no config.toml); leave --resume out")
     return [read_toml(saved), file, flags, {"out": out}]
-
-
-def _check_pictures(config: PictureConfig, resolution: int) -> None:
-    from unziplora.images import load_mask, load_picture
-
-    for path in config.images:
-        load_picture(path, resolution)
-    for mask, picture in zip(config.masks, config.images, strict=False):
-        load_mask(mask, resolution, picture)
 
 
 def tell_result(run: RunFolder, as_json: bool) -> None:

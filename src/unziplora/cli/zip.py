@@ -13,6 +13,7 @@ from unziplora.cli.output import emit, memory_advice, stdout_kept
 from unziplora.cli.training import run_layers, tell_result
 from unziplora.config import resolve, to_toml
 from unziplora.config_zip import ZipConfig
+from unziplora.errors import UserError
 from unziplora.progress import show
 
 
@@ -27,7 +28,10 @@ def run_zip(
     quiet: bool,
 ) -> None:
     """Carry out the command."""
-    config = resolve(ZipConfig, *_layers(ctx, content, style, config_file, resume))
+    given = _layers(ctx, content, style, config_file, resume)
+    if not any(given):
+        raise UserError("say what to merge: unziplora zip CONTENT STYLE; see unziplora zip --help")
+    config = resolve(ZipConfig, *given)
     if dry_run:
         _plan(config, as_json)
         return

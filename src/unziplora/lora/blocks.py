@@ -53,10 +53,12 @@ def read_blocks(source: str) -> BlockMap:
     """The block map of a name (`NAMED`), or one from a TOML file with the lists `content` and `style`.
 
     Raises:
-        UserError: the file is missing or malformed, or a block, or a part of it, is listed for both.
+        UserError: no such name, the file is missing or malformed, or a block, or a part of it, is listed for both.
     """
     if source in NAMED:
         return NAMED[source]
+    if not source.endswith(".toml") and not Path(source).is_file():
+        raise UserError(f"no block map {source!r}: there are {', '.join(NAMED)}, or give a TOML file")
     table = read_toml(Path(source))
     if set(table) != {"content", "style"}:
         raise UserError(f"{source}: a block map has the two lists 'content' and 'style', found {sorted(table)}")

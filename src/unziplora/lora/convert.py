@@ -116,7 +116,7 @@ def stored_dtype(path: str | Path) -> str:
 
 def _spare(dst: str | Path, overwrite: bool) -> None:
     if not overwrite and Path(dst).is_file():
-        raise UserError(f"{dst} exists already: choose another name, or replace it with --force (overwrite=True)")
+        raise UserError(f"{dst} exists already: choose another name, or replace it with --force")
 
 
 def dtype_name(tensor: Tensor) -> str:

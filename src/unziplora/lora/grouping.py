@@ -151,8 +151,8 @@ def _parse(key: str, layers: int) -> tuple[tuple[str, str], str, str] | None:
         component, dotted, layout = _component(name, peft)
         if component == "unet":
             path = keys.unet_module(dotted, layers)
-            if layout == "kohya":
-                layout = "kohya-sgm" if keys.is_sgm(dotted) else "kohya-diffusers"
+            if layout == "kohya" and not keys.is_sgm(dotted):
+                layout = "kohya-diffusers"
         else:
             path, layout = _text_module(dotted), ""
     except ValueError:
@@ -194,7 +194,7 @@ def _text_module(name: str) -> str:
 def _layout(found: set[str]) -> str:
     if len(found) == 1:
         return found.pop()
-    if found == {"kohya-sgm", "kohya-diffusers"}:
+    if found == {"kohya", "kohya-diffusers"}:
         return "kohya-mixed"
     return "mixed" if found else "text encoders only"
 

@@ -30,7 +30,7 @@ _KOHYA: dict[str, tuple[Answer, str]] = {
     "diffusers": ("yes", "load_lora_weights"),
 }
 _BY_LAYOUT: dict[str, dict[str, tuple[Answer, str]]] = {
-    "kohya-sgm": {**_KOHYA, "sd-scripts": ("yes", "its own layout")},
+    "kohya": {**_KOHYA, "sd-scripts": ("yes", "its own layout")},
     "kohya-diffusers": {**_KOHYA, "sd-scripts": ("partly", "knows the block names of sgm, not these")},
     "kohya-mixed": {
         **_KOHYA,
