@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 
 from recipes.base.config import Recipe, WorldSettings
 from recipes.base.filters.common import Picture
-from recipes.base.world import NEVER_SETS, Item, World
+from recipes.base.world import NEVER_SETS, Item, World, held_out_concepts
 
 
 @dataclass
@@ -45,28 +45,36 @@ def render_items(settings: WorldSettings, items: list[Item], *, workers: int = 1
     return Pictures(np.concatenate(parts), items)
 
 
-def save(pictures: Pictures, path: Path) -> None:
-    """Write pixels as .npy and items as JSON beside it."""
+def kept(path: Path, settings: WorldSettings, told: object, make: Callable[[], Pictures]) -> Pictures:
+    """Pictures from a .npy, with their items as JSON beside it; made anew if they were made from anything else.
+
+    Args:
+        settings: of the world; the list of concepts that are held out counts too.
+        told: whatever else the pictures depend on.
+        make: makes them.
+    """
+    source = json.dumps([settings.model_dump(mode="json"), sorted(held_out_concepts()), told], sort_keys=True)
+    beside = path.with_suffix(".json")
+    known = json.loads(beside.read_text()) if path.exists() and beside.exists() else None
+    if isinstance(known, dict) and known["source"] == source:
+        return Pictures(np.load(path), [Item(**entry) for entry in known["items"]])
+    pictures = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps([asdict(item) for item in pictures.items]))
+    beside.unlink(missing_ok=True)
     temporary = path.with_suffix(".tmp.npy")
     np.save(temporary, pictures.pixels)
     os.replace(temporary, path)
-
-
-def load(path: Path) -> Pictures:
-    """Read what `save` wrote."""
-    items = [Item(**entry) for entry in json.loads(path.with_suffix(".json").read_text())]
-    return Pictures(np.load(path), items)
+    beside.write_text(json.dumps({"source": source, "items": [asdict(item) for item in pictures.items]}))
+    return pictures
 
 
 def training_pictures(recipe: Recipe) -> Pictures:
     """The pictures of a recipe, from its output folder when they are already there."""
-    path = recipe.output / "pictures.npy"
-    if not path.exists():
-        items = list(World(recipe.world).items())
-        save(render_items(recipe.world, items, workers=recipe.threads), path)
-    return load(path)
+
+    def make() -> Pictures:
+        return render_items(recipe.world, list(World(recipe.world).items()), workers=recipe.threads)
+
+    return kept(recipe.output / "pictures.npy", recipe.world, None, make)
 
 
 def unseen_drawings(world: World, count: int = 64, seed: int = 1, filters: Sequence[str] = ()) -> Pictures:

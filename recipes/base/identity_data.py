@@ -17,7 +17,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from recipes.base.config import Recipe
-from recipes.base.dataset import Pictures, load, save
+from recipes.base.dataset import Pictures, kept
 from recipes.base.filters import FILTERS, rendered
 from recipes.base.filters.common import Picture
 from recipes.base.sheets import to_pixels
@@ -84,13 +84,14 @@ def _complete(world: World, items: list[Item], vae: AutoencoderTiny, seed: int) 
 
 def natural_and_filtered(recipe: Recipe, vae_folder: Path) -> Pictures:
     """All pictures to learn from, rendered once and kept."""
-    path = recipe.output / "pictures.npy"
-    if not path.exists():
+
+    def make() -> Pictures:
         world, known = open_world(recipe), [name for name in FILTERS if name not in NEVER_FILTERS]
         vae = AutoencoderTiny.from_pretrained(vae_folder, torch_dtype=torch.float32)
         items = [*natural(world), *plan(world, known, FILTERS_EACH, recipe.seed)]
-        save(_complete(world, items, vae, recipe.seed), path)
-    return load(path)
+        return _complete(world, items, vae, recipe.seed)
+
+    return kept(recipe.output / "pictures.npy", recipe.world, [recipe.seed, VARIANTS, FILTERS_EACH, SOFT], make)
 
 
 def disturb(pixels: Tensor, rng: np.random.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from recipes.base.config import Recipe, VaeSettings
-from recipes.base.dataset import Pictures, load, render_items, save, training_pictures, unseen_drawings
+from recipes.base.dataset import Pictures, kept, render_items, training_pictures, unseen_drawings
 from recipes.base.grades import grade_some
 from recipes.base.loop import Log, Stage, adamw
 from recipes.base.pca import start_as_pca
@@ -62,15 +62,17 @@ def broad_pictures(recipe: Recipe) -> Pictures:
     """The recipe's pictures and a random choice of pictures of all concepts that are not held out."""
     if not recipe.vae.pictures:
         return training_pictures(recipe)
-    path = recipe.output / "broad-pictures.npy"
-    if not path.exists():
-        settings = recipe.world.model_copy(update={"concepts": "all", "variants": 1})
+    settings = recipe.world.model_copy(update={"concepts": "all", "variants": 1})
+
+    def make() -> Pictures:
         items = list(World(settings).items())
         chosen = np.random.default_rng(recipe.seed).permutation(len(items))[: recipe.vae.pictures]
         more = render_items(settings, [items[i] for i in chosen], workers=recipe.threads)
         mine = training_pictures(recipe)
-        save(Pictures(np.concatenate([mine.pixels, more.pixels]), mine.items + more.items), path)
-    return load(path)
+        return Pictures(np.concatenate([mine.pixels, more.pixels]), mine.items + more.items)
+
+    told = [recipe.seed, recipe.vae.pictures]
+    return kept(recipe.output / "broad-pictures.npy", recipe.world, told, make)
 
 
 def crop_batch(pixels: np.ndarray, count: int, size: int, rng: np.random.Generator) -> np.ndarray:

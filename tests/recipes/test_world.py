@@ -9,10 +9,12 @@ import pytest
 from toy import shape
 
 from recipes.base.config import Recipe, Style, WorldSettings
+from recipes.base.dataset import Pictures, kept
 from recipes.base.filters import FILTERS
 from recipes.base.world import (
     NEVER_FILTERS,
     NEVER_SETS,
+    Item,
     World,
     held_out_concepts,
     is_held_out_pair,
@@ -91,3 +93,28 @@ def test_render_is_deterministic(world_settings: WorldSettings) -> None:
         first, second = (World(world_settings).render(item) for _ in range(2))
         assert first.shape == (32, 32, 3)
         assert np.array_equal(first, second)
+
+
+def test_pictures_are_made_anew_when_they_come_from_anything_else(
+    world_settings: WorldSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def ask(name: str, settings: WorldSettings = world_settings, told: object = None) -> None:
+        def make() -> Pictures:
+            made.append(name)
+            return Pictures(np.full((1, 2, 2, 3), len(made), np.uint8), [Item("key", "fxemoji", "flat")])
+
+        pictures = kept(tmp_path / "pictures.npy", settings, told, make)
+        assert pictures.pixels[0, 0, 0, 0] == len(made)
+        assert pictures.items == [Item("key", "fxemoji", "flat")]
+
+    ask("first")
+    ask("again")
+    ask("resolution", world_settings.model_copy(update={"resolution": 16}))
+    ask("told", told=1)
+    monkeypatch.setattr("recipes.base.dataset.held_out_concepts", lambda: frozenset({"key"}))
+    ask("held out", told=1)
+    (tmp_path / "pictures.json").unlink()
+    ask("half-written", told=1)
+    assert made == ["first", "resolution", "told", "held out", "half-written"]
