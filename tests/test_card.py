@@ -69,9 +69,13 @@ def test_tells_nothing_about_the_machine(run: RunFolder) -> None:
         ("my-xl.safetensors", 'from_single_file("PATH/TO/my-xl.safetensors"'),
     ],
 )
-def test_a_base_on_this_machine_is_opened_by_its_kind(run: RunFolder, tmp_path: Path, name: str, call: str) -> None:
+def test_a_base_on_this_machine_is_opened_by_its_kind(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: str
+) -> None:
     (tmp_path / name).touch()
     assert call in written(run, base=str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    assert call in written(run, base=name)
 
 
 def test_measured_scores_are_listed(run: RunFolder) -> None:

@@ -111,6 +111,13 @@ def test_prompts_take_the_words() -> None:
             resolve(SplitConfig, GIVEN, {"full_prompt": template}).prompts()
 
 
+def test_the_words_that_call_a_style_up() -> None:
+    config = resolve(SplitConfig, {**GIVEN, "style": "pencil drawing in sepia"})
+    for template in (config.style_prompt, "a {content} in {style} style"):
+        assert config.style_trigger(template) == "in pencil drawing in sepia style"
+    assert config.style_trigger("a doodle by {token}") == "a doodle by sks"
+
+
 def test_the_layout_that_runs_are_read_from_is_always_written() -> None:
     assert resolve(SplitConfig, GIVEN, {"formats": ["diffusers"]}).formats == ["kohya", "diffusers"]
 

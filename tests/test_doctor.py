@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 from collections import namedtuple
 from pathlib import Path
@@ -186,6 +187,14 @@ class TestMemory:
                 checkpointing="checkpointing" in flags,
             )
             assert 2 * sizes.unet + (8 + state) * trained + 1.25 * kept + 0.6 * GIB < least * GIB
+
+    def test_a_base_that_tells_no_size_has_sdxls(self, tiny_folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(tiny_folder, tmp_path / "base")
+        path = tmp_path / "base" / "unet" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": None}))
+        sizes, known = inspect_base(str(tmp_path / "base")), inspect_base(str(tiny_folder))
+        assert sizes.resolution == 128 * known.latent_scale
+        assert sizes.latent_scale == known.latent_scale
 
     def test_the_readme_tells_what_the_estimate_says(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("unziplora.memory.pick_device", lambda _: torch.device("cuda"))

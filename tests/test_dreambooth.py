@@ -215,6 +215,8 @@ class TestPrior:
         again = class_pictures(tiny_base, "a cat", 3, settings, [].append, own)
         assert [p.tobytes() for p in made] == [p.tobytes() for p in again]
         assert made[2].tobytes() == pictures[0].tobytes()  # 1000001.png, 1000002.png, mine.jpg
+        (own / "1000001.png").unlink()
+        assert len(class_pictures(tiny_base, "a cat", 3, settings, [].append, own)) == 3
         (own / "broken.png").write_bytes(b"no picture")
         with pytest.raises(UserError, match=r"broken\.png"):
             class_pictures(tiny_base, "a cat", 4, settings, [].append, own)

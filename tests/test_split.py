@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import tempfile
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from unziplora.errors import Interrupted, MachineError, UserError
 from unziplora.lora.files import read_lora
 from unziplora.progress import Progress
 from unziplora.split import split
-from unziplora.train import Trainer
 
 WORDS = {"content": "cat", "style": "ink"}
 SMALL = {
@@ -247,11 +245,13 @@ def test_optimisers_and_their_absence(config, tmp_path, monkeypatch):
         split(config(out=tmp_path / "other", optimizer="adamw8bit"))
 
 
-def test_prodigy_refuses_a_loss_scaler(config):
+def test_prodigy_refuses_fp16(config, monkeypatch):
     """accelerate lets a scaler serve one optimiser: it would unscale the gradients of a second one twice."""
-    recipe = config(optimizer="prodigy", content_learning_rate=1.0, style_learning_rate=1.0)
+    monkeypatch.setattr("unziplora.job.pick_device", lambda _: torch.device("cuda"))
     with pytest.raises(UserError, match="does not go with fp16"):
-        Trainer(None, recipe, SimpleNamespace(scaler=object()))
+        split(
+            config(optimizer="prodigy", precision="fp16", content_learning_rate=1.0, style_learning_rate=1.0),
+        )
 
 
 def test_tensorboard_receives_the_losses(config):

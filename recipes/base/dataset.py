@@ -46,7 +46,7 @@ def render_items(settings: WorldSettings, items: list[Item], *, workers: int = 1
 
 
 def kept(path: Path, settings: WorldSettings, told: object, make: Callable[[], Pictures]) -> Pictures:
-    """Pictures from a .npy, with their items as JSON beside it; made anew if they were made from anything else.
+    """Pictures from a .npy, with their items as JSON beside it; made anew if they were made with other settings.
 
     Args:
         settings: of the world; the list of concepts that are held out counts too.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +13,7 @@ import tomli_w
 
 from unziplora.base_hub import HUB_ID
 from unziplora.config_training import PictureConfig, TrainingConfig
-from unziplora.run import RunFolder
+from unziplora.run import RunFolder, argument
 
 PRIVATE = {
     "out",
@@ -140,12 +139,12 @@ def _commands(run: RunFolder, config: TrainingConfig, about: About) -> str:
     subject = config.sample_subject if isinstance(config, PictureConfig) else "dog"
     lines = []
     if "lora" in about.files or {"content", "style"} <= about.files.keys():
-        lines.append(f"unziplora sample {shlex.quote(str(run.path))}")
+        lines.append(f"unziplora sample {argument(run.path.as_posix())}")
     prompts = {"content": "{} on a beach", "style": f"a {subject} {{}}"}
     for name, file in about.files.items():
         if name != "lora":
-            prompt = shlex.quote(prompts[name].format(file.trigger))
-            lines.append(f"unziplora sample --{name} {shlex.quote(str(run.path))} --prompts {prompt}")
+            prompt = argument(prompts[name].format(file.trigger))
+            lines.append(f"unziplora sample --{name} {argument(run.path.as_posix())} --prompts {prompt}")
     return "\n".join(lines)
 
 
@@ -200,7 +199,7 @@ pipe({_string(both)}, guidance_scale=5.0).images[0].save("picture.png")
 def _loading(config: TrainingConfig) -> str:
     """The beginning of diffusers' call that opens the base; where it lies on this machine is not told."""
     name = base_name(config)
-    if name == config.base:
+    if not Path(config.base).expanduser().exists():
         return f"from_pretrained({_string(name)}"
     call = "from_single_file" if name.endswith(".safetensors") else "from_pretrained"
     return f"{call}({_string('PATH/TO/' + name)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def class_pictures(
     tell: Callable[[str], None],
     folder: Path | None = None,
 ) -> list[Image.Image]:
-    """Pictures of a class, square, of the settings' width; those in the folder first, then new ones, which are kept.
+    """Pictures of a class, square, of the settings' width, by file name: those in the folder, and new ones, now kept.
 
     Args:
         base: makes what is missing; without LoRAs.
@@ -52,7 +53,8 @@ def class_pictures(
     except OSError as error:
         raise explain(folder, error) from None
     pictures = {path: load_picture(path, side) for path in found}
-    seeds = [FIRST_SEED + number for number in range(len(found), count)]
+    free = (seed for seed in itertools.count(FIRST_SEED + len(found)) if not (folder / f"{seed}.png").exists())
+    seeds = list(itertools.islice(free, count - len(found)))
     if seeds:
         tell(f"generating {len(seeds)} class pictures into {folder}: {prompt}")
     for start in range(0, len(seeds), settings.batch_size):

@@ -64,7 +64,9 @@ class TrainingConfig(Recipe):
     formats: list[Literal["kohya", "diffusers"]] = key(
         ["kohya"], "File layouts to write; kohya's, which every program reads, is always among them.", "Output"
     )
-    checkpoint_every: int = key(200, "Steps between checkpoints; 0: only when interrupted.", "Output", ge=0)
+    checkpoint_every: int = key(
+        200, "Steps between checkpoints; 0: only at the end and when interrupted.", "Output", ge=0
+    )
     sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0)
     sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1)
     sample_guidance: float = key(5.0, "Classifier-free guidance of samples.", "Output", ge=1)
@@ -107,6 +109,11 @@ class TrainingConfig(Recipe):
             known = ", ".join(f"{{{name}}}" for name in words)
             raise UserError(f"prompt template {template!r}: use only {known} ({error})") from None
         return text.replace("style style", "style")
+
+    def style_trigger(self, template: str, word: str = "{style}") -> str:
+        """What calls a style up behind any subject, from the template of the prompt that it was trained with."""
+        prompt, end = self.fill(template), self.fill(f"in {word} style")
+        return end if prompt.endswith(end) else style_words(prompt)
 
     def check_rates(self, **rates: float) -> None:
         """Refuse learning rates that do not go with the optimiser."""

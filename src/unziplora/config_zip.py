@@ -62,7 +62,7 @@ class ZipConfig(TrainingConfig):
     @model_validator(mode="after")
     def _consistent(self) -> ZipConfig:
         if self.optimizer == "prodigy":
-            raise ValueError("Prodigy is for matrices; column scales lie between 0 and 1 and are trained by adamw")
+            raise ValueError("Prodigy is for matrices: column scales are trained by adamw")
         return self
 
     def told_prompts(self) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from unziplora.methods.base import Method
 from unziplora.methods.common import Setup
 from unziplora.optim import find_optimizer
 from unziplora.progress import Callback, Progress
-from unziplora.run import RunFolder
+from unziplora.run import RunFolder, argument
 from unziplora.samples import sample_sheet
 from unziplora.train import StepReport, Trainer, train
 
@@ -59,6 +58,8 @@ def run_job(kind: type[Method[C]], config: C, resume: bool = False, progress: Ca
         try:
             job.do()
         except KeyboardInterrupt:  # outside the loop, which finishes its step
+            if job.run.card.exists():
+                return job.run
             raise job.stopped("stopped; what is not saved yet will be done again") from None
     return job.run
 
@@ -79,8 +80,13 @@ def check_job(kind: type[Method[C]], config: C, side: int) -> None:
             load_mask(mask, side, path)
     kind.check(config)
     device = pick_device(config.device)
-    if pick_dtype(config.precision, device) == torch.float16 and device.type == "cpu":
+    half = pick_dtype(config.precision, device) == torch.float16
+    if half and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
+    if (
+        half and config.optimizer == "prodigy"
+    ):  # a loss scaler serves one optimiser, and Prodigy needs one for each LoRA
+        raise UserError("Prodigy does not go with fp16: set precision to bf16 or fp32, or optimizer to adamw")
     for name in config.trackers:
         if find_spec(name) is None:  # accelerate would leave it out without a word
             raise UserError(f"tracker {name} is not installed: pip install 'unziplora[{name}]', or leave it out")
@@ -137,7 +143,7 @@ class Job(Generic[C]):
 
     def stopped(self, where: str) -> Interrupted:
         """What to raise when the run was asked to stop."""
-        command = f"unziplora {self.kind.command} --resume --out {shlex.quote(str(self.run.path))}"
+        command = f"unziplora {self.kind.command} --resume --out {argument(self.run.path.as_posix())}"
         return Interrupted(f"{where}; continue with:\n  {command}")
 
     def resolution(self, base: Base) -> int:

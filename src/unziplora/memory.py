@@ -26,6 +26,9 @@ FULL_SIZE = BUNDLED / "sdxl"
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 """State per trained number: two moments in fp32, two in 8 bits, or two moments, a start and a sum."""
 
+SAMPLE_SIZE = 128
+"""Side of the latents of a base whose configuration tells none: SDXL's."""
+
 _CUDA_CONTEXT = 600 * 2**20
 _VAE_MAPS = 5 * 128
 """Maps of the full resolution that SDXL's VAE holds at once while it encodes: five of its 128 channels."""
@@ -54,7 +57,7 @@ class Sizes(BaseModel):
 
     @property
     def latent_scale(self) -> int:
-        return self.resolution // int(self.unet_config["sample_size"])
+        return self.resolution // int(self.unet_config["sample_size"] or SAMPLE_SIZE)
 
     def weights(self, half: bool) -> int:
         """Bytes of the whole base; the VAE stays in fp32."""
@@ -147,7 +150,7 @@ def inspect_base(source: str) -> Sizes:
     return Sizes(
         source=source,
         assumed=assumed,
-        resolution=unet.config.sample_size * scale,
+        resolution=(unet.config.sample_size or SAMPLE_SIZE) * scale,
         unet=counts["unet"],
         vae=counts["vae"],
         text=counts["text_encoder"] + counts["text_encoder_2"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,11 +115,11 @@ class RunFolder:
         """What lies where a new run should begin, and what to do."""
         if not self.path.is_dir():
             return "is a file: choose another --out"
+        if not self.config_file.is_file():
+            return "exists already and is not empty: choose another --out"
         if self.card.exists():
             return "holds a finished run: choose another --out"
-        if self.config_file.is_file():
-            return "exists already and holds a run: continue it with --resume, or choose another --out"
-        return "exists already and is not empty: choose another --out"
+        return "exists already and holds a run: continue it with --resume, or choose another --out"
 
     @classmethod
     def resume(cls, path: Path, config: Recipe) -> RunFolder:
@@ -262,6 +263,13 @@ class RunFolder:
         path = self.samples / f"{name}.png"
         write_png(path, picture)
         return path
+
+
+def argument(text: str) -> str:
+    """A text as an argument on a command line: bare or in double quotes, where all shells read these alike."""
+    if re.fullmatch(r"[\w./:~-]+", text):
+        return text
+    return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
 
 
 def differing(saved: R, config: R) -> list[str]:

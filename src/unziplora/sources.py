@@ -59,9 +59,9 @@ def find_source(path: Path, kind: str) -> Source:
         if path.is_file():
             return Source(kind, path, _run(path))
         if not path.is_dir():
-            raise UserError(f"--{kind} {path}: no such run folder or LoRA file")
+            raise UserError(f"{path}: no such run folder or LoRA file, which should give the {kind}")
     except OSError as error:
-        raise UserError(f"--{kind} {path}: cannot be opened ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
     file = path / f"{kind}.safetensors"
     if not file.is_file():
         known = (path / "config.toml").is_file()

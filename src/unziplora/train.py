@@ -36,10 +36,6 @@ class Trainer:
     """A method with its optimisers, whose whole state can be saved and restored between steps."""
 
     def __init__(self, method: Trained, config: TrainingConfig, accelerator: Accelerator) -> None:
-        if config.optimizer == "prodigy" and accelerator.scaler is not None:
-            raise UserError(  # a loss scaler serves one optimiser, and Prodigy needs one for each LoRA
-                "Prodigy does not go with fp16: set precision to bf16 or fp32, or optimizer to adamw"
-            )
         self.method, self.config, self.accelerator = method, config, accelerator
         self.groups = method.parameter_groups()
         optimizers = make_optimizers(self.groups, config)

@@ -181,8 +181,9 @@ class TestMethods:
     @pytest.fixture
     def place(self, place: Workplace) -> Workplace:
         pair = {"steps": 2, "rank": 2, "batch_size": 1}
+        told = {**pair, "sample_guidance": 3.0}  # which a merger takes over
         overrides = {"unziplora": SMALL, "blora": pair, "ziplora": {"steps": 2}} | {
-            name: {"content": pair, "style": pair} for name in ("dreambooth", "oracle")
+            name: {"content": told, "style": told} for name in ("dreambooth", "oracle")
         }
         return replace(place, overrides=overrides)
 
@@ -245,6 +246,7 @@ class TestMethods:
         parts = delta(zipped.content.modules[path]) + delta(zipped.style.modules[path])
         torch.testing.assert_close(delta(zipped.merged.modules[path]), parts, rtol=1e-2, atol=1e-5)
         METHODS["ziplora"].mix(place, cat, dog, 0)
+        assert METHODS["ziplora"].train(place, cat, 0).merged.modules.keys() == zipped.merged.modules.keys()
         assert (place.run_folder("ziplora", cat, 0) / "zip-dog" / "lora.safetensors").is_file()
         assert not (place.run_folder("dreambooth", dog, 0) / "content").exists()
 

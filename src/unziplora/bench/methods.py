@@ -22,6 +22,7 @@ from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.split import split
 from unziplora.zip import zip_loras
+from unziplora.zip_inputs import complete
 
 ORACLE_TIMES = 3
 """The oracle trains so many times the steps of DreamBooth."""
@@ -185,7 +186,7 @@ class Zipped:
         """A merger of its own for every pair."""
         self.pair.file(place, case, seed, "content")
         self.pair.file(place, partner, seed, "style")
-        run = place.finish(zip_loras, self.recipe(place, case, partner, seed))
+        run = place.finish(zip_loras, complete(self.recipe(place, case, partner, seed)))
         content, style, merged = (read_lora(run.lora(name)) for name in ("content", "style", "lora"))
         return Adapters(content, style, merged) if self.how == "zip" else Adapters(merged, merged, merged)
 

@@ -116,8 +116,6 @@ def _check_same(run: RunFolder, config: TrainingConfig) -> None:
     saved = run.config(type(config))
     for name in differing(saved, config):
         old, new = getattr(saved, name), getattr(config, name)
-        if new is None or new == []:
-            continue  # what a recipe leaves open, its run has filled in
         if _names(old) is None or _names(old) != _names(new):
             raise UserError(
                 f"{run.path}: this run was made with {name} {old!r}, not {new!r}: choose another --out for the "

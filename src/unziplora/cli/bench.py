@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from unziplora.cli.common import config_option, dry_run_option, json_option, quiet_option
@@ -10,6 +12,9 @@ from unziplora.cli.output import emit, stdout_kept
 from unziplora.config import read_toml, resolve, to_toml
 from unziplora.config_bench import BenchConfig
 from unziplora.progress import show
+
+if TYPE_CHECKING:
+    from unziplora.bench.cases import Case
 
 
 def run_bench(ctx: click.Context, config_file: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
@@ -46,9 +51,13 @@ def _plan(config: BenchConfig, as_json: bool) -> None:
         cases = choose(known, config.cases, config.quick)
         if config.settings:
             read_toml(config.settings)
-    lines = [f"# {case.slug}: a {case.content} in {case.style} style, mixed with {case.partner}" for case in cases]
+    lines = [f"# {case.slug}: a {case.content} in {case.style} style" + _mixed(case) for case in cases]
     result = {"config": config.model_dump(mode="json"), "cases": [case.slug for case in cases]}
     emit(result, lambda: "\n".join([to_toml(config), "# Cases", *lines]), as_json)
+
+
+def _mixed(case: Case) -> str:
+    return "" if case.partner == case.slug else f", mixed with {case.partner}"
 
 
 bench_command = RecipeCommand(

@@ -62,11 +62,15 @@ def _name(lora: Path) -> str:
 def _plan(config: ZipConfig, as_json: bool) -> None:
     """Show the resolved settings and the prompts; LoRAs and pictures are opened."""
     with stdout_kept():
+        from unziplora.job import check_job
         from unziplora.methods.ziplora import ZipLora
         from unziplora.zip_inputs import complete
 
         config = complete(config)
-        ZipLora.check(config)
+        if config.method == "zip":
+            check_job(ZipLora, config, 64)
+        else:
+            ZipLora.check(config)
     prompts = config.told_prompts()
     lines = "\n".join(f"# {name}: {text}" for name, text in prompts.items())
     result = {"config": config.model_dump(mode="json"), "prompts": prompts}

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from unziplora.card import About, File, pictures_told
 from unziplora.config_blora import BLoraConfig
-from unziplora.config_training import style_words
 from unziplora.errors import UserError
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.files import Lora
@@ -105,7 +104,7 @@ class BLora(Method[BLoraConfig]):
     @classmethod
     def about(cls, config: BLoraConfig) -> About:
         """Two LoRAs from one training."""
-        style = style_words(config.fill(config.style_prompt))
+        style = config.style_trigger(config.style_prompt, "{token}")
         return About(
             method="B-LoRA (arXiv 2403.14572)",
             made=f"Two LoRAs trained on {pictures_told(config)}",

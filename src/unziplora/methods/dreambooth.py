@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from unziplora.card import About, File, pictures_told
 from unziplora.config_dreambooth import DreamBoothConfig
-from unziplora.config_training import style_words
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import of_kinds, target_linears
 from unziplora.methods.base import Method
@@ -107,7 +106,7 @@ class DreamBooth(Method[DreamBoothConfig]):
     def about(cls, config: DreamBoothConfig) -> About:
         """One LoRA."""
         prompt = config.picture_prompts()[0]
-        trigger = style_words(prompt) if config.product == "style" else prompt
+        trigger = config.style_trigger(config.prompts[0]) if config.product == "style" else prompt
         return About(
             method="DreamBooth LoRA (arXiv 2208.12242)",
             made=f"A LoRA trained on {pictures_told(config)}",

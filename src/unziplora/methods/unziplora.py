@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from unziplora.card import About, File, pictures_told
 from unziplora.config_split import SplitConfig
-from unziplora.config_training import style_words
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
 from unziplora.lora.files import Lora
@@ -123,7 +122,7 @@ class UnZipLora(Method[SplitConfig]):
             prompt=words["full"],
             files={
                 "content": File("the content", words["content"], "Pair with the style LoRA to restore the picture."),
-                "style": File("the style", style_words(words["style"]), "Pair with any content LoRA."),
+                "style": File("the style", config.style_trigger(config.style_prompt), "Pair with any content LoRA."),
             },
         )
 
