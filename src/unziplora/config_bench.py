@@ -26,7 +26,7 @@ MethodName = Literal[
 ]
 ABLATION: tuple[MethodName, ...] = ("joint", "prompt", "column", "block", "words", "unziplora")
 """Joint training of two LoRAs without any separation; with one of the paper's separations more at a time; then the
-default without its steps alone, and the default."""
+preset without its steps alone, and the preset."""
 
 
 class BenchConfig(Recipe):
