@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unziplora.card import About, File, card
+from unziplora.card import About, File, argument, card
 from unziplora.config import resolve
 from unziplora.config_split import SplitConfig
 from unziplora.config_training import SDXL
@@ -91,3 +91,18 @@ def test_a_merged_lora_is_loaded_alone_and_sampled_as_a_run(run: RunFolder) -> N
     assert text.count("load_lora_weights") == 1
     assert f"unziplora sample {run.path}\n" in text
     assert "/home/me" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "typed"),
+    [
+        ("runs/cat-2", "runs/cat-2"),
+        ("C:/runs/cat", "C:/runs/cat"),
+        ("a sks cat", '"a sks cat"'),
+        ('a "cat"', "'a \"cat\"'"),
+        ("$HOME", "'$HOME'"),
+    ],
+)
+def test_arguments_are_quoted_as_all_shells_read_them(text: str, typed: str) -> None:
+    assert argument(text) == typed
+    assert shlex.split(typed) == [text]

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from PIL import Image
 from unziplora.atomic import atomic_folder, atomic_write
 from unziplora.config_split import SplitConfig
 from unziplora.errors import MachineError, UserError
-from unziplora.run import RunFolder, argument
+from unziplora.run import RunFolder
 
 
 def recipe(out: Path, **changes: object) -> SplitConfig:
@@ -246,18 +245,3 @@ def test_samples_are_png(run: RunFolder) -> None:
     assert path == run.samples / "000200.png"
     with Image.open(path) as picture:
         assert picture.format == "PNG"
-
-
-@pytest.mark.parametrize(
-    ("text", "typed"),
-    [
-        ("runs/cat-2", "runs/cat-2"),
-        ("C:/runs/cat", "C:/runs/cat"),
-        ("a sks cat", '"a sks cat"'),
-        ('a "cat"', "'a \"cat\"'"),
-        ("$HOME", "'$HOME'"),
-    ],
-)
-def test_arguments_are_quoted_as_all_shells_read_them(text: str, typed: str) -> None:
-    assert argument(text) == typed
-    assert shlex.split(typed) == [text]

@@ -247,7 +247,7 @@ def test_optimisers_and_their_absence(config, tmp_path, monkeypatch):
 
 def test_prodigy_refuses_fp16(config, monkeypatch):
     """accelerate lets a scaler serve one optimiser: it would unscale the gradients of a second one twice."""
-    monkeypatch.setattr("unziplora.job.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("unziplora.checks.pick_device", lambda _: torch.device("cuda"))
     with pytest.raises(UserError, match="does not go with fp16"):
         split(
             config(optimizer="prodigy", precision="fp16", content_learning_rate=1.0, style_learning_rate=1.0),

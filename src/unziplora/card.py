@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +15,7 @@ import tomli_w
 
 from unziplora.base_hub import HUB_ID
 from unziplora.config_training import PictureConfig, TrainingConfig
-from unziplora.run import RunFolder, argument
+from unziplora.run import RunFolder
 
 PRIVATE = {
     "out",
@@ -71,6 +73,13 @@ def card(
         parts.append(f"## Measured\n\n| score | value |\n|---|---|\n{rows}\n")
     parts.append(_settings(config))
     return "\n".join(part for part in parts if part)
+
+
+def argument(text: str) -> str:
+    """A text as an argument on a command line: bare or in double quotes, where all shells read these alike."""
+    if re.fullmatch(r"[\w./:~-]+", text):
+        return text
+    return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
 
 
 def pictures_told(config: PictureConfig) -> str:

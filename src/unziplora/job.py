@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,20 +15,18 @@ from accelerate.state import AcceleratorState
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
-from unziplora.card import About, base_name, card, shared_settings
-from unziplora.config_training import PictureConfig, TrainingConfig
+from unziplora.card import About, argument, base_name, card, shared_settings
+from unziplora.checks import check_job, check_resolution
+from unziplora.config_training import TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
-from unziplora.images import load_mask, load_picture
 from unziplora.lora.families import sdxl_sized
 from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.metadata import metadata_for
-from unziplora.memory import inspect_base
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup
-from unziplora.optim import find_optimizer
 from unziplora.progress import Callback, Progress
-from unziplora.run import RunFolder, argument
+from unziplora.run import RunFolder
 from unziplora.samples import sample_sheet
 from unziplora.train import StepReport, Trainer, train
 
@@ -62,49 +59,6 @@ def run_job(kind: type[Method[C]], config: C, resume: bool = False, progress: Ca
                 return job.run
             raise job.stopped("stopped; what is not saved yet will be done again") from None
     return job.run
-
-
-def check_job(kind: type[Method[C]], config: C, side: int) -> None:
-    """Refuse what cannot be trained, before a folder is made and a base is loaded.
-
-    Args:
-        side: pixels at which pictures and masks are opened.
-
-    Raises:
-        UserError: a picture, a mask, a word or a block map is not usable, or this machine lacks what a setting needs.
-    """
-    if isinstance(config, PictureConfig):
-        for path in config.images:
-            load_picture(path, side)
-        for mask, path in zip(config.masks, config.images, strict=False):
-            load_mask(mask, side, path)
-    kind.check(config)
-    device = pick_device(config.device)
-    half = pick_dtype(config.precision, device) == torch.float16
-    if half and device.type == "cpu":
-        raise UserError("precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
-    if (
-        half and config.optimizer == "prodigy"
-    ):  # a loss scaler serves one optimiser, and Prodigy needs one for each LoRA
-        raise UserError("Prodigy does not go with fp16: set precision to bf16 or fp32, or optimizer to adamw")
-    for name in config.trackers:
-        if find_spec(name) is None:  # accelerate would leave it out without a word
-            raise UserError(f"tracker {name} is not installed: pip install 'unziplora[{name}]', or leave it out")
-    find_optimizer(config.optimizer)
-    if config.resolution:
-        check_resolution(config.resolution, inspect_base(config.base).latent_scale)
-
-
-def check_resolution(resolution: int, latent_scale: int) -> None:
-    """Refuse pictures whose latents cannot be halved twice, as they are inside the UNet.
-
-    Raises:
-        UserError: names the nearest that can.
-    """
-    unit = latent_scale * 4
-    if resolution % unit:
-        near = max(unit, round(resolution / unit) * unit)
-        raise UserError(f"resolution {resolution}: must be a multiple of {unit} for this base, such as {near}")
 
 
 @dataclass

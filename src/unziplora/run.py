@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,25 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from unziplora.atomic import atomic_folder, atomic_write, explain, lock_file, write_png
 from unziplora.config import Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
+from unziplora.resuming import absolute, differing
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["MAY_CHANGE", "RunFolder", "atomic_write"]
-
 R = TypeVar("R", bound=Recipe)
-
-MAY_CHANGE = {
-    "device",
-    "formats",
-    "checkpoint_every",
-    "trackers",
-    *(f"sample_{part}" for part in ("every", "subject", "style", "seeds")),
-}
-"""Keys that may differ when a run is resumed: none of them changes what is learnt.
-
-The samples' steps and guidance are not among them: class pictures and ZipLoRA's teachers are made with them too.
-"""
 
 KINDS = ("content", "style")
 MERGED = "lora"
@@ -106,7 +92,7 @@ class RunFolder:
                 run.log_file.unlink(missing_ok=True)
                 run.samples.mkdir(exist_ok=True)
                 run.checkpoints.mkdir(exist_ok=True)
-                atomic_write(run.config_file, to_toml(_absolute(config)))
+                atomic_write(run.config_file, to_toml(absolute(config)))
         except OSError as error:
             raise explain(path, error) from None
         return run
@@ -265,20 +251,6 @@ class RunFolder:
         return path
 
 
-def argument(text: str) -> str:
-    """A text as an argument on a command line: bare or in double quotes, where all shells read these alike."""
-    if re.fullmatch(r"[\w./:~-]+", text):
-        return text
-    return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
-
-
-def differing(saved: R, config: R) -> list[str]:
-    """Names of the keys in which two recipes of a kind say something else of what is learnt."""
-    one, two = _absolute(saved), _absolute(config)
-    skipped = MAY_CHANGE | {"out"}
-    return [name for name, value in two if name not in skipped and value != getattr(one, name)]
-
-
 def loras_of(run: Path) -> dict[str, Path]:
     """What a run folder gives to sample, by kind: its content and its style LoRA, or its one LoRA for both.
 
@@ -291,22 +263,3 @@ def loras_of(run: Path) -> dict[str, Path]:
         return {"content": merged}
     found = {kind: run for kind in KINDS if (run.expanduser() / f"{kind}.safetensors").is_file()}
     return found or dict.fromkeys(KINDS, run)
-
-
-NAMES = {"bundled", "sdxl", "blora"}
-"""Bases and block maps that go by a name, whatever files are called so."""
-
-
-def _absolute(config: R) -> R:
-    """The same configuration with absolute paths, so that it works from any folder."""
-    paths: dict[str, Any] = {}
-    for name, value in config:
-        if isinstance(value, Path) and name != "out":
-            paths[name] = value.expanduser().resolve()
-        elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
-            paths[name] = [item.expanduser().resolve() for item in value]
-    for name in ("base", "blocks"):  # a file or folder, or a name that stays one
-        value = getattr(config, name, None)
-        if value is not None and value not in NAMES and Path(value).expanduser().exists():
-            paths[name] = str(Path(value).expanduser().resolve())
-    return config.model_copy(update=paths)

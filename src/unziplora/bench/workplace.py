@@ -15,7 +15,8 @@ from unziplora.config_bench import BenchConfig
 from unziplora.config_training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.progress import Callback
-from unziplora.run import RunFolder, differing
+from unziplora.resuming import differing
+from unziplora.run import RunFolder
 
 WEIGHTS = "weights.txt"
 """Holds the fingerprint of the base's weights."""

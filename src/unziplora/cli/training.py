@@ -76,7 +76,7 @@ class Training:
     def _plan(self, config: PictureConfig, as_json: bool) -> None:
         """Show the resolved settings, the prompts and the memory estimate; pictures and masks are opened."""
         with stdout_kept():
-            from unziplora.job import check_job
+            from unziplora.checks import check_job
             from unziplora.memory import estimate, inspect_base
 
             method, sizes = self.method(), inspect_base(config.base)

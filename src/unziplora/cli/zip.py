@@ -62,7 +62,7 @@ def _name(lora: Path) -> str:
 def _plan(config: ZipConfig, as_json: bool) -> None:
     """Show the resolved settings and the prompts; LoRAs and pictures are opened."""
     with stdout_kept():
-        from unziplora.job import check_job
+        from unziplora.checks import check_job
         from unziplora.methods.ziplora import ZipLora
         from unziplora.zip_inputs import complete
 

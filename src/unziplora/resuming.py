@@ -1,0 +1,47 @@
+"""What two recipes of a run must have in common, so that one goes on where the other was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from unziplora.config import Recipe
+
+R = TypeVar("R", bound=Recipe)
+
+MAY_CHANGE = {
+    "device",
+    "formats",
+    "checkpoint_every",
+    "trackers",
+    *(f"sample_{part}" for part in ("every", "subject", "style", "seeds")),
+}
+"""Keys that may differ when a run is resumed: none of them changes what is learnt.
+
+The samples' steps and guidance are not among them: class pictures and ZipLoRA's teachers are made with them too.
+"""
+
+NAMES = {"bundled", "sdxl", "blora"}
+"""Bases and block maps that go by a name, whatever files are called so."""
+
+
+def absolute(config: R) -> R:
+    """The same configuration with absolute paths, so that it works from any folder."""
+    paths: dict[str, Any] = {}
+    for name, value in config:
+        if isinstance(value, Path) and name != "out":
+            paths[name] = value.expanduser().resolve()
+        elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
+            paths[name] = [item.expanduser().resolve() for item in value]
+    for name in ("base", "blocks"):  # a file or folder, or a name that stays one
+        value = getattr(config, name, None)
+        if value is not None and value not in NAMES and Path(value).expanduser().exists():
+            paths[name] = str(Path(value).expanduser().resolve())
+    return config.model_copy(update=paths)
+
+
+def differing(saved: R, config: R) -> list[str]:
+    """Names of the keys in which two recipes of a kind say something else of what is learnt."""
+    one, two = absolute(saved), absolute(config)
+    skipped = MAY_CHANGE | {"out"}
+    return [name for name, value in two if name not in skipped and value != getattr(one, name)]
