@@ -37,9 +37,8 @@ def check_job(kind: type[Method[C]], config: C, side: int) -> None:
     half = pick_dtype(config.precision, device) == torch.float16
     if half and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
-    if (
-        half and config.optimizer == "prodigy"
-    ):  # a loss scaler serves one optimiser, and Prodigy needs one for each LoRA
+    # A loss scaler serves one optimiser, and Prodigy needs one for each LoRA.
+    if half and config.optimizer == "prodigy":
         raise UserError("Prodigy does not go with fp16: set precision to bf16 or fp32, or optimizer to adamw")
     for name in config.trackers:
         if find_spec(name) is None:  # accelerate would leave it out without a word
