@@ -50,9 +50,9 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
     Raises:
         UserError, MachineError: as `load_base`, `read_lora`, `Mounted` and `plan`.
     """
-    sources = _sources(config)
+    sources = find_sources(config)
     if base is None:
-        known = known_sources(config)
+        known = with_headers(sources)
         prompts = plan(config, known)
         device = pick_device(config.device)
         base = load_base(base_name(config, known), pick_dtype(config.precision, device), device)
@@ -71,17 +71,14 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
         mounted.remove()
 
 
-def _sources(config: SampleConfig) -> list[Source]:
+def find_sources(config: SampleConfig) -> list[Source]:
+    """The LoRAs of a configuration, content first. Errors as in `find_source`."""
     return [find_source(path, kind) for kind in ("content", "style") if (path := getattr(config, kind)) is not None]
 
 
-def known_sources(config: SampleConfig) -> list[Source]:
-    """The LoRAs of a configuration with what their runs or headers tell, which needs no base.
-
-    Raises:
-        UserError: a run folder or a file is missing, or is no LoRA.
-    """
-    return [with_metadata(source, read_lora(source.file).metadata) for source in _sources(config)]
+def with_headers(sources: list[Source]) -> list[Source]:
+    """The sources with what the files' headers tell where no run does; that needs no base. Errors as in `read_lora`."""
+    return [with_metadata(source, read_lora(source.file).metadata) for source in sources]
 
 
 def strengths(config: SampleConfig, sources: list[Source]) -> dict[str, float]:

@@ -55,10 +55,10 @@ def _plan(config: SampleConfig, as_json: bool) -> None:
     """Show the settings, and what follows from the LoRAs: base, guidance and prompts; no weights of a base are read."""
     with stdout_kept():
         from unziplora.memory import inspect_base
-        from unziplora.sample import known_sources
+        from unziplora.sample import find_sources, with_headers
         from unziplora.sources import base_name, guidance, plan
 
-        sources = known_sources(config)
+        sources = with_headers(find_sources(config))
         base, prompts = base_name(config, sources), plan(config, sources)
         inspect_base(base)
     told = {"base": base, "guidance": guidance(config, sources), "prompts": [asdict(prompt) for prompt in prompts]}
