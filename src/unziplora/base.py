@@ -24,6 +24,9 @@ BUNDLED = Path(__file__).parent / "bundled"
 FINGERPRINTED = 16_384
 """Tensors of up to twice as many numbers count in full: of SDXL's UNet, the first and the last layer among others."""
 
+SAMPLE_SIZE = 128
+"""Side of the latents of a base whose configuration tells none: SDXL's."""
+
 
 @dataclass
 class Base:
@@ -197,7 +200,7 @@ def _finish(pipe: StableDiffusionXLPipeline, name: str, device: str | torch.devi
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.eval().requires_grad_(False).to(device)
     pipe.set_progress_bar_config(disable=True)
-    size = pipe.unet.config.sample_size or 128
+    size = pipe.unet.config.sample_size or SAMPLE_SIZE
     side = size if isinstance(size, int) else max(size)
     return Base(pipe, name, side * pipe.vae_scale_factor, pipe.scheduler.config.get("prediction_type", "epsilon"))
 

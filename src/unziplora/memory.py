@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from unziplora.base import BUNDLED, config_folder
+from unziplora.base import BUNDLED, SAMPLE_SIZE, config_folder
 from unziplora.base_files import check_folder, read_header, read_json
 from unziplora.base_hub import HUB_ID
 from unziplora.config_training import PictureConfig, TrainingConfig
@@ -25,9 +25,6 @@ FULL_SIZE = BUNDLED / "sdxl"
 
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 """State per trained number: two moments in fp32, two in 8 bits, or two moments, a start and a sum."""
-
-SAMPLE_SIZE = 128
-"""Side of the latents of a base whose configuration tells none: SDXL's."""
 
 _CUDA_CONTEXT = 600 * 2**20
 _VAE_MAPS = 5 * 128

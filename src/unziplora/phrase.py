@@ -88,8 +88,8 @@ class Phrase:
     def occurs_in(self, prompt: str) -> bool:
         """Whether the offsets change this prompt: all of the phrase's tokens occur in it, one after the other."""
         for tokenizer, ids in zip(self.base.tokenizers, self.ids, strict=True):
-            tokens = tokenizer(prompt, add_special_tokens=False).input_ids
-            if any(tokens[start : start + len(ids)] == ids for start in range(len(tokens))):
+            tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            if _starts(tokens, ids).any():
                 return True
         return False
 
@@ -118,6 +118,11 @@ def embeddings(encoder: nn.Module) -> nn.Embedding:
     return found.get_input_embeddings()
 
 
+def _starts(tokens: Tensor, ids: Sequence[int]) -> Tensor:
+    """Where the phrase begins in [B, T], bool [B, T − tokens of the phrase + 1]."""
+    return (tokens.unfold(1, len(ids), 1) == torch.tensor(ids, device=tokens.device)).all(-1)
+
+
 def _adding(ids: Sequence[int], offsets: Tensor) -> Callable[..., Tensor]:
     """A hook of the token embeddings that finds the phrase, token after token, in [B, T] and adds to [B, T, D].
 
@@ -127,7 +132,7 @@ def _adding(ids: Sequence[int], offsets: Tensor) -> Callable[..., Tensor]:
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         tokens, length = inputs[0], len(ids)
-        starts = (tokens.unfold(1, length, 1) == torch.tensor(ids, device=tokens.device)).all(-1)
+        starts = _starts(tokens, ids)
         for number in range(length):
             here = F.pad(starts, (number, length - 1 - number))
             output = output + here[..., None] * offsets[:, number : number + 1].to(output.dtype)

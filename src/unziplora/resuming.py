@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from unziplora.config import Recipe
+from unziplora.lora.blocks import NAMED
 
 R = TypeVar("R", bound=Recipe)
 
@@ -21,9 +22,6 @@ MAY_CHANGE = {
 The samples' steps and guidance are not among them: class pictures and ZipLoRA's teachers are made with them too.
 """
 
-NAMES = {"bundled", "sdxl", "blora"}
-"""Bases and block maps that go by a name, whatever files are called so."""
-
 
 def absolute(config: R) -> R:
     """The same configuration with absolute paths, so that it works from any folder."""
@@ -33,9 +31,9 @@ def absolute(config: R) -> R:
             paths[name] = value.expanduser().resolve()
         elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
             paths[name] = [item.expanduser().resolve() for item in value]
-    for name in ("base", "blocks"):  # a file or folder, or a name that stays one
+    for name in ("base", "blocks"):  # a file or folder, or a name that stays one, whatever files are called so
         value = getattr(config, name, None)
-        if value is not None and value not in NAMES and Path(value).expanduser().exists():
+        if value is not None and value not in NAMED and Path(value).expanduser().exists():
             paths[name] = str(Path(value).expanduser().resolve())
     return config.model_copy(update=paths)
 
