@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from unziplora.bench import search
 from unziplora.config_bench import BenchConfig
 
 Call = Callable[..., tuple[int, str, str]]
@@ -39,6 +40,25 @@ def test_json_is_one_document(call: Call, tiny_folder: Path):
     told = json.loads(out)
     assert [row["method"] for row in told["rows"]] == ["base"]
     assert told["config"]["split"] == "dev"
+
+
+def test_a_search_tells_the_best_score_of_each_method_and_where_its_settings_are(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[BenchConfig] = []
+
+    def found(config: BenchConfig, view: object) -> search.Search:
+        asked.append(config)
+        scores = {"paper": [0.1, 0.25], "blora": [0.5, 0.0]}
+        best = {"paper": {"rank": 8}, "blora": {"rank": 32}}
+        return search.Search(tried=[], scores=scores, means=scores, best=best, file=config.out / "settings.toml")
+
+    monkeypatch.setattr(search, "search", found)
+    code, out, err = call("bench", "--search", "2", "--out", "tuned", "--methods", "paper", "--methods", "blora")
+    assert (code, err) == (0, "")
+    assert out == "paper: 0.250 of 2 settings\nblora: 0.500 of 2 settings\nsettings tuned/settings.toml\n"
+    assert (asked[0].search, asked[0].methods) == (2, ["paper", "blora"])
+    assert json.loads(call("bench", "--search", "2", "--out", "tuned", "--json")[1])["best"]["blora"] == {"rank": 32}
 
 
 def test_dry_run_shows_settings_and_cases_and_makes_nothing(call: Call, tmp_path: Path):
