@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from pydantic import BaseModel
 
 from unziplora.atomic import write_png
 from unziplora.base import BUNDLED, Base, load_base
+from unziplora.beside import beside
 from unziplora.config import read_toml, resolve
 from unziplora.config_sample import SampleConfig
 from unziplora.config_split import PRESETS, SplitConfig
@@ -88,16 +91,39 @@ def demo(
         resolve(SplitConfig, {"images": [DEMO / f"{name}.png"]}, words, {**given, "out": folder / name})
         for name, words in read_toml(DEMO / "words.toml").items()
     ]
-    for config in configs:
-        tell(Progress(0, 0, message=f"splitting a picture of a {config.content} in {config.style} style"))
-        try:
-            split(config, progress=progress)
-        except Interrupted:
-            raise Interrupted("the demo was stopped; run it again") from None
+    try:
+        split_all(configs, tell)
+    except Interrupted:
+        raise Interrupted("the demo was stopped; run it again") from None
     tell(Progress(0, 0, message="making the strip"))
     strip = folder / "strip.png"
     write_png(strip, make_strip(configs[0], configs[1]))
     return Demo(runs=[config.out for config in configs], strip=strip, noise=noise, seconds=time.monotonic() - start)
+
+
+def split_all(configs: Sequence[SplitConfig], tell: Callback) -> None:
+    """Split two pictures, on a CPU side by side: there two trainings on half the cores each are done sooner.
+
+    Raises:
+        UserError, MachineError, Interrupted: as `split`.
+    """
+    pictures = [f"a picture of a {config.content} in {config.style} style" for config in configs]
+    threads = torch.get_num_threads()
+    if threads < 2 or pick_device(configs[0].device).type != "cpu":
+        for config, what in zip(configs, pictures, strict=True):
+            tell(Progress(0, 0, message=f"splitting {what}"))
+            split(config, progress=tell)
+        return
+    first, second = configs
+    tell(Progress(0, 0, message=f"splitting {pictures[0]}, and in another process {pictures[1]}"))
+    with beside(second, threads // 2) as wait:
+        torch.set_num_threads(threads - threads // 2)
+        try:
+            split(first, progress=tell)
+            tell(Progress(0, 0, message=f"waiting for {pictures[1]}"))
+            wait()
+        finally:
+            torch.set_num_threads(threads)
 
 
 def make_strip(config: SplitConfig, other: SplitConfig) -> Image.Image:
