@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
+from unziplora import text_lora
 from unziplora.base import Base
 from unziplora.class_pictures import class_pictures
 from unziplora.config import resolve
@@ -26,7 +28,7 @@ from unziplora.methods.common import Setup
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.objective import denoising_loss, generator
 from unziplora.progress import Progress
-from unziplora.prompts import embed
+from unziplora.prompts import Embeddings, embed
 from unziplora.sample import sample
 from unziplora.train import Trainer
 
@@ -242,6 +244,32 @@ class TestTextEncoders:
         lora = method.export()["content"]
         fresh.pipe.load_lora_weights({name: tensor.clone() for name, tensor in lora.text.items()})
         torch.testing.assert_close(embed(fresh, ["a sks cat"]).tokens, trained.tokens, atol=1e-5, rtol=1e-5)
+
+    def test_a_step_reads_the_prompts_that_it_draws_and_no_others(
+        self, tiny_folder: Path, config: Make, monkeypatch: pytest.MonkeyPatch
+    ):
+        from unziplora.base import load_base
+
+        base, prompts = load_base(str(tiny_folder)), ["a sks cat", "a sks cat at night"]
+        method = build(base, config(text_encoders=True, prompts=prompts, batch_size=1))
+        rows = embed(base, prompts)
+        known = replace(method.examples.conditioning, tokens=rows.tokens, pooled=rows.pooled)
+        read: list[str] = []
+
+        def encode(base: Base, texts: list[str]) -> Embeddings:
+            read.extend(texts)
+            return text_lora_encode(base, texts)
+
+        text_lora_encode = text_lora.encode
+        monkeypatch.setattr(text_lora, "encode", encode)
+        for step in range(6):
+            draw = generator(method.config.seed, "train", step)
+            examples = replace(method.examples, conditioning=known)
+            wanted = denoising_loss(method.unet, method.scheduler, examples, draw=draw, **method.config.noising())
+            (made,) = method.losses(step)
+            torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
+        assert len(read) == 6
+        assert set(read) == set(prompts)
 
     def test_a_run_writes_and_samples_them(self, config: Make, tmp_path: Path):
         run = run_job(DreamBooth, config(text_encoders=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,13 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
 Part = TypeVar("Part", Tensor, "np.ndarray[Any, Any]")
+
+
+class Told(Protocol):
+    """The conditioning of pictures, as far as a step asks for it."""
+
+    def take(self, index: Tensor) -> Conditioning:
+        """The rows at these indices."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ def denoising_loss(
     min_snr_gamma: float | None = None,
     noise_offset: float = 0.0,
     timestep_shift: float = 1.0,
+    told: Told | None = None,
 ) -> Tensor:
     """Mean squared error of the UNet's prediction on noisy latents at random timesteps, a scalar.
 
@@ -83,10 +91,11 @@ def denoising_loss(
         min_snr_gamma: γ of min-SNR weighting (arXiv 2303.09556), or None for equal weights.
         noise_offset: size of an additional noise that is constant over each latent channel.
         timestep_shift: see `shifted`.
+        told: what the UNet is told about the pictures, instead of the examples' own conditioning.
     """
     drawn = noised(scheduler, examples, batch_size, draw, noise_offset, timestep_shift)
     clean, timesteps = examples.latents[drawn.index], drawn.timesteps
-    prediction = unet(**drawn.told(examples.conditioning))[0]
+    prediction = unet(**drawn.told(told or examples.conditioning))[0]
     error = (prediction.float() - target(scheduler, clean, drawn.noise, timesteps).float()).square()
     if examples.weights is not None:
         weights = examples.weights[drawn.index]
@@ -114,7 +123,7 @@ class Noised:
     timesteps: Tensor
     latents: Tensor
 
-    def told(self, conditioning: Conditioning) -> dict[str, Any]:
+    def told(self, conditioning: Told) -> dict[str, Any]:
         """What the UNet is called with, given the conditioning of all pictures."""
         rows = conditioning.take(self.index)
         return {

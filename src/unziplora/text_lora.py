@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from unziplora.base import Base
 from unziplora.lora.keys import text_module
-from unziplora.objective import Examples, generator
+from unziplora.objective import Conditioning, Examples, generator
 from unziplora.prompts import encode
 
 if TYPE_CHECKING:
@@ -22,6 +22,26 @@ if TYPE_CHECKING:
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The conditioning of N pictures, encoded when it is asked for: a step pays for the prompts that it draws alone.
+
+    Attributes:
+        base: its text encoders are on the device.
+        prompts: one per picture.
+        time_ids: [N, 6].
+    """
+
+    base: Base
+    prompts: Sequence[str]
+    time_ids: Tensor
+
+    def take(self, index: Tensor) -> Conditioning:
+        """The rows at these indices."""
+        rows = encode(self.base, [self.prompts[number] for number in index.tolist()])
+        return Conditioning(rows.tokens, rows.pooled, self.time_ids[index])
 
 
 class TextLora:
@@ -72,10 +92,9 @@ class TextLora:
         """The trained matrices."""
         return list(self.named_parameters().values())
 
-    def condition(self, examples: Examples, prior: bool = False) -> Examples:
-        """The examples with embeddings that gradients flow through to the adapters."""
-        rows = encode(self.base, self.prior_prompts if prior else self.prompts)
-        return replace(examples, conditioning=replace(examples.conditioning, tokens=rows.tokens, pooled=rows.pooled))
+    def read(self, examples: Examples, prior: bool = False) -> Reading:
+        """The examples' conditioning with embeddings that gradients flow through to the adapters."""
+        return Reading(self.base, self.prior_prompts if prior else self.prompts, examples.conditioning.time_ids)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained matrices for a checkpoint."""

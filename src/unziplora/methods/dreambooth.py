@@ -126,15 +126,15 @@ class DreamBooth(Method[DreamBoothConfig]):
     def losses(self, step: int) -> Iterator[Tensor]:
         """The denoising error on the pictures, and λ times that on the class pictures, scalars."""
         with self.autocast():
-            examples = self.examples if self.text is None else self.text.condition(self.examples)
-            draw = generator(self.config.seed, "train", step)
-            yield denoising_loss(self.unet, self.scheduler, examples, draw=draw, **self.config.noising())
+            yield self._loss(self.examples, "train", step)
         if self.prior is not None:
             with self.autocast():
-                prior = self.prior if self.text is None else self.text.condition(self.prior, prior=True)
-                draw = generator(self.config.seed, "prior", step)
-                loss = denoising_loss(self.unet, self.scheduler, prior, draw=draw, **self.config.noising())
-                yield self.config.prior * loss
+                yield self.config.prior * self._loss(self.prior, "prior", step)
+
+    def _loss(self, examples: Examples, purpose: str, step: int) -> Tensor:
+        draw, noising = generator(self.config.seed, purpose, step), self.config.noising()
+        told = None if self.text is None else self.text.read(examples, prior=purpose == "prior")
+        return denoising_loss(self.unet, self.scheduler, examples, draw=draw, told=told, **noising)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""
