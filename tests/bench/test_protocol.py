@@ -222,6 +222,8 @@ class TestMethods:
         assert style.picture_prompts() == ["a bell in ink style", "a hat in ink style"]
         plain, _ = METHODS["dreambooth"].recipes(replace(place, overrides={}), cases["cat"], 0)
         assert (content.steps, content.rank) == (3 * plain.steps, plain.rank)
+        assert (content.text_encoders, style.text_encoders) == (False, True)
+        assert style.text_learning_rate == style.learning_rate == plain.learning_rate
         assert [path.is_file() for path in style.images] == [True, True]
 
     @pytest.mark.parametrize("name", ["unziplora", "blora", "dreambooth", "oracle"])

@@ -137,7 +137,8 @@ class Oracle(DreamBooths):
     def recipe(self, place: Workplace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
         """DreamBooth's defaults, whatever is searched for it, on the oracle's pictures with a prompt each, and longer.
 
-        So a scale stays what it is while settings are chosen by it.
+        So a scale stays what it is while settings are chosen by it. For the style the text encoders learn too: of a
+        style whose name says nothing to the base, the UNet alone learns little from any number of pictures.
         """
         content = kind == "content"
         examples = case.oracle_content if content else case.oracle_style
@@ -147,7 +148,8 @@ class Oracle(DreamBooths):
             "prompts": [prompt.format(example.word) for example in examples for _ in example.pictures],
         }
         plain = DreamBooths("dreambooth").recipe(replace(place, overrides={}), case, seed, kind)
-        given = {"steps": ORACLE_TIMES * plain.steps, **place.settings(self.name, kind)}
+        texts = {} if content else {"text_encoders": True, "text_learning_rate": plain.learning_rate}
+        given = {"steps": ORACLE_TIMES * plain.steps, **texts, **place.settings(self.name, kind)}
         out = place.run_folder(self.name, case, seed) / kind
         words = {kind: getattr(case, kind)}
         return DreamBoothConfig.make(**{**place.common(case, seed), **words, **pictures, **given, "out": out})
