@@ -125,16 +125,15 @@ class DreamBooth(Method[DreamBoothConfig]):
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """The denoising error on the pictures, and λ times that on the class pictures, scalars."""
-        with self.autocast():
-            yield self._loss(self.examples, "train", step)
+        yield self._loss(self.examples, "train", step)
         if self.prior is not None:
-            with self.autocast():
-                yield self.config.prior * self._loss(self.prior, "prior", step)
+            yield self.config.prior * self._loss(self.prior, "prior", step)
 
     def _loss(self, examples: Examples, purpose: str, step: int) -> Tensor:
         draw, noising = generator(self.config.seed, purpose, step), self.config.noising()
-        told = None if self.text is None else self.text.read(examples, prior=purpose == "prior")
-        return denoising_loss(self.unet, self.scheduler, examples, draw=draw, told=told, **noising)
+        with self.autocast():
+            told = None if self.text is None else self.text.read(examples, prior=purpose == "prior")
+            return denoising_loss(self.unet, self.scheduler, examples, draw=draw, told=told, **noising)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""
