@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from unziplora import images
+from unziplora import picture_files
 from unziplora.errors import MachineError, UserError
 from unziplora.images import load_mask, load_picture, to_tensor
 
@@ -90,7 +90,7 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
 def test_exif_rotation(tmp_path: Path, orientation: int, suffix: str) -> None:
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
-    stored = PICTURE if orientation == 1 else PICTURE.transpose(images._TURNS[inverse])
+    stored = PICTURE if orientation == 1 else PICTURE.transpose(picture_files._TURNS[inverse])
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(stored, tmp_path / f"a.{suffix}", exif=exif)

@@ -22,12 +22,13 @@ from unziplora.lora.files import read_lora
 from unziplora.methods.common import Setup
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.phrase import Phrase, embeddings, learn_phrase, teach_encoders
+from unziplora.phrase import Phrase, embeddings
 from unziplora.progress import Progress
 from unziplora.prompts import Prompts, embed, together
 from unziplora.sample import sample
 from unziplora.split import split
 from unziplora.variants import FILTERS
+from unziplora.words import learn_phrase, teach_encoders
 
 Make = Callable[..., SplitConfig]
 SPOKEN = "a cat in ink wash style"
@@ -180,7 +181,7 @@ def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: 
 class TestSplit:
     @pytest.fixture(autouse=True)
     def _short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("unziplora.phrase.TEACHING_STEPS", 2)
+        monkeypatch.setattr("unziplora.words.TEACHING_STEPS", 2)
 
     def test_the_style_file_has_the_text_encoders_part_and_the_content_file_has_none(self, config: Make):
         run = split(config())
@@ -208,7 +209,7 @@ class TestSplit:
             checkpointed.append(phrase.base.unet.is_gradient_checkpointing)
             learn_phrase(phrase, *rest)
 
-        monkeypatch.setattr("unziplora.phrase.learn_phrase", spy)
+        monkeypatch.setattr("unziplora.words.learn_phrase", spy)
         made = []
         for saving in (True, False):
             recipe = config(gradient_checkpointing=saving, phrase_steps=2, phrase_learning_rate=0.1)

@@ -11,9 +11,9 @@ from unziplora.config_split import SplitConfig
 from unziplora.encode import conditioning, to_device
 from unziplora.methods.common import Setup, class_examples, load_pictures, picture_examples
 from unziplora.objective import Examples
-from unziplora.phrase import learn_words
 from unziplora.prompts import Prompts
 from unziplora.text_lora import TextLora
+from unziplora.words import learn_words
 
 
 @dataclass(frozen=True)
