@@ -1,0 +1,113 @@
+"""What README and docs tell a reader to type exists: commands with their flags, modules, make targets, names, links."""
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+
+from unziplora.cli import cli
+from unziplora.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/README.md")])
+FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> Iterator[str]:
+    return (text for kind, text in FENCED.findall(page.read_text()) if kind == language)
+
+
+def commands() -> list[list[str]]:
+    """Every command line of a shell block, and the inline ones that are whole."""
+    found = []
+    for page in PAGES:
+        lines = [line for text in blocks(page, "sh") for line in text.replace("\\\n", " ").splitlines()]
+        inline = re.findall(r"`((?:unziplora|python) [^`]+)`", FENCED.sub("", page.read_text()).replace("\n", " "))
+        found += [shlex.split(line, comments=True) for line in (*lines, *inline) if "…" not in line]
+    unique = dict.fromkeys(tuple(words) for words in found if words)
+    return [["4" if word == "N" else word for word in words] for words in unique]  # N stands for a number
+
+
+COMMANDS = commands()
+
+
+def of(*start: str) -> list[list[str]]:
+    return [words[len(start) :] for words in COMMANDS if words[: len(start)] == list(start)]
+
+
+def parsed(words: list[str]) -> click.Context:
+    """The innermost command's context, made as the command line makes it, without running anything."""
+    command, context, rest = cli, None, words
+    name = "unziplora"
+    while isinstance(command, click.Group):
+        context = command.make_context(name, list(rest), parent=context)
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = command.resolve_command(context, rest)
+    return command.make_context(name, list(rest), parent=context)
+
+
+@pytest.mark.parametrize("words", of("unziplora"), ids=" ".join)
+def test_commands_parse(words: list[str]) -> None:
+    if "--help" in words or "--version" in words:
+        with pytest.raises(click.exceptions.Exit):
+            parsed(words)
+    else:
+        assert parsed(words).command.name in words
+
+
+@pytest.mark.parametrize("words", [["split", "--no-such-flag", "1"], ["no-such-command"]], ids=" ".join)
+def test_what_does_not_exist_is_refused(words: list[str]) -> None:
+    with pytest.raises((click.UsageError, UserError)):
+        parsed(words)
+
+
+def test_modules_and_scripts_exist() -> None:
+    modules = {words[0] for words in of("python", "-m") + of(".venv/bin/python", "-m")} - {"venv"}
+    scripts = {words[0] for words in of("python") if words[0].endswith(".py")}
+    assert {"recipes.base.evaluate", "unziplora.cli.reference"} <= modules
+    assert "benchmarks/step.py" in scripts
+    files = {name: Path(*name.split(".")).with_suffix(".py") for name in modules}
+    missing = {
+        name for name, file in files.items() if not (ROOT / file).is_file() and not (ROOT / "src" / file).is_file()
+    }
+    assert missing | {name for name in scripts if not (ROOT / name).is_file()} == set()
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {words[0] for words in of("make")}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_imported_names_exist() -> None:
+    imports = [
+        (node.module, alias.name)
+        for page in PAGES
+        for text in blocks(page, "python")
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    ]
+    assert ("unziplora.split", "split") in imports
+    assert [pair for pair in imports if not hasattr(import_module(pair[0]), pair[1])] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for target in targets:
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+            # as GitHub makes them: lower case, hyphens for spaces, punctuation left out
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in slugs, target
