@@ -79,6 +79,8 @@ def test_truncated_in_the_tensors_says_where(file):
         (struct.pack("<Q", 17) + b'{"a":{"dtype":1}}', "not a safetensors file"),
         (b"\xff" * 8 + b"{" * 99, "truncated, or not a safetensors file"),
         (struct.pack("<Q", 2) + b"[]", "not a safetensors file"),
+        (struct.pack("<Q", 20) + b'{"__metadata__":[1]}', "not a safetensors file"),
+        (struct.pack("<Q", 32) + b'{"a":{"data_offsets":["0","x"]}}', "not a safetensors file"),
         (struct.pack("<Q", 2) + b"{}", "a file without tensors, not a LoRA"),
         (
             struct.pack("<Q", 64) + b'{"a":{"dtype":"XX","shape":[1],"data_offsets":[0,4]}}'.ljust(64) + bytes(4),
@@ -226,7 +228,19 @@ def test_a_module_named_twice(file):
     refused(store(file, {**kohya(make()), **kohya(make(), "diffusers")}), "twice")
 
 
-@pytest.mark.parametrize("shapes", [((2, 8), (8, 3)), ((0, 8), (8, 0)), ((2, 8), (8, 2, 1, 1)), ((2,), (2,))])
+@pytest.mark.parametrize(
+    "parts", [("lora_A.one", "lora_B.one", "lora_A.two", "lora_B.two"), ("lora_A", "lora_B", "lora.down", "lora.up")]
+)
+def test_two_adapters_in_one_file(file, parts):
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    shapes = ((2, 8), (8, 2)) * 2
+    tensors = {f"{path}.{part}.weight": torch.ones(shape) for part, shape in zip(parts, shapes, strict=True)}
+    refused(store(file, tensors), "twice")
+
+
+@pytest.mark.parametrize(
+    "shapes", [((2, 8), (8, 3)), ((0, 8), (8, 0)), ((2, 8), (8, 2, 1, 1)), ((2,), (2,)), ((2, 8, 3, 1), (8, 2, 1, 3))]
+)
 def test_factors_that_do_not_multiply(file, shapes):
     tensors = {f"{Q}.{part}": torch.ones(shape) for part, shape in zip(KOHYA, shapes, strict=True)}
     refused(store(file, tensors), "make no LoRA")
@@ -235,6 +249,12 @@ def test_factors_that_do_not_multiply(file, shapes):
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
 def test_an_alpha_without_meaning(file, alpha):
     refused(store(file, kohya(make(), alpha=lambda path: alpha)), "alpha is")
+
+
+def test_an_alpha_of_two_numbers(file):
+    tensors = {**kohya(make(), alpha=lambda path: 1.0)}
+    tensors[next(key for key in tensors if key.endswith(".alpha"))] = torch.ones(2)
+    refused(store(file, tensors), r"alpha \[2\] is no single number")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -342,8 +362,9 @@ def test_an_unreadable_file(file, monkeypatch):
 
     file.touch()
     monkeypatch.setattr(type(file), "open", fail)
-    with pytest.raises(MachineError, match="cannot be read"):
-        read_lora(file)
+    for read in (read_lora, read_header):
+        with pytest.raises(MachineError, match="cannot be read"):
+            read(file)
 
 
 def test_an_interrupt_while_writing_leaves_nothing(tmp_path, monkeypatch):

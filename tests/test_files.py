@@ -7,6 +7,7 @@ import pytest
 import sdxl
 import tiny
 import torch
+from peft import LoraConfig
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from unziplora.lora.files import (
 from unziplora.lora.layer import attention_linears, inject, remove
 from unziplora.lora.metadata import metadata_for
 
+Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
 
 
@@ -124,7 +126,9 @@ def test_one_alpha_for_all_modules_also_for_mixed_ranks(tmp_path):
 def test_storage_types(tmp_path, dtype, expected):
     lora = make()
     write_lora(lora, tmp_path / "a.safetensors", dtype=dtype)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "a.safetensors").values()} == {expected}
+    stored = load_file(tmp_path / "a.safetensors")
+    assert {tensor.dtype for name, tensor in stored.items() if not name.endswith(".alpha")} == {expected}
+    assert {tensor.dtype for name, tensor in stored.items() if name.endswith(".alpha")} == {torch.float32}
     same(lora, read_lora(tmp_path / "a.safetensors"), atol=0.1, rtol=0.02)
 
 
@@ -425,3 +429,38 @@ def test_a_lora_that_does_not_fit_the_base():
     shallow = tiny.unet(transformer_layers_per_block=(1, 1, 1))
     with pytest.raises(UserError, match=r"has no down_blocks\.2\.attentions\.0\.transformer_blocks\.1"):
         check_fits(lora, shallow)
+
+
+class TestStrength:
+    """What is written has the strength that was read, to the digits that its numbers have."""
+
+    @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_an_alpha_that_the_dtype_cannot_hold(self, tmp_path, layout, dtype):
+        down, up = torch.randn(257, 640), torch.randn(640, 257)
+        path = tmp_path / "lora.safetensors"
+        write_lora(Lora({Q: (down, up)}), path, layout, alpha=0.3, dtype=dtype)
+        read = delta(read_lora(path).modules[Q])
+        gain = (read * (up @ down)).sum() / (up @ down).square().sum()
+        assert abs(float(gain) - 1) < 2e-4
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("small", [1e-3, 1e-5, 1e-7])
+    def test_a_small_b_keeps_its_digits_in_fp16(self, tmp_path, layout, small):
+        down, up = torch.randn(16, 640) / 25, torch.randn(640, 16) * small
+        path = tmp_path / "lora.safetensors"
+        write_lora(Lora({Q: (down, up)}), path, layout, alpha=16.0, dtype="fp16")
+        read, wanted = delta(read_lora(path).modules[Q]), up @ down
+        assert float((read - wanted).norm() / wanted.norm()) < 2e-3
+
+
+def test_an_adapter_that_diffusers_saved_from_the_unet_alone(tmp_path):
+    unet = tiny.unet()
+    count = len([path for path in attention_linears(unet) if path.endswith("to_q")])
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=["to_q"], init_lora_weights=False))
+    unet.save_lora_adapter(tmp_path, weight_name="a.safetensors")
+    found = read_lora(tmp_path / "a.safetensors").modules
+    for path, pair in found.items():
+        layer = unet.get_submodule(path)
+        torch.testing.assert_close(delta(pair), layer.get_delta_weight("default"))
+    assert len(found) == count

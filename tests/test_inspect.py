@@ -91,7 +91,7 @@ def test_other_things_are_named(tmp_path):
 
 
 def test_strange_tags_do_no_harm(tmp_path):
-    for value in ("{", "[]", '{"a": 1}', '{"a": {"b": "x"}}'):
+    for value in ("{", "[]", '{"a": 1}', '{"a": {"b": "x"}}', '{"a": {"b": Infinity}}'):
         path = store(tmp_path / "a.safetensors", kohya(make()), {"ss_tag_frequency": value})
         assert inspect(path).trigger_words == []
     value = json.dumps({"10_cat": {"whiskers": 2, "a sks cat": 9}})
@@ -132,6 +132,32 @@ def test_foreign_kohya_files(tmp_path):
     assert answers(store(path, attention, {**named, "lora_adapter_metadata": "{}"})) == {**yes, "diffusers": "no"}
     mixed = kohya(full(".attn1"), alpha=lambda path: 1.0 if "to_q" in path else 0.5)
     assert answers(store(path, mixed, named)) == {**yes, "diffusers": "partly"}
+
+
+def test_conversion_mends_a_header_that_hides_the_file(tmp_path):
+    for wrong in ("", "sd_v1"):
+        source = store(tmp_path / "a.safetensors", kohya(full(".attn")), {"ss_base_model_version": wrong})
+        convert(source, tmp_path / "b.safetensors", overwrite=True)
+        assert answers(tmp_path / "b.safetensors") == dict.fromkeys(PROGRAMS, "yes")
+    finetune = {"ss_base_model_version": "sdxl_base_v0-9"}
+    convert(store(source, kohya(full(".attn")), finetune), tmp_path / "b.safetensors", overwrite=True)
+    assert header_of(tmp_path / "b.safetensors")["ss_base_model_version"] == "sdxl_base_v0-9"
+
+
+def test_a_file_for_text_encoders_alone_has_the_layout_of_its_names(tmp_path):
+    text = text_tensors({TEXT: (torch.ones(2, 1280), torch.ones(1280, 2))})
+    for layout, named in (("kohya", "kohya"), ("kohya-diffusers", "kohya"), ("diffusers", "diffusers")):
+        write_lora(Lora({}, text=text), tmp_path / "a.safetensors", layout)
+        assert inspect(tmp_path / "a.safetensors").layout == named
+
+
+def test_diffusers_drops_added_embeddings_by_kohyas_names(tmp_path):
+    write_lora(full(), tmp_path / "a.safetensors", "kohya-diffusers")
+    assert answers(tmp_path / "a.safetensors")["diffusers"] == "yes"  # SDXL's recorded names have none
+    added = {"add_embedding.linear_1": (torch.ones(1, 2816), torch.ones(1280, 1))}
+    write_lora(Lora({**full().modules, **added}), tmp_path / "a.safetensors", "kohya-diffusers")
+    found = inspect(tmp_path / "a.safetensors").loads_in["diffusers"]
+    assert (found.answer, found.reason) == ("partly", "drops 1 modules of add_embedding, without an error")
 
 
 def test_a_small_base_opens_in_diffusers_alone(tmp_path):

@@ -276,6 +276,9 @@ def test_refusals_of_sources(tiny_base: Base, cat: Path, tmp_path: Path):
     refused("this is no run folder", content=tmp_path)
     (tmp_path / "config.toml").touch()
     refused("the run is not finished", content=tmp_path)
+    (tmp_path / "lora.safetensors").touch()
+    refused(r"it holds lora\.safetensors: give the file that you mean", content=tmp_path)
+    (tmp_path / "lora.safetensors").unlink()
     refused(
         "has no modules in block 'up_block'; it has down_blocks.1.attentions.0",
         content=cat,

@@ -460,7 +460,7 @@ class TestDirect:
         text = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)
         name = "down_blocks.0.resnets.0.conv1"
         other = replace(loras["style"], modules={**loras["style"].modules, name: conv}, text=text_tensors({TEXT: text}))
-        write_lora(other, files["style"], dtype="fp32")
+        write_lora(other, files["style"], metadata={"ss_resolution": "(512, 512)"}, dtype="fp32")
         both = replace(loras["content"], text=text_tensors({TEXT: text}))
         write_lora(both, files["content"], metadata={"modelspec.prediction_type": "v"}, dtype="fp32")
         merged = read_lora(zip_loras(config(method="direct", style_strength=0.5)).lora("lora"))
@@ -469,6 +469,8 @@ class TestDirect:
         torch.testing.assert_close(delta(merged.text_modules[path]), 1.5 * delta(text))
         assert merged.text_modules[path][0].shape[0] == 4
         assert merged.metadata["modelspec.prediction_type"] == "v"
+        assert merged.metadata["ss_resolution"] == "(512, 512)"  # the content's header is silent
+        assert "ss_zero_terminal_snr" not in merged.metadata  # nobody tells
 
 
 class TestTextEncoders:

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from unziplora.errors import UserError
+from unziplora.errors import MachineError, UserError
 from unziplora.lora.storage import is_pickle
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -43,23 +43,26 @@ def read_header(path: Path) -> Header:
 
     Raises:
         UserError: it is a pickle, truncated, or no safetensors file at all.
+        MachineError: it cannot be read.
     """
     if path.suffix.lower() in PICKLES:
         raise UserError(f"{path}: {UNPICKLE}")
     if path.suffix.lower() != ".safetensors":
         raise UserError(f"{path}: not a .safetensors file; bases are diffusers folders or .safetensors files")
-    with path.open("rb") as file:
-        start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: only a git-lfs pointer, not the weights; run `git lfs pull` in its repository")
-    if is_pickle(start):
-        raise UserError(f"{path}: {UNPICKLE} (its name says .safetensors, its content does not)")
     try:
+        with path.open("rb") as file:
+            start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path}: only a git-lfs pointer, not the weights; run `git lfs pull` in its repository")
+        if is_pickle(start):
+            raise UserError(f"{path}: {UNPICKLE} (its name says .safetensors, its content does not)")
         with safe_open(path, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             return Header(shapes, dict(file.metadata() or {}))
     except SafetensorError as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({error}); copy or download it again") from None
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

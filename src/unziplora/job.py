@@ -179,7 +179,7 @@ def write_loras(
         loras: by file name.
         of_the_base: further keywords of `metadata_for`.
         wrote: told of every file.
-        more: entries of the header that are known already.
+        more: entries of the header that are known already; an empty one is left out.
 
     Raises:
         MachineError: disk full, no permission.
@@ -195,7 +195,7 @@ def write_loras(
             settings=shared_settings(config),
             **of_the_base,
         )
-        metadata = {**described, **(more or {})}
+        metadata = {key: value for key, value in {**described, **(more or {})}.items() if value}
         for layout in config.formats:
             path = run.lora(name, layout)
             write_lora(replace(lora, metadata=metadata), path, layout, metadata=metadata, dtype=config.save_precision)

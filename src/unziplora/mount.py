@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from unziplora.base import Base
 from unziplora.errors import UserError, first_line
-from unziplora.lora.files import Lora, check_fits, misfit, scale_blocks
+from unziplora.lora.files import Lora, by, check_fits, misfit, scale_blocks
 from unziplora.lora.layer import STREAMS, Branch, add_lora, unwrap
 from unziplora.quiet import quiet
+from unziplora.text_lora import ENCODERS
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Mounted:
                     _load_peft(base, part)
                 else:
                     self._add(part)
+            self.turn()  # PEFT leaves only the adapter that was loaded last at work
         except UserError:
             self.remove()
             raise
@@ -118,13 +124,44 @@ def _convolutions(base: Base, part: Part) -> bool:
 
 
 def _load_peft(base: Base, part: Part) -> None:
-    """Through diffusers' own loader; alpha is rank there, so the pairs count as they are."""
-    state: dict[str, Tensor] = {name: tensor.clone() for name, tensor in part.lora.text.items()}
+    """The UNet's part through diffusers' own loader, where alpha is rank, so that the pairs count as they are."""
+    state: dict[str, Tensor] = {}
     for path, (down, up) in part.lora.modules.items():
         state[f"unet.{path}.lora_A.weight"] = down.clone()
         state[f"unet.{path}.lora_B.weight"] = up.clone()
     try:
-        with quiet(), torch.random.fork_rng():
-            base.pipe.load_lora_weights(state, adapter_name=part.name)
+        with quiet(), torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two LoRAs in one encoder are meant
+            if state:
+                base.pipe.load_lora_weights(state, adapter_name=part.name)
+            for name, encoder in zip(ENCODERS, base.text_encoders, strict=True):
+                _load_text(base, name, cast(PreTrainedModel, encoder), part)
     except (ValueError, RuntimeError, KeyError) as error:
         raise misfit(part.lora, part.source, f"base {base.name}", first_line(error)) from error
+
+
+def _load_text(base: Base, name: str, encoder: PreTrainedModel, part: Part) -> None:
+    """A text encoder's part as an adapter of PEFT, told module by module.
+
+    diffusers' own loader guesses ranks from attention alone: it fails where there is none, or another rank beside it.
+    """
+    linears = {path: module for path, module in encoder.named_modules() if hasattr(module, "in_features")}
+    state: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for full, (down, up) in part.lora.text_modules.items():
+        component, _, path = full.partition(".")
+        if component != name:
+            continue
+        path = path if path in linears else path.removeprefix("text_model.")  # a level that transformers 5 leaves out
+        if path not in linears:
+            raise misfit(part.lora, part.source, f"base {base.name}", f"the base has no {full}")
+        linear, shape = linears[path], (up.shape[0], down.shape[1])
+        if shape != (wanted := (linear.out_features, linear.in_features)):
+            why = f"{full} is {by(shape)} in the LoRA and {by(wanted)} in the base"
+            raise misfit(part.lora, part.source, f"base {base.name}", why)
+        ranks[path] = down.shape[0]
+        state |= {f"{path}.lora_A.weight": down.clone(), f"{path}.lora_B.weight": up.clone()}
+    if state:
+        told = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)  # strength 1
+        encoder.load_adapter(adapter_name=part.name, adapter_state_dict=state, peft_config=told)
+        encoder.to(dtype=encoder.dtype)

@@ -64,10 +64,17 @@ def find_source(path: Path, kind: str) -> Source:
         raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
     file = path / f"{kind}.safetensors"
     if not file.is_file():
-        known = (path / "config.toml").is_file()
-        advice = "the run is not finished: resume it" if known else "this is no run folder"
-        raise UserError(f"{path}: there is no {file.name} in it; {advice}, or give a LoRA file")
+        raise UserError(f"{path}: there is no {file.name} in it; {_instead(path)}")
     return Source(kind, file, _run(file))
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a folder without the LoRA that was looked for."""
+    others = [name for name in (*KINDS, MERGED) if (folder / f"{name}.safetensors").is_file()]
+    if others:
+        return f"it holds {' and '.join(f'{name}.safetensors' for name in others)}: give the file that you mean"
+    known = (folder / "config.toml").is_file()
+    return f"{'the run is not finished: resume it' if known else 'this is no run folder'}, or give a LoRA file"
 
 
 def _run(file: Path) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from unziplora.config_zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.job import run_job, write_card, write_loras
+from unziplora.lora.files import Lora
 from unziplora.lora.metadata import LAYERS_KEY
+from unziplora.lora.separation import NAMES
 from unziplora.methods.ziplora import ZipLora
 from unziplora.progress import Callback, Progress
 from unziplora.run import RunFolder
@@ -45,13 +48,18 @@ def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
             raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
         parts = read_loras(config)
         loras = {"lora": merge(parts), **(parts if config.parts else {})}
-        about, header = ZipLora.about(config), parts["content"].metadata
-        known = {key: header[key] for key in OF_THE_BASE if key in header}
+        about = ZipLora.about(config)
 
         def wrote(path: Path) -> None:
             progress(Progress(1, 1, message=f"wrote {path}"))
 
-        write_loras(run, config, about, loras, {}, wrote, known)
+        write_loras(run, config, about, loras, {}, wrote, _of_the_base(parts))
         write_card(run, config, about, loras)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return run
+
+
+def _of_the_base(parts: Mapping[str, Lora]) -> dict[str, str]:
+    """What the content's header tells of the base, else the style's; empty where neither does, for nobody knows."""
+    headers = [parts[name].metadata for name in NAMES]
+    return {key: next((header[key] for header in headers if key in header), "") for key in OF_THE_BASE}

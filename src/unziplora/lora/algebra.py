@@ -6,12 +6,16 @@ kh, kw] and B [out, rank, 1, 1], are flattened for the computation and come back
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
+
+_FP16_SMALL = 2.0**-10
+"""Below this mean a part of a matrix lies where fp16 has fewer digits, under 6e-5."""
 
 
 def _matrices(pair: Pair) -> Pair:
@@ -85,3 +89,16 @@ def resize(pair: Pair, rank: int | None = None, energy: float | None = None) -> 
         keep = min(keep, int((total < energy * total[-1] * (1 - 1e-9)).sum()) + 1)
     root = s[:keep].sqrt()
     return _shaped(root[:, None] * vh[:keep], u[:, :keep] * root, pair)
+
+
+def balanced(pair: Pair) -> Pair:
+    """The same product, exactly, with a power of two moved from A to B where B is so small that fp16 loses digits.
+
+    Such a B comes of an alpha far below the rank that was folded into it, or of a short training.
+    """
+    down, up = pair
+    size, small = float(down.abs().mean()), float(up.abs().mean())
+    if not 0 < small < min(size, _FP16_SMALL):
+        return pair
+    shift = 2.0 ** math.floor(math.log2(size / small) / 2)
+    return down / shift, up * shift

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unziplora.errors import UserError
 from unziplora.lora import families, keys, layouts
-from unziplora.lora.algebra import Pair, scale
+from unziplora.lora.algebra import Pair, balanced, scale
 from unziplora.lora.grouping import PEFT_PREFIX, Grouped, group
 from unziplora.lora.metadata import LAYERS_KEY, header
 from unziplora.lora.storage import open_tensors, write_safetensors
@@ -170,8 +170,23 @@ def write_lora(
         full_size=families.sdxl_sized({name: (up.shape[0], a.shape[1]) for name, (a, up) in lora.modules.items()}),
         kohya=layout != "diffusers",
     )
-    stored = {name: _store(path, name, tensor, dtype) for name, tensor in tensors.items()}
+    if dtype == "fp16":
+        tensors = _balanced(tensors)
+    # an alpha that is rounded would scale its whole module
+    dtypes = {name: "fp32" if name.endswith(".alpha") else dtype for name in tensors}
+    stored = {name: _store(path, name, tensor, dtypes[name]) for name, tensor in tensors.items()}
     write_safetensors(path, stored, {**head, **adapter})
+
+
+def _balanced(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors with A and B balanced for fp16, module by module."""
+    found = dict(tensors)
+    for name in tensors:
+        for down, up in ((".lora_down.", ".lora_up."), (".lora_A.", ".lora_B.")):
+            if down in name:
+                other = name.replace(down, up)
+                found[name], found[other] = balanced((tensors[name], tensors[other]))
+    return found
 
 
 def _check_request(lora: Lora, path: Path, layout: str, alpha: float | None, dtype: str) -> None:

@@ -84,7 +84,8 @@ def group(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], layers: in
     _refuse_other_adapters(tensors)
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     names: dict[tuple[str, str], str] = {}
-    layouts, strange = set(), []
+    layouts: dict[str, set[str]] = {"unet": set(), "text": set()}
+    strange = []
     for key, tensor in tensors.items():
         parsed = _parse(key, layers)
         if parsed is None:
@@ -94,13 +95,18 @@ def group(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], layers: in
         name = key.removesuffix(".alpha") if part == "alpha" else _FACTOR.fullmatch(key)["module"]  # type: ignore[index]
         if part != "alpha" and names.setdefault(module, name) != name:
             raise UserError(f"{'.'.join(module)} is in the file twice: as {names[module]!r} and as {name!r}")
-        layouts.add(layout)
+        if part in found.get(module, {}):
+            raise UserError(
+                f"{'.'.join(module)} is in the file twice, by {key!r} and another key: two adapters in one file? "
+                "Save each into a file of its own"
+            )
+        layouts["unet" if module[0] == "unet" else "text"].add(layout)
         found.setdefault(module, {})[part] = tensor
     if strange:
         raise UserError(
             f"{len(strange)} of {len(tensors)} keys are not understood, the first: {', '.join(strange[:3])}"
         )
-    layout = _layout({name for name in layouts if name})
+    layout = _layout((layouts["unet"] or layouts["text"]) - {""})  # text encoders tell it only where they are alone
     adapter = {} if layout.startswith("kohya") else _adapter(metadata)
     unet, text = {}, {}
     for (component, path), parts in found.items():
@@ -116,6 +122,8 @@ def _adapter(metadata: Mapping[str, str]) -> dict[str, Any]:
     """diffusers' adapter metadata: PEFT's configuration of each component, its name before every key."""
     try:
         adapter = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
+        if "lora_alpha" in adapter:  # as `unet.save_lora_adapter` writes it, for the UNet alone
+            adapter = {f"unet.{key}": value for key, value in adapter.items()}
         alphas = [value for key, value in adapter.items() if key.endswith(".lora_alpha")]
         patterns = [value for key, value in adapter.items() if key.endswith(".alpha_pattern") and value]
         alphas += [value for pattern in patterns for value in pattern.values()]
@@ -154,7 +162,7 @@ def _parse(key: str, layers: int) -> tuple[tuple[str, str], str, str] | None:
             if layout == "kohya" and not keys.is_sgm(dotted):
                 layout = "kohya-diffusers"
         else:
-            path, layout = _text_module(dotted), ""
+            path = _text_module(dotted)
     except ValueError:
         return None
     return (component, path), part, "" if part == "alpha" else layout
@@ -172,7 +180,7 @@ def _component(name: str, peft: bool) -> tuple[str, str, str]:
             return component, keys.unflatten(name.removeprefix(prefix)), "kohya"
     for component in ("text_encoder", "text_encoder_2"):
         if name.startswith(component + "."):
-            return component, name.removeprefix(component + "."), ""
+            return component, name.removeprefix(component + "."), "diffusers" if peft else "diffusers-old"
     if name.startswith("diffusion_model."):
         return "unet", name.removeprefix("diffusion_model."), "comfyui"
     if name.startswith(PEFT_PREFIX):
@@ -196,7 +204,7 @@ def _layout(found: set[str]) -> str:
         return found.pop()
     if found == {"kohya", "kohya-diffusers"}:
         return "kohya-mixed"
-    return "mixed" if found else "text encoders only"
+    return "mixed"
 
 
 def _factors(name: str, parts: dict[str, Tensor], adapter: dict[str, Any]) -> Factors:
@@ -204,12 +212,15 @@ def _factors(name: str, parts: dict[str, Tensor], adapter: dict[str, Any]) -> Fa
     if missing:
         raise UserError(f"{name}: the {' and '.join(missing)} matrix is missing: the file is incomplete")
     down, up = parts["down"], parts["up"]
-    if down.dim() not in (2, 4) or up.dim() != down.dim() or not down.shape[0] == up.shape[1] > 0:
+    plain = down.dim() in (2, 4) and up.dim() == down.dim() and all(side == 1 for side in up.shape[2:])
+    if not plain or not down.shape[0] == up.shape[1] > 0:
         raise UserError(f"{name}: A {list(down.shape)} and B {list(up.shape)} make no LoRA")
     if down.dim() == 4 and down.shape[2:] == up.shape[2:] == (1, 1) and not re.search(r"conv\w*$", name):
         down, up = down.flatten(1), up.flatten(1)  # a linear layer that was written as a 1×1 convolution
     rank = down.shape[0]
     if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            raise UserError(f"{name}: alpha {list(parts['alpha'].shape)} is no single number")
         alpha = float(parts["alpha"])
         if not alpha > 0:
             # sd-scripts reads 0 as "not set", ComfyUI and diffusers as strength 0.

@@ -18,14 +18,16 @@ LAYERS_KEY = "unziplora.layers_per_block"
 THUMBNAIL = 256
 """Longest side of the thumbnail in pixels."""
 
+BASE_VERSION = "ss_base_model_version"
+
 SDXL = {
     # Without an `sdxl_` value here A1111 takes the file for SD 1 and hides it.
-    "ss_base_model_version": "sdxl_base_v1-0",
+    BASE_VERSION: "sdxl_base_v1-0",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
 }
 SMALL = {
     # A small base of SDXL's topology: nothing that lists this file for SDXL could apply it, so it must not say so.
-    "ss_base_model_version": "small-sdxl-topology",
+    BASE_VERSION: "small-sdxl-topology",
     "modelspec.architecture": "small-sdxl-topology/lora",
 }
 
@@ -117,6 +119,8 @@ def header(
         if not isinstance(key, str) or not isinstance(value, str):
             raise UserError(f"metadata {key!r}: {value!r} must be a string")
     found = {key: value for key, value in described.items() if not key.startswith(_OURS) and key != "format"}
+    if full_size and not found.get(BASE_VERSION, "").startswith("sdxl"):
+        found |= SDXL  # the tensors tell what the header left out or got wrong, and A1111 goes by the header
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "ss_v2": "False",
@@ -138,6 +142,6 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
         folders = json.loads(metadata.get("ss_tag_frequency") or "{}")
         counts = [item for tags in folders.values() for item in tags.items()]
         ranked = sorted(counts, key=lambda item: -int(item[1]))
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, OverflowError):
         return words
     return list(dict.fromkeys(words + [str(tag).strip() for tag, _ in ranked[:10]]))

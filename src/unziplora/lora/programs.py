@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from unziplora.lora.grouping import Grouped
 from unziplora.lora.layouts import ADAPTER_METADATA
+from unziplora.lora.metadata import BASE_VERSION
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 
@@ -63,10 +64,13 @@ def loads_in(grouped: Grouped, full_size: bool, metadata: dict[str, str]) -> dic
     if grouped.layout == "diffusers":
         verdicts["ComfyUI"] = _comfyui_drops(list(grouped.unet))
     if grouped.layout.startswith("kohya"):
-        if not metadata.get("ss_base_model_version", "").startswith("sdxl"):
+        if not metadata.get(BASE_VERSION, "").startswith("sdxl"):
             verdicts["A1111"] = ("partly", "hidden as SD 1: the header lacks ss_base_model_version = sdxl_…")
         if len({factors.alpha for factors in grouped.unet.values()}) > 1 and verdicts["diffusers"][0] == "yes":
             verdicts["diffusers"] = ("partly", "alphas differ: attention modules load at a wrong strength")
+        added = [path for path in grouped.unet if path.startswith("add_embedding.")]
+        if added and grouped.layout == "kohya-diffusers":
+            verdicts["diffusers"] = ("partly", f"drops {len(added)} modules of add_embedding, without an error")
         if ADAPTER_METADATA in metadata:
             verdicts["diffusers"] = ("no", f"raises: kohya names with {ADAPTER_METADATA} in the header")
     if not full_size:

@@ -49,8 +49,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             length = int.from_bytes(start[:8], "little")
             file.seek(8)
             head = _header(path, file.read(min(length, size)), length, size)
-        metadata = {str(key): str(value) for key, value in (head.get("__metadata__") or {}).items()}
-        return load_file(path), metadata
+        return load_file(path), {str(key): str(value) for key, value in head.get("__metadata__", {}).items()}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: damaged safetensors file ({error}); fetch it again") from None
     except OSError as error:
@@ -78,7 +77,9 @@ def _header(path: Path, raw: bytes, length: int, size: int) -> dict[str, Any]:
     """The header of a safetensors file as a dictionary; a file shorter than it says is named truncated."""
     try:
         head: dict[str, Any] = json.loads(raw)
-        end = max((entry["data_offsets"][1] for name, entry in head.items() if name != "__metadata__"), default=0)
+        head["__metadata__"] = dict((head.get("__metadata__") or {}).items())
+        ends = [int(entry["data_offsets"][1]) for name, entry in head.items() if name != "__metadata__"]
+        end = max(ends, default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         if length > len(raw):
             raise UserError(f"{path}: truncated, or not a safetensors file; fetch it again") from None

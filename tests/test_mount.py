@@ -1,0 +1,131 @@
+"""LoRAs in a base's text encoders, held against encoders whose weights were changed by hand."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from unziplora.base import Base
+from unziplora.errors import UserError
+from unziplora.lora.algebra import Pair
+from unziplora.lora.files import Lora, text_tensors
+from unziplora.mount import Mounted, Part
+from unziplora.prompts import together
+
+LAYER = "text_encoder.text_model.encoder.layers.0"
+LAYER_2 = "text_encoder_2.text_model.encoder.layers.0"
+
+
+def pairs(base: Base, ranks: Mapping[str, int]) -> dict[str, Pair]:
+    """Random pairs for text modules, large enough to be seen."""
+    draw, found = torch.Generator().manual_seed(len(ranks)), {}
+    for path, rank in ranks.items():
+        weight = linear(base, path).weight
+        found[path] = (
+            torch.randn(rank, weight.shape[1], generator=draw),
+            torch.randn(weight.shape[0], rank, generator=draw),
+        )
+    return found
+
+
+def linear(base: Base, full: str) -> torch.nn.Linear:
+    component, _, path = full.partition(".")
+    named = dict(getattr(base.pipe, component).named_modules())
+    return named.get(path) or named[path.removeprefix("text_model.")]
+
+
+@torch.no_grad()
+def folded(base: Base, loras: list[dict[str, Pair]]) -> tuple[Tensor, Tensor]:
+    """What the encoders say with B A added to their weights; the base is left as it was."""
+    before = [(linear(base, path).weight, linear(base, path).weight.clone()) for lora in loras for path in lora]
+    for lora in loras:
+        for path, (down, up) in lora.items():
+            linear(base, path).weight += up @ down
+    found = said(base)
+    for weight, value in reversed(before):
+        weight.copy_(value)
+    return found
+
+
+CONTENT = {f"{LAYER}.self_attn.q_proj": 2, f"{LAYER_2}.self_attn.out_proj": 2}
+STYLE = {f"{LAYER}.self_attn.q_proj": 3, f"{LAYER}.self_attn.v_proj": 3}
+
+
+def part(name: str, lora: dict[str, Pair]) -> Part:
+    return Part(name, Lora({}, text=text_tensors(lora)), {}, f"{name}.safetensors")
+
+
+@contextmanager
+def mounted(base: Base, *parts: Part) -> Iterator[Mounted]:
+    """The text encoders are those of all tests: they go back as they were."""
+    found = Mounted(base, list(parts))
+    try:
+        yield found
+    finally:
+        found.remove()
+
+
+def said(base: Base) -> tuple[Tensor, Tensor]:
+    rows = together(base, ["a cat"])
+    return rows.tokens, rows.pooled
+
+
+@torch.no_grad()
+def test_two_parts_for_text_encoders_act_together_by_their_dials_and_go_again(fresh_base) -> None:
+    base = fresh_base()
+    content, style = pairs(base, CONTENT), pairs(base, STYLE)
+    plain, both, alone = (folded(base, loras) for loras in ([], [content, style], [content]))
+    assert not torch.allclose(both[0], alone[0], atol=1e-2)
+    with mounted(base, part("content", content), part("style", style)) as dials:
+        for wanted, strengths in ((both, {}), (alone, {"style": 0.0}), (both, {"style": 1.0})):
+            dials.turn(**strengths)
+            torch.testing.assert_close(said(base), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(said(base), plain, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_parts_act_together_before_any_dial_is_turned(fresh_base) -> None:
+    base = fresh_base()
+    content, style = pairs(base, CONTENT), pairs(base, STYLE)
+    wanted = folded(base, [content, style])
+    with mounted(base, part("content", content), part("style", style)):
+        torch.testing.assert_close(said(base), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {f"{LAYER}.mlp.fc1": 2, f"{LAYER}.mlp.fc2": 2},
+        {"text_encoder_2.text_projection": 2},
+        {"text_encoder_2.text_projection": 2, f"{LAYER_2}.self_attn.q_proj": 4, f"{LAYER}.mlp.fc2": 1},
+    ],
+    ids=["no attention", "projection alone", "ranks that differ"],
+)
+@torch.no_grad()
+def test_any_module_of_any_rank_is_taken(fresh_base, ranks: dict[str, int]) -> None:
+    base = fresh_base()
+    lora = pairs(base, ranks)
+    wanted = folded(base, [lora])
+    with mounted(base, part("content", lora)):
+        torch.testing.assert_close(said(base), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "words"),
+    [
+        (f"{LAYER}.self_attn.q_proj", (8, 8), f"{LAYER}.self_attn.q_proj is 8×8 in the LoRA and"),
+        ("text_encoder.text_model.encoder.layers.99.mlp.fc1", (8, 8), "the base has no text_encoder.text_model"),
+    ],
+    ids=["shape", "layer"],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_left(fresh_base, path, shape, words: str) -> None:
+    base = fresh_base()
+    text = text_tensors({path: (torch.zeros(2, shape[1]), torch.zeros(shape[0], 2))})
+    unet = tiny.random_lora(base.unet, 1)
+    with pytest.raises(UserError, match=words):
+        Mounted(base, [Part("content", Lora(unet, text=text), {}, "cat.safetensors")])
+    assert not any("lora" in name for encoder in base.text_encoders for name, _ in encoder.named_parameters())
+    assert not [name for name, _ in base.unet.named_parameters() if "branches" in name]
