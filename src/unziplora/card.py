@@ -77,9 +77,15 @@ def card(
 
 def argument(text: str) -> str:
     """A text as an argument on a command line: bare or in double quotes, where all shells read these alike."""
-    if re.fullmatch(r"[\w./:~-]+", text):
+    if re.fullmatch(r"(?!~)[\w./:~-]+", text):
         return text
     return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
+
+
+def folder_argument(path: Path) -> str:
+    """A path as an argument on a command line, also one that looks like a flag."""
+    text = path.as_posix()
+    return argument(f"./{text}" if text.startswith("-") else text)
 
 
 def pictures_told(config: PictureConfig) -> str:
@@ -148,12 +154,12 @@ def _commands(run: RunFolder, config: TrainingConfig, about: About) -> str:
     subject = config.sample_subject if isinstance(config, PictureConfig) else "dog"
     lines = []
     if "lora" in about.files or {"content", "style"} <= about.files.keys():
-        lines.append(f"unziplora sample {argument(run.path.as_posix())}")
+        lines.append(f"unziplora sample {folder_argument(run.path)}")
     prompts = {"content": "{} on a beach", "style": f"a {subject} {{}}"}
     for name, file in about.files.items():
         if name != "lora":
             prompt = argument(prompts[name].format(file.trigger))
-            lines.append(f"unziplora sample --{name} {argument(run.path.as_posix())} --prompts {prompt}")
+            lines.append(f"unziplora sample --{name} {folder_argument(run.path)} --prompts {prompt}")
     return "\n".join(lines)
 
 

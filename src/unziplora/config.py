@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from unziplora.errors import UserError
@@ -31,10 +31,22 @@ def key(default: Any, help: str, group: str, **constraints: Any) -> Any:
 class Recipe(BaseModel):
     """Common ground of all recipes: unknown keys are errors, values are checked and never changed later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     """Named settings below a user's own, for recipes with a key `preset`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_home(cls, values: Any) -> Any:
+        """Paths that begin with ~, which no shell has seen if they come from a TOML file."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        return {
+            name: _expanded(value) if name in fields and "Path" in str(fields[name].annotation) else value
+            for name, value in values.items()
+        }
 
     @classmethod
     def make(cls: type[R], **keys: Any) -> R:
@@ -54,6 +66,12 @@ class Recipe(BaseModel):
             return GROUPS.index(group) if group in GROUPS else len(GROUPS)
 
         return dict(sorted(cls.model_fields.items(), key=place))
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_expanded(item) for item in value]
+    return Path(value).expanduser() if isinstance(value, str | Path) and str(value).startswith("~") else value
 
 
 def natural_seeds(seeds: list[int]) -> list[int]:
@@ -83,7 +101,7 @@ def resolve(model: type[R], *layers: dict[str, Any]) -> R:
         preset = given.get("preset", "auto")
         if preset == "auto":
             preset = "bundled" if given.get("base") == "bundled" else "default"
-        values = {**model.presets.get(preset, {}), **given}
+        values = {**(model.presets.get(preset, {}) if isinstance(preset, str) else {}), **given}
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -116,7 +134,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, unreadable or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # as Windows' editor saves it
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:

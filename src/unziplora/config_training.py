@@ -70,7 +70,7 @@ class TrainingConfig(Recipe):
     sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0)
     sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1)
     sample_guidance: float = key(5.0, "Classifier-free guidance of samples.", "Output", ge=1)
-    sample_seeds: list[int] = key([0, 1], "Seeds of samples; empty: no samples.", "Output")
+    sample_seeds: list[int] = key([0, 1], "Seeds of samples; empty: no samples.", "Output", max_length=200)
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = key([], "Experiment trackers.", "Output")
 
     _natural = field_validator("sample_seeds")(natural_seeds)

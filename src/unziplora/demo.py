@@ -18,7 +18,7 @@ from unziplora.config import read_toml, resolve
 from unziplora.config_sample import SampleConfig
 from unziplora.config_split import PRESETS, SplitConfig
 from unziplora.device import pick_device, pick_dtype
-from unziplora.errors import Interrupted
+from unziplora.errors import Interrupted, UserError
 from unziplora.generate import decode, generate_latents
 from unziplora.grid import sheet
 from unziplora.images import load_picture
@@ -158,6 +158,9 @@ def picture(base: Base, config: SplitConfig, what: SampleConfig) -> Image.Image:
 
 def free_folder(folder: Path) -> Path:
     """The folder, or the first of folder-2, folder-3 … that is not there yet."""
+    folder = folder if folder.name else folder.resolve()
+    if not folder.name:
+        raise UserError(f"{folder}: no folder to write into; name another with --out")
     number, free = 1, folder
     while free.exists():
         number += 1

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
-from unziplora.card import About, argument, base_name, card, shared_settings
+from unziplora.card import About, base_name, card, folder_argument, shared_settings
 from unziplora.checks import check_job, check_resolution
 from unziplora.config_training import TrainingConfig
 from unziplora.device import pick_device, pick_dtype
@@ -97,7 +97,7 @@ class Job(Generic[C]):
 
     def stopped(self, where: str) -> Interrupted:
         """What to raise when the run was asked to stop."""
-        command = f"unziplora {self.kind.command} --resume --out {argument(self.run.path.as_posix())}"
+        command = f"unziplora {self.kind.command} --resume --out {folder_argument(self.run.path)}"
         return Interrupted(f"{where}; continue with:\n  {command}")
 
     def resolution(self, base: Base) -> int:

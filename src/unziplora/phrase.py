@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unziplora.base import Base
+from unziplora.errors import UserError
 
 
 class Phrase:
@@ -28,9 +29,16 @@ class Phrase:
     """
 
     def __init__(self, base: Base, text: str, readings: int = 1, known: Sequence[str] = ()) -> None:
-        """Start at the phrase as the base knows it, without any offset."""
+        """Start at the phrase as the base knows it, without any offset.
+
+        Raises:
+            UserError: no prompt can hold the phrase.
+        """
         self.base = base
         self.ids = [tokenizer(text, add_special_tokens=False).input_ids for tokenizer in base.tokenizers]
+        room = min(tokenizer.model_max_length for tokenizer in base.tokenizers) - 2  # start and end
+        if (count := max(map(len, self.ids))) > room:
+            raise UserError(f"style {text[:40]!r}…: {count} tokens long, {room} at most: say it shorter")
         self.free, self.shares, self._ways = [], [], []
         for tokenizer, encoder, ids in zip(base.tokenizers, base.text_encoders, self.ids, strict=True):
             table = embeddings(encoder).weight.detach()

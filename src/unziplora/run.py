@@ -101,11 +101,15 @@ class RunFolder:
         """What lies where a new run should begin, and what to do."""
         if not self.path.is_dir():
             return "is a file: choose another --out"
-        if not self.config_file.is_file():
-            return "exists already and is not empty: choose another --out"
-        if self.card.exists():
+        if self.card.exists() and self.config_file.is_file():
             return "holds a finished run: choose another --out"
+        if not self._begun():
+            return "exists already and is not empty: choose another --out"
         return "exists already and holds a run: continue it with --resume, or choose another --out"
+
+    def _begun(self) -> bool:
+        """Whether a run began here: a config.toml alone may be somebody's own."""
+        return self.config_file.is_file() and self.checkpoints.is_dir()
 
     @classmethod
     def resume(cls, path: Path, config: Recipe) -> RunFolder:
@@ -146,7 +150,7 @@ class RunFolder:
             return True
         except OSError as error:
             raise explain(self.path, error) from None
-        if not found <= _EARLY or (found and not self.config_file.is_file()):
+        if not found <= _EARLY or (found and not self._begun()):
             return False
         return self.latest() is None and not any(self.samples.glob("*"))
 

@@ -11,11 +11,14 @@ from PIL import Image
 from unziplora.base import Base
 from unziplora.config_training import TrainingConfig
 from unziplora.generate import generate
-from unziplora.grid import sheet
+from unziplora.grid import GAP, sheet
 from unziplora.methods.base import Method
 
 SMALLEST = 128
 """Pictures of a small base are enlarged to this side, in pixels, so that they can be looked at."""
+
+LONGEST = 14_000
+"""Pictures are made smaller where a sheet's rows or columns would be longer, in pixels."""
 
 
 def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Image.Image:
@@ -36,12 +39,16 @@ def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Ima
                     width=side,
                     height=side,
                 )
-    rows = [[_visible(picture) for picture in row] for row in zip(*columns.values(), strict=True)]
+    room = LONGEST // max(len(columns), len(config.sample_seeds)) - GAP
+    rows = [[_visible(picture, room) for picture in row] for row in zip(*columns.values(), strict=True)]
     return sheet(rows, [f"seed {seed}" for seed in config.sample_seeds], list(columns))
 
 
-def _visible(picture: Image.Image) -> Image.Image:
+def _visible(picture: Image.Image, room: int) -> Image.Image:
+    """A picture as it goes into the sheet, at most `room` pixels wide and high."""
     times = -(-SMALLEST // picture.width)
+    if times * picture.width > room:
+        return picture.resize((room, room), Image.Resampling.LANCZOS)
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from unziplora.config import read_toml
 from unziplora.config_sample import SampleConfig
 from unziplora.config_training import SDXL
+from unziplora.config_zip import joined_prompt
 from unziplora.errors import UserError
 from unziplora.prompts import Prompts
 from unziplora.run import KINDS, MERGED
@@ -39,6 +40,12 @@ class Source:
             return str(self.run[f"{name}_prompt"])
         trained = self.run.get("prompts")  # of a LoRA that was trained alone, one for all its pictures
         return str(trained[0]) if trained and name in (self.kind, "full") else None
+
+    def told(self, name: str) -> str | None:
+        """The run's content or style prompt with the run's own words in it, or None if none is known."""
+        words = {word: str(self.run[word]) for word in ("token", "content", "style") if self.run.get(word)}
+        prompt = self.prompt(name)
+        return prompt if prompt is None else fill(prompt, words)
 
     @property
     def merged(self) -> bool:
@@ -132,11 +139,11 @@ def plan(config: SampleConfig, sources: list[Source]) -> list[Prompts]:
     by_kind = {source.kind: source for source in sources}
     words = _words(by_kind)
     templates: dict[str, str | None] = {
-        "content": config.content_prompt or _template(by_kind, "content", "content"),
-        "style": config.style_prompt or _template(by_kind, "style", "style"),
+        name: getattr(config, f"{name}_prompt") or (by_kind[name].told(name) if name in by_kind else None)
+        for name in KINDS
     }
     if len(by_kind) == 2:
-        default = _full(by_kind["content"], words)
+        default = _full(by_kind["content"], by_kind["style"], words)
     else:
         default = sources[0].prompt("full" if sources[0].merged else sources[0].kind) if sources else None
     fulls: list[str | None] = list(config.prompts) or [default]
@@ -155,14 +162,19 @@ def plan(config: SampleConfig, sources: list[Source]) -> list[Prompts]:
     return [Prompts(fill(text or "", words), content, style) for text in fulls]
 
 
-def _template(by_kind: Mapping[str, Source], kind: str, name: str) -> str | None:
-    return by_kind[kind].prompt(name) if kind in by_kind else None
+def _full(content: Source, style: Source, words: Mapping[str, str]) -> str | None:
+    """The prompt of content and style together.
 
-
-def _full(content: Source, words: Mapping[str, str]) -> str | None:
-    """The prompt of content and style together; a content LoRA that was trained alone gets the style's words behind."""
+    Of one run it is the run's own; of two it is the content's with the style's words in it. Where the content's has no
+    place for them, or the style has a prompt and no words (B-LoRA), both prompts are joined. A content LoRA that was
+    trained alone gets the style's words behind.
+    """
     prompt = content.prompt("full")
     alone = not content.run.get("full_prompt")
+    if content.file.parent != style.file.parent and not (prompt and "{style}" in prompt and style.run.get("style")):
+        called, manner = content.told("content"), style.told("style")
+        if called and manner:
+            return joined_prompt(called, manner)
     return f"{prompt} in {{style}} style" if prompt and alone and "style" in words else prompt
 
 

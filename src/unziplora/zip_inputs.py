@@ -26,7 +26,7 @@ from unziplora.methods.common import Setup
 from unziplora.mount import Mounted, Part
 from unziplora.objective import Examples
 from unziplora.prompts import Prompts
-from unziplora.sources import Source, common_base, fill, find_source, with_metadata
+from unziplora.sources import Source, common_base, find_source, with_metadata
 
 
 def complete(config: ZipConfig) -> ZipConfig:
@@ -42,9 +42,8 @@ def complete(config: ZipConfig) -> ZipConfig:
     if known:
         found["sample_guidance"] = known[0]
     for name, source in sources.items():
-        words = {word: str(source.run[word]) for word in ("token", "content", "style") if source.run.get(word)}
-        if prompt := source.prompt(name):
-            found[f"{name}_prompt"] = fill(prompt, words)
+        if prompt := source.told(name):
+            found[f"{name}_prompt"] = prompt
         if config.method == "zip":
             pictures = [Path(path) for path in source.run.get("images", [])]
             found[f"{name}_images"] = [path for path in pictures if path.is_file()]

@@ -11,13 +11,16 @@ from typing import Any, ClassVar
 from unziplora.bench.adapters import Adapters, Method, Paired
 from unziplora.bench.cases import Case
 from unziplora.bench.workplace import Workplace
+from unziplora.config import read_toml
 from unziplora.config_blora import BLoraConfig
 from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.config_split import BUNDLED, PAPER, SplitConfig
 from unziplora.config_training import TrainingConfig
 from unziplora.config_zip import ZipConfig
+from unziplora.errors import UserError
 from unziplora.job import run_job
 from unziplora.lora.files import read_lora
+from unziplora.lora.separation import NAMES
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.split import split
@@ -221,3 +224,28 @@ METHODS: dict[str, Method] = {
         Oracle("oracle"),
     )
 }
+
+
+def read_settings(file: Path | None) -> dict[str, Any]:
+    """Keys by method, of the two DreamBooth LoRAs and the oracle's by training, from a TOML file.
+
+    Raises:
+        UserError: no such file, or something in it that no method reads.
+    """
+    found = read_toml(file) if file else {}
+    for name, given in found.items():
+        if name not in METHODS:
+            raise UserError(f"{file}: no method {name!r}: there are {', '.join(METHODS)}")
+        if not isinstance(given, dict):
+            raise UserError(f"{file}: {name} is {given!r}; it must be a table of settings, [{name}]")
+        method = METHODS[name]
+        if isinstance(method, Untrained) and given:
+            raise UserError(f"{file}: [{name}] is the base without LoRA, which has no settings")
+        if isinstance(method, DreamBooths):
+            for part, keys in given.items():
+                if part not in NAMES or not isinstance(keys, dict):
+                    raise UserError(
+                        f"{file}: [{name}] has two trainings: give its settings in [{name}.content] and "
+                        f"[{name}.style], not in {part!r}"
+                    )
+    return found

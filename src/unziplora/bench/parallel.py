@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +22,7 @@ import torch
 from unziplora.bench.cases import Case
 from unziplora.bench.protocol import evaluate
 from unziplora.bench.workplace import Workplace
+from unziplora.errors import Interrupted
 from unziplora.progress import Callback, Progress
 
 if TYPE_CHECKING:
@@ -27,6 +32,7 @@ Unit = tuple[str, str, int]
 """A method, a case's slug and a training seed."""
 
 _opened: Bench | None = None  # of a worker process
+_stop: Event | None = None
 
 
 def groups(units: Sequence[Unit], cases: Mapping[str, Case]) -> list[list[Unit]]:
@@ -58,13 +64,37 @@ def fill(open_bench: Callable[[], Bench], bench: Bench, units: Sequence[Unit], w
     numbers: Queue[int] = context.Queue()
     for number in range(workers):
         numbers.put(number)
+    stop = context.Event()
     threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(min(workers, len(parts)), context, _open, (open_bench, numbers, threads)) as pool:
+    with ProcessPoolExecutor(min(workers, len(parts)), context, _open, (open_bench, numbers, threads, stop)) as pool:
         work = [pool.submit(_do, part, place.folder, dict(place.overrides), dict(place.homes)) for part in parts]
         try:
-            _follow(work, [len(part) for part in parts], bench.tell)
+            with _terminable():
+                _follow(work, [len(part) for part in parts], bench.tell)
+        except BaseException:
+            stop.set()  # what a worker has been given already cannot be cancelled
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # a training saves its step first
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM end as Ctrl-C does, so that no worker is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _follow(work: Sequence[Future[str]], sizes: Sequence[int], tell: Callback) -> None:
@@ -78,13 +108,22 @@ def _follow(work: Sequence[Future[str]], sizes: Sequence[int], tell: Callback) -
             tell(Progress(done, sum(sizes), seconds_per_step=pace, message=future.result()))
 
 
-def _open(open_bench: Callable[[], Bench], numbers: Queue[int], threads: int) -> None:
-    """Load cases, measures and base in a worker process."""
-    global _opened
+def _open(open_bench: Callable[[], Bench], numbers: Queue[int], threads: int, stop: Event) -> None:
+    """Load cases, measures and base in a worker process, which ends with the process that started it."""
+    global _opened, _stop
+    _stop = stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
     _opened = open_bench()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _do(units: Sequence[Unit], folder: Path, overrides: dict[str, Any], homes: dict[str, Path]) -> str:
@@ -93,5 +132,7 @@ def _do(units: Sequence[Unit], folder: Path, overrides: dict[str, Any], homes: d
     bench = _opened
     place: Workplace = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
     for name, slug, seed in units:
+        if _stop is not None and _stop.is_set():
+            raise Interrupted("stopped")
         evaluate(place, bench.base, bench.measures, bench.methods[name], bench.cases, bench.cases[slug], seed)
     return f"{', '.join(dict.fromkeys(slug for _, slug, _ in units))}, seed {units[0][2]}: done"

@@ -144,7 +144,8 @@ def evaluate(
     trained = time.monotonic()
     listed, seeds = asks(case, partner, alone, mixed, place.config.token), list(range(place.config.samples))
     known = _read(folder / SAMPLES)
-    keep = known.get("settings") == settings
+    named = [folder / "samples" / f"{ask.slug}-{number}.png" for ask in listed for number in seeds]
+    keep = known.get("settings") == settings and all(file.is_file() for file in named)
     if not keep:
         (folder / SAMPLES).unlink(missing_ok=True)  # from now on the pictures may be of two settings
     rows = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,13 +16,13 @@ from unziplora.base import Base, load_base
 from unziplora.bench.adapters import Method
 from unziplora.bench.cases import Case, choose, load_cases
 from unziplora.bench.measures import Measure, Plain, Published, Trained
-from unziplora.bench.methods import METHODS
+from unziplora.bench.methods import METHODS, read_settings
 from unziplora.bench.parallel import fill
 from unziplora.bench.pictures import picture_cases, picture_measures, picture_report, write_picture_report
 from unziplora.bench.protocol import evaluate
 from unziplora.bench.report import Report, summarise, write_report
 from unziplora.bench.workplace import Workplace
-from unziplora.config import read_toml, to_toml
+from unziplora.config import to_toml
 from unziplora.config_bench import BenchConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
@@ -97,22 +98,30 @@ class Bench:
         ]
         if self.place.config.workers > 1:
             told = [(name, case.slug, seed) for name, case, seed in units]
-            fill(partial(open_bench, self.place.config), self, told, self.place.config.workers)
+            with _stoppable():
+                fill(partial(open_bench, self.place.config), self, told, self.place.config.workers)
         results: list[dict[str, Any]] = []
         start = time.monotonic()
         for done, (name, case, seed) in enumerate(units):
             pace = (time.monotonic() - start) / done if done else 0.0
             message = f"{name}, {case.slug}, seed {seed}"
             self.tell(Progress(done, len(units), seconds_per_step=pace, message=message))
-            try:
+            with _stoppable():
                 results.append(
                     evaluate(self.place, self.base, self.measures, self.methods[name], self.cases, case, seed)
                 )
-            except Interrupted:
-                raise Interrupted("stopped, everything done so far is kept; the same command continues") from None
         pace = (time.monotonic() - start) / max(1, len(units))
         self.tell(Progress(len(units), len(units), seconds_per_step=pace))
         return results
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Tell of a stop what continues the benchmark, not the training that was stopped."""
+    try:
+        yield
+    except Interrupted:
+        raise Interrupted("stopped, everything done so far is kept; the same command continues") from None
 
 
 def open_bench(
@@ -128,10 +137,7 @@ def open_bench(
         raise ValueError("several workers open the configured benchmark each: give no measures, cases or methods")
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out} is a file; give a folder for runs, scores and report")
-    overrides = read_toml(config.settings) if config.settings else {}
-    for name in overrides:
-        if name not in METHODS:
-            raise UserError(f"{config.settings}: no method {name!r}: there are {', '.join(METHODS)}")
+    overrides = read_settings(config.settings)
     device = pick_device(config.device)
     found: Sequence[Measure] = measures or make_measures(config, device)
     base = base or load_base(config.base, pick_dtype(config.precision, device), device)
@@ -141,7 +147,13 @@ def open_bench(
     place = Workplace(config, config.out.expanduser().resolve(), overrides)
     place.claim(base)
     atomic_write(place.folder / "bench.toml", to_toml(config))
-    return Bench(place, base, found, cases, chosen, methods or METHODS, progress or (lambda _: None))
+    methods = methods or METHODS
+    for name in overrides.keys() & set(config.methods) & methods.keys():
+        try:
+            methods[name].recipes(place, chosen[0], config.seeds[0])
+        except UserError as error:
+            raise UserError(f"{config.settings}, [{name}]: {error}") from None
+    return Bench(place, base, found, cases, chosen, methods, progress or (lambda _: None))
 
 
 def make_measures(config: BenchConfig, device: torch.device) -> Sequence[Measure]:

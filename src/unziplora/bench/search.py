@@ -113,6 +113,8 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
     Raises:
         UserError, MachineError, Interrupted: as `bench`; the same call continues.
     """
+    if not set(SEARCHED) & set(config.methods):
+        raise UserError(f"nothing to search settings for: name some of {', '.join(SEARCHED)} with --methods")
     settings = grid(config.search)
     bench = bench or open_bench(config, progress)
     ends = bench.measure(["base", "oracle"])

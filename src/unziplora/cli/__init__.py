@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from io import TextIOWrapper
 
 import click
 
@@ -81,7 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debugging():
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a code page that lacks a letter must not cost the result
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _check_encoding(args)
         with warnings_shown(quiet="--quiet" in args or "-q" in args):
             code = cli.main(args, prog_name="unziplora", standalone_mode=False)
             sys.stdout.flush()
@@ -100,6 +106,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return failed(KeyboardInterrupt(), as_json)
     except Exception as error:
-        if debugging():
+        told = _of_the_request(error)
+        if debugging() and told is error:
             raise
-        return failed(error, as_json)
+        return failed(told, as_json)
+
+
+def _check_encoding(args: Sequence[str]) -> None:
+    for arg in args:
+        try:
+            arg.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{ascii(arg)[1:-1]}: this name is no valid text: rename the file") from None
+
+
+def _of_the_request(error: Exception) -> Exception:
+    """Faults of a path as such, which any command may meet, as the request's faults; others as they are."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{str(error.filename)[:40]}…: too long for the name of a file")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return UserError("a path begins with ~ and a name that no user of this machine has")
+    return error

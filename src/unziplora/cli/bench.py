@@ -9,7 +9,7 @@ import click
 from unziplora.cli.common import config_option, dry_run_option, json_option, quiet_option
 from unziplora.cli.flags import RecipeCommand, layers, options
 from unziplora.cli.output import emit, stdout_kept
-from unziplora.config import read_toml, resolve, to_toml
+from unziplora.config import resolve, to_toml
 from unziplora.config_bench import BenchConfig
 from unziplora.progress import show
 
@@ -45,12 +45,12 @@ def _plan(config: BenchConfig, as_json: bool) -> None:
     """Show the settings and the cases."""
     with stdout_kept():
         from unziplora.bench.cases import choose, load_cases
+        from unziplora.bench.methods import read_settings
         from unziplora.bench.pictures import picture_cases
 
         known = picture_cases(config.pictures, 64) if config.pictures else load_cases(config.split)
         cases = choose(known, config.cases, config.quick)
-        if config.settings:
-            read_toml(config.settings)
+        read_settings(config.settings)
     lines = [f"# {case.slug}: a {case.content} in {case.style} style" + _mixed(case) for case in cases]
     result = {"config": config.model_dump(mode="json"), "cases": [case.slug for case in cases]}
     emit(result, lambda: "\n".join([to_toml(config), "# Cases", *lines]), as_json)

@@ -130,7 +130,7 @@ def run_layers(
         return [file, flags, {"out": out} if out else {}]
     if not out:
         raise UserError(f"--resume needs the run folder: unziplora {command} --resume --out runs/NAME")
-    saved = Path(out) / "config.toml"
+    saved = Path(str(out)).expanduser() / "config.toml"
     if not saved.is_file():
         raise UserError(f"{out}: no run to resume here (it has no config.toml); leave --resume out")
     return [read_toml(saved), file, flags, {"out": out}]
