@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unziplora.card import About, File, argument, card
+from unziplora.card import About, File, argument, card, folder_argument
 from unziplora.config import resolve
 from unziplora.config_split import SplitConfig
 from unziplora.config_training import SDXL
@@ -101,8 +101,14 @@ def test_a_merged_lora_is_loaded_alone_and_sampled_as_a_run(run: RunFolder) -> N
         ("a sks cat", '"a sks cat"'),
         ('a "cat"', "'a \"cat\"'"),
         ("$HOME", "'$HOME'"),
+        ("~/cat", '"~/cat"'),
     ],
 )
 def test_arguments_are_quoted_as_all_shells_read_them(text: str, typed: str) -> None:
     assert argument(text) == typed
     assert shlex.split(typed) == [text]
+
+
+def test_a_folder_that_looks_like_a_flag_is_still_a_folder() -> None:
+    assert folder_argument(Path("-cat")) == "./-cat"
+    assert folder_argument(Path("runs/my cat")) == '"runs/my cat"'

@@ -1,5 +1,6 @@
 """The command line, run in this process: results, faults with their exit codes, and what is printed where."""
 
+import io
 import json
 import re
 import signal
@@ -117,6 +118,13 @@ class TestHelp:
         assert done.code == 2
         assert "Commands:" in done.err
 
+    def test_letters_that_a_code_page_lacks_cost_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        monkeypatch.setattr(sys, "stdout", narrow)
+        assert cli.main(["split", "--help"]) == 0
+        narrow.flush()
+        assert b"\\u0394" in narrow.buffer.getvalue()  # the Δ of --column-score
+
     def test_version(self, call: Call) -> None:
         assert re.fullmatch(r"unziplora \d+\.\d+\.\d+\n", call("--version").out)
 
@@ -146,6 +154,10 @@ class TestWrongRequests:
             (["resize", "a.safetensors", "b.safetensors"], "--rank 16, or --energy 0.95"),
             (["sample"], "nothing to show: give --content, --style or --prompts"),
             (["sample", "nowhere"], "nowhere"),
+            (["sample", "a cat " * 60], "too long for the name of a file"),
+            (["sample", "~nobody-of-this-name/x"], "a name that no user of this machine has"),
+            (["split", "caf\udce9.jpg", *SPLIT[2:]], "caf\\udce9.jpg: this name is no valid text"),
+            (["demo", "--out", "/"], "no folder to write into"),
             (["sample", "--content-blocks", "up"], "content_blocks"),
         ],
     )

@@ -87,6 +87,24 @@ def test_toml_gives_the_same_configuration_back(tmp_path: Path) -> None:
     assert resolve(SplitConfig, read_toml(path)) == config
 
 
+def test_a_toml_file_may_begin_with_a_mark_as_windows_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbf" + b'content = "cat"')
+    assert read_toml(tmp_path / "a.toml") == {"content": "cat"}
+
+
+def test_paths_begin_at_home_where_they_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("USERPROFILE", "/home/ada")
+    config = resolve(SplitConfig, {**GIVEN, "images": ["~/cat.jpg", "b.jpg"], "out": "~/runs/cat", "style": "~"})
+    assert config.images == [Path("/home/ada/cat.jpg"), Path("b.jpg")]
+    assert (config.out, config.style) == (Path("/home/ada/runs/cat"), "~")
+
+
+def test_a_preset_of_another_type_and_infinity_are_refused() -> None:
+    assert "preset" in fault(preset=["a"])
+    assert "max_grad_norm: Input should be a finite number" in fault(max_grad_norm=float("inf"))
+
+
 def test_unreadable_toml_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such configuration file"):
         read_toml(tmp_path / "gone.toml")

@@ -59,6 +59,10 @@ def base(tiny_folder: Path) -> Base:
 
 
 class TestPhrase:
+    def test_one_that_no_prompt_can_hold_is_refused(self, base: Base) -> None:
+        with pytest.raises(UserError, match=r"tokens long, 75 at most: say it shorter"):
+            Phrase(base, "ink " * 90)
+
     def test_offsets_are_added_where_the_whole_phrase_stands_and_nowhere_else(self, base: Base):
         phrase, encoder, tokenizer = Phrase(base, "ink wash"), base.text_encoders[0], base.tokenizers[0]
         with torch.no_grad():

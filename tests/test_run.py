@@ -27,6 +27,13 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path / "cat", recipe(tmp_path / "cat"))
 
 
+def test_a_config_toml_of_ones_own_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("# my notes\n")
+    with pytest.raises(UserError, match="exists already and is not empty"):
+        RunFolder.create(tmp_path, recipe(tmp_path))
+    assert (tmp_path / "config.toml").read_text() == "# my notes\n"
+
+
 def fill(folder: Path) -> None:
     (folder / "a.bin").write_bytes(b"a" * 1000)
     (folder / "deep").mkdir()

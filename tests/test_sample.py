@@ -9,6 +9,7 @@ from PIL import Image
 
 from unziplora.base import Base
 from unziplora.config import resolve, to_toml
+from unziplora.config_blora import BLoraConfig
 from unziplora.config_sample import SampleConfig
 from unziplora.config_split import SplitConfig
 from unziplora.errors import MachineError, UserError
@@ -234,6 +235,29 @@ def test_words_and_base_are_read_from_a_files_header(tiny_base: Base, tmp_path: 
     config = SampleConfig(content=tmp_path / "my-content.safetensors", style=tmp_path / "my-style.safetensors")
     with open_session(config, tiny_base) as session:
         assert session.prompts == [Prompts("a ohwx fox in chalk style", "a ohwx fox", "an image in chalk style")]
+
+
+@pytest.mark.parametrize(
+    ("content", "style", "wanted"),
+    [
+        ("split", "blora", ("a sks cat in v7 style", "a sks cat", "an image in v7 style")),
+        ("blora", "split", ("A v7 in ink style", "A v7", "an image in ink style")),
+        ("blora", "blora", ("A v7", "A v7", "an image in v7 style")),
+        ("split", "split", ("a sks cat in ink style", "a sks cat", "an image in ink style")),
+    ],
+)
+def test_every_lora_is_called_by_the_words_of_its_own_run(tmp_path: Path, content: str, style: str, wanted):
+    shared = {"images": ["x.png"], "base": "b"}
+    split = SplitConfig.make(**shared, content="cat", style="ink", out=tmp_path / "split")
+    for config in (split, BLoraConfig.make(**shared, token="v7", out=tmp_path / "blora")):
+        config.out.mkdir()
+        (config.out / "config.toml").write_text(to_toml(config))
+        for kind in ("content", "style"):
+            (config.out / f"{kind}.safetensors").touch()
+    sources = [find_source(tmp_path / content, "content"), find_source(tmp_path / style, "style")]
+    config = SampleConfig(content=tmp_path / content, style=tmp_path / style, mode="separate")
+    (prompts,) = plan(config, sources)
+    assert (prompts.full, prompts.content, prompts.style) == wanted
 
 
 def test_words_are_filled_into_prompts(cat: Path, dog: Path):

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from unziplora.config import resolve
 from unziplora.config_split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, UserError
+from unziplora.grid import GAP, LARGEST
 from unziplora.lora.files import read_lora
 from unziplora.progress import Progress
+from unziplora.samples import LONGEST, _visible
 from unziplora.split import split
 
 WORDS = {"content": "cat", "style": "ink"}
@@ -83,6 +85,15 @@ def test_a_run_leaves_what_a_user_expects(config, tmp_path):
     for path, (down, up) in content.modules.items():
         torch.testing.assert_close(twin.modules[path][1] @ twin.modules[path][0], up @ down)
     assert any(up.abs().max() > 0 for _, up in content.modules.values())
+
+
+def test_pictures_of_a_sheet_shrink_where_many_seeds_would_make_it_too_long():
+    large, small = Image.new("RGB", (1024, 1024)), Image.new("RGB", (64, 64))
+    assert _visible(large, LONGEST // 16 - GAP).size == (871, 871)
+    assert _visible(large, 1024).size == (1024, 1024)
+    assert _visible(small, 1024).size == (128, 128)
+    assert _visible(small, 66).size == (66, 66)
+    assert 200 * (LONGEST // 200) < LARGEST  # as many seeds as a recipe takes
 
 
 def test_a_finished_run_is_not_overwritten(config):

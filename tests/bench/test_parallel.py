@@ -1,12 +1,20 @@
 """Several processes do the same work, and never the same training at once."""
 
+import multiprocessing
+import time
 from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fakes import make_case
 
-from unziplora.bench.parallel import _follow, groups
+from unziplora.bench import parallel
+from unziplora.bench.parallel import _follow, fill, groups
 from unziplora.bench.run import bench
+from unziplora.bench.workplace import Workplace
 from unziplora.config_bench import BenchConfig
 from unziplora.errors import Interrupted
 from unziplora.progress import Progress
@@ -35,6 +43,35 @@ def test_what_is_done_is_told_and_a_stop_is_passed_on() -> None:
     stopped.set_exception(Interrupted("stopped"))
     with pytest.raises(Interrupted):
         _follow([stopped], [3], told.append)
+
+
+def slow_bench(folder: Path, config: BenchConfig) -> Any:
+    """In a worker: a benchmark in which the first case takes no time, and every other one very long."""
+
+    def evaluate(place: object, base: object, measures: object, method: object, cases: object, case: str, seed: int):
+        (folder / f"{case}-{seed}").touch()
+        time.sleep(0 if seed == 0 else 600)
+
+    parallel.evaluate = evaluate  # type: ignore[assignment]
+    same = {"cat": "cat", "dog": "dog"}
+    return SimpleNamespace(place=Workplace(config, folder), base=None, measures=[], methods={"base": None}, cases=same)
+
+
+def test_a_stop_reaches_what_the_workers_have_been_given_already(tmp_path: Path, config: BenchConfig) -> None:
+    cases = {slug: make_case(slug, "dog" if slug == "cat" else "cat", 100) for slug in ("cat", "dog")}
+    ended: list[float] = []
+
+    def stop(event: Progress) -> None:
+        ended.append(time.monotonic())
+        raise KeyboardInterrupt
+
+    bench: Any = SimpleNamespace(cases=cases, place=Workplace(config, tmp_path), tell=stop)
+    units = [("base", "cat", seed) for seed in range(6)]
+    with pytest.raises(KeyboardInterrupt):
+        fill(partial(slow_bench, tmp_path, config), bench, units, 2)
+    assert time.monotonic() - ended[0] < 60  # a case takes 600 seconds
+    assert {path.name for path in tmp_path.iterdir()} <= {f"cat-{seed}" for seed in range(4)}
+    assert multiprocessing.active_children() == []
 
 
 def test_workers_open_the_configured_benchmark_and_no_other(config: BenchConfig) -> None:

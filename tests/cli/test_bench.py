@@ -86,6 +86,7 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
         (["--search", "3", "--settings", "x.toml"], "leave --settings or --search out"),
         (["--seeds", "-1"], "seeds are whole numbers from 0 on"),
         (["--settings", "nowhere.toml"], "nowhere.toml: no such configuration file"),
+        (["--search", "2", "--methods", "base", "--methods", "oracle"], "nothing to search settings for: name some of"),
     ],
 )
 def test_wrong_requests_are_told_in_one_message(call: Call, tmp_path: Path, args: list[str], message: str):
@@ -93,3 +94,31 @@ def test_wrong_requests_are_told_in_one_message(call: Call, tmp_path: Path, args
     assert (code, out) == (2, "")
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("unziplora = 5", "unziplora is 5; it must be a table of settings, [unziplora]"),
+        ("[dreambooth]\nsteps = 7", "[dreambooth] has two trainings: give its settings in [dreambooth.content]"),
+        ("[oracle.contents]\nsteps = 7", "[oracle] has two trainings"),
+        ("[base]\nsteps = 7", "[base] is the base without LoRA, which has no settings"),
+        ("[magic]", "no method 'magic'"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused_also_by_a_dry_run(call: Call, tmp_path: Path, settings, message):
+    (tmp_path / "tuned.toml").write_text(settings)
+    for more in ([], ["--dry-run"]):
+        code, out, err = call("bench", "--settings", "tuned.toml", *more)
+        assert (code, out) == (2, "")
+        assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.toml"]
+
+
+def test_a_setting_that_is_no_key_is_told_before_anything_is_measured(call: Call, tmp_path: Path, tiny_folder: Path):
+    (tmp_path / "tuned.toml").write_text("[unziplora]\nstep = 5")
+    args = ["--methods", "base", "--methods", "unziplora", "--cases", "rocket-linocut", "--measures", "plain"]
+    code, _, err = call("bench", "--base", tiny_folder, "--settings", "tuned.toml", *args, "--out", "found")
+    assert code == 2
+    assert "tuned.toml, [unziplora]: unknown key 'step': did you mean 'steps'?" in err
+    assert not Path("found/runs").exists()
