@@ -164,4 +164,4 @@ def _load_text(base: Base, name: str, encoder: PreTrainedModel, part: Part) -> N
     if state:
         told = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)  # strength 1
         encoder.load_adapter(adapter_name=part.name, adapter_state_dict=state, peft_config=told)
-        encoder.to(dtype=encoder.dtype)
+        encoder.to(dtype=encoder.dtype)  # PEFT makes adapters in fp32
