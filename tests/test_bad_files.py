@@ -252,7 +252,7 @@ def test_an_alpha_without_meaning(file, alpha):
 
 
 def test_an_alpha_of_two_numbers(file):
-    tensors = {**kohya(make(), alpha=lambda path: 1.0)}
+    tensors = kohya(make(), alpha=lambda path: 1.0)
     tensors[next(key for key in tensors if key.endswith(".alpha"))] = torch.ones(2)
     refused(store(file, tensors), r"alpha \[2\] is no single number")
 

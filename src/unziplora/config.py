@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from unziplora.errors import UserError
@@ -36,17 +36,13 @@ class Recipe(BaseModel):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     """Named settings below a user's own, for recipes with a key `preset`."""
 
-    @model_validator(mode="before")
+    @field_validator("*")
     @classmethod
-    def _at_home(cls, values: Any) -> Any:
+    def _at_home(cls, value: Any) -> Any:
         """Paths that begin with ~, which no shell has seen if they come from a TOML file."""
-        if not isinstance(values, dict):
-            return values
-        fields = cls.model_fields
-        return {
-            name: _expanded(value) if name in fields and "Path" in str(fields[name].annotation) else value
-            for name, value in values.items()
-        }
+        if isinstance(value, list):
+            return [item.expanduser() if isinstance(item, Path) else item for item in value]
+        return value.expanduser() if isinstance(value, Path) else value
 
     @classmethod
     def make(cls: type[R], **keys: Any) -> R:
@@ -66,12 +62,6 @@ class Recipe(BaseModel):
             return GROUPS.index(group) if group in GROUPS else len(GROUPS)
 
         return dict(sorted(cls.model_fields.items(), key=place))
-
-
-def _expanded(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_expanded(item) for item in value]
-    return Path(value).expanduser() if isinstance(value, str | Path) and str(value).startswith("~") else value
 
 
 def natural_seeds(seeds: list[int]) -> list[int]:

@@ -28,6 +28,9 @@ ABLATION: tuple[MethodName, ...] = ("joint", "prompt", "column", "block", "words
 """Joint training of two LoRAs without any separation; with one of the paper's separations more at a time; then the
 preset without its steps alone, and the preset."""
 
+SEARCHED: tuple[MethodName, ...] = ("unziplora", "paper", "dreambooth", "blora", "ziplora")
+"""Methods with settings of their own; the others take them over from these, or have none to choose."""
+
 
 class BenchConfig(Recipe):
     """Measure methods against pictures that show what they should have made."""
@@ -91,6 +94,8 @@ class BenchConfig(Recipe):
     def _consistent(self) -> BenchConfig:
         if self.search and self.split == "test":
             raise ValueError("settings are searched on the cases of split dev; those of test are for the final figures")
+        if self.search and not set(SEARCHED) & set(self.methods):
+            raise ValueError(f"nothing to search settings for: name some of {', '.join(SEARCHED)} with --methods")
         if self.search and self.settings is not None:
             raise ValueError("a search writes settings: leave --settings or --search out")
         models = bool(self.csd or (self.clip and self.dino))

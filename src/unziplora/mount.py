@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from unziplora.base import Base
 from unziplora.errors import UserError, first_line
-from unziplora.lora.files import Lora, by, check_fits, misfit, scale_blocks
+from unziplora.lora.files import Lora, check_fits, check_shape, misfit, scale_blocks
 from unziplora.lora.layer import STREAMS, Branch, add_lora, unwrap
 from unziplora.quiet import quiet
 from unziplora.text_lora import ENCODERS
@@ -145,20 +145,20 @@ def _load_text(base: Base, name: str, encoder: PreTrainedModel, part: Part) -> N
 
     diffusers' own loader guesses ranks from attention alone: it fails where there is none, or another rank beside it.
     """
-    linears = {path: module for path, module in encoder.named_modules() if hasattr(module, "in_features")}
+    shapes = {
+        path: (module.out_features, module.in_features)
+        for path, module in encoder.named_modules()
+        if hasattr(module, "in_features")
+    }
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for full, (down, up) in part.lora.text_modules.items():
+    for full, pair in part.lora.text_modules.items():
         component, _, path = full.partition(".")
         if component != name:
             continue
-        path = path if path in linears else path.removeprefix("text_model.")  # a level that transformers 5 leaves out
-        if path not in linears:
-            raise misfit(part.lora, part.source, f"base {base.name}", f"the base has no {full}")
-        linear, shape = linears[path], (up.shape[0], down.shape[1])
-        if shape != (wanted := (linear.out_features, linear.in_features)):
-            why = f"{full} is {by(shape)} in the LoRA and {by(wanted)} in the base"
-            raise misfit(part.lora, part.source, f"base {base.name}", why)
+        path = path if path in shapes else path.removeprefix("text_model.")  # a level that transformers 5 leaves out
+        check_shape(part.lora, full, pair, shapes.get(path), part.source, f"base {base.name}")
+        down, up = pair
         ranks[path] = down.shape[0]
         state |= {f"{path}.lora_A.weight": down.clone(), f"{path}.lora_B.weight": up.clone()}
     if state:

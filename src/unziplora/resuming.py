@@ -28,9 +28,9 @@ def absolute(config: R) -> R:
     paths: dict[str, Any] = {}
     for name, value in config:
         if isinstance(value, Path) and name != "out":
-            paths[name] = value.expanduser().resolve()
+            paths[name] = value.resolve()
         elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
-            paths[name] = [item.expanduser().resolve() for item in value]
+            paths[name] = [item.resolve() for item in value]
     for name in ("base", "blocks"):  # a file or folder, or a name that stays one, whatever files are called so
         value = getattr(config, name, None)
         if value is not None and value not in NAMED and Path(value).expanduser().exists():

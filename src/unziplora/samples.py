@@ -11,14 +11,14 @@ from PIL import Image
 from unziplora.base import Base
 from unziplora.config_training import TrainingConfig
 from unziplora.generate import generate
-from unziplora.grid import GAP, sheet
+from unziplora.grid import GAP, LARGEST, sheet
 from unziplora.methods.base import Method
 
 SMALLEST = 128
 """Pictures of a small base are enlarged to this side, in pixels, so that they can be looked at."""
 
-LONGEST = 14_000
-"""Pictures are made smaller where a sheet's rows or columns would be longer, in pixels."""
+LONGEST = LARGEST - 2_000
+"""Pictures are made smaller where a sheet's rows or columns would be longer, in pixels: the rest is for labels."""
 
 
 def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Image.Image:

@@ -43,9 +43,13 @@ class Source:
 
     def told(self, name: str) -> str | None:
         """The run's content or style prompt with the run's own words in it, or None if none is known."""
-        words = {word: str(self.run[word]) for word in ("token", "content", "style") if self.run.get(word)}
         prompt = self.prompt(name)
-        return prompt if prompt is None else fill(prompt, words)
+        return prompt if prompt is None else fill(prompt, self.words)
+
+    @property
+    def words(self) -> dict[str, str]:
+        """The run's token, content and style, as far as it tells them."""
+        return {name: str(self.run[name]) for name in ("token", "content", "style") if self.run.get(name)}
 
     @property
     def merged(self) -> bool:
@@ -180,13 +184,9 @@ def _full(content: Source, style: Source, words: Mapping[str, str]) -> str | Non
 
 def _words(by_kind: Mapping[str, Source]) -> dict[str, str]:
     """Token and content word come from the content LoRA, the style words from the style LoRA, if there."""
-    words: dict[str, str] = {}
-    for kind, names in (("style", ("token", "content", "style")), ("content", ("token", "content"))):
-        run = by_kind[kind].run if kind in by_kind else {}
-        words.update({name: str(run[name]) for name in names if run.get(name)})
-    if "style" not in words and "content" in by_kind and by_kind["content"].run.get("style"):
-        words["style"] = str(by_kind["content"].run["style"])
-    return words
+    content, style = (by_kind[kind].words if kind in by_kind else {} for kind in ("content", "style"))
+    words = {**style, **content}
+    return words | {"style": style["style"]} if "style" in style else words
 
 
 def fill(template: str, words: Mapping[str, str]) -> str:

@@ -129,10 +129,11 @@ def _end_with_parent() -> None:
 def _do(units: Sequence[Unit], folder: Path, overrides: dict[str, Any], homes: dict[str, Path]) -> str:
     """Do a group of units in a worker process; return a line about it."""
     assert _opened is not None
+    assert _stop is not None
     bench = _opened
     place: Workplace = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
     for name, slug, seed in units:
-        if _stop is not None and _stop.is_set():
+        if _stop.is_set():
             raise Interrupted("stopped")
         evaluate(place, bench.base, bench.measures, bench.methods[name], bench.cases, bench.cases[slug], seed)
     return f"{', '.join(dict.fromkeys(slug for _, slug, _ in units))}, seed {units[0][2]}: done"

@@ -144,13 +144,12 @@ def evaluate(
     trained = time.monotonic()
     listed, seeds = asks(case, partner, alone, mixed, place.config.token), list(range(place.config.samples))
     known = _read(folder / SAMPLES)
-    named = [folder / "samples" / f"{ask.slug}-{number}.png" for ask in listed for number in seeds]
-    keep = known.get("settings") == settings and all(file.is_file() for file in named)
+    named = [[folder / "samples" / f"{ask.slug}-{number}.png" for number in seeds] for ask in listed]
+    keep = known.get("settings") == settings and all(file.is_file() for files in named for file in files)
     if not keep:
         (folder / SAMPLES).unlink(missing_ok=True)  # from now on the pictures may be of two settings
     rows = []
-    for ask in listed:
-        files = [folder / "samples" / f"{ask.slug}-{number}.png" for number in seeds]
+    for ask, files in zip(listed, named, strict=True):
         made = _opened(files) if keep else _drawn(place, base, ask, seeds, files)
         values = {measure.name: score(measure, case, ask, made) for measure in measures}
         rows += [

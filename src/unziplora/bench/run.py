@@ -71,6 +71,15 @@ def bench(
     return report
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Tell of a stop what continues the benchmark, not the training that was stopped."""
+    try:
+        yield
+    except Interrupted:
+        raise Interrupted("stopped, everything done so far is kept; the same command continues") from None
+
+
 @dataclass
 class Bench:
     """A benchmark with everything loaded, which measures methods by name."""
@@ -83,6 +92,7 @@ class Bench:
     methods: dict[str, Method]
     tell: Callback
 
+    @_stoppable()
     def measure(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """The scores of every method, case and seed; of methods that no seed changes, the first seed's.
 
@@ -98,30 +108,17 @@ class Bench:
         ]
         if self.place.config.workers > 1:
             told = [(name, case.slug, seed) for name, case, seed in units]
-            with _stoppable():
-                fill(partial(open_bench, self.place.config), self, told, self.place.config.workers)
+            fill(partial(open_bench, self.place.config), self, told, self.place.config.workers)
         results: list[dict[str, Any]] = []
         start = time.monotonic()
         for done, (name, case, seed) in enumerate(units):
             pace = (time.monotonic() - start) / done if done else 0.0
             message = f"{name}, {case.slug}, seed {seed}"
             self.tell(Progress(done, len(units), seconds_per_step=pace, message=message))
-            with _stoppable():
-                results.append(
-                    evaluate(self.place, self.base, self.measures, self.methods[name], self.cases, case, seed)
-                )
+            results.append(evaluate(self.place, self.base, self.measures, self.methods[name], self.cases, case, seed))
         pace = (time.monotonic() - start) / max(1, len(units))
         self.tell(Progress(len(units), len(units), seconds_per_step=pace))
         return results
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Tell of a stop what continues the benchmark, not the training that was stopped."""
-    try:
-        yield
-    except Interrupted:
-        raise Interrupted("stopped, everything done so far is kept; the same command continues") from None
 
 
 def open_bench(
@@ -144,7 +141,7 @@ def open_bench(
     if cases is None:
         cases = picture_cases(config.pictures, base.resolution) if config.pictures else load_cases(config.split)
     chosen = choose(cases, config.cases, config.quick)
-    place = Workplace(config, config.out.expanduser().resolve(), overrides)
+    place = Workplace(config, config.out.resolve(), overrides)
     place.claim(base)
     atomic_write(place.folder / "bench.toml", to_toml(config))
     methods = methods or METHODS

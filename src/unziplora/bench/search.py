@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from unziplora.atomic import atomic_write
 from unziplora.bench.report import Report, summarise
 from unziplora.bench.run import Bench, open_bench
-from unziplora.config_bench import BenchConfig, MethodName
+from unziplora.config_bench import SEARCHED, BenchConfig
 from unziplora.errors import UserError
 from unziplora.progress import Callback
 
@@ -26,9 +26,6 @@ STEPS = (150, 300, 600)
 RANKS = (8, 16, 32)
 SPREAD = 1024
 """Points of Sobol's sequence that say in which order the grid is tried."""
-
-SEARCHED: tuple[MethodName, ...] = ("unziplora", "paper", "dreambooth", "blora", "ziplora")
-"""Methods with settings of their own; the others take them over from these, or have none to choose."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,6 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
     Raises:
         UserError, MachineError, Interrupted: as `bench`; the same call continues.
     """
-    if not set(SEARCHED) & set(config.methods):
-        raise UserError(f"nothing to search settings for: name some of {', '.join(SEARCHED)} with --methods")
     settings = grid(config.search)
     bench = bench or open_bench(config, progress)
     ends = bench.measure(["base", "oracle"])

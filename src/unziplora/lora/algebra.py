@@ -97,7 +97,7 @@ def balanced(pair: Pair) -> Pair:
     Such a B comes of an alpha far below the rank that was folded into it, or of a short training.
     """
     down, up = pair
-    size, small = float(down.abs().mean()), float(up.abs().mean())
+    size, small = (float(factor.detach().abs().mean()) for factor in pair)
     if not 0 < small < min(size, _FP16_SMALL):
         return pair
     shift = 2.0 ** math.floor(math.log2(size / small) / 2)

@@ -158,11 +158,12 @@ def write_lora(
     chosen = float(alpha or (layout != "diffusers" and lora.alpha) or max(ranks))
     adapter = {}
     described = lora.metadata if metadata is None else metadata
+    fit = balanced if dtype == "fp16" else None
     if layout == "diffusers":
-        tensors, adapter[layouts.ADAPTER_METADATA] = layouts.diffusers(pairs, alpha)
+        tensors, adapter[layouts.ADAPTER_METADATA] = layouts.diffusers(pairs, alpha, fit)
     else:
         spelling = "sgm" if layout == "kohya" else "diffusers"
-        tensors = layouts.kohya(pairs, chosen, spelling, _layers(described, {}))
+        tensors = layouts.kohya(pairs, chosen, spelling, _layers(described, {}), fit)
     head = header(
         described,
         ranks=ranks,
@@ -170,23 +171,10 @@ def write_lora(
         full_size=families.sdxl_sized({name: (up.shape[0], a.shape[1]) for name, (a, up) in lora.modules.items()}),
         kohya=layout != "diffusers",
     )
-    if dtype == "fp16":
-        tensors = _balanced(tensors)
     # an alpha that is rounded would scale its whole module
     dtypes = {name: "fp32" if name.endswith(".alpha") else dtype for name in tensors}
     stored = {name: _store(path, name, tensor, dtypes[name]) for name, tensor in tensors.items()}
     write_safetensors(path, stored, {**head, **adapter})
-
-
-def _balanced(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors with A and B balanced for fp16, module by module."""
-    found = dict(tensors)
-    for name in tensors:
-        for down, up in ((".lora_down.", ".lora_up."), (".lora_A.", ".lora_B.")):
-            if down in name:
-                other = name.replace(down, up)
-                found[name], found[other] = balanced((tensors[name], tensors[other]))
-    return found
 
 
 def _check_request(lora: Lora, path: Path, layout: str, alpha: float | None, dtype: str) -> None:
@@ -224,12 +212,22 @@ def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA", base: str = 
         for path, module in unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
-    for path, (down, up) in lora.modules.items():
-        shape = (up.shape[0], *down.shape[1:])
-        if path not in weights:
-            raise misfit(lora, name, base, f"the base has no {path}")
-        if shape != weights[path]:
-            raise misfit(lora, name, base, f"{path} is {by(shape)} in the LoRA and {by(weights[path])} in the base")
+    for path, pair in lora.modules.items():
+        check_shape(lora, path, pair, weights.get(path), name, base)
+
+
+def check_shape(lora: Lora, path: str, pair: Pair, wanted: tuple[int, ...] | None, name: str, base: str) -> None:
+    """Check one module's pair of a LoRA against the shape of the weight that it changes; None: there is none.
+
+    Raises:
+        UserError: it is missing or of another shape.
+    """
+    if wanted is None:
+        raise misfit(lora, name, base, f"the base has no {path}")
+    down, up = pair
+    shape = (up.shape[0], *down.shape[1:])
+    if shape != wanted:
+        raise misfit(lora, name, base, f"{path} is {by(shape)} in the LoRA and {by(wanted)} in the base")
 
 
 def misfit(lora: Lora, name: str, base: str, why: str) -> UserError:

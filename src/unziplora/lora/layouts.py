@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 """Header key in which diffusers keeps rank and alpha of its own layout (and of no other: it raises)."""
 
 
-def kohya(pairs: Mapping[str, Pair], alpha: float, blocks: str = "sgm", layers: int = keys.LAYERS) -> dict[str, Tensor]:
+Fit = Callable[[Pair], Pair]
+"""What makes a pair fit the numbers that it is stored in, ΔW unchanged."""
+
+
+def kohya(
+    pairs: Mapping[str, Pair], alpha: float, blocks: str = "sgm", layers: int = keys.LAYERS, fit: Fit | None = None
+) -> dict[str, Tensor]:
     """UNet and text encoder modules by kohya's names, one alpha for all: B is multiplied by rank / alpha.
 
     Args:
@@ -24,18 +30,19 @@ def kohya(pairs: Mapping[str, Pair], alpha: float, blocks: str = "sgm", layers: 
         alpha: written for every module.
         blocks: "sgm" or "diffusers" spelling inside the names.
         layers: resnets per down block of the base, for sgm's.
+        fit: applied to every pair as it is written.
     """
     tensors = {}
     for path, (down, up) in pairs.items():
         text = path.startswith("text_encoder")
         name = keys.text_to_kohya(path) if text else keys.to_kohya(path, blocks, layers)
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
-        tensors[f"{name}.lora_down.weight"] = down
-        tensors[f"{name}.lora_up.weight"] = up * (down.shape[0] / alpha)
+        written = down, up * (down.shape[0] / alpha)
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = fit(written) if fit else written
     return tensors
 
 
-def diffusers(pairs: Mapping[str, Pair], alpha: float | None) -> tuple[dict[str, Tensor], str]:
+def diffusers(pairs: Mapping[str, Pair], alpha: float | None, fit: Fit | None = None) -> tuple[dict[str, Tensor], str]:
     """All modules by diffusers/PEFT's names, and the adapter metadata (JSON) that keeps ranks and alpha.
 
     Without a chosen alpha each module's is its rank: right also for readers that know no adapter metadata.
@@ -46,8 +53,8 @@ def diffusers(pairs: Mapping[str, Pair], alpha: float | None) -> tuple[dict[str,
     for path, (down, up) in pairs.items():
         name = path if path.startswith("text_encoder") else f"unet.{path}"
         rank = down.shape[0]
-        tensors[f"{name}.lora_A.weight"] = down
-        tensors[f"{name}.lora_B.weight"] = up if alpha is None else up * (rank / alpha)
+        written = down, up if alpha is None else up * (rank / alpha)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = fit(written) if fit else written
         component, _, module = name.partition(".")
         # transformers 5 has no `text_model.` level, 4 has; PEFT matches the ends of names, so leave it out.
         ranks.setdefault(component, {})[module.removeprefix("text_model.")] = rank

@@ -18,16 +18,14 @@ LAYERS_KEY = "unziplora.layers_per_block"
 THUMBNAIL = 256
 """Longest side of the thumbnail in pixels."""
 
-BASE_VERSION = "ss_base_model_version"
-
 SDXL = {
     # Without an `sdxl_` value here A1111 takes the file for SD 1 and hides it.
-    BASE_VERSION: "sdxl_base_v1-0",
+    "ss_base_model_version": "sdxl_base_v1-0",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
 }
 SMALL = {
     # A small base of SDXL's topology: nothing that lists this file for SDXL could apply it, so it must not say so.
-    BASE_VERSION: "small-sdxl-topology",
+    "ss_base_model_version": "small-sdxl-topology",
     "modelspec.architecture": "small-sdxl-topology/lora",
 }
 
@@ -119,7 +117,7 @@ def header(
         if not isinstance(key, str) or not isinstance(value, str):
             raise UserError(f"metadata {key!r}: {value!r} must be a string")
     found = {key: value for key, value in described.items() if not key.startswith(_OURS) and key != "format"}
-    if full_size and not found.get(BASE_VERSION, "").startswith("sdxl"):
+    if full_size and not says_sdxl(found):
         found |= SDXL  # the tensors tell what the header left out or got wrong, and A1111 goes by the header
     return {
         "modelspec.sai_model_spec": "1.0.1",
@@ -133,6 +131,11 @@ def header(
         "ss_network_alpha": f"{alpha:g}",
         "ss_network_args": "{}",
     }
+
+
+def says_sdxl(metadata: Mapping[str, str]) -> bool:
+    """Whether a header names SDXL as the base, where A1111 looks."""
+    return metadata.get("ss_base_model_version", "").startswith("sdxl")
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:

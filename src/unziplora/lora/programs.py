@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from unziplora.lora.grouping import Grouped
 from unziplora.lora.layouts import ADAPTER_METADATA
-from unziplora.lora.metadata import BASE_VERSION
+from unziplora.lora.metadata import says_sdxl
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 
@@ -64,7 +64,7 @@ def loads_in(grouped: Grouped, full_size: bool, metadata: dict[str, str]) -> dic
     if grouped.layout == "diffusers":
         verdicts["ComfyUI"] = _comfyui_drops(list(grouped.unet))
     if grouped.layout.startswith("kohya"):
-        if not metadata.get(BASE_VERSION, "").startswith("sdxl"):
+        if not says_sdxl(metadata):
             verdicts["A1111"] = ("partly", "hidden as SD 1: the header lacks ss_base_model_version = sdxl_…")
         if len({factors.alpha for factors in grouped.unet.values()}) > 1 and verdicts["diffusers"][0] == "yes":
             verdicts["diffusers"] = ("partly", "alphas differ: attention modules load at a wrong strength")

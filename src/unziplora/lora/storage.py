@@ -49,7 +49,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             length = int.from_bytes(start[:8], "little")
             file.seek(8)
             head = _header(path, file.read(min(length, size)), length, size)
-        return load_file(path), {str(key): str(value) for key, value in head.get("__metadata__", {}).items()}
+        return load_file(path), {str(key): str(value) for key, value in head["__metadata__"].items()}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: damaged safetensors file ({error}); fetch it again") from None
     except OSError as error:
