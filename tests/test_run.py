@@ -15,7 +15,8 @@ from PIL import Image
 from unziplora.atomic import atomic_folder, atomic_write
 from unziplora.config_split import SplitConfig
 from unziplora.errors import MachineError, UserError
-from unziplora.run import RunFolder
+from unziplora.run import RunFolder, loras_of
+from unziplora.sources import find_source
 
 
 def recipe(out: Path, **changes: object) -> SplitConfig:
@@ -252,3 +253,14 @@ def test_samples_are_png(run: RunFolder) -> None:
     assert path == run.samples / "000200.png"
     with Image.open(path) as picture:
         assert picture.format == "PNG"
+
+
+def test_a_run_that_stopped_between_its_files_is_no_content_alone(run: RunFolder) -> None:
+    run.content.touch()
+    assert loras_of(run.path) == {"content": run.path, "style": run.path}
+    with pytest.raises(UserError, match=r"no style\.safetensors in it; the run is not finished: resume it"):
+        find_source(run.path, "style")
+    run.card.touch()
+    assert loras_of(run.path) == {"content": run.path}
+    with pytest.raises(UserError, match=r"it holds content\.safetensors: give the file that you mean"):
+        find_source(run.path, "style")

@@ -111,6 +111,11 @@ class RunFolder:
         """Whether a run began here: a config.toml alone may be somebody's own."""
         return self.config_file.is_file() and self.checkpoints.is_dir()
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run began here and has not written its last file, the card."""
+        return self._begun() and not self.card.exists()
+
     @classmethod
     def resume(cls, path: Path, config: Recipe) -> RunFolder:
         """Open the folder of an interrupted run, tidy it, and check that the recipe is the same.
@@ -258,12 +263,14 @@ class RunFolder:
 def loras_of(run: Path) -> dict[str, Path]:
     """What a run folder gives to sample, by kind: its content and its style LoRA, or its one LoRA for both.
 
-    A file is one LoRA: a style's if its name says so, else a content's.
+    A file is one LoRA: a style's if its name says so, else a content's. An unfinished run should have both: one that
+    stopped between its two files must not pass for a content alone.
     """
-    if run.expanduser().is_file():
+    folder = run.expanduser()
+    if folder.is_file():
         return {"style" if "style" in run.stem.lower() else "content": run}
-    merged = run.expanduser() / f"{MERGED}.safetensors"
+    merged = folder / f"{MERGED}.safetensors"
     if merged.is_file():
         return {"content": merged}
-    found = {kind: run for kind in KINDS if (run.expanduser() / f"{kind}.safetensors").is_file()}
-    return found or dict.fromkeys(KINDS, run)
+    found = {kind: run for kind in KINDS if (folder / f"{kind}.safetensors").is_file()}
+    return found if found and not RunFolder(folder).unfinished else dict.fromkeys(KINDS, run)

@@ -15,7 +15,7 @@ from unziplora.config_training import SDXL
 from unziplora.config_zip import joined_prompt
 from unziplora.errors import UserError
 from unziplora.prompts import Prompts
-from unziplora.run import KINDS, MERGED
+from unziplora.run import KINDS, MERGED, RunFolder
 
 WORD = re.compile(r"\{(\w+)\}")
 
@@ -82,10 +82,11 @@ def find_source(path: Path, kind: str) -> Source:
 def _instead(folder: Path) -> str:
     """What to do about a folder without the LoRA that was looked for."""
     others = [name for name in (*KINDS, MERGED) if (folder / f"{name}.safetensors").is_file()]
+    if RunFolder(folder).unfinished or (not others and (folder / "config.toml").is_file()):
+        return "the run is not finished: resume it, or give a LoRA file"
     if others:
         return f"it holds {' and '.join(f'{name}.safetensors' for name in others)}: give the file that you mean"
-    known = (folder / "config.toml").is_file()
-    return f"{'the run is not finished: resume it' if known else 'this is no run folder'}, or give a LoRA file"
+    return "this is no run folder: give one, or a LoRA file"
 
 
 def _run(file: Path) -> dict[str, Any]:
