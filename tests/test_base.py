@@ -13,10 +13,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from unziplora import base_hub
 from unziplora.base import BUNDLED, Base, load_base
 from unziplora.base_checkpoint import clip_tokenizer, is_full_size
-from unziplora.base_files import Header, read_header
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import MachineError, UserError
 from unziplora.generate import generate
+from unziplora.lora.storage import Header, read_header
 
 
 @pytest.fixture

@@ -463,7 +463,7 @@ class TestFiles:
         for command in (["inspect", "a.pt"], ["convert", "a.pt", "b.safetensors"]):
             done = call(*command)
             assert done.code == 2
-            assert "never opened" in done.err
+            assert "it never is; convert it to .safetensors" in done.err
 
 
 class TestPictures:

@@ -18,6 +18,7 @@ from unziplora import base_checkpoint, base_files
 from unziplora.base_hub import HUB_ID, download
 from unziplora.config_training import SDXL
 from unziplora.errors import MachineError, UserError, first_line
+from unziplora.lora.storage import Header, read_header
 from unziplora.quiet import quiet
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -136,7 +137,8 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
 
 
 def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    header = base_files.read_header(path)
+    base_files.check_suffix(path)
+    header = read_header(path)
     base_checkpoint.check_checkpoint(path, header)
     folder = config_folder(path, header)
     base_files.check_unet_config(folder, str(path))
@@ -161,7 +163,7 @@ def _file_vae(path: Path, folder: Path, dtype: torch.dtype) -> AutoencoderKL:
     )
 
 
-def config_folder(path: Path, header: base_files.Header) -> Path:
+def config_folder(path: Path, header: Header) -> Path:
     """The folder that describes a single-file checkpoint.
 
     In this order: a folder of the file's name without its suffix; the folder that holds the file, when it

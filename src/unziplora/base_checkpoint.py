@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import CLIPTokenizer
 
-from unziplora.base_files import Header, other_family
+from unziplora.base_files import other_family
 from unziplora.errors import UserError
+from unziplora.lora.storage import Header
 
 LDM = "model.diffusion_model."
 # What a checkpoint of another family holds, by a key that only it has. Prefixes count.

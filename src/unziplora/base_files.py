@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from unziplora.errors import UserError
+from unziplora.lora.storage import PICKLES, UNPICKLE, read_header
 
-from unziplora.errors import MachineError, UserError
-from unziplora.lora.storage import is_pickle
-
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # model.safetensors, diffusion_pytorch_model.fp16.safetensors, model-00001-of-00002.safetensors …
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
-UNPICKLE = "it is a pickle, which can run code when it is opened, so it is never loaded; convert it to .safetensors"
 CLASSES = {
     "StableDiffusionPipeline": "Stable Diffusion 1 or 2",
     "StableDiffusion3Pipeline": "Stable Diffusion 3",
@@ -30,39 +25,16 @@ CLASSES = {
 }
 
 
-@dataclass(frozen=True)
-class Header:
-    """Names and shapes of a safetensors file's tensors, and its metadata; no weights."""
-
-    shapes: dict[str, tuple[int, ...]]
-    metadata: dict[str, str]
-
-
-def read_header(path: Path) -> Header:
-    """Read what a safetensors file holds.
+def check_suffix(path: Path) -> None:
+    """Refuse a single file that by its name is no base.
 
     Raises:
-        UserError: it is a pickle, truncated, or no safetensors file at all.
-        MachineError: it cannot be read.
+        UserError: it is a pickle or a file of another format.
     """
     if path.suffix.lower() in PICKLES:
         raise UserError(f"{path}: {UNPICKLE}")
     if path.suffix.lower() != ".safetensors":
         raise UserError(f"{path}: not a .safetensors file; bases are diffusers folders or .safetensors files")
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            raise UserError(f"{path}: only a git-lfs pointer, not the weights; run `git lfs pull` in its repository")
-        if is_pickle(start):
-            raise UserError(f"{path}: {UNPICKLE} (its name says .safetensors, its content does not)")
-        with safe_open(path, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            return Header(shapes, dict(file.metadata() or {}))
-    except SafetensorError as error:
-        raise UserError(f"{path}: truncated or not a safetensors file ({error}); copy or download it again") from None
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.base import BUNDLED, SAMPLE_SIZE, config_folder
-from unziplora.base_files import check_folder, read_header, read_json
+from unziplora.base_files import check_folder, check_suffix, read_json
 from unziplora.base_hub import HUB_ID
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError, first_line
 from unziplora.lora.layer import TARGETS, target_linears
+from unziplora.lora.storage import read_header
 from unziplora.progress import size
 from unziplora.quiet import quiet
 
@@ -163,6 +164,7 @@ def _folder(source: str) -> Path | None:
         check_folder(path, half=True)
         return path
     if path.is_file():
+        check_suffix(path)
         return config_folder(path, read_header(path))
     if source != "bundled" and HUB_ID.fullmatch(source) and path.suffix != ".safetensors":
         return _fetched(source)

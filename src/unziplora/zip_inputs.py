@@ -11,7 +11,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from unziplora.base_files import read_header
 from unziplora.class_pictures import FIRST_SEED
 from unziplora.config import resolve
 from unziplora.config_zip import ZipConfig, joined_prompt
@@ -22,6 +21,7 @@ from unziplora.images import to_tensor
 from unziplora.lora.algebra import Pair, cat, scale
 from unziplora.lora.files import Lora, by, read_lora, text_tensors
 from unziplora.lora.separation import NAMES
+from unziplora.lora.storage import read_header
 from unziplora.methods.common import Setup
 from unziplora.mount import Mounted, Part
 from unziplora.objective import Examples
@@ -58,8 +58,7 @@ def complete(config: ZipConfig) -> ZipConfig:
 def _source(path: Path, name: str) -> Source:
     """A LoRA file with its run's settings: those beside it, or those in its header."""
     source = find_source(path, name)
-    told = source.run or source.file.suffix != ".safetensors"
-    return source if told else with_metadata(source, read_header(source.file).metadata)
+    return source if source.run else with_metadata(source, read_header(source.file).metadata)
 
 
 def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) -> dict[str, Lora]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
@@ -16,10 +18,18 @@ from torch import Tensor
 from unziplora.atomic import atomic_write
 from unziplora.errors import MachineError, UserError
 
-_PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
-_CONVERT = "convert it to .safetensors with the program that made it: pickled files can run code and are never opened"
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+UNPICKLE = "a pickled file, which can run code when it is opened, so it never is; convert it to .safetensors"
 # A pickle begins with PROTO and its number, 2 to 5.
 _PROTOCOLS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+
+
+@dataclass(frozen=True)
+class Header:
+    """Names and shapes of a safetensors file's tensors, and its metadata; no weights."""
+
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
 
 
 def is_pickle(start: bytes) -> bool:
@@ -30,27 +40,31 @@ def is_pickle(start: bytes) -> bool:
     return start.startswith(b"PK\x03\x04") or (start[:2] in _PROTOCOLS and start[8:9] != b"{")
 
 
-def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a safetensors file; files of other kinds are refused by name.
+def read_header(path: Path) -> Header:
+    """Read what a safetensors file holds; files of other kinds are refused by name.
 
     Raises:
         UserError: the file is missing, a folder, a pickle, truncated or no safetensors file.
         MachineError: the machine cannot read it.
     """
+    with _faults_named(path):
+        metadata = _checked(path)
+        with safe_open(path, "pt") as file:
+            return Header({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, metadata)  # noqa: SIM118
+
+
+def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Errors as in `read_header`."""
+    with _faults_named(path):
+        metadata = _checked(path)
+        return load_file(path), metadata
+
+
+@contextmanager
+def _faults_named(path: Path) -> Iterator[None]:
     try:
-        if path.is_dir():
-            found = sorted(file.name for file in path.glob("*.safetensors"))
-            raise UserError(f"{path} is a folder: name the file" + (f", such as {found[0]}" if found else ""))
-        if not path.exists():
-            raise UserError(f"{path}: no such file")
-        with path.open("rb") as file:
-            start, size = file.read(64), path.stat().st_size
-            _refuse_other_files(path, start, size)
-            length = int.from_bytes(start[:8], "little")
-            file.seek(8)
-            head = _header(path, file.read(min(length, size)), length, size)
-        return load_file(path), {str(key): str(value) for key, value in head["__metadata__"].items()}
-    except safetensors.SafetensorError as error:
+        yield
+    except SafetensorError as error:
         raise UserError(f"{path}: damaged safetensors file ({error}); fetch it again") from None
     except OSError as error:
         raise MachineError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -58,17 +72,33 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise MachineError(f"{path}: not enough memory to read it") from None
 
 
+def _checked(path: Path) -> dict[str, str]:
+    """The metadata of a file that is a whole safetensors file, as far as its header tells."""
+    if path.is_dir():
+        found = sorted(file.name for file in path.glob("*.safetensors"))
+        raise UserError(f"{path} is a folder: name the file" + (f", such as {found[0]}" if found else ""))
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        start, size = file.read(64), path.stat().st_size
+        _refuse_other_files(path, start, size)
+        length = int.from_bytes(start[:8], "little")
+        file.seek(8)
+        head = _header(path, file.read(min(length, size)), length, size)
+    return {str(key): str(value) for key, value in head["__metadata__"].items()}
+
+
 def _refuse_other_files(path: Path, start: bytes, size: int) -> None:
     if size == 0:
         raise UserError(f"{path}: the file is empty; fetch it again")
-    if path.suffix.lower() in _PICKLES or is_pickle(start):
-        raise UserError(f"{path}: a pickled file; {_CONVERT}")
+    if path.suffix.lower() in PICKLES or is_pickle(start):
+        raise UserError(f"{path}: {UNPICKLE}")
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a Git LFS pointer, not the file itself; run 'git lfs pull'")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise UserError(f"{path}: a web page, not a model: the download asked for a login; fetch it again")
     if start.startswith(b"GGUF"):
-        raise UserError(f"{path}: a GGUF file; LoRAs are read from .safetensors files")
+        raise UserError(f"{path}: a GGUF file; only .safetensors files are read")
     if size < 9 or start[8:9] != b"{":
         raise UserError(f"{path}: not a safetensors file")
 
