@@ -15,7 +15,7 @@ from unziplora.base import BUNDLED, Base, load_base
 from unziplora.base_checkpoint import clip_tokenizer, is_full_size
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import MachineError, UserError
-from unziplora.generate import generate
+from unziplora.generate import Settings, generate
 from unziplora.lora.storage import Header, read_header
 
 
@@ -120,7 +120,7 @@ def test_tiny_autoencoder_is_as_good_as_sdxls(shared_base: Base, tmp_path: Path)
     type(shared_base.pipe)(**parts, add_watermarker=False).save_pretrained(tmp_path / "taesd")
     base = load_base(str(tmp_path / "taesd"))
     expected = base.pipe("a cat", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
-    (got,) = generate(base, "a cat", seeds=[0], steps=1)
+    (got,) = generate(base, "a cat", [0], Settings(steps=1))
     assert base.resolution == 64
     assert got.tobytes() == expected.tobytes()
 

@@ -187,7 +187,7 @@ class TestPrior:
 
     def test_class_pictures_are_made_once_kept_and_used_again(self, tiny_base: Base, tmp_path: Path):
         told: list[str] = []
-        settings = Settings(1, 1.0, width=64, height=64, batch_size=2)
+        settings = Settings(steps=1, guidance=1.0, width=64, height=64, batch_size=2)
         first = class_pictures(tiny_base, "a cat", 3, settings, told.append)
         (folder,) = (tmp_path / "cache" / "class-pictures").iterdir()
         assert len(list(folder.glob("*.png"))) == 3
@@ -210,9 +210,9 @@ class TestPrior:
         own = tmp_path / "cats"
         own.mkdir()
         Image.new("RGB", (100, 70), "red").save(own / "mine.jpg")
-        pictures = class_pictures(tiny_base, "a cat", 1, Settings(1, 1.0, width=64), [].append, own)
+        pictures = class_pictures(tiny_base, "a cat", 1, Settings(steps=1, guidance=1.0, width=64), [].append, own)
         assert [picture.size for picture in pictures] == [(64, 64)]
-        settings = Settings(1, 1.0, width=64)
+        settings = Settings(steps=1, guidance=1.0, width=64)
         made = class_pictures(tiny_base, "a cat", 3, settings, [].append, own)
         again = class_pictures(tiny_base, "a cat", 3, settings, [].append, own)
         assert [p.tobytes() for p in made] == [p.tobytes() for p in again]

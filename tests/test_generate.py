@@ -128,13 +128,13 @@ def test_default_pictures_are_those_of_diffusers_pipeline(shared_base: Base):
     expected = shared_base.pipe(
         "a cat", num_inference_steps=2, guidance_scale=5.0, generator=torch.Generator().manual_seed(0)
     ).images[0]
-    (got,) = generate(shared_base, "a cat", seeds=[0], steps=2)
+    (got,) = generate(shared_base, "a cat", [0], Settings(steps=2))
     assert got.size == (64, 64)
     assert got.tobytes() == expected.tobytes()
 
 
 def test_size_is_the_bases_or_the_users(shared_base: Base):
-    assert generate(shared_base, "a cat", seeds=[0], steps=1, width=80, height=40)[0].size == (80, 40)
+    assert generate(shared_base, "a cat", [0], Settings(steps=1, width=80, height=40))[0].size == (80, 40)
     assert generate_latents(shared_base, "a cat", [0, 1], Settings(steps=1)).shape == (2, 4, 8, 8)
 
 
@@ -165,14 +165,14 @@ def test_unet_is_left_in_training_mode(tiny_base: Base):
 )
 def test_settings_that_cannot_be_are_refused(shared_base: Base, settings: dict, message: str):
     with pytest.raises(UserError, match=message):
-        generate(shared_base, "a cat", seeds=[0], **settings)
+        generate(shared_base, "a cat", [0], Settings(**settings))
 
 
 def test_seeds_that_cannot_be_are_refused(shared_base: Base):
     with pytest.raises(UserError, match="no seeds"):
-        generate(shared_base, "a cat", seeds=[])
+        generate(shared_base, "a cat", [])
     with pytest.raises(UserError, match="from 0 on"):
-        generate(shared_base, "a cat", seeds=[-1])
+        generate(shared_base, "a cat", [-1])
 
 
 def test_zero_terminal_snr_starts_at_the_last_timestep(tiny_base: Base):

@@ -9,7 +9,7 @@ from unziplora.base import Base
 from unziplora.config import resolve
 from unziplora.config_sample import GridConfig
 from unziplora.errors import UserError
-from unziplora.generate import generate
+from unziplora.generate import Settings, generate
 from unziplora.grid import grid, sheet
 from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.layer import adapted, add_lora
@@ -101,7 +101,7 @@ def test_strength_grid_shows_every_pair(fresh_base, loras: dict[str, Path], tmp_
         for style in (0.0, 0.5, 1.0):
             for layer in adapted(base.unet).values():
                 layer.branches["content"].strength, layer.branches["style"].strength = content, style
-            expected += generate(base, "a cat", seeds=[0], steps=1)
+            expected += generate(base, "a cat", [0], Settings(steps=1))
     assert [cell.tobytes() for cell in shown] == [picture.tobytes() for picture in expected]
     assert len({cell.tobytes() for cell in shown}) == 6
 
@@ -111,7 +111,7 @@ def test_prompt_grid_shows_every_prompt_with_every_seed(shared_base: Base, tmp_p
     assert config.axes() == ("prompt", "seed")
     with Image.open(grid(config, shared_base)) as picture:
         shown = cells(picture.convert("RGB"), 64, 2, 3)
-    expected = [p for prompt in config.prompts for p in generate(shared_base, prompt, seeds=[1, 2, 3], steps=1)]
+    expected = [p for prompt in config.prompts for p in generate(shared_base, prompt, [1, 2, 3], Settings(steps=1))]
     assert [cell.tobytes() for cell in shown] == [picture.tobytes() for picture in expected]
 
 

@@ -131,7 +131,7 @@ def test_pictures_of_a_pair_are_swaps_of_one_word(tiny_base: Base):
     assert {axis: [len(row) for row in rows] for axis, rows in drawn.items()} == {"content": [2] * 5, "style": [2] * 5}
 
     def same(pictures: list[Image.Image], prompt: str, other: str, choice: list[str]) -> bool:
-        latents = swap(tiny_base, prompt, other, choice, [4, 5], Settings(1, 1.0))
+        latents = swap(tiny_base, prompt, other, choice, [4, 5], Settings(steps=1, guidance=1.0))
         made = tiny_base.vae.decode(latents / tiny_base.vae.config.scaling_factor, return_dict=False)[0]
         wanted = tiny_base.pipe.image_processor.postprocess(made.detach(), output_type="pil")
         pairs = [

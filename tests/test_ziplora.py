@@ -327,7 +327,7 @@ class TestPictures:
         assert told == ["the content LoRA makes 2 pictures to learn from: a sks cat"]
         other = fresh_base()
         mounted = Mounted(other, [Part("content", loras["content"], {}, "")])
-        settings = Settings(1, 2.0, width=64, height=64)
+        settings = Settings(steps=1, guidance=2.0, width=64, height=64)
         wanted = generate_latents(other, "a sks cat", [FIRST_SEED, FIRST_SEED + 1], settings)
         torch.testing.assert_close(method.learnt.alone["content"].latents, wanted)
         mounted.remove()

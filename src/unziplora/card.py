@@ -88,7 +88,7 @@ def folder_argument(path: Path) -> str:
     return argument(f"./{text}" if text.startswith("-") else text)
 
 
-def pictures_told(config: PictureConfig) -> str:
+def picture_count(config: PictureConfig) -> str:
     """How many pictures were learnt from, in words."""
     return "one picture" if len(config.images) == 1 else f"{len(config.images)} pictures"
 

@@ -28,7 +28,7 @@ def class_pictures(
     prompt: str,
     count: int,
     settings: Settings,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     folder: Path | None = None,
 ) -> list[Image.Image]:
     """Pictures of a class, square, of the settings' width, by file name: those in the folder, and new ones, now kept.
@@ -38,7 +38,7 @@ def class_pictures(
         prompt: what the class is called.
         count: how many are wanted.
         settings: how to make them.
-        tell: told when pictures are made.
+        report: called when pictures are made.
         folder: any pictures in it count; default: a folder in the user's cache for this base, prompt and settings.
 
     Raises:
@@ -56,7 +56,7 @@ def class_pictures(
     free = (seed for seed in itertools.count(FIRST_SEED + len(found)) if not (folder / f"{seed}.png").exists())
     seeds = list(itertools.islice(free, count - len(found)))
     if seeds:
-        tell(f"generating {len(seeds)} class pictures into {folder}: {prompt}")
+        report(f"generating {len(seeds)} class pictures into {folder}: {prompt}")
     for start in range(0, len(seeds), settings.batch_size):
         batch = seeds[start : start + settings.batch_size]
         made = decode(base, generate_latents(base, prompt, batch, settings))

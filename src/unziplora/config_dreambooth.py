@@ -77,10 +77,10 @@ class DreamBoothConfig(PictureConfig):
         """What the LoRA is, and its file's name: content, style, or both in one lora."""
         return "lora" if self.content and self.style else "content" if self.content else "style"
 
-    def told_prompts(self) -> dict[str, str]:
+    def filled_prompts(self) -> dict[str, str]:
         """The prompts of the pictures, each once, and that of the class pictures."""
         pictures = {f"picture {number}": text for number, text in enumerate(dict.fromkeys(self.picture_prompts()), 1)}
-        return {**pictures, **(super().told_prompts() if self.prior else {})}
+        return {**pictures, **(super().filled_prompts() if self.prior else {})}
 
     def picture_prompts(self) -> list[str]:
         """The prompt of each picture, with the words filled in."""

@@ -157,7 +157,7 @@ class SplitConfig(PictureConfig):
         self.check_rates(content_learning_rate=self.content_learning_rate, style_learning_rate=self.style_learning_rate)
         return self
 
-    def told_prompts(self) -> dict[str, str]:
+    def filled_prompts(self) -> dict[str, str]:
         """The three prompts."""
         return self.prompts()
 

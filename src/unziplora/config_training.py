@@ -124,7 +124,7 @@ class TrainingConfig(Recipe):
                 f"set {' and '.join(rates)} to 1"
             )
 
-    def told_prompts(self) -> dict[str, str]:
+    def filled_prompts(self) -> dict[str, str]:
         """The prompts that templates make, by name, to be shown before a run."""
         templates = {name.removesuffix("_prompt"): text for name, text in self if name.endswith("_prompt") and text}
         return {name: self.fill(text) for name, text in templates.items()}

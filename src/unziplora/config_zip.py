@@ -65,7 +65,7 @@ class ZipConfig(TrainingConfig):
             raise ValueError("Prodigy is for matrices: column scales are trained by adamw")
         return self
 
-    def told_prompts(self) -> dict[str, str]:
+    def filled_prompts(self) -> dict[str, str]:
         """The three prompts."""
         return self.prompts()
 

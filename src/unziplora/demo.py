@@ -76,13 +76,13 @@ def demo(
         UserError, MachineError, Interrupted: as `split`.
     """
     start = time.monotonic()
-    tell = progress or (lambda _: None)
+    report = progress or (lambda _: None)
     if base != "bundled":
         inspect_base(base)  # one that is not there is told before a folder is made
     folder = free_folder(Path(out))
     noise = base == "bundled" and not (BUNDLED / "emoji-xl" / "model_index.json").is_file()
     if noise:
-        tell(Progress(0, 0, message=NOISE))
+        report(Progress(0, 0, message=NOISE))
         base = str(save_standin(folder / ".stand-in").resolve())
     given: dict[str, Any] = {"base": base, "preset": "bundled", "sample_seeds": []}
     if steps:
@@ -92,16 +92,16 @@ def demo(
         for name, words in read_toml(DEMO / "words.toml").items()
     ]
     try:
-        split_all(configs, tell)
+        split_all(configs, report)
     except Interrupted:
         raise Interrupted("the demo was stopped; run it again") from None
-    tell(Progress(0, 0, message="making the strip"))
+    report(Progress(0, 0, message="making the strip"))
     strip = folder / "strip.png"
     write_png(strip, make_strip(configs[0], configs[1]))
     return Demo(runs=[config.out for config in configs], strip=strip, noise=noise, seconds=time.monotonic() - start)
 
 
-def split_all(configs: Sequence[SplitConfig], tell: Callback) -> None:
+def split_all(configs: Sequence[SplitConfig], report: Callback) -> None:
     """Split two pictures, on a CPU side by side: there two trainings on half the cores each are done sooner.
 
     Raises:
@@ -111,16 +111,16 @@ def split_all(configs: Sequence[SplitConfig], tell: Callback) -> None:
     threads = torch.get_num_threads()
     if threads < 2 or pick_device(configs[0].device).type != "cpu":
         for config, what in zip(configs, pictures, strict=True):
-            tell(Progress(0, 0, message=f"splitting {what}"))
-            split(config, progress=tell)
+            report(Progress(0, 0, message=f"splitting {what}"))
+            split(config, progress=report)
         return
     first, second = configs
-    tell(Progress(0, 0, message=f"splitting {pictures[0]}, and in another process {pictures[1]}"))
+    report(Progress(0, 0, message=f"splitting {pictures[0]}, and in another process {pictures[1]}"))
     with beside(second, threads // 2) as wait:
         torch.set_num_threads(threads - threads // 2)
         try:
-            split(first, progress=tell)
-            tell(Progress(0, 0, message=f"waiting for {pictures[1]}"))
+            split(first, progress=report)
+            report(Progress(0, 0, message=f"waiting for {pictures[1]}"))
             wait()
         finally:
             torch.set_num_threads(threads)

@@ -18,11 +18,11 @@ from unziplora.lora.layer import BranchedLinear, inject, unwrap
 from unziplora.prompts import Embeddings, Prompts, condition, embed_negative, joined, visiting
 from unziplora.schedulers import make_scheduler
 
-Progress = Callable[[int, int], None]
+StepCallback = Callable[[int, int], None]
 """Called with (denoising steps done, steps in all), over all pictures."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to sample.
 
@@ -49,23 +49,11 @@ class Settings:
 def generate(
     base: Base,
     prompts: Prompts | str,
-    *,
     seeds: Sequence[int],
-    steps: int = 30,
-    guidance: float = 5.0,
-    guidance_rescale: float = 0.0,
-    negative: str | tuple[str, str, str] = "",
-    width: int | None = None,
-    height: int | None = None,
-    scheduler: str = "base",
-    batch_size: int = 1,
-    progress: Progress | None = None,
+    settings: Settings | None = None,
+    progress: StepCallback | None = None,
 ) -> list[Image.Image]:
-    """Make one picture per seed with whatever LoRAs are in the UNet: `generate_latents`, then `decode`.
-
-    The keywords are `Settings`. Errors as in these two.
-    """
-    settings = Settings(steps, guidance, guidance_rescale, negative, width, height, scheduler, batch_size)
+    """Make one picture per seed with whatever LoRAs are in the UNet: `generate_latents`, then `decode`."""
     return decode(base, generate_latents(base, prompts, seeds, settings, progress))
 
 
@@ -75,7 +63,7 @@ def generate_latents(
     prompts: Prompts | str,
     seeds: Sequence[int],
     settings: Settings | None = None,
-    progress: Progress | None = None,
+    progress: StepCallback | None = None,
 ) -> Tensor:
     """Denoise one latent per seed, [N, C, h, w] on the UNet's device, in the UNet's scaling.
 
@@ -220,7 +208,7 @@ def _check(base: Base, seeds: Sequence[int], settings: Settings, width: int, hei
             raise UserError(f"{name} {side}: must be a multiple of {unit}; the nearest is {near}")
 
 
-def _share(progress: Progress | None, steps: int, start: int, count: int, pictures: int) -> Callable[[int], None]:
+def _share(progress: StepCallback | None, steps: int, start: int, count: int, pictures: int) -> Callable[[int], None]:
     """Report a batch's steps as part of the whole."""
 
     def report(done: int) -> None:
@@ -230,7 +218,7 @@ def _share(progress: Progress | None, steps: int, start: int, count: int, pictur
     return report
 
 
-def part(progress: Progress | None, index: int, count: int) -> Progress | None:
+def part(progress: StepCallback | None, index: int, count: int) -> StepCallback | None:
     """Report one part's steps as a share of the whole, of `count` parts alike."""
     if progress is None:
         return None

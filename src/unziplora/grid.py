@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from unziplora.base import Base
 from unziplora.config_sample import GridConfig
 from unziplora.errors import UserError
-from unziplora.generate import Progress, decode, generate_latents, part
+from unziplora.generate import StepCallback, decode, generate_latents, part
 from unziplora.prompts import Prompts
 from unziplora.sample import Session, describe, open_session, write_picture
 
@@ -67,7 +67,7 @@ def sheet(
     return canvas
 
 
-def grid(config: GridConfig, base: Base | None = None, progress: Progress | None = None) -> Path:
+def grid(config: GridConfig, base: Base | None = None, progress: StepCallback | None = None) -> Path:
     """Make a labelled grid and write it as one PNG that carries its settings; return the file's path.
 
     Args:
@@ -100,7 +100,7 @@ def _values(config: GridConfig, axis: str) -> list[Any]:
     return list({"seed": config.seeds}.get(axis) or getattr(config, f"{axis}s"))
 
 
-def _cell(config: GridConfig, session: Session, cell: dict[str, Any], report: Progress | None) -> Image.Image:
+def _cell(config: GridConfig, session: Session, cell: dict[str, Any], report: StepCallback | None) -> Image.Image:
     """One picture: what an axis does not say is as configured."""
     dials = {name: cell[f"{name}_strength"] for name in session.mounted.names if f"{name}_strength" in cell}
     session.mounted.turn(**dials)

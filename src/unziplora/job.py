@@ -79,16 +79,16 @@ class Job(Generic[C]):
         device = pick_device(config.device)
         dtype = pick_dtype(config.precision, device)
         accelerator = make_accelerator(config, device, dtype, run.path)
-        self.tell(f"loading base {config.base}")
+        self.report(f"loading base {config.base}")
         base = load_base(config.base, dtype, device)
-        setup = Setup(base, self.resolution(base), accelerator.autocast, self.tell)
+        setup = Setup(base, self.resolution(base), accelerator.autocast, self.report)
         method = self.kind.build(config, setup)
-        self.tell("training", memory=True)
+        self.report("training", memory=True)
         done = self.train(base, method, accelerator)
         if done < config.steps:
             raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
         loras, about = method.export(), method.about(config)
-        write_loras(run, config, about, loras, self.of_the_base(method, setup), self.tell_of)
+        write_loras(run, config, about, loras, self.of_the_base(method, setup), self.report_file)
         if config.sample_seeds:
             self.sample(base, method, "samples")
         write_card(run, config, about, loras)
@@ -115,21 +115,21 @@ class Job(Generic[C]):
         if latest is not None:
             start, folder = latest
             trainer.load(folder)
-            self.tell(f"resuming after step {start}")
+            self.report(f"resuming after step {start}")
         run.rewind_log(start)
 
-        def report(step: StepReport) -> None:
+        def after_step(step: StepReport) -> None:
             run.log(step=step.done, loss=step.loss, learning_rate=step.learning_rate, seconds=round(step.seconds, 4))
             accelerator.log({"loss": step.loss, "learning_rate": step.learning_rate}, step=step.done)
             self.step(step)
 
         def save(done: int) -> None:
-            self.tell(f"checkpoint {run.checkpoint(done, trainer.save)}", done)
+            self.report(f"checkpoint {run.checkpoint(done, trainer.save)}", done)
 
         def sample(done: int) -> None:
             self.sample(base, method, f"step-{done:06d}", done)
 
-        return train(trainer, start, report, save, sample)
+        return train(trainer, start, after_step, save, sample)
 
     def of_the_base(self, method: Method[C], setup: Setup) -> dict[str, Any]:
         """What the files' headers tell of the base and of the picture: keywords of `metadata_for`."""
@@ -142,14 +142,14 @@ class Job(Generic[C]):
             "thumbnail": method.pictures[0] if method.pictures else None,
         }
 
-    def tell_of(self, path: Path) -> None:
+    def report_file(self, path: Path) -> None:
         """Report a file that was written."""
-        self.tell(f"wrote {path}", self.config.steps)
+        self.report(f"wrote {path}", self.config.steps)
 
     def sample(self, base: Base, method: Method[C], name: str, done: int = 0) -> None:
         """Write a labelled sheet: the input and the method's views."""
         sheet = sample_sheet(base, method, self.config)
-        self.tell(f"samples {self.run.save_picture(name, sheet)}", done or self.config.steps)
+        self.report(f"samples {self.run.save_picture(name, sheet)}", done or self.config.steps)
 
     def step(self, step: StepReport) -> None:
         """Report a step with the mean speed of the last twenty."""
@@ -157,7 +157,7 @@ class Job(Generic[C]):
         speed = sum(self.recent) / len(self.recent)
         self.progress(Progress(step.done, self.config.steps, step.loss, speed, peak_memory()))
 
-    def tell(self, message: str, done: int = 0, memory: bool = False) -> None:
+    def report(self, message: str, done: int = 0, memory: bool = False) -> None:
         """Report something worth a line."""
         self.progress(
             Progress(done, self.config.steps, memory_bytes=peak_memory() if memory else None, message=message)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Part = TypeVar("Part", Tensor, "np.ndarray[Any, Any]")
 
 
-class Told(Protocol):
+class ConditioningSource(Protocol):
     """The conditioning of pictures, as far as a step asks for it."""
 
     def take(self, index: Tensor) -> Conditioning:
@@ -79,7 +79,7 @@ def denoising_loss(
     min_snr_gamma: float | None = None,
     noise_offset: float = 0.0,
     timestep_shift: float = 1.0,
-    told: Told | None = None,
+    conditioning: ConditioningSource | None = None,
 ) -> Tensor:
     """Mean squared error of the UNet's prediction on noisy latents at random timesteps, a scalar.
 
@@ -91,11 +91,11 @@ def denoising_loss(
         min_snr_gamma: γ of min-SNR weighting (arXiv 2303.09556), or None for equal weights.
         noise_offset: size of an additional noise that is constant over each latent channel.
         timestep_shift: see `shifted`.
-        told: what the UNet is told about the pictures, instead of the examples' own conditioning.
+        conditioning: what the UNet sees beside the noisy latents, instead of the examples' own conditioning.
     """
     drawn = noised(scheduler, examples, batch_size, draw, noise_offset, timestep_shift)
     clean, timesteps = examples.latents[drawn.index], drawn.timesteps
-    prediction = unet(**drawn.told(told or examples.conditioning))[0]
+    prediction = unet(**drawn.unet_inputs(conditioning or examples.conditioning))[0]
     error = (prediction.float() - target(scheduler, clean, drawn.noise, timesteps).float()).square()
     if examples.weights is not None:
         weights = examples.weights[drawn.index]
@@ -123,7 +123,7 @@ class Noised:
     timesteps: Tensor
     latents: Tensor
 
-    def told(self, conditioning: Told) -> dict[str, Any]:
+    def unet_inputs(self, conditioning: ConditioningSource) -> dict[str, Any]:
         """What the UNet is called with, given the conditioning of all pictures."""
         rows = conditioning.take(self.index)
         return {

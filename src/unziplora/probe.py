@@ -21,7 +21,7 @@ from unziplora.base import Base, load_base
 from unziplora.config_probe import Pair, ProbeConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
-from unziplora.generate import Progress, Settings, decode, generate_latents, part
+from unziplora.generate import Settings, StepCallback, decode, generate_latents, part
 from unziplora.lora.files import block_of
 from unziplora.lora.layer import STREAMS
 from unziplora.probe_measures import Clip, Measure, Statistics
@@ -41,7 +41,7 @@ def probe(
     config: ProbeConfig,
     base: Base | None = None,
     measure: Measure | None = None,
-    progress: Progress | None = None,
+    progress: StepCallback | None = None,
 ) -> Findings:
     """Probe every attention block; write blocks.toml, probe.json, probe.png and pictures.png.
 
@@ -110,7 +110,7 @@ def swap(
     blocks: Collection[str],
     seeds: Sequence[int],
     settings: Settings | None = None,
-    progress: Progress | None = None,
+    progress: StepCallback | None = None,
 ) -> Tensor:
     """Latents of a prompt, [N, C, h, w], of which some blocks' cross-attentions see another one.
 
@@ -120,11 +120,13 @@ def swap(
         return generate_latents(base, Prompts(prompt, other, prompt), seeds, settings, progress)
 
 
-def draw(base: Base, config: ProbeConfig, pair: Pair, blocks: Sequence[str], progress: Progress | None = None) -> Drawn:
+def draw(
+    base: Base, config: ProbeConfig, pair: Pair, blocks: Sequence[str], progress: StepCallback | None = None
+) -> Drawn:
     """All pictures of one pair; the pictures of P are the same on both axes."""
     settings = Settings(
-        config.steps,
-        config.guidance,
+        steps=config.steps,
+        guidance=config.guidance,
         width=config.resolution,
         height=config.resolution,
         batch_size=config.batch_size,

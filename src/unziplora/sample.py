@@ -17,13 +17,13 @@ from unziplora.base import Base, load_base
 from unziplora.config_sample import SampleConfig, read_blocks
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
-from unziplora.generate import Progress, Settings, decode, generate, generate_latents
+from unziplora.generate import Settings, StepCallback, decode, generate, generate_latents
 from unziplora.lora.files import read_lora
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
 from unziplora.sources import Source, base_name, find_source, guidance, plan, with_metadata
 
-__all__ = ["Progress", "Session", "Settings", "decode", "generate", "generate_latents", "open_session", "sample"]
+__all__ = ["Session", "Settings", "StepCallback", "decode", "generate", "generate_latents", "open_session", "sample"]
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,11 @@ def strengths(config: SampleConfig, sources: list[Source]) -> dict[str, float]:
 
 def settings(config: SampleConfig, sources: list[Source]) -> Settings:
     """The part of a configuration that says how to sample."""
-    return Settings(
-        config.steps,
-        guidance(config, sources),
-        config.guidance_rescale,
-        config.negative,
-        config.width,
-        config.height,
-        config.scheduler,
-        config.batch_size,
-    )
+    given = {"steps", "guidance_rescale", "negative", "width", "height", "scheduler", "batch_size"}
+    return Settings(guidance=guidance(config, sources), **config.model_dump(include=given))
 
 
-def sample(config: SampleConfig, base: Base | None = None, progress: Progress | None = None) -> list[Path]:
+def sample(config: SampleConfig, base: Base | None = None, progress: StepCallback | None = None) -> list[Path]:
     """Make one picture per prompt and seed and write it as `<seed>.png`, or `<prompt>-<seed>.png` for several.
 
     Every file carries its settings as text, in A1111's form and as JSON. A file that is there with other
@@ -132,7 +124,7 @@ def sample(config: SampleConfig, base: Base | None = None, progress: Progress | 
     return paths
 
 
-def _shift(progress: Progress | None, before: int, total: int) -> Progress | None:
+def _shift(progress: StepCallback | None, before: int, total: int) -> StepCallback | None:
     """Report a batch's steps as part of the whole job."""
     return None if progress is None else lambda done, _: progress(before + done, total)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unziplora.base import Base
 from unziplora.config_training import TrainingConfig
-from unziplora.generate import generate
+from unziplora.generate import Settings, generate
 from unziplora.grid import GAP, LARGEST, sheet
 from unziplora.methods.base import Method
 
@@ -27,18 +27,11 @@ def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Ima
     columns: dict[str, list[Image.Image]] = {}
     if method.pictures:
         columns["input"] = [method.pictures[0]] * len(config.sample_seeds)
-    with _frozen(base):
+    with _without_checkpointing(base):
+        settings = Settings(steps=config.sample_steps, guidance=config.sample_guidance, width=side, height=side)
         for view in method.views():
             with method.off(view.off):
-                columns[view.title] = generate(
-                    base,
-                    view.prompts,
-                    seeds=config.sample_seeds,
-                    steps=config.sample_steps,
-                    guidance=config.sample_guidance,
-                    width=side,
-                    height=side,
-                )
+                columns[view.title] = generate(base, view.prompts, config.sample_seeds, settings)
     room = LONGEST // max(len(columns), len(config.sample_seeds)) - GAP
     rows = [[_visible(picture, room) for picture in row] for row in zip(*columns.values(), strict=True)]
     return sheet(rows, [f"seed {seed}" for seed in config.sample_seeds], list(columns))
@@ -53,8 +46,8 @@ def _visible(picture: Image.Image, room: int) -> Image.Image:
 
 
 @contextmanager
-def _frozen(base: Base) -> Iterator[None]:
-    """Without gradient checkpointing while sampling: it is for training alone, and warns otherwise."""
+def _without_checkpointing(base: Base) -> Iterator[None]:
+    """Switch gradient checkpointing off while sampling: without gradients it saves nothing, and torch warns."""
     checkpointing = base.unet.is_gradient_checkpointing
     if checkpointing:
         base.unet.disable_gradient_checkpointing()

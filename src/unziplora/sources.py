@@ -41,7 +41,7 @@ class Source:
         trained = self.run.get("prompts")  # of a LoRA that was trained alone, one for all its pictures
         return str(trained[0]) if trained and name in (self.kind, "full") else None
 
-    def told(self, name: str) -> str | None:
+    def filled_prompt(self, name: str) -> str | None:
         """The run's content or style prompt with the run's own words in it, or None if none is known."""
         prompt = self.prompt(name)
         return prompt if prompt is None else fill(prompt, self.words)
@@ -144,7 +144,7 @@ def plan(config: SampleConfig, sources: list[Source]) -> list[Prompts]:
     by_kind = {source.kind: source for source in sources}
     words = _words(by_kind)
     templates: dict[str, str | None] = {
-        name: getattr(config, f"{name}_prompt") or (by_kind[name].told(name) if name in by_kind else None)
+        name: getattr(config, f"{name}_prompt") or (by_kind[name].filled_prompt(name) if name in by_kind else None)
         for name in KINDS
     }
     if len(by_kind) == 2:
@@ -177,7 +177,7 @@ def _full(content: Source, style: Source, words: Mapping[str, str]) -> str | Non
     prompt = content.prompt("full")
     alone = not content.run.get("full_prompt")
     if content.file.parent != style.file.parent and not (prompt and "{style}" in prompt and style.run.get("style")):
-        called, manner = content.told("content"), style.told("style")
+        called, manner = content.filled_prompt("content"), style.filled_prompt("style")
         if called and manner:
             return joined_prompt(called, manner)
     return f"{prompt} in {{style}} style" if prompt and alone and "style" in words else prompt

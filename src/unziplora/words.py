@@ -64,15 +64,17 @@ def learn_words(
     Returns:
         The text encoders' LoRA, and the pictures with their variants for the content LoRA, if the recipe asks for them.
     """
-    setup.tell(f"learning the phrase {config.style!r}")
+    setup.report(f"learning the phrase {config.style!r}")
     if config.content_variants:
         examples = _with_variants(setup.base, pictures, examples)
-    setup.leave_unet_alone(config, text=True)
+    setup.make_room(config, keep_text=True)
     phrase = Phrase(setup.base, config.style, len(examples.latents) // len(pictures), config.phrase_words)
     with visiting(setup.base.text_encoders, setup.base.device):
         prompt = config.fill("a {content} in {style} style")
         learn_phrase(phrase, setup.noise_schedule(), examples, prompt, config, setup.autocast)
-        variants = to_device(retold(phrase, examples, config), setup.base) if config.content_variants else None
+        variants = (
+            to_device(variant_examples(phrase, examples, config), setup.base) if config.content_variants else None
+        )
         return teach_encoders(phrase, config), variants
 
 
@@ -124,7 +126,7 @@ def learn_phrase(
 
 
 @torch.no_grad()
-def retold(phrase: Phrase, examples: Examples, config: SplitConfig) -> Examples:
+def variant_examples(phrase: Phrase, examples: Examples, config: SplitConfig) -> Examples:
     """The pictures with the full prompt in their own readings, as all LoRAs shall see it."""
     count = len(examples.latents)
     with phrase.spoken(torch.arange(count) * phrase.readings // count):

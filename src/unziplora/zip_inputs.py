@@ -42,7 +42,7 @@ def complete(config: ZipConfig) -> ZipConfig:
     if known:
         found["sample_guidance"] = known[0]
     for name, source in sources.items():
-        if prompt := source.told(name):
+        if prompt := source.filled_prompt(name):
             found[f"{name}_prompt"] = prompt
         if config.method == "zip":
             pictures = [Path(path) for path in source.run.get("images", [])]
@@ -166,10 +166,10 @@ def _latents(setup: Setup, config: ZipConfig, part: Part, pictures: list[Image.I
     if pictures:
         return encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
     text = config.prompts()[part.name]
-    setup.tell(f"the {part.name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
+    setup.report(f"the {part.name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
     settings = Settings(
-        config.sample_steps,
-        config.sample_guidance,
+        steps=config.sample_steps,
+        guidance=config.sample_guidance,
         width=setup.size,
         height=setup.size,
         batch_size=config.batch_size,

@@ -65,7 +65,7 @@ def test_a_stop_reaches_what_the_workers_have_been_given_already(tmp_path: Path,
         ended.append(time.monotonic())
         raise KeyboardInterrupt
 
-    bench: Any = SimpleNamespace(cases=cases, place=Workplace(config, tmp_path), tell=stop)
+    bench: Any = SimpleNamespace(cases=cases, place=Workplace(config, tmp_path), progress=stop)
     units = [("base", "cat", seed) for seed in range(6)]
     with pytest.raises(KeyboardInterrupt):
         fill(partial(slow_bench, tmp_path, config), bench, units, 2)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from unziplora.base import Base
-from unziplora.bench.pictures import picture_cases, told
+from unziplora.bench.pictures import picture_cases, picture_table
 from unziplora.bench.run import bench
 from unziplora.config import resolve
 from unziplora.config_bench import BenchConfig
@@ -115,7 +115,7 @@ def test_the_table_has_a_row_per_method_without_the_oracle(config: BenchConfig, 
     assert set(figures) == {"style CLIP-I", "content DINO", "style CSD", "content CSD"}
     assert figures["content DINO"] == figures["content CSD"] != figures["style CSD"]
     text = (config.out / "report.md").read_text()
-    assert told(report) in text
+    assert picture_table(report) in text
     assert "| method | style CLIP-I | content DINO | style CSD | content CSD |" in text
 
 

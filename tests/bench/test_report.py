@@ -59,8 +59,8 @@ class TestSummarise:
         assert fake.seeds[0]["style.scaled"] == pytest.approx(0.75)
         assert fake.seeds[0]["headline"] == pytest.approx(0.375)
         assert fake.seeds[1]["headline"] == pytest.approx(1.0)
-        assert fake.told("headline") == "0.688 ± 0.442"
-        assert base.told("headline") == "0.000"
+        assert fake.formatted("headline") == "0.688 ± 0.442"
+        assert base.formatted("headline") == "0.000"
 
     def test_per_case_figures_are_means_over_seeds(self, report: Report):
         fake = report.of("m")[2]
@@ -75,8 +75,8 @@ class TestSummarise:
     @pytest.mark.parametrize("missing", ["base", "oracle"])
     def test_without_both_ends_there_is_no_scale(self, config: BenchConfig, missing: str):
         rows = summarise(config, [r for r in RESULTS if r["method"] != missing], ["m"]).of("m")
-        assert rows[-1].told("headline") == "–"
-        assert rows[-1].told("content.score") == "0.450 ± 0.212"
+        assert rows[-1].formatted("headline") == "–"
+        assert rows[-1].formatted("content.score") == "0.450 ± 0.212"
 
 
 def test_markdown_has_headline_ablation_measures_and_cases(report: Report, config: BenchConfig):

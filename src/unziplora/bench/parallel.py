@@ -70,7 +70,7 @@ def fill(open_bench: Callable[[], Bench], bench: Bench, units: Sequence[Unit], w
         work = [pool.submit(_do, part, place.folder, dict(place.overrides), dict(place.homes)) for part in parts]
         try:
             with _terminable():
-                _follow(work, [len(part) for part in parts], bench.tell)
+                _follow(work, [len(part) for part in parts], bench.progress)
         except BaseException:
             stop.set()  # what a worker has been given already cannot be cancelled
             for worker in multiprocessing.active_children():
@@ -97,7 +97,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _follow(work: Sequence[Future[str]], sizes: Sequence[int], tell: Callback) -> None:
+def _follow(work: Sequence[Future[str]], sizes: Sequence[int], progress: Callback) -> None:
     """Tell what is done; raise the first failure."""
     start, done, left = time.monotonic(), 0, set(work)
     while left:
@@ -105,7 +105,7 @@ def _follow(work: Sequence[Future[str]], sizes: Sequence[int], tell: Callback) -
         for future in finished:
             done += sizes[work.index(future)]
             pace = (time.monotonic() - start) / done
-            tell(Progress(done, sum(sizes), seconds_per_step=pace, message=future.result()))
+            progress(Progress(done, sum(sizes), seconds_per_step=pace, message=future.result()))
 
 
 def _open(open_bench: Callable[[], Bench], numbers: Queue[int], threads: int, stop: Event) -> None:

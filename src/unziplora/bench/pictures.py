@@ -55,14 +55,14 @@ def picture_cases(folder: Path, side: int) -> dict[str, Case]:
     Raises:
         UserError: the folder or its words.toml is missing, an entry lacks a word, or a picture cannot be read.
     """
-    told = read_toml(folder / WORDS)
-    if not told:
+    words_of = read_toml(folder / WORDS)
+    if not words_of:
         raise UserError(f"{folder / WORDS}: names no picture: " + _example())
-    stems = [Path(name).stem for name in told]
-    for name in told:
+    stems = [Path(name).stem for name in words_of]
+    for name in words_of:
         if stems.count(Path(name).stem) > 1:
             raise UserError(f"{folder / WORDS}: two pictures are called {Path(name).stem}: rename one")
-    return {stem: _case(folder, name, words, side) for stem, (name, words) in zip(stems, told.items(), strict=True)}
+    return {stem: _case(folder, name, words, side) for stem, (name, words) in zip(stems, words_of.items(), strict=True)}
 
 
 def _case(folder: Path, name: str, words: object, side: int) -> Case:
@@ -130,7 +130,7 @@ def picture_report(config: BenchConfig, results: Sequence[Mapping[str, Any]], me
     return found.model_copy(update={"rows": rows, "measures": [measures[0]]})
 
 
-def told(report: Report) -> str:
+def picture_table(report: Report) -> str:
     """The table of the published protocol as Markdown."""
     titles = [title for title in COLUMNS.values() if any(title in f for row in report.rows for f in row.seeds.values())]
     return table(report.rows, {title: title for title in titles})
@@ -149,4 +149,6 @@ def write_picture_report(report: Report, folder: Path) -> None:
         f"was learnt from, by {models}.\n\n"
     )
     atomic_write(folder / "report.json", report.model_dump_json(indent=1) + "\n")
-    atomic_write(folder / "report.md", text + told(report) + "\n\n± is the standard deviation over training seeds.\n")
+    atomic_write(
+        folder / "report.md", text + picture_table(report) + "\n\n± is the standard deviation over training seeds.\n"
+    )

@@ -21,7 +21,7 @@ from unziplora.bench.measures import Measure
 from unziplora.bench.scores import leak, product, similarity
 from unziplora.bench.workplace import Workplace
 from unziplora.config_training import TrainingConfig
-from unziplora.generate import generate
+from unziplora.generate import Settings, generate
 from unziplora.lora.files import Lora
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
@@ -87,7 +87,7 @@ def draw(base: Base, ask: Ask, seeds: Sequence[int], steps: int, guidance: float
     parts = [Part(name, lora, {}, f"{name} LoRA") for name, lora in ask.loras.items()]
     mounted = Mounted(base, parts, separate=ask.prompts.separate)
     try:
-        return generate(base, ask.prompts, seeds=seeds, steps=steps, guidance=guidance, batch_size=len(seeds))
+        return generate(base, ask.prompts, seeds, Settings(steps=steps, guidance=guidance, batch_size=len(seeds)))
     finally:
         mounted.remove()
 

@@ -55,7 +55,7 @@ class Row(BaseModel):
     seeds: dict[int, Figures]
     cases: dict[str, Figures]
 
-    def told(self, name: str) -> str:
+    def formatted(self, name: str) -> str:
         """A figure as mean ± spread over training seeds, or a dash."""
         values = [figures[name] for figures in self.seeds.values() if name in figures]
         if not values:
@@ -122,7 +122,7 @@ def picture_means(result: Mapping[str, Any], measure: str) -> Figures:
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """Methods × figures as Markdown."""
     lines = ["| method | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {row.method} | " + " | ".join(row.told(name) for name in columns) + " |" for row in rows]
+    lines += [f"| {row.method} | " + " | ".join(row.formatted(name) for name in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 

@@ -90,7 +90,7 @@ class Bench:
     cases: dict[str, Case]
     chosen: list[Case]
     methods: dict[str, Method]
-    tell: Callback
+    progress: Callback
 
     @_stoppable()
     def measure(self, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -107,17 +107,17 @@ class Bench:
             for seed in (seeds[name] if self.methods[name].seeded else seeds[name][:1])
         ]
         if self.place.config.workers > 1:
-            told = [(name, case.slug, seed) for name, case, seed in units]
-            fill(partial(open_bench, self.place.config), self, told, self.place.config.workers)
+            keys = [(name, case.slug, seed) for name, case, seed in units]
+            fill(partial(open_bench, self.place.config), self, keys, self.place.config.workers)
         results: list[dict[str, Any]] = []
         start = time.monotonic()
         for done, (name, case, seed) in enumerate(units):
             pace = (time.monotonic() - start) / done if done else 0.0
             message = f"{name}, {case.slug}, seed {seed}"
-            self.tell(Progress(done, len(units), seconds_per_step=pace, message=message))
+            self.progress(Progress(done, len(units), seconds_per_step=pace, message=message))
             results.append(evaluate(self.place, self.base, self.measures, self.methods[name], self.cases, case, seed))
         pace = (time.monotonic() - start) / max(1, len(units))
-        self.tell(Progress(len(units), len(units), seconds_per_step=pace))
+        self.progress(Progress(len(units), len(units), seconds_per_step=pace))
         return results
 
 

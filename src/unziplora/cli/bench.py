@@ -31,11 +31,11 @@ def run_bench(ctx: click.Context, config_file: str | None, dry_run: bool, as_jso
             text = str(found)
             result = found.model_dump(mode="json")
         else:
-            from unziplora.bench.pictures import told
+            from unziplora.bench.pictures import picture_table
             from unziplora.bench.run import bench
 
             report = bench(config, view)
-            shown = told(report) if config.pictures else str(report)
+            shown = picture_table(report) if config.pictures else str(report)
             text = f"{shown}\n\nreport   {config.out / 'report.md'}"
             result = report.model_dump(mode="json")
     emit(result, text, as_json)

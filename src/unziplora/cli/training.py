@@ -82,7 +82,7 @@ class Training:
             method, sizes = self.method(), inspect_base(config.base)
             check_job(method, config, config.resolution or sizes.resolution)
             memory = estimate(config, sizes, method.layers(config, sizes.names))
-        prompts = config.told_prompts()
+        prompts = config.filled_prompts()
         result = {
             "config": config.model_dump(mode="json"),
             "prompts": prompts,

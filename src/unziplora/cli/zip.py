@@ -71,7 +71,7 @@ def _plan(config: ZipConfig, as_json: bool) -> None:
             check_job(ZipLora, config, 64)
         else:
             ZipLora.check(config)
-    prompts = config.told_prompts()
+    prompts = config.filled_prompts()
     lines = "\n".join(f"# {name}: {text}" for name, text in prompts.items())
     result = {"config": config.model_dump(mode="json"), "prompts": prompts}
     emit(result, lambda: f"{to_toml(config)}\n# Prompts\n{lines}", as_json)

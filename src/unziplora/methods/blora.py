@@ -10,7 +10,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.card import About, File, pictures_told
+from unziplora.card import About, File, picture_count
 from unziplora.config_blora import BLoraConfig
 from unziplora.errors import UserError
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
@@ -97,7 +97,7 @@ class BLora(Method[BLoraConfig]):
         """Encode pictures and prompt once, then inject both LoRAs."""
         pictures, prompts = load_pictures(config, setup.size), Prompts(config.fill(config.full_prompt))
         examples = picture_examples(setup, config, pictures, prompts)
-        setup.leave_unet_alone(config)
+        setup.make_room(config)
         blocks = read_blocks(config.blocks)
         return cls(setup.base.unet, setup.noise_schedule(), examples, config, blocks, setup.autocast, pictures)
 
@@ -107,7 +107,7 @@ class BLora(Method[BLoraConfig]):
         style = config.style_trigger(config.style_prompt, "{token}")
         return About(
             method="B-LoRA (arXiv 2403.14572)",
-            made=f"Two LoRAs trained on {pictures_told(config)}",
+            made=f"Two LoRAs trained on {picture_count(config)}",
             prompt=config.fill(config.full_prompt),
             files={
                 "content": File("the content", config.fill(config.content_prompt), "Its blocks hold no style."),

@@ -36,21 +36,25 @@ class Setup:
         base: frozen, without LoRAs.
         size: side of the training pictures in pixels.
         autocast: context of the forward passes.
-        tell: reports something worth a line.
+        report: tells the user something worth a line.
     """
 
     base: Base
     size: int
     autocast: Callable[[], AbstractContextManager[object]]
-    tell: Callable[[str], None]
+    report: Callable[[str], None]
 
     def noise_schedule(self) -> DDPMScheduler:
         """How the base was trained to see noise."""
         return DDPMScheduler.from_config(self.base.scheduler.config)
 
-    def leave_unet_alone(self, config: TrainingConfig, text: bool = False) -> None:
-        """Send the VAE off the device, once all pictures are encoded, and the text encoders unless they are needed."""
-        for module in (self.base.vae, *(() if text else self.base.text_encoders)):
+    def make_room(self, config: TrainingConfig, keep_text: bool = False) -> None:
+        """Make room for training the UNet, once all pictures are encoded: the encoders go to the CPU.
+
+        The text encoders stay where they are needed in every step (`keep_text`). Gradient checkpointing begins here,
+        if the recipe asks for it.
+        """
+        for module in (self.base.vae, *(() if keep_text else self.base.text_encoders)):
             module.to("cpu")
         if config.gradient_checkpointing:
             self.base.unet.enable_gradient_checkpointing()
@@ -91,9 +95,13 @@ def class_examples(
     """Class pictures by the base itself, as latents, for prior preservation (DreamBooth, arXiv 2208.12242)."""
     size = setup.size
     settings = Settings(
-        config.sample_steps, config.sample_guidance, width=size, height=size, batch_size=config.batch_size
+        steps=config.sample_steps,
+        guidance=config.sample_guidance,
+        width=size,
+        height=size,
+        batch_size=config.batch_size,
     )
-    pictures = class_pictures(setup.base, prompts.full, count, settings, setup.tell, folder)
+    pictures = class_pictures(setup.base, prompts.full, count, settings, setup.report, folder)
     latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
     return to_device(Examples(latents, conditioning(setup.base, prompts, size, count)), setup.base)
 

@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.card import About, File, pictures_told
+from unziplora.card import About, File, picture_count
 from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import of_kinds, target_linears
@@ -98,7 +98,7 @@ class DreamBooth(Method[DreamBoothConfig]):
             prior = class_examples(setup, config, Prompts(class_prompt), config.prior_images, config.class_folder)
         if config.text_encoders:
             text = TextLora(setup.base, config, prompts, [class_prompt] * config.prior_images if prior else [])
-        setup.leave_unet_alone(config, text=text is not None)
+        setup.make_room(config, keep_text=text is not None)
         unet, scheduler = setup.base.unet, setup.noise_schedule()
         return cls(unet, scheduler, examples, config, prior, text, setup.autocast, pictures)
 
@@ -109,7 +109,7 @@ class DreamBooth(Method[DreamBoothConfig]):
         trigger = config.style_trigger(config.prompts[0]) if config.product == "style" else prompt
         return About(
             method="DreamBooth LoRA (arXiv 2208.12242)",
-            made=f"A LoRA trained on {pictures_told(config)}",
+            made=f"A LoRA trained on {picture_count(config)}",
             prompt=prompt,
             files={config.product: File(GIVES[config.product], trigger)},
         )
@@ -132,8 +132,8 @@ class DreamBooth(Method[DreamBoothConfig]):
     def _loss(self, examples: Examples, purpose: str, step: int) -> Tensor:
         draw, noising = generator(self.config.seed, purpose, step), self.config.noising()
         with self.autocast():
-            told = None if self.text is None else self.text.read(examples, prior=purpose == "prior")
-            return denoising_loss(self.unet, self.scheduler, examples, draw=draw, told=told, **noising)
+            conditioning = None if self.text is None else self.text.read(examples, prior=purpose == "prior")
+            return denoising_loss(self.unet, self.scheduler, examples, draw=draw, conditioning=conditioning, **noising)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""

@@ -43,18 +43,18 @@ def gather(config: SplitConfig, setup: Setup) -> Material:
     priors = _priors(config, setup)  # before the words are learnt: class pictures are the base's own
     examples = picture_examples(setup, config, pictures, prompts)
 
-    def told(prompts: Prompts) -> Examples:
+    def with_prompts(prompts: Prompts) -> Examples:
         rows = conditioning(setup.base, prompts, setup.size, len(pictures))
         return to_device(replace(examples, conditioning=rows), setup.base)
 
     text, alone = None, {}
     if config.phrase_steps:
         text, variants = learn_words(setup, config, pictures, examples)
-        examples = told(prompts)
+        examples = with_prompts(prompts)
         if variants is not None:
             alone["content"] = variants
     if config.style_alone:  # away from the full prompt, which names the content
-        alone["style"] = told(_alike(config, words["style"]))
+        alone["style"] = with_prompts(_alike(config, words["style"]))
     return Material(examples, alone, priors, text, pictures)
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from unziplora.card import About, File, pictures_told
+from unziplora.card import About, File, picture_count
 from unziplora.config_split import SplitConfig
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
@@ -107,7 +107,7 @@ class UnZipLora(Method[SplitConfig]):
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
         """Gather what is learnt from, then inject both LoRAs."""
         material = gather(config, setup)
-        setup.leave_unet_alone(config)
+        setup.make_room(config)
         return cls(
             setup.base.unet, setup.noise_schedule(), material, config, read_blocks(config.blocks), setup.autocast
         )
@@ -118,7 +118,7 @@ class UnZipLora(Method[SplitConfig]):
         words = config.prompts()
         return About(
             method="UnZipLoRA (arXiv 2412.04465)",
-            made=f"Two LoRAs split from {pictures_told(config)}",
+            made=f"Two LoRAs split from {picture_count(config)}",
             prompt=words["full"],
             files={
                 "content": File("the content", words["content"], "Pair with the style LoRA to restore the picture."),

@@ -130,7 +130,7 @@ class ZipLora(Method[ZipConfig]):
         paths = {"content": config.content_images, "style": config.style_images}
         pictures = {name: [load_picture(path, setup.size) for path in paths[name]] for name in NAMES}
         made = learnt(setup, config, loras, pictures)
-        setup.leave_unet_alone(config)
+        setup.make_room(config)
         shown = [picture for name in NAMES for picture in pictures[name]]
         return cls(base.unet, setup.noise_schedule(), made, loras, config, setup.autocast, shown)
 
@@ -176,9 +176,9 @@ class ZipLora(Method[ZipConfig]):
         )
         # Two contexts: what autocast keeps of the first pass, without gradients, must not serve the second.
         with torch.no_grad(), self.autocast(), self.alone(name):
-            wanted = self.unet(**drawn.told(alone.conditioning))[0]
+            wanted = self.unet(**drawn.unet_inputs(alone.conditioning))[0]
         with self.autocast():
-            given = self.unet(**drawn.told(merged.conditioning))[0]
+            given = self.unet(**drawn.unet_inputs(merged.conditioning))[0]
         error = (given.float() - wanted.float()).square().mean(dim=(1, 2, 3))
         if config.min_snr_gamma is not None:
             error = error * snr_weights(self.scheduler, drawn.timesteps, config.min_snr_gamma)
