@@ -80,6 +80,14 @@ def test_strict_choice_reproduces_the_fault_with_ties():
     assert int(choose(torch.ones(5), NONE, NONE, 2, "strict").sum()) == 0
     scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
     assert choose(scores, NONE, NONE, 3, "strict").tolist() == mask(0, 0, 1, 0, 1).tolist()
+    assert choose(scores, NONE, NONE, 0, "strict").tolist() == NONE.tolist()
+
+
+def test_strict_choice_ranks_what_is_held_and_never_takes_what_is_closed():
+    scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
+    assert choose(scores, mask(0, 0, 1, 0, 1), NONE, 2, "strict").tolist() == mask(0, 0, 1, 0, 1).tolist()
+    assert choose(scores, mask(0, 1, 0, 0, 0), NONE, 2, "strict").tolist() == mask(0, 1, 1, 0, 0).tolist()
+    assert choose(scores, NONE, mask(0, 0, 1, 1, 1), 4, "strict").tolist() == mask(1, 1, 0, 0, 0).tolist()
 
 
 def test_closed_columns_are_taken_last():

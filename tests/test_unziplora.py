@@ -163,6 +163,19 @@ def test_the_choice_does_not_depend_on_loss_scaling(fresh_base):
     assert held[0] == held[1]
 
 
+def test_scores_on_scaled_gradients_are_those_of_fp16_in_every_precision(fresh_base):
+    """In preset paper an entry counts above 1e-5 of gradients times 2^16; without that factor hardly one does."""
+    held = {}
+    for scaled, scale in ((True, 1.0), (True, 2.0**16), (True, 2.0**10), (False, 1.0)):
+        method = build(fresh_base(), column_score="threshold", score_scaled=scaled)
+        run(method, stop=1)
+        method.before_step(1, gradient_scale=scale)
+        held[scaled, scale] = {(n, p): h.tolist() for n, p, h in method.columns.items()}
+    assert held[True, 1.0] == held[True, 2.0**16]
+    assert held[True, 1.0] != held[True, 2.0**10]
+    assert held[True, 1.0] != held[False, 1.0]
+
+
 def test_each_lora_is_blind_to_the_others_prompt(tiny_base):
     method = build(tiny_base)
     run(method)

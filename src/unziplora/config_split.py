@@ -96,7 +96,9 @@ class SplitConfig(PictureConfig):
     column_choice: Literal["exact", "strict"] = key(
         "exact", "Exactly k columns, or those strictly above the k-th score (none, if tied).", "Method"
     )
-    score_scaled: bool = key(False, "Score on loss-scaled gradients in fp16, as the official code does.", "Method")
+    score_scaled: bool = key(
+        False, "Score on gradients as fp16 scales them (2^16 without fp16), as the official code does.", "Method"
+    )
     scale_gradient: Literal["overlap", "all"] = key(
         "overlap", "Columns whose soft scales train: those held by both LoRAs, or all.", "Method"
     )

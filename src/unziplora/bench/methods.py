@@ -99,9 +99,11 @@ class BLoraHalves(Paired):
         return [self.recipe(place, case, seed)]
 
     def recipe(self, place: Workplace, case: Case, seed: int) -> BLoraConfig:
-        """The training."""
+        """The training; on the bundled base with its own block map, for in the published blocks nothing is learnt."""
         out = place.run_folder(self.name, case, seed) / "blora"
-        return BLoraConfig.make(**{**place.common(case, seed), **case.words, **place.settings(self.name), "out": out})
+        blocks = {"blocks": "bundled"} if place.config.base == "bundled" else {}
+        given = {**blocks, **place.settings(self.name), "out": out}
+        return BLoraConfig.make(**{**place.common(case, seed), **case.words, **given})
 
     def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
         """Both halves; the style goes by the rare word, as it was trained."""

@@ -73,22 +73,19 @@ def choose(scores: Tensor, held: Tensor, closed: Tensor, count: int, how: str = 
         scores: one score per column, [out].
         held: columns held so far; they stay held, [out] bool.
         closed: columns that must not be chosen, [out] bool; they are taken only when no others are left.
-        count: number of columns to hold afterwards.
-        how: `exact` holds exactly `count` (ties go to the lower index); `strict` adds only columns that
-            score strictly above the last one in the ranking: none at all if all tie (the official code).
+        count: how many columns; what that means says `how`.
+        how: `exact` holds exactly `count` afterwards (ties go to the lower index); `strict` adds those that score
+            strictly above the `count`-th, held ones ranked too: none at all if all tie (the official code).
     """
-    new = count - int(held.sum())
-    if new <= 0:
-        return held
     rank = scores.double().clone()
     rank[closed] -= rank.max() - rank.min() + 1
-    rank[held] = -torch.inf
-    order = torch.argsort(rank, descending=True, stable=True)
-    chosen = held.clone()
     if how == "strict":
-        chosen |= rank > rank[order[new - 1]]
-    else:
-        chosen[order[:new]] = True
+        best = rank > rank.sort(descending=True).values[count - 1] if count else torch.zeros_like(held)
+        return held | best & ~closed
+    new = max(0, count - int(held.sum()))
+    rank[held] = -torch.inf
+    chosen = held.clone()
+    chosen[torch.argsort(rank, descending=True, stable=True)[:new]] = True
     return chosen
 
 

@@ -84,7 +84,8 @@ class ColumnSeparation:
                 if name == "style":
                     # Where content owns the layer and trains every column, style may choose any of them.
                     closed = self.held["content"].get(path, closed)
-                count = columns_held(len(held), share, period, periods)
+                # The official code takes the best of each period's scores, whatever is held already.
+                count = columns_held(len(held), share, 0 if how == "strict" else period, periods)
                 self.held[name][path] = choose(total, held, closed, count, how)
 
     def close(self) -> None:

@@ -36,6 +36,9 @@ from unziplora.methods.material import Material, gather
 from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.prompts import Prompts
 
+FP16_SCALE = 2.0**16
+"""What torch's gradient scaler begins with."""
+
 
 class UnZipLora(Method[SplitConfig]):
     """Both LoRAs on a UNet, and what a job asks of a method.
@@ -150,7 +153,7 @@ class UnZipLora(Method[SplitConfig]):
 
         Args:
             gradient_scale: factor that keeps fp16 gradients from underflow; does not change the choice
-                unless the recipe asks for scores on scaled gradients.
+                unless the recipe asks for scores on scaled gradients, which without fp16 get fp16's first factor.
         """
         if self.columns is None:
             return
@@ -158,8 +161,8 @@ class UnZipLora(Method[SplitConfig]):
         if now.opens:
             self.columns.open()
         if now.chooses:
-            divisor = 1.0 if config.score_scaled else gradient_scale
-            with self.columns.scored(config.column_score, divisor) as scores:
+            wanted = 1.0 if not config.score_scaled else FP16_SCALE if gradient_scale == 1 else gradient_scale
+            with self.columns.scored(config.column_score, gradient_scale / wanted) as scores:
                 for turn in range(config.score_timesteps):
                     draw = generator(config.seed, "score", step, turn)
                     (self._denoising_loss(self.material.examples, draw) * gradient_scale).backward()
