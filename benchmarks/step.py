@@ -1,20 +1,21 @@
 """Time and peak memory of one training step of `split`, beside the bare UNet in the same run.
 
     python benchmarks/step.py --size small                  # the bundled base's size, on a CPU
-    python benchmarks/step.py --size sdxl --device cuda --precision bf16 --resolution 1024
+    python benchmarks/step.py --size sdxl --device cuda --precision bf16 --kinds floor split
 
 The UNet has random weights: neither time nor memory depends on them. The floor is forward + backward of the
 frozen UNet without any LoRA, with the gradient carried to its input: what no method that trains inside the
 UNet can go below. `weights` is forward + backward with a gradient for every weight, as full fine-tuning
-needs. Rounds of all are interleaved, so that a busy machine disturbs them alike; medians are reported.
+needs. On a CPU rounds of all are interleaved, so that a busy machine disturbs them alike; on a GPU, which may not
+hold several UNets, one is measured after the other. Medians are reported.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 PLACE = {"images": ["none.png"], "content": "subject", "style": "style", "out": "none"}
 KINDS = ("floor", "weights", "split")
+WARM_UP = 2
+"""Rounds that are not counted."""
 
 
 def make_unet(size: str, dtype: torch.dtype, device: str) -> UNet2DConditionModel:
@@ -135,28 +138,57 @@ def make(kind: str, options: argparse.Namespace) -> Callable[[int], None]:
     return bare(unet, options.latent_side, options.batch, accelerator.autocast)
 
 
-def timed(step: Callable[[int], None], index: int, device: str) -> float:
+def timed(step: Callable[[int], None], index: int, gpu: bool) -> float:
     """Seconds of one step."""
-    if device == "cuda":
+    if gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
     step(index)
-    if device == "cuda":
+    if gpu:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def peak_memory(kind: str, options: argparse.Namespace) -> int:
-    """Peak bytes of three steps: of the device on CUDA, of a process of its own on a CPU."""
-    if options.device == "cuda":
-        torch.cuda.empty_cache()
+def on_a_gpu(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds and peak bytes by kind, one kind after the other."""
+    torch.cuda.set_device(options.device)
+    seconds, memory = {}, {}
+    for kind in options.kinds:
         torch.cuda.reset_peak_memory_stats()
         step = make(kind, options)
-        for index in range(3):
-            step(index)
-        return torch.cuda.max_memory_allocated()
+        times = [timed(step, index, gpu=True) for index in range(options.rounds + WARM_UP)]
+        seconds[kind], memory[kind] = statistics.median(times[WARM_UP:]), torch.cuda.max_memory_allocated()
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
+    return seconds, memory
+
+
+def on_a_cpu(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds by kind of interleaved rounds, and peak bytes of a process of its own for each."""
+    memory = {kind: memory_of(kind) for kind in options.kinds}
+    steps = {kind: make(kind, options) for kind in options.kinds}
+    times: dict[str, list[float]] = {kind: [] for kind in options.kinds}
+    for index in range(options.rounds + WARM_UP):
+        for kind, step in steps.items():
+            times[kind].append(timed(step, index, gpu=False))
+    return {kind: statistics.median(values[WARM_UP:]) for kind, values in times.items()}, memory
+
+
+def memory_of(kind: str) -> int:
+    """Peak bytes of a process that does three steps."""
     command = [sys.executable, __file__, "--memory-of", kind, *sys.argv[1:]]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def print_own_memory(options: argparse.Namespace) -> None:
+    """What `memory_of` starts."""
+    import resource  # of Unix alone
+
+    step = make(options.memory_of, options)
+    for index in range(3):
+        step(index)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def main() -> None:
@@ -169,6 +201,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="default: 16 for small, 64 for sdxl")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -176,35 +209,25 @@ def main() -> None:
     options.latent_side = options.resolution // 8
     options.rank = options.rank or {"small": 16, "sdxl": 64}[options.size]
     if options.memory_of:
-        step = make(options.memory_of, options)
-        for index in range(3):
-            step(index)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print_own_memory(options)
         return
-    memory = {kind: peak_memory(kind, options) for kind in KINDS}
-    steps = {kind: make(kind, options) for kind in KINDS}
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for index in range(options.rounds + 2):
-        for kind, step in steps.items():
-            seconds = timed(step, index, options.device)
-            if index >= 2:
-                times[kind].append(seconds)
-    report(options, {kind: statistics.median(values) for kind, values in times.items()}, memory)
+    gpu = options.device.startswith("cuda")
+    report(options, gpu, *(on_a_gpu if gpu else on_a_cpu)(options))
 
 
-def report(options: argparse.Namespace, seconds: dict[str, float], memory: dict[str, int]) -> None:
+def report(options: argparse.Namespace, gpu: bool, seconds: dict[str, float], memory: dict[str, int]) -> None:
     """Print the table, and write it as JSON if asked for."""
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU"
-    threads = "" if options.device == "cuda" else f", {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU"
+    threads = "" if gpu else f", {torch.get_num_threads()} threads"
     print(
         f"{options.size} UNet, {options.resolution} px, batch {options.batch}, rank {options.rank}, "
         f"{options.precision}, checkpointing {'on' if options.checkpointing else 'off'}; {name}{threads}; "
         f"torch {torch.__version__}; median of {options.rounds}"
     )
-    print("| | seconds per step | × floor | peak memory |\n|---|---|---|---|")
+    print("| | seconds per step | × first | peak memory |\n|---|---|---|---|")
     labels = {"floor": "UNet, frozen: forward + backward (floor)", "weights": "UNet, all weights", "split": "`split`"}
-    for kind in KINDS:
-        ratio = seconds[kind] / seconds["floor"]
+    for kind in options.kinds:
+        ratio = seconds[kind] / seconds[options.kinds[0]]
         print(f"| {labels[kind]} | {seconds[kind]:.3f} | {ratio:.2f} | {memory[kind] / 2**30:.2f} GiB |")
     if options.out:
         settings = {key: value for key, value in vars(options).items() if key not in ("out", "memory_of")}

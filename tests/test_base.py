@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -347,10 +348,22 @@ def test_small_checkpoint_is_not_taken_for_full_size(tiny_checkpoint: Path):
     assert not is_full_size(read_header(tiny_checkpoint))
 
 
+@pytest.mark.parametrize(("real", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_card_that_only_emulates_bf16_computes_in_fp16(
+    monkeypatch: pytest.MonkeyPatch, real: bool, dtype: torch.dtype
+):
+    """Turing and older: torch says yes to bf16 if emulation counts, and doctor says no."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(asked.append(device)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: real or including_emulation)
+    assert pick_dtype("auto", torch.device("cuda:1")) == dtype
+    assert asked == [torch.device("cuda:1")]
+
+
 def test_device_and_precision_by_name():
     assert pick_device("cpu").type == "cpu"
     assert pick_device().type in ("cpu", "cuda", "mps")
-    with pytest.raises(UserError, match="not to be had"):
+    with pytest.raises(UserError, match="not available"):
         pick_device("toaster")
     assert pick_dtype("auto", "cpu") == torch.float32
     assert pick_dtype("bf16", "cpu") == torch.bfloat16

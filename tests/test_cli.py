@@ -250,7 +250,7 @@ class TestSplit:
         ("args", "message"),
         [
             (["--blocks", "sdlx"], "no block map 'sdlx': there are sdxl, blora, bundled"),
-            (["--optimizer", "adamw8bit"], "pip install 'unziplora[8bit]'"),
+            (["--optimizer", "adamw8bit"], "pip install bitsandbytes"),
             (["--resolution", "100"], "must be a multiple of 32"),
             (["--preset", "paper"], "precision fp16 needs a GPU"),
             (["--masks", "gone.png"], "gone.png"),

@@ -1,11 +1,13 @@
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import random_lora
 
 from unziplora.base import Base
-from unziplora.errors import MachineError, UserError
+from unziplora.errors import MachineError, OutOfMemory, UserError
 from unziplora.generate import Settings, decode, generate, generate_latents
 from unziplora.lora.layer import BranchedLinear, adapted, add_lora, attention_linears
 from unziplora.prompts import Prompts
@@ -194,6 +196,35 @@ def test_out_of_memory_is_the_machines_fault(tiny_base: Base, monkeypatch: pytes
     monkeypatch.setattr(tiny_base.unet, "forward", full)
     with pytest.raises(MachineError, match="smaller size"):
         generate_latents(tiny_base, "a cat", [0], FAST)
+
+
+def distance(one: Image.Image, two: Image.Image) -> float:
+    return float(np.abs(np.asarray(one, float) - np.asarray(two, float)).mean())
+
+
+def test_a_picture_that_does_not_fit_in_memory_is_decoded_in_tiles(tiny_base: Base, monkeypatch: pytest.MonkeyPatch):
+    vae, whole = tiny_base.vae, type(tiny_base.vae).decode
+    latents = torch.randn(1, vae.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    (expected,) = decode(tiny_base, latents)
+    sizes, tiled = (vae.tile_sample_min_size, vae.tile_latent_min_size), []
+
+    def short(self: object, latent: torch.Tensor, **options: object) -> object:
+        tiled.append(vae.use_tiling)
+        if not vae.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(vae, latent, **options)
+
+    monkeypatch.setattr(type(vae), "decode", short)
+    (picture,) = decode(tiny_base, latents)
+    assert tiled == [False, True]
+    assert picture.size == expected.size
+    # Tiles are normalised each by itself, so it is not the same picture, but nearer to it than any other.
+    (other,) = decode(tiny_base, latents.flip(-1))
+    assert distance(picture, expected) < 0.6 * distance(other, expected)
+    assert (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size) == (False, *sizes)
+    monkeypatch.setattr(type(vae), "decode", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(OutOfMemory, match="decoding a picture"):
+        decode(tiny_base, latents)
 
 
 def test_nan_is_warned_about_and_decoded_all_the_same(shared_base: Base):

@@ -5,7 +5,7 @@ import torch
 
 from unziplora.base import Base
 from unziplora.errors import UserError
-from unziplora.prompts import Prompts, condition, cut, embed, embed_negative, join, time_ids, visiting
+from unziplora.prompts import Prompts, condition, cut, embed, embed_negative, join, time_ids
 
 
 def test_embeddings_are_the_pipelines_own(shared_base: Base):
@@ -69,23 +69,3 @@ def test_two_of_three_prompts_are_refused():
 
 def test_time_ids_are_original_size_crop_and_target_size():
     assert time_ids(64, 32, 2).tolist() == [[32, 64, 0, 0, 32, 64]] * 2
-
-
-class Traveller(torch.nn.Linear):
-    """Notes where it was sent, since a test has no second device."""
-
-    def to(self, device: torch.device) -> "Traveller":  # type: ignore[override]
-        self.trips = [*getattr(self, "trips", []), str(device)]
-        return self
-
-
-def test_visiting_modules_go_home_also_after_a_failure():
-    module = Traveller(2, 2)
-
-    def fail() -> None:
-        with visiting([module], torch.device("meta")):
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert module.trips == ["meta", "cpu"]

@@ -8,12 +8,14 @@ import tempfile
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors import safe_open
 
+from unziplora import job
 from unziplora.config import resolve
 from unziplora.config_split import SplitConfig
-from unziplora.errors import Interrupted, MachineError, UserError
+from unziplora.errors import Interrupted, MachineError, OutOfMemory, UserError
 from unziplora.grid import GAP, LARGEST
 from unziplora.lora.files import read_lora
 from unziplora.progress import Progress
@@ -164,6 +166,38 @@ def test_a_run_that_was_stopped_outside_its_steps_goes_on(config, tmp_path, when
     assert steps == ([1, 2, 3, 4, 5, 6] if when == "loading base" else [])
     one, two = tensors(whole.content), tensors(cut.content)
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_whose_samples_do_not_fit_in_memory_is_finished_all_the_same(config, monkeypatch):
+    def full(*_: object) -> None:
+        raise OutOfMemory("out of memory (decoding a picture)")
+
+    monkeypatch.setattr("unziplora.job.sample_sheet", full)
+    with pytest.warns(UserWarning, match=r"no samples: out of memory(.|\n)*LoRAs are complete; try `unziplora sample"):
+        run = split(config())
+    assert run.card.is_file()
+    assert not run.checkpoints.exists()
+    assert not any(run.samples.iterdir())
+
+
+def test_a_checkpoint_without_a_loss_scaler_is_resumed_with_one(config, monkeypatch):
+    """A run may go on in another number format: `auto` is what the device can."""
+
+    def stop(event: Progress) -> None:
+        if event.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        split(config(sample_seeds=[]), progress=stop)
+    make = job.make_accelerator
+
+    def scaled(*given: object) -> Accelerator:
+        accelerator = make(*given)
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+    monkeypatch.setattr(job, "make_accelerator", scaled)
+    assert split(config(sample_seeds=[]), resume=True).card.is_file()
 
 
 def test_resuming_with_another_recipe_is_refused(config):

@@ -38,12 +38,14 @@ class Base:
         name: what the user called it: 'bundled', a folder's or file's name, or a hub id.
         resolution: side of the pictures it was trained on, in pixels.
         prediction_type: 'epsilon' or 'v_prediction', from the scheduler's configuration.
+        device: where it computes; parts of it may be elsewhere meanwhile (`residency`).
     """
 
     pipe: StableDiffusionXLPipeline
     name: str
     resolution: int
     prediction_type: str
+    device: torch.device
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -70,10 +72,6 @@ class Base:
     def zero_terminal_snr(self) -> bool:
         """Whether the last timestep is pure noise (arXiv 2305.08891)."""
         return bool(self.scheduler.config.get("rescale_betas_zero_snr", False))
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,7 +202,8 @@ def _finish(pipe: StableDiffusionXLPipeline, name: str, device: str | torch.devi
     pipe.set_progress_bar_config(disable=True)
     size = pipe.unet.config.sample_size or SAMPLE_SIZE
     side = size if isinstance(size, int) else max(size)
-    return Base(pipe, name, side * pipe.vae_scale_factor, pipe.scheduler.config.get("prediction_type", "epsilon"))
+    prediction = pipe.scheduler.config.get("prediction_type", "epsilon")
+    return Base(pipe, name, side * pipe.vae_scale_factor, prediction, pipe.unet.device)
 
 
 @contextmanager

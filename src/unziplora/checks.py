@@ -42,7 +42,7 @@ def check_job(kind: type[Method[C]], config: C, side: int) -> None:
         raise UserError("Prodigy does not go with fp16: set precision to bf16 or fp32, or optimizer to adamw")
     for name in config.trackers:
         if find_spec(name) is None:  # accelerate would leave it out without a word
-            raise UserError(f"tracker {name} is not installed: pip install 'unziplora[{name}]', or leave it out")
+            raise UserError(f"tracker {name} is not installed: pip install {name}, or leave it out")
     find_optimizer(config.optimizer)
     if config.resolution:
         check_resolution(config.resolution, inspect_base(config.base).latent_scale)

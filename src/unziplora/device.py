@@ -20,9 +20,11 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # for what asks the present device: memory statistics, 8-bit optimisers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"device {name!r} is not to be had here ({first_line(error)}); use auto or cpu, or install torch "
+            f"device {name!r} is not available here ({first_line(error)}); use auto or cpu, or install torch "
             "with support for it"
         ) from None
     return device
@@ -34,5 +36,6 @@ def pick_dtype(precision: Literal["auto", "bf16", "fp16", "fp32"], device: torch
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        with torch.cuda.device(device):  # cards before Ampere emulate bf16, slowly
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float16 if device.type == "mps" else torch.float32

@@ -17,22 +17,22 @@ from unziplora.progress import size
 GIB = 2**30
 PACKAGES = ("unziplora", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow")
 EXTRAS = {
-    "bitsandbytes": ("8bit", "8-bit AdamW, for small cards"),
-    "prodigyopt": ("prodigy", "the Prodigy optimiser"),
-    "tensorboard": ("tensorboard", "curves in TensorBoard"),
-    "wandb": ("wandb", "curves in Weights & Biases"),
-    "trackio": ("trackio", "curves in Trackio"),
+    "bitsandbytes": "8-bit AdamW, for small cards",
+    "prodigyopt": "the Prodigy optimiser",
+    "tensorboard": "curves in TensorBoard",
+    "wandb": "curves in Weights & Biases",
+    "trackio": "curves in Trackio",
 }
-"""Optional packages: our extra that installs each, and what it is for."""
+"""Optional packages and what they are for."""
 
 DISK_WANTED = 10 * GIB
-"""SDXL in fp16 is 7 GB to fetch; a run adds half a gigabyte."""
+"""SDXL in fp16 is 7 GB to fetch."""
 
 HUB = "https://huggingface.co"
 
 
 class Check(BaseModel):
-    """One finding: 'ok', 'note' (works, but less well) or 'problem' (must be mended), and what to do."""
+    """One finding: 'ok', 'note' (works, but less well) or 'problem' (must be fixed), and what to do."""
 
     name: str
     state: Literal["ok", "note", "problem"]
@@ -71,7 +71,7 @@ class Report(BaseModel):
 
     @property
     def ready(self) -> bool:
-        """Whether nothing must be mended."""
+        """Whether nothing must be fixed."""
         return all(check.state != "problem" for check in self.checks)
 
     def __str__(self) -> str:
@@ -86,18 +86,21 @@ def examine(online: bool = False) -> Report:
     Args:
         online: also try to reach the model hub; otherwise nothing is sent anywhere.
     """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     from unziplora.base import BUNDLED
 
     devices = find_devices()
     packages = {name: found for name in PACKAGES if (found := installed(name)) is not None}
     bundled = (BUNDLED / "emoji-xl" / "model_index.json").is_file()
-    disk = shutil.disk_usage(Path.cwd()).free
+    disk, cache = shutil.disk_usage(Path.cwd()).free, _existing(Path(HF_HUB_CACHE))
     checks = [
         _python(),
         *(_missing(name) for name in PACKAGES if name not in packages),
         Check(name="packages", state="ok", text=", ".join(f"{name} {number}" for name, number in packages.items())),
         *(_device(device) for device in devices),
-        _disk(disk),
+        _disk("disk", Path.cwd(), disk),
+        _disk("model cache", cache, shutil.disk_usage(cache).free),
         _bundled(bundled),
         *(_extra(name) for name in EXTRAS),
     ]
@@ -146,23 +149,26 @@ def find_devices() -> list[Device]:
 
 def advice(device: Device, bundled: bool, eight_bit: bool) -> str:
     """Which command fits this machine; the limits are `memory.estimate`'s for SDXL, with some room."""
+    import torch
+
     small = "try it with: unziplora demo" if bundled else "the bundled small base is not installed"
     gib = device.memory_total / GIB
     flags = next((flags for least, flags in (FITTING_CPU if device.name == "cpu" else FITTING) if gib >= least), None)
     if device.name == "cpu":
-        told = "SDXL does not fit" if flags is None else f"SDXL would fit {flags}but takes hours"
-        return f"No GPU: the small bundled base runs in minutes; {told}. {small[0].upper()}{small[1:]}"
+        sdxl = "SDXL does not fit" if flags is None else f"SDXL would fit {flags}but is very slow"
+        note = "" if torch.version.cuda else "\nWith an NVIDIA card: this torch is the build for CPUs; README, Install."
+        return f"No GPU: the small bundled base runs in minutes; {sdxl}. {small[0].upper()}{small[1:]}{note}"
     if flags is None:
         return f"{device.model} has {gib:.0f} GiB: too little for SDXL; {small}"
     if "adamw8bit" in flags and not eight_bit:
-        flags += "   (first: pip install 'unziplora[8bit]')"
+        flags += "   (first: pip install bitsandbytes)"
     return f"{device.model}, {gib:.0f} GiB: unziplora split PICTURE --content WORD --style WORDS {flags}".rstrip()
 
 
 FITTING: list[tuple[float, str]] = [
     (19.5, ""),
     (11.5, "--gradient-checkpointing"),
-    (9.5, "--gradient-checkpointing --optimizer adamw8bit --resolution 768"),
+    (9.5, "--gradient-checkpointing --optimizer adamw8bit"),
     (7.5, "--gradient-checkpointing --optimizer adamw8bit --resolution 512"),
 ]
 """Least memory of a card in GiB, and the flags with which SDXL trains in it."""
@@ -182,7 +188,7 @@ def _python() -> Check:
 
 
 def _missing(name: str) -> Check:
-    return Check(name=name, state="problem", text="not installed: pip install unziplora")
+    return Check(name=name, state="problem", text="not installed: run `pip install .` in the clone of unziplora")
 
 
 def _device(device: Device) -> Check:
@@ -194,13 +200,19 @@ def _device(device: Device) -> Check:
     return Check(name=device.name, state="ok", text=text)
 
 
-def _disk(free: int) -> Check:
-    text = f"{size(free)} free in {Path.cwd()}"
-    if free < GIB:
-        return Check(name="disk", state="problem", text=f"{text}: a run needs 1 GiB; free some space")
-    if free < DISK_WANTED:
-        return Check(name="disk", state="note", text=f"{text}: SDXL takes 7 GB to fetch")
-    return Check(name="disk", state="ok", text=text)
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there already."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+
+def _disk(name: str, folder: Path, free: int) -> Check:
+    """Room for a run in the present folder, or for SDXL where the hub's models are kept."""
+    text = f"{size(free)} free in {folder}"
+    if name == "disk" and free < GIB:
+        return Check(name=name, state="problem", text=f"{text}: a run needs 1 GiB; free some space")
+    if name != "disk" and free < DISK_WANTED:
+        return Check(name=name, state="note", text=f"{text}: SDXL takes 7 GB to fetch; HF_HOME names another place")
+    return Check(name=name, state="ok", text=text)
 
 
 def _bundled(found: bool) -> Check:
@@ -210,11 +222,10 @@ def _bundled(found: bool) -> Check:
 
 
 def _extra(name: str) -> Check:
-    extra, purpose = EXTRAS[name]
-    found = installed(name)
+    purpose, found = EXTRAS[name], installed(name)
     if found and find_spec(name):
         return Check(name=name, state="ok", text=f"{found}: {purpose}")
-    return Check(name=name, state="note", text=f"not installed; for {purpose}: pip install 'unziplora[{extra}]'")
+    return Check(name=name, state="note", text=f"not installed; for {purpose}: pip install {name}")
 
 
 def _hub() -> Check:

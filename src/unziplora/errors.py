@@ -19,6 +19,10 @@ class MachineError(UnziploraError):
     exit_code = 1
 
 
+class OutOfMemory(MachineError):
+    """Memory, of the GPU or of the machine, does not suffice."""
+
+
 class Interrupted(UnziploraError):
     """A run was stopped on purpose after saving a checkpoint (exit code 130, as shells do)."""
 

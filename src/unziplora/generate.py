@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
 from unziplora.base import Base
-from unziplora.errors import MachineError, UserError, first_line
+from unziplora.errors import OutOfMemory, UserError, first_line
 from unziplora.lora.layer import BranchedLinear, inject, unwrap
-from unziplora.prompts import Embeddings, Prompts, condition, embed_negative, joined, visiting
+from unziplora.prompts import Embeddings, Prompts, condition, embed_negative, joined
+from unziplora.residency import reading, visiting
 from unziplora.schedulers import make_scheduler
 
 StepCallback = Callable[[int, int], None]
@@ -73,7 +74,7 @@ def generate_latents(
 
     Raises:
         UserError: no seeds, a size that does not fit, an unknown scheduler, an empty prompt.
-        MachineError: out of memory.
+        OutOfMemory: memory does not suffice.
     """
     settings = settings or Settings()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
@@ -82,7 +83,8 @@ def generate_latents(
     make_scheduler(base, settings.scheduler)  # a wrong name is told before any work
     results = []
     with _memory(f"{settings.batch_size} × {width}×{height} pixels"), _ready(base, prompts):
-        positive, negative = condition(base, prompts), _negative(base, settings, prompts)
+        with reading(base):
+            positive, negative = condition(base, prompts), _negative(base, settings, prompts)
         for start in range(0, len(seeds), settings.batch_size):
             batch = seeds[start : start + settings.batch_size]
             report = _share(progress, settings.steps, start, len(batch), len(seeds))
@@ -145,7 +147,7 @@ def decode(base: Base, latents: Tensor) -> list[Image.Image]:
     """Latents [N, C, h, w] in the UNet's scaling → pictures, one at a time, in the VAE's own number format.
 
     Raises:
-        MachineError: out of memory.
+        OutOfMemory: memory does not suffice.
     """
     vae, pictures = base.vae, []
     config = vae.config
@@ -157,9 +159,29 @@ def decode(base: Base, latents: Tensor) -> list[Image.Image]:
             if config.get("latents_mean") and config.get("latents_std"):
                 mean, std = (row.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
                 row = row * std + mean
-            image = vae.decode(row.nan_to_num(), return_dict=False)[0]
+            image = _decoded(vae, row.nan_to_num())
             pictures += base.pipe.image_processor.postprocess(image.float(), output_type="pil")
     return pictures
+
+
+def _decoded(vae: AutoencoderKL, latent: Tensor) -> Tensor:
+    """A latent as a picture in −1…1, [1, 3, H, W]; tile by tile where memory does not suffice for the whole."""
+    try:
+        return vae.decode(latent, return_dict=False)[0]
+    except torch.OutOfMemoryError:
+        if not hasattr(vae, "tile_latent_min_size") or vae.use_tiling:
+            raise
+    # Here and not above: what did not fit is held by the error until it is done with.
+    if latent.device.type == "cuda":
+        torch.cuda.empty_cache()
+    sizes = vae.tile_sample_min_size, vae.tile_latent_min_size
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = sizes[0] // 2, sizes[1] // 2
+    try:
+        return vae.decode(latent, return_dict=False)[0]
+    finally:
+        vae.disable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = sizes
 
 
 def _negative(base: Base, settings: Settings, prompts: Prompts) -> Embeddings | None:
@@ -230,10 +252,10 @@ def _memory(what: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise MachineError(
+        raise OutOfMemory(
             f"out of memory ({what}: {first_line(error)}): take a smaller size, batch_size 1 or precision bf16"
         ) from error
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise
-        raise MachineError(f"out of memory ({what}): take a smaller size or batch_size 1") from error
+        raise OutOfMemory(f"out of memory ({what}): take a smaller size or batch_size 1") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from unziplora.card import About, base_name, card, folder_argument, shared_setti
 from unziplora.checks import check_job, check_resolution
 from unziplora.config_training import TrainingConfig
 from unziplora.device import pick_device, pick_dtype
-from unziplora.errors import Interrupted, UserError
+from unziplora.errors import Interrupted, OutOfMemory, UserError
 from unziplora.lora.families import sdxl_sized
 from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.metadata import metadata_for
@@ -89,8 +91,9 @@ class Job(Generic[C]):
             raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
         loras, about = method.export(), method.about(config)
         write_loras(run, config, about, loras, self.of_the_base(method, setup), self.report_file)
+        accelerator.free_memory()  # optimiser states; samples need the room
         if config.sample_seeds:
-            self.sample(base, method, "samples")
+            self.last_sample(base, method)
         write_card(run, config, about, loras)
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # twice the size of everything else
         accelerator.end_training()
@@ -150,6 +153,14 @@ class Job(Generic[C]):
         """Write a labelled sheet: the input and the method's views."""
         sheet = sample_sheet(base, method, self.config)
         self.report(f"samples {self.run.save_picture(name, sheet)}", done or self.config.steps)
+
+    def last_sample(self, base: Base, method: Method[C]) -> None:
+        """Write the sheet of the finished LoRAs; a run whose LoRAs are written does not fail for want of memory."""
+        try:
+            self.sample(base, method, "samples")
+        except OutOfMemory as error:
+            command = f"unziplora sample {folder_argument(self.run.path)}"
+            warnings.warn(f"no samples: {error}. The LoRAs are complete; try `{command}`", stacklevel=2)
 
     def step(self, step: StepReport) -> None:
         """Report a step with the mean speed of the last twenty."""
@@ -216,8 +227,11 @@ def write_card(run: RunFolder, config: TrainingConfig, about: About, loras: Mapp
 def make_accelerator(config: TrainingConfig, device: torch.device, dtype: torch.dtype, folder: Path) -> Accelerator:
     """accelerate, with the precision and the trackers of the configuration."""
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
-    # accelerate keeps its settings for the whole process; several runs in one process may differ.
-    AcceleratorState._reset_state()
+    # accelerate keeps its settings for the whole process; several runs in one process may differ, in the device too.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if device.type == "cuda":  # one process uses one GPU; accelerate asks for these where several RTX 40 are
+        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+        os.environ.setdefault("NCCL_IB_DISABLE", "1")
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=device.type == "cpu",
@@ -236,7 +250,7 @@ def flat(config: TrainingConfig) -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Peak bytes of the GPU if there is one, else the present ones of this process."""
+    """Peak bytes of the GPU if one is in use, else the present ones of this process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss

@@ -20,6 +20,7 @@ from unziplora.lora.layer import TARGETS, target_linears
 from unziplora.lora.storage import read_header
 from unziplora.progress import size
 from unziplora.quiet import quiet
+from unziplora.text_lora import TARGETS as TEXT_TARGETS
 
 FULL_SIZE = BUNDLED / "sdxl"
 """Configuration of SDXL itself, without weights."""
@@ -28,8 +29,15 @@ _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 """State per trained number: two moments in fp32, two in 8 bits, or two moments, a start and a sum."""
 
 _CUDA_CONTEXT = 600 * 2**20
-_VAE_MAPS = 5 * 128
+_ENCODING_MAPS = 5 * 128
 """Maps of the full resolution that SDXL's VAE holds at once while it encodes: five of its 128 channels."""
+
+_DECODING_MAPS = 6 * 128
+"""The same while it decodes; where they do not fit, it decodes tiles of 512 pixels (`generate.decode`)."""
+
+_TILE = 512
+_DENOISING = 700 * 2**20
+"""What the UNet holds while it samples at 1024 pixels with guidance, in half precision."""
 
 
 class Sizes(BaseModel):
@@ -40,6 +48,7 @@ class Sizes(BaseModel):
         assumed: the base is not on this machine: SDXL's sizes are taken.
         resolution: the base's own, in pixels.
         unet, vae, text: parameters.
+        text_features: in and out features of all q, k, v, out layers of the text encoders, added up.
         layers: (in, out) of every linear layer of the UNet's transformers, by module path.
         unet_config: the UNet's configuration.
     """
@@ -50,6 +59,7 @@ class Sizes(BaseModel):
     unet: int
     vae: int
     text: int
+    text_features: int
     layers: dict[str, tuple[int, int]]
     unet_config: dict[str, Any]
 
@@ -152,6 +162,12 @@ def inspect_base(source: str) -> Sizes:
         unet=counts["unet"],
         vae=counts["vae"],
         text=counts["text_encoder"] + counts["text_encoder_2"],
+        text_features=sum(
+            module.in_features + module.out_features
+            for part in (parts["text_encoder"], parts["text_encoder_2"])
+            for path, module in part.named_modules()
+            if path.rpartition(".")[2] in TEXT_TARGETS
+        ),
         layers={path: (layer.in_features, layer.out_features) for path, layer in layers.items()},
         unet_config={key: value for key, value in unet.config.items() if not key.startswith("_")},
     )
@@ -205,9 +221,11 @@ def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[s
 
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
-    half = dtype != torch.float32
-    resolution = config.resolution or sizes.resolution
+    gpu, half = device.type == "cuda", dtype != torch.float32
+    resolution, each = config.resolution or sizes.resolution, 2 if half else 4
+    reads = bool(getattr(config, "text_encoders", False))  # DreamBooth may train them too
     trained = sum(sizes.adapter(config.rank, paths) for paths in loras.values())
+    trained += config.rank * sizes.text_features * reads
     scaled = [path for paths in loras.values() for path in paths] if getattr(config, "column_separation", False) else []
     columns = sum(sizes.layers[path][1] for path in scaled)
     kept = kept_bytes(
@@ -219,21 +237,26 @@ def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[s
         checkpointing=config.gradient_checkpointing,
         streams=3 if getattr(config, "prompt_separation", False) else 1,
     )
-    optimizer = _OPTIMIZER_BYTES[config.optimizer] * trained + 8 * columns
+    unet, text, vae = sizes.unet * each, sizes.text * each, sizes.vae * 4  # the VAE stays in fp32
     exact = {
-        "UNet": sizes.unet * (2 if half else 4),
-        # The VAE stays in fp32; on a GPU both leave once latents and embeddings are computed.
-        "VAE and text encoders": 0 if device.type == "cuda" else sizes.weights(half) - sizes.unet * (2 if half else 4),
+        "UNet": unet,
+        # On a GPU both leave once latents and embeddings are computed.
+        "VAE and text encoders": text * reads if gpu else text + vae,
         "LoRAs, scales and masks": 4 * trained + 9 * columns,
         "gradients": 4 * (trained + columns),
-        "optimiser": optimizer,
+        "optimiser": _OPTIMIZER_BYTES[config.optimizer] * trained + 8 * columns,
     }
-    about = {
-        "activations": kept,
-        "work in progress": kept // 4 + (_CUDA_CONTEXT if device.type == "cuda" else 0),
-    }
-    encoding = sizes.weights(half) + _VAE_MAPS * resolution**2 * 4
-    about["encoding at the start, beyond that"] = max(0, encoding - sum(exact.values()) - sum(about.values()))
+    context = _CUDA_CONTEXT if gpu else 0
+    about = {"activations": kept, "work in progress": kept // 4 + context}
+    training, maps = sum(exact.values()) + sum(about.values()), resolution**2 * 4
+    # On a GPU the UNet is away while pictures and prompts are encoded, and the optimiser is gone at the last samples.
+    encoding = context + text + vae + _ENCODING_MAPS * maps + (0 if gpu else unet)
+    about["encoding at the start, beyond that"] = max(0, encoding - training)
+    if gpu and config.sample_seeds:
+        tile = _DECODING_MAPS * min(maps, _TILE**2 * 4)
+        sampling = context + unet + exact["LoRAs, scales and masks"] + max(_DENOISING * maps // 2**22, vae + tile)
+        sampling += exact["optimiser"] if config.sample_every else 0
+        about["samples, beyond that"] = max(0, sampling - training)
     lines = [Line(part=part, bytes=count, exact=True) for part, count in exact.items() if count]
     lines += [Line(part=part, bytes=count, exact=False) for part, count in about.items() if count]
     return Memory(
@@ -266,7 +289,7 @@ def smaller(config: TrainingConfig) -> str | None:
     if device.type == "cuda" and config.precision == "fp32":
         return "--precision bf16"
     if device.type == "cuda" and config.optimizer != "adamw8bit":
-        return "--optimizer adamw8bit (needs bitsandbytes: pip install 'unziplora[8bit]')"
+        return "--optimizer adamw8bit (first: pip install bitsandbytes)"
     if config.resolution is None or config.resolution > 512:
         return f"--resolution {768 if (config.resolution or 1024) > 768 else 512}"
     if isinstance(config, PictureConfig) and config.rank > 8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -14,8 +15,8 @@ from unziplora.errors import UserError
 
 Groups = list[dict[str, Any]]
 
-_PACKAGES = {"prodigy": ("prodigyopt", "Prodigy", "prodigy"), "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", "8bit")}
-"""Module, class and our extra of the optimisers that do not come with torch."""
+_PACKAGES = {"prodigy": ("prodigyopt", "Prodigy"), "adamw8bit": ("bitsandbytes.optim", "AdamW8bit")}
+"""Module and class of the optimisers that do not come with torch."""
 
 
 def make_optimizers(groups: Groups, config: TrainingConfig) -> list[torch.optim.Optimizer]:
@@ -42,7 +43,7 @@ def _adamw(groups: Groups, config: TrainingConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=config.betas, fused=True)
 
 
-def find_optimizer(kind: str) -> Any:
+def find_optimizer(kind: str) -> Callable[..., torch.optim.Optimizer]:
     """The class of an optimiser.
 
     Raises:
@@ -50,13 +51,14 @@ def find_optimizer(kind: str) -> Any:
     """
     if kind not in _PACKAGES:
         return torch.optim.AdamW
-    module, name, extra = _PACKAGES[kind]
+    module, name = _PACKAGES[kind]
+    package = module.partition(".")[0]
     try:
         return getattr(import_module(module), name)
     except Exception as error:  # bitsandbytes fails in many ways where it finds no CUDA
         raise UserError(
-            f"optimizer needs {module.split('.')[0]}, which cannot be loaded ({error}): "
-            f"pip install 'unziplora[{extra}]', or set optimizer = \"adamw\""
+            f"optimizer needs {package}, which cannot be loaded ({error}): pip install {package}, or set "
+            'optimizer = "adamw"'
         ) from None
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unziplora.base import Base
 from unziplora.errors import UserError
 from unziplora.quiet import quiet
+from unziplora.residency import reading
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def embed(base: Base, prompts: Sequence[str]) -> Embeddings:
     """
     for text in dict.fromkeys(prompts):
         _warn_if_cut(base, text)
-    with visiting(base.text_encoders, base.device), quiet():
+    with reading(base), quiet():
         rows = encode(base, prompts)
     return Embeddings(rows.tokens.to(base.dtype), rows.pooled.to(base.dtype))
 
@@ -135,16 +135,3 @@ def _warn_if_cut(base: Base, text: str) -> None:
     if lost := cut(base, text):
         limit = base.tokenizers[0].model_max_length - 2
         warnings.warn(f"prompt {text[:40]!r}…: CLIP reads {limit} tokens; not read: {lost!r}", stacklevel=4)
-
-
-@contextmanager
-def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Have modules on a device for a while; they go back to where they were."""
-    homes = [next(module.parameters()).device for module in modules]
-    try:
-        for module in modules:
-            module.to(device)
-        yield
-    finally:
-        for module, home in zip(modules, homes, strict=True):
-            module.to(home)

@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "formats",
     "checkpoint_every",
     "trackers",
+    "gradient_checkpointing",
     *(f"sample_{part}" for part in ("every", "subject", "style", "seeds")),
 }
 """Keys that may differ when a run is resumed: none of them changes what is learnt.

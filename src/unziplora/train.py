@@ -54,7 +54,7 @@ class Trainer:
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
         torch.save(state, folder / "training.pt")
 
@@ -72,12 +72,12 @@ class Trainer:
                 part.load_state_dict(saved)
             for part, saved in zip(self.schedules, state["schedules"], strict=True):
                 part.load_state_dict(saved)
-            if self.accelerator.scaler is not None:
+            if self.accelerator.scaler is not None and state["scaler"]:  # it may have begun in another precision
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (OSError, KeyError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
             raise UserError(f"{folder}: this checkpoint cannot be resumed ({error})") from None
         torch.set_rng_state(state["rng"])
-        if len(state["cuda_rng"]) == torch.cuda.device_count():
+        if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
 
     def step(self, step: int) -> StepReport:

@@ -23,7 +23,8 @@ from unziplora.methods.common import Setup
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
 from unziplora.optim import make_schedule
 from unziplora.phrase import Phrase
-from unziplora.prompts import join, together, visiting
+from unziplora.prompts import join, together
+from unziplora.residency import visiting
 from unziplora.text_lora import TextLora
 from unziplora.variants import filtered
 
@@ -163,6 +164,7 @@ def teach_encoders(phrase: Phrase, config: SplitConfig) -> TextLora:
         for a, b in ((goal.tokens, plain.tokens), (goal.pooled, plain.pooled))
     ]
     adapter, texts = TextLora(base, config), said + kept
+    factor = LOSS_SCALE if base.dtype == torch.float16 else 1.0  # of two million numbers' mean: too small for fp16
     optimizer = torch.optim.Adam(adapter.parameters(), lr=TEACHING_RATE)
     slowing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TEACHING_STEPS)
     for step in range(TEACHING_STEPS):
@@ -171,7 +173,7 @@ def teach_encoders(phrase: Phrase, config: SplitConfig) -> TextLora:
         pairs = (rows.tokens, tokens[index]), (rows.pooled, pooled[index])
         errors = [(made.float() - wanted.float()).square().mean() for made, wanted in pairs]
         optimizer.zero_grad()
-        (errors[0] / sizes[0] + errors[1] / sizes[1]).backward()
+        ((errors[0] / sizes[0] + errors[1] / sizes[1]) * factor).backward()
         optimizer.step()
         slowing.step()
     return adapter

@@ -152,7 +152,7 @@ def _package(name: str) -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"the measure 'published' needs the package {name.replace('_', '-')}, which is not installed: "
-            "pip install 'unziplora[bench]'; or leave this measure out"
+            'pip install "unziplora[bench]"; or leave this measure out'
         ) from error
 
 

@@ -22,6 +22,7 @@ import torch
 from unziplora.bench.cases import Case
 from unziplora.bench.protocol import evaluate
 from unziplora.bench.workplace import Workplace
+from unziplora.device import pick_device
 from unziplora.errors import Interrupted
 from unziplora.progress import Callback, Progress
 
@@ -66,7 +67,9 @@ def fill(open_bench: Callable[[], Bench], bench: Bench, units: Sequence[Unit], w
         numbers.put(number)
     stop = context.Event()
     threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(min(workers, len(parts)), context, _open, (open_bench, numbers, threads, stop)) as pool:
+    gpus = torch.cuda.device_count() if pick_device(place.config.device).type == "cuda" else 0
+    setup = (open_bench, numbers, threads, gpus, stop)
+    with ProcessPoolExecutor(min(workers, len(parts)), context, _open, setup) as pool:
         work = [pool.submit(_do, part, place.folder, dict(place.overrides), dict(place.homes)) for part in parts]
         try:
             with _terminable():
@@ -108,14 +111,14 @@ def _follow(work: Sequence[Future[str]], sizes: Sequence[int], progress: Callbac
             progress(Progress(done, sum(sizes), seconds_per_step=pace, message=future.result()))
 
 
-def _open(open_bench: Callable[[], Bench], numbers: Queue[int], threads: int, stop: Event) -> None:
+def _open(open_bench: Callable[[], Bench], numbers: Queue[int], threads: int, gpus: int, stop: Event) -> None:
     """Load cases, measures and base in a worker process, which ends with the process that started it."""
     global _opened, _stop
     _stop = stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
+    if gpus:
+        torch.cuda.set_device(numbers.get() % gpus)
     _opened = open_bench()
 
 

@@ -25,6 +25,7 @@ from unziplora.generate import Settings, generate
 from unziplora.lora.files import Lora
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
+from unziplora.residency import gone
 
 Task = Literal["content", "style", "both", "mix"]
 SCORES, SAMPLES = "scores.json", "samples.json"
@@ -139,8 +140,9 @@ def evaluate(
     if found.get("settings") == settings and set(names) <= set(found.get("measures", [])):
         return found
     start = time.monotonic()
-    alone = method.train(place, case, seed)
-    mixed = method.mix(place, case, partner, seed)
+    with gone(base):
+        alone = method.train(place, case, seed)
+        mixed = method.mix(place, case, partner, seed)
     trained = time.monotonic()
     listed, seeds = asks(case, partner, alone, mixed, place.config.token), list(range(place.config.samples))
     known = _read(folder / SAMPLES)

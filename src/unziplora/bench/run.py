@@ -27,6 +27,7 @@ from unziplora.config_bench import BenchConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
 from unziplora.progress import Callback, Progress
+from unziplora.residency import gone
 
 MEASURES: dict[str, Callable[[], Measure]] = {"trained": Trained, "plain": Plain, "published": Published}
 
@@ -108,7 +109,8 @@ class Bench:
         ]
         if self.place.config.workers > 1:
             keys = [(name, case.slug, seed) for name, case, seed in units]
-            fill(partial(open_bench, self.place.config), self, keys, self.place.config.workers)
+            with gone(self.base):
+                fill(partial(open_bench, self.place.config), self, keys, self.place.config.workers)
         results: list[dict[str, Any]] = []
         start = time.monotonic()
         for done, (name, case, seed) in enumerate(units):

@@ -95,4 +95,9 @@ def orthogonality(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     Args:
         pairs: per layer, the effective scales mask ⊙ scale of the content and the style LoRA, [out] each.
     """
-    return torch.stack([(content * style).abs().mean() for content, style in pairs]).mean()
+    by_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for pair in pairs:
+        by_width.setdefault(len(pair[0]), []).append(pair)
+    # Layers of a width together: SDXL has hundreds, and their kernels would cost more than their arithmetic.
+    stacks = [map(torch.stack, zip(*alike, strict=True)) for alike in by_width.values()]
+    return torch.cat([(content * style).abs().mean(1) for content, style in stacks]).mean()

@@ -98,15 +98,15 @@ class ColumnSeparation:
     def zero_masked(self) -> None:
         """Put the rows of B of closed columns back to zero, whatever the optimiser did to them."""
         if self.keep_masked:
-            for _, _, branch in self.masked():
-                branch.up.mul_(branch.mask[:, None])
+            branches = [branch for _, _, branch in self.masked()]
+            torch._foreach_mul_([b.up for b in branches], [b.mask[:, None] for b in branches])
 
     @torch.no_grad()
     def clamp_scales(self) -> None:
         """Keep every soft scale in [0, 1]."""
-        for name in NAMES:
-            for branch in self.branches[name].values():
-                branch.scale.clamp_(0.0, 1.0)
+        scales = [branch.scale for name in NAMES for branch in self.branches[name].values()]
+        torch._foreach_clamp_min_(scales, 0.0)
+        torch._foreach_clamp_max_(scales, 1.0)
 
     def settle_scales(self, resting: bool, overlap_only: bool) -> None:
         """Say which scales train from here on, until masks change: none, those in an overlap, or all."""
@@ -124,11 +124,14 @@ class ColumnSeparation:
     @torch.no_grad()
     def gate_scales(self) -> None:
         """Keep the scales' gradients only in columns that both LoRAs have open."""
-        for path, both in self.overlap.items():
-            for name in NAMES:
-                gradient = self.branches[name][path].scale.grad
-                if gradient is not None:
-                    gradient.mul_(both)
+        found = [
+            (gradient, both)
+            for path, both in self.overlap.items()
+            for name in NAMES
+            if (gradient := self.branches[name][path].scale.grad) is not None
+        ]
+        if found:
+            torch._foreach_mul_(*map(list, zip(*found, strict=True)))
 
     def orthogonality(self) -> Tensor:
         """L⊥ on the effective scales, mask ⊙ scale, over all layers; a scalar."""
@@ -136,5 +139,6 @@ class ColumnSeparation:
         if not self.overlap:
             return next(iter(content.values())).scale.new_zeros(())
         # Layers without an overlap add zeros to the mean over layers.
-        overlaps = [(both * content[path].scale, style[path].scale) for path, both in self.overlap.items()]
-        return orthogonality(overlaps) * (len(overlaps) / len(content))
+        open_scales = torch._foreach_mul(list(self.overlap.values()), [content[path].scale for path in self.overlap])
+        pairs = list(zip(open_scales, (style[path].scale for path in self.overlap), strict=True))
+        return orthogonality(pairs) * (len(pairs) / len(content))
