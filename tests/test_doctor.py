@@ -236,12 +236,12 @@ class TestMemory:
         sizes, lines = inspect_base(SDXL), (ROOT / "README.md").read_text().splitlines()
         checkpointed = {"gradient_checkpointing": True}
         for start, changes in {
-            "| default |": {},
+            "| none |": {},
             "| `--gradient-checkpointing` |": checkpointed,
             "| `--gradient-checkpointing --optimizer adamw8bit` |": {**checkpointed, "optimizer": "adamw8bit"},
         }.items():
-            (line,) = (line for line in lines if line.startswith(start))
-            for told, side in zip(re.findall(r"([\d.]+) GiB", line), (1024, 768, 512), strict=True):
+            (line,) = (line for line in lines if start in line)
+            for told, side in zip(re.findall(r"([\d.]+) GiB", line)[-3:], (1024, 768, 512), strict=True):
                 needed = split_memory(recipe(precision="bf16", resolution=side, **changes), sizes).total
                 assert float(told) == pytest.approx(needed / GIB, abs=0.06)
 
