@@ -29,9 +29,9 @@ def recipe(run: RunFolder, **changes: object) -> SplitConfig:
     return resolve(SplitConfig, {**given, **changes})
 
 
-def written(run: RunFolder, full_size: bool = True, scores: dict[str, float] | None = None, **changes: object) -> str:
+def written(run: RunFolder, full_size: bool = True, **changes: object) -> str:
     config = recipe(run, **changes)
-    return card(run, config, UnZipLora.about(config), full_size, scores)
+    return card(run, config, UnZipLora.about(config), full_size)
 
 
 def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
@@ -76,10 +76,6 @@ def test_a_base_on_this_machine_is_opened_by_its_kind(
     assert call in written(run, base=str(tmp_path / name))
     monkeypatch.chdir(tmp_path)
     assert call in written(run, base=name)
-
-
-def test_measured_scores_are_listed(run: RunFolder) -> None:
-    assert "| DINO | 0.349 |" in written(run, scores={"DINO": 0.349})
 
 
 def test_a_merged_lora_is_loaded_alone_and_sampled_as_a_run(run: RunFolder) -> None:

@@ -1,16 +1,16 @@
 import pytest
 
 from unziplora.config import resolve
-from unziplora.config_probe import Pair, ProbeConfig
+from unziplora.config_probe import ProbeConfig, WordPair
 from unziplora.errors import UserError
 
 WORDS = {"contents": ["cat", "dog", "fox"], "styles": ["ink", "oil paint"]}
 
 
 def test_a_pair_swaps_one_word_on_each_axis():
-    first, second = ProbeConfig(**WORDS, pairs=2).words()
-    assert first == Pair("cat", "ink", "dog", "oil paint")
-    assert second == Pair("dog", "oil paint", "fox", "ink")
+    first, second = ProbeConfig(**WORDS, pairs=2).word_pairs()
+    assert first == WordPair("cat", "ink", "dog", "oil paint")
+    assert second == WordPair("dog", "oil paint", "fox", "ink")
 
 
 @pytest.mark.parametrize(("contents", "styles"), [(2, 2), (3, 2), (6, 5), (3, 7)])
@@ -19,7 +19,7 @@ def test_no_swap_comes_twice_however_many_pairs_are_asked_for(contents: int, sty
     config = ProbeConfig(
         contents=[f"thing {n}" for n in range(contents)], styles=[f"look {n}" for n in range(styles)], pairs=most
     )
-    pairs = config.words()
+    pairs = config.word_pairs()
     assert all(pair.content != pair.other_content and pair.style != pair.other_style for pair in pairs)
     assert len({(pair.content, pair.other_content, pair.style) for pair in pairs}) == most
     assert len({(pair.content, pair.style, pair.other_style) for pair in pairs}) == most
@@ -28,7 +28,7 @@ def test_no_swap_comes_twice_however_many_pairs_are_asked_for(contents: int, sty
 
 def test_the_defaults_have_pairs_with_every_word():
     config = ProbeConfig()
-    pairs = config.words()
+    pairs = config.word_pairs()
     assert len(pairs) == config.pairs
     assert {pair.content for pair in pairs} == set(config.contents)
     assert {pair.style for pair in pairs} == set(config.styles)

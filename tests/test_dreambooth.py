@@ -260,8 +260,8 @@ class TestTextEncoders:
             read.extend(texts)
             return text_lora_encode(base, texts)
 
-        text_lora_encode = text_lora.encode
-        monkeypatch.setattr(text_lora, "encode", encode)
+        text_lora_encode = text_lora.encode_each
+        monkeypatch.setattr(text_lora, "encode_each", encode)
         for step in range(6):
             draw = generator(method.config.seed, "train", step)
             examples = replace(method.examples, conditioning=known)

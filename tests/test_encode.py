@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
 
-from unziplora.encode import conditioning, encode_pictures, loss_weights
+from unziplora.encode import encode_pictures, loss_weights, picture_conditioning
 from unziplora.generate import decode
 from unziplora.images import to_tensor
 from unziplora.prompts import Prompts, embed
@@ -65,7 +65,7 @@ def test_a_plain_autoencoder_will_do(shared_base, picture):
 
 def test_conditioning_is_that_of_the_pipeline(shared_base):
     prompts = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
-    given = conditioning(shared_base, prompts, 64, 3)
+    given = picture_conditioning(shared_base, prompts, 64, 3)
     streams = embed(shared_base, [prompts.full, prompts.content or "", prompts.style or ""])
     width = streams.tokens.shape[-1]
     assert given.tokens.shape[::2] == (3, 3 * width)
@@ -73,7 +73,7 @@ def test_conditioning_is_that_of_the_pipeline(shared_base):
         torch.testing.assert_close(given.tokens[2, :, index * width : (index + 1) * width], streams.tokens[index])
     torch.testing.assert_close(given.pooled[1], streams.pooled[0])
     assert given.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 3
-    plain = conditioning(shared_base, Prompts(prompts.full), 64, 1)
+    plain = picture_conditioning(shared_base, Prompts(prompts.full), 64, 1)
     torch.testing.assert_close(plain.tokens, streams.tokens[:1])
 
 

@@ -13,7 +13,7 @@ from unziplora.errors import UserError
 from unziplora.lora.algebra import Pair
 from unziplora.lora.files import Lora, text_tensors
 from unziplora.mount import Mounted, Part
-from unziplora.prompts import together
+from unziplora.prompts import encode_batch
 
 LAYER = "text_encoder.text_model.encoder.layers.0"
 LAYER_2 = "text_encoder_2.text_model.encoder.layers.0"
@@ -69,7 +69,7 @@ def mounted(base: Base, *parts: Part) -> Iterator[Mounted]:
 
 
 def said(base: Base) -> tuple[Tensor, Tensor]:
-    rows = together(base, ["a cat"])
+    rows = encode_batch(base, ["a cat"])
     return rows.tokens, rows.pooled
 
 

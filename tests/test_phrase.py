@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from unziplora.base import Base, load_base
 from unziplora.config_sample import SampleConfig
 from unziplora.config_split import SplitConfig
-from unziplora.encode import conditioning
+from unziplora.encode import picture_conditioning
 from unziplora.errors import Interrupted, UserError
 from unziplora.lora.files import read_lora
 from unziplora.methods.common import Setup
@@ -24,7 +24,7 @@ from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.phrase import Phrase, embeddings
 from unziplora.progress import Progress
-from unziplora.prompts import Prompts, embed, together
+from unziplora.prompts import Prompts, embed, encode_batch
 from unziplora.sample import sample
 from unziplora.split import split
 from unziplora.variants import FILTERS
@@ -50,7 +50,7 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
 
 def picture(base: Base) -> Examples:
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Examples(latents, conditioning(base, Prompts(SPOKEN), base.resolution, 1))
+    return Examples(latents, picture_conditioning(base, Prompts(SPOKEN), base.resolution, 1))
 
 
 @pytest.fixture
@@ -106,14 +106,14 @@ class TestPhrase:
             for offsets in phrase.free:
                 offsets += torch.tensor([0.0, 1.0, 5.0])[:, None, None]
         with torch.no_grad(), phrase.spoken(torch.tensor([2, 0, 1])):
-            rows = together(base, [SPOKEN] * 3).tokens
+            rows = encode_batch(base, [SPOKEN] * 3).tokens
         torch.testing.assert_close(rows[1:2], embed(base, [SPOKEN]).tokens)
         with phrase.spoken(torch.tensor([2])):
             torch.testing.assert_close(rows[:1], embed(base, [SPOKEN]).tokens)
 
     def test_each_reading_learns_from_its_own_pictures_alone(self, base: Base, config: Make):
         scheduler, phrase = DDPMScheduler.from_config(base.scheduler.config), Phrase(base, "ink wash", readings=2)
-        examples = Examples(torch.randn(4, 4, 8, 8), conditioning(base, Prompts(SPOKEN), base.resolution, 4))
+        examples = Examples(torch.randn(4, 4, 8, 8), picture_conditioning(base, Prompts(SPOKEN), base.resolution, 4))
         learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=1, batch_size=1))
         learnt = [[bool(reading.any()) for reading in offsets] for offsets in phrase.free]
         assert sorted(learnt[0]) == [False, True]
@@ -141,7 +141,7 @@ class TestPhrase:
 
         def loss() -> float:
             with phrase.spoken():
-                told = conditioning(base, Prompts(SPOKEN), base.resolution, 1)
+                told = picture_conditioning(base, Prompts(SPOKEN), base.resolution, 1)
             seen = Examples(examples.latents, told)
             return float(denoising_loss(base.unet, scheduler, seen, batch_size=64, draw=generator("test")))
 
@@ -168,8 +168,8 @@ def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: 
         for offsets in phrase.free:
             offsets += torch.randn(offsets.shape, generator=torch.Generator().manual_seed(1)) / 20
         with phrase.spoken():
-            goal = together(base, said[:1]).tokens
-        plain = together(base, said).tokens
+            goal = encode_batch(base, said[:1]).tokens
+        plain = encode_batch(base, said).tokens
     adapter = teach_encoders(phrase, config(rank=16, style=style))
     taught = embed(base, said).tokens
     wide = (goal - plain[:1]).square().mean()

@@ -126,7 +126,7 @@ def test_movements_are_taken_seed_by_seed_against_their_own_references():
 
 def test_pictures_of_a_pair_are_swaps_of_one_word(tiny_base: Base):
     config = ProbeConfig(**{**QUICK, "seeds": [4, 5], "guidance": 1.0})
-    pair, blocks = config.words()[0], ["mid_block.attentions.0", "up_blocks.0.attentions.1"]
+    pair, blocks = config.word_pairs()[0], ["mid_block.attentions.0", "up_blocks.0.attentions.1"]
     drawn = draw(tiny_base, config, pair, blocks)
     assert {axis: [len(row) for row in rows] for axis, rows in drawn.items()} == {"content": [2] * 5, "style": [2] * 5}
 

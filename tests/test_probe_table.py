@@ -7,7 +7,6 @@ from unziplora.errors import UserError
 from unziplora.lora.blocks import BlockMap, read_blocks
 from unziplora.probe_table import (
     ALL,
-    AXES,
     Row,
     Score,
     choose,
@@ -133,7 +132,3 @@ def test_table_shows_scores_leaning_and_map():
 
 def test_numbers_that_json_lacks_become_null():
     assert plain(torch.tensor([[[0.25, math.nan]]])) == [[[0.25, None]]]
-
-
-def test_axes_are_those_of_the_block_map():
-    assert AXES == ("content", "style")

@@ -5,7 +5,7 @@ import torch
 
 from unziplora.base import Base
 from unziplora.errors import UserError
-from unziplora.prompts import Prompts, condition, cut, embed, embed_negative, join, time_ids
+from unziplora.prompts import Prompts, cut, embed, embed_negative, embed_prompts, join_streams, time_ids
 
 
 def test_embeddings_are_the_pipelines_own(shared_base: Base):
@@ -24,11 +24,11 @@ def test_an_embedding_does_not_depend_on_its_neighbours(shared_base: Base):
 
 def test_join_puts_full_content_and_style_side_by_side(shared_base: Base):
     rows = embed(shared_base, ["a cat in ink", "a cat", "ink"])
-    tokens = join(*rows.tokens.split(1))
+    tokens = join_streams(*rows.tokens.split(1))
     assert tokens.shape == (1, 77, 3 * 40)
     for part, expected in zip(tokens.split(40, dim=-1), rows.tokens.split(1), strict=True):
         assert torch.equal(part, expected)
-    got = condition(shared_base, Prompts("a cat in ink", "a cat", "ink"))
+    got = embed_prompts(shared_base, Prompts("a cat in ink", "a cat", "ink"))
     assert torch.equal(got.tokens, tokens)
     assert torch.equal(got.pooled, rows.pooled[:1])
 

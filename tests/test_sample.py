@@ -19,7 +19,7 @@ from unziplora.lora.files import Lora, read_lora, write_lora
 from unziplora.lora.layer import adapted, add_lora, attention_linears
 from unziplora.prompts import Prompts
 from unziplora.sample import open_session, sample
-from unziplora.sources import base_name, find_source, plan
+from unziplora.sources import choose_base, find_source, plan
 
 FAST = Settings(steps=2)
 
@@ -262,9 +262,9 @@ def test_every_lora_is_called_by_the_words_of_its_own_run(tmp_path: Path, conten
 
 def test_words_are_filled_into_prompts(cat: Path, dog: Path):
     sources = [find_source(cat, "content"), find_source(dog, "style")]
-    config = SampleConfig(content=cat, style=dog, prompts=["{token} {content} as {style} style style, {}"])
+    config = SampleConfig(content=cat, style=dog, prompts=["{token} {content} as {style} style style"])
     (prompts,) = plan(config, sources)
-    assert prompts == Prompts("sks cat as oil paint style, {}", "a sks cat", "an image in oil paint style")
+    assert prompts == Prompts("sks cat as oil paint style", "a sks cat", "an image in oil paint style")
     with pytest.raises(UserError, match=r"\{colour\} is not known here; known: \{token\}, \{content\}, \{style\}"):
         plan(SampleConfig(content=cat, style=dog, prompts=["{colour}"]), sources)
 
@@ -278,8 +278,8 @@ def test_different_bases_ask_for_a_choice(cat: Path, dog: Path, tmp_path: Path):
     sources = [find_source(cat, "content"), find_source(other, "style")]
     config = SampleConfig(content=cat, style=other)
     with pytest.raises(UserError, match="different bases"):
-        base_name(config, sources)
-    assert base_name(SampleConfig(content=cat, style=other, base="x/y"), sources) == "x/y"
+        choose_base(config, sources)
+    assert choose_base(SampleConfig(content=cat, style=other, base="x/y"), sources) == "x/y"
 
 
 def test_lora_for_another_size_does_not_fit(tiny_base: Base, tmp_path: Path):

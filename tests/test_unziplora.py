@@ -304,7 +304,7 @@ def test_steps_alone_teach_one_lora_the_picture_and_leave_the_other(tiny_base):
     made = UnZipLora(tiny_base.unet, scheduler(tiny_base), material, recipe, SDXL_BLOCKS)
     for branch in [*made.branches["content"].values(), *made.branches["style"].values()]:
         torch.nn.init.normal_(branch.up, std=0.1)
-    turns = [made.alone(step) for step in range(400)]
+    turns = [made.solo(step) for step in range(400)]
     shares = [turns.count(name) / 400 for name in ("content", "style", None)]
     assert shares == pytest.approx([0.4, 0.3, 0.3], abs=0.08)  # more than three standard errors
     for name, shown in (("content", material.examples), ("style", told)):

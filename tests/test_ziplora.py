@@ -167,7 +167,7 @@ class TestIdentities:
         wanted = output(added(fresh_base(), loras["content"].modules, loras["style"].modules))
         torch.testing.assert_close(output(tiny_base), wanted, rtol=1e-4, atol=1e-5)
         for name, lora in loras.items():
-            with method.alone(name):
+            with method.only(name):
                 torch.testing.assert_close(
                     output(tiny_base), output(added(fresh_base(), lora.modules)), rtol=1e-4, atol=1e-5
                 )
@@ -182,7 +182,7 @@ class TestIdentities:
 
     def test_alone_is_the_teacher_also_after_training(self, tiny_base: Base, fresh_base, loras, config: Make):
         method = trained(tiny_base, config(learning_rate=0.1, steps=2))
-        with method.alone("style"):
+        with method.only("style"):
             wanted = output(added(fresh_base(), loras["style"].modules))
             torch.testing.assert_close(output(tiny_base), wanted, rtol=1e-4, atol=1e-5)
 
@@ -201,7 +201,7 @@ class TestIdentities:
         method = build(tiny_base, config(content_strength=0.5, style_strength=-2.0))
         for name, weight in (("content", 0.5), ("style", -2.0)):
             weighted = {path: (down, weight * up) for path, (down, up) in loras[name].modules.items()}
-            with method.alone(name):
+            with method.only(name):
                 torch.testing.assert_close(
                     output(tiny_base), output(added(fresh_base(), weighted)), rtol=1e-4, atol=1e-5
                 )
@@ -556,7 +556,7 @@ class TestRefusals:
         ("change", "message"),
         [
             ({"content_prompt": None}, "does not tell its words(.|\n)*--content-prompt"),
-            ({"style_prompt": "a {thing}"}, "prompt template"),
+            ({"style_prompt": "a {thing}"}, "is not known here"),
             ({"style_lora": Path("gone.safetensors")}, "no such run folder or LoRA file"),
             ({"content_images": [Path("gone.png")]}, "no such picture"),
             ({"base": "no/such/base"}, "no such file or folder"),

@@ -40,7 +40,7 @@ def judge_pictures(recipe: Recipe) -> Pictures:
     return Pictures(np.concatenate([mine.pixels, more.pixels]), mine.items + more.items)
 
 
-def test_items(recipe: Recipe) -> dict[str, list[Item]]:
+def judged_items(recipe: Recipe) -> dict[str, list[Item]]:
     """Unseen drawings in known styles, unseen drawings in unseen filters, known drawings in unseen filters."""
     world, s = World(recipe.world), recipe.judges
     styles = {name: style.filter for name, style in recipe.world.styles.items() if style.filter or style.natural}
@@ -119,7 +119,7 @@ def accuracy(judge: Judge, pixels: np.ndarray, truth: list[str]) -> float:
 def measure(judge: Judge, axis: Axis, recipe: Recipe) -> dict[str, float]:
     """Accuracy on real pictures of every kind of test that has this judge's classes."""
     found = {}
-    for name, items in test_items(recipe).items():
+    for name, items in judged_items(recipe).items():
         if axis == "style" and "filters" in name:
             continue
         pictures = render_items(recipe.world, items)

@@ -13,6 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unziplora.kinds import KINDS
 from unziplora.lora.layer import STREAMS, add_lora, attention_linears
 from unziplora.quiet import quiet
 
@@ -61,7 +62,7 @@ def kept_bytes(
     dtype = torch.bfloat16 if half else torch.float32
     with torch.device("meta"), quiet():
         unet: Any = UNet2DConditionModel.from_config(config).requires_grad_(False)
-        for name in ("content", "style"):
+        for name in KINDS:
             add_lora(unet, name, _pairs(unet, rank), stream=name)
         unet.train().to(dtype)  # autocast, which the LoRAs are trained under, knows no meta device
         counter = _Counter(unet)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
-from torch import nn
+from transformers import CLIPTokenizer, PreTrainedModel
 
 from unziplora import base_checkpoint, base_files
 from unziplora.base_hub import HUB_ID, download
@@ -57,15 +57,15 @@ class Base:
         return self.pipe.vae
 
     @property
-    def text_encoders(self) -> list[nn.Module]:
+    def text_encoders(self) -> list[PreTrainedModel]:
         return [self.pipe.text_encoder, self.pipe.text_encoder_2]
 
     @property
-    def tokenizers(self) -> list[Any]:
+    def tokenizers(self) -> list[CLIPTokenizer]:
         return [self.pipe.tokenizer, self.pipe.tokenizer_2]
 
     @property
-    def scheduler(self) -> Any:
+    def scheduler(self) -> SchedulerMixin:
         return self.pipe.scheduler
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -32,10 +33,10 @@ def beside(config: SplitConfig, threads: int) -> Iterator[Callable[[], None]]:
     with TemporaryDirectory() as place:
         recipe, said = Path(place) / "split.toml", Path(place) / "said"
         recipe.write_text(to_toml(absolute(config)), encoding="utf-8")
-        command = [sys.executable, "-m", "unziplora", "split", "--quiet", "--config", str(recipe)]
+        command = [sys.executable, "-m", "unziplora", "split", "--quiet", "--json", "--config", str(recipe)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with said.open("wb") as stream:
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stream)
+            process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.DEVNULL)
 
         def wait() -> None:
             if process.wait():
@@ -51,6 +52,9 @@ def beside(config: SplitConfig, threads: int) -> Iterator[Callable[[], None]]:
 
 def _failure(code: int, said: str) -> UnziploraError:
     """The error that a process ended with."""
-    text = said.rpartition("error: ")[2].strip() or f"the other process ended with code {code}"
+    try:
+        text = str(json.loads(said)["error"])
+    except (ValueError, KeyError, TypeError):
+        text = f"the other process ended with code {code}"
     kinds: dict[int, type[UnziploraError]] = {kind.exit_code: kind for kind in (UserError, Interrupted)}
     return kinds.get(code, MachineError)(text)

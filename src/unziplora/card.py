@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ import tomli_w
 
 from unziplora.base_hub import HUB_ID
 from unziplora.config_training import PictureConfig, TrainingConfig
+from unziplora.kinds import KINDS
 from unziplora.run import RunFolder
 
 PRIVATE = {
@@ -23,7 +23,7 @@ PRIVATE = {
     "class_folder",
     "images",
     "masks",
-    *(f"{name}_{what}" for name in ("content", "style") for what in ("lora", "images")),
+    *(f"{name}_{what}" for name in KINDS for what in ("lora", "images")),
 }
 """Keys that tell about a person's machine, and nothing about the LoRAs: kept out of what is shared."""
 
@@ -54,9 +54,7 @@ class About:
     files: dict[str, File]
 
 
-def card(
-    run: RunFolder, config: TrainingConfig, about: About, full_size: bool, scores: Mapping[str, float] | None = None
-) -> str:
+def card(run: RunFolder, config: TrainingConfig, about: About, full_size: bool) -> str:
     """The card as Markdown, with the head that model hubs read.
 
     Args:
@@ -64,13 +62,9 @@ def card(
         config: the run's recipe.
         about: what its method tells.
         full_size: the base has SDXL's own size, so that other programs can load the files.
-        scores: measured scores by name.
     """
     parts = [_head(config, about), _title(config, about), _files(run, about), _samples(run)]
     parts.append(_programs(run, config, about) if full_size else _small(run, config, about))
-    if scores:
-        rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in scores.items())
-        parts.append(f"## Measured\n\n| score | value |\n|---|---|\n{rows}\n")
     parts.append(_settings(config))
     return "\n".join(part for part in parts if part)
 
@@ -120,7 +114,7 @@ def _string(text: str) -> str:
 
 def _title(config: TrainingConfig, about: About) -> str:
     words = config.words()
-    title = ", ".join(words[name] for name in ("content", "style") if name in words) or about.prompt
+    title = ", ".join(words[name] for name in KINDS if name in words) or about.prompt
     return f"# {title}\n\n{about.made} by unziplora {version('unziplora')} ({about.method}).\n"
 
 
@@ -153,7 +147,7 @@ cannot load it. Sample with
 def _commands(run: RunFolder, config: TrainingConfig, about: About) -> str:
     subject = config.sample_subject if isinstance(config, PictureConfig) else "dog"
     lines = []
-    if "lora" in about.files or {"content", "style"} <= about.files.keys():
+    if "lora" in about.files or set(KINDS) <= about.files.keys():
         lines.append(f"unziplora sample {folder_argument(run.path)}")
     prompts = {"content": "{} on a beach", "style": f"a {subject} {{}}"}
     for name, file in about.files.items():
@@ -182,7 +176,7 @@ def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
     return f"""## Use
 
 Give the files names of their own when you copy them, such as `{next(iter(titles.values()))}.safetensors`.{together}
-Strength 1 is as trained; turn it down if it rules the picture.
+Strength 1 is as trained; turn it down if it dominates the picture.
 
 **ComfyUI**: copy to `ComfyUI/models/loras`, put one *Load LoRA* node per file between *Load Checkpoint* and the
 sampler, prompt `{both}`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -16,6 +16,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 R = TypeVar("R", bound="Recipe")
 
@@ -38,7 +40,7 @@ class Recipe(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _at_home(cls, value: Any) -> Any:
+    def _expand_user(cls, value: Any) -> Any:
         """Paths that begin with ~, which no shell has seen if they come from a TOML file."""
         if isinstance(value, list):
             return [item.expanduser() if isinstance(item, Path) else item for item in value]

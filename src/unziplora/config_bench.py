@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import Recipe, key
+from unziplora.config import Precision, Recipe, key, natural_seeds
 
 MethodName = Literal[
     "base",
@@ -49,7 +49,9 @@ class BenchConfig(Recipe):
 
     methods: list[MethodName] = key(
         [name for name in get_args(MethodName) if name != "paper"],
-        "What is measured; the scale needs base and oracle.",
+        "base: no LoRA; unziplora: its preset; paper: as published; joint, prompt, column, block: no separation, then "
+        "one of the paper's more each; words: the preset without its steps alone; dreambooth; ziplora and direct (the "
+        "sum) of its LoRAs; blora; oracle: trained on the truth. The scale needs base and oracle.",
         "Method",
         min_length=1,
     )
@@ -60,17 +62,17 @@ class BenchConfig(Recipe):
     dino: str | None = key(None, "DINO model for pictures: folder or hub id.", "Method", min_length=1)
     csd: str | None = key(None, "CSD model for pictures: folder or hub id.", "Method", min_length=1)
     search: int = key(
-        0, "Instead: try so many settings of one grid for every method, and write settings.toml.", "Method", ge=0
+        0, "Search instead: the number of grid settings to try for each method; writes settings.toml.", "Method", ge=0
     )
     token: str = key("sks", "Rare word that stands for the subject.", "Method", min_length=1)
     seeds: list[int] = key([0, 1, 2], "Training seeds.", "Training", min_length=1)
     oracle_seeds: int | None = key(
         None,
-        "Train the oracle, which takes the longest, with so many of the seeds; default: with all.",
+        "Train the oracle, which takes the longest, with only this many of the seeds; default: with all.",
         "Training",
         ge=1,
     )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Number format of the base.", "Training")
+    precision: Precision = key("auto", "Number format of the base.", "Training")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
     workers: int = key(1, "Processes that share the work, the cores and the GPUs.", "Training", ge=1)
 
@@ -78,12 +80,7 @@ class BenchConfig(Recipe):
     sample_steps: int = key(20, "Denoising steps.", "Sampling", ge=1)
     guidance: float = key(2.5, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
 
-    @field_validator("seeds")
-    @classmethod
-    def _natural(cls, seeds: list[int]) -> list[int]:
-        if any(seed < 0 for seed in seeds):
-            raise ValueError("seeds are whole numbers from 0 on")
-        return list(dict.fromkeys(seeds))
+    _natural = field_validator("seeds")(natural_seeds)
 
     @field_validator("methods", "measures")
     @classmethod

@@ -35,7 +35,7 @@ class DreamBoothConfig(PictureConfig):
     class_prompt: str | None = key(
         None, "Prompt of the class pictures; default: 'a {content}', or 'an image' without a content.", "Prompts"
     )
-    prior_images: int = key(100, "Class pictures.", "Method", ge=1)
+    prior_images: int = key(100, "Number of class pictures.", "Method", ge=1)
     class_folder: Path | None = key(
         None,
         "Folder of class pictures: those in it are used, missing ones are made and kept; default: in the cache, by "

@@ -7,11 +7,12 @@ from typing import Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import Recipe, key, natural_seeds
+from unziplora.config import Precision, Recipe, key, natural_seeds
 from unziplora.config_training import SDXL
+from unziplora.templates import fill
 
 
-class Pair(NamedTuple):
+class WordPair(NamedTuple):
     """The words of prompt P, and those that prompt Q has in their place: one of the two is swapped at a time."""
 
     content: str
@@ -56,7 +57,7 @@ class ProbeConfig(Recipe):
     guidance: float = key(5.0, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
     resolution: int | None = key(None, "Side of the pictures in pixels; default: the base's own.", "Sampling", ge=8)
     batch_size: int = key(1, "Seeds computed at once.", "Sampling", ge=1)
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Number format of the base.", "Sampling")
+    precision: Precision = key("auto", "Number format of the base.", "Sampling")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")
 
     @field_validator("contents", "styles")
@@ -97,7 +98,7 @@ class ProbeConfig(Recipe):
             raise ValueError("--clip names a model that measure statistics does not use: leave one of them out")
         return self
 
-    def words(self) -> list[Pair]:
+    def word_pairs(self) -> list[WordPair]:
         """The pairs: every word has its turn, and no swap comes twice on an axis."""
         contents, styles = self.contents, self.styles
         found = []
@@ -105,7 +106,7 @@ class ProbeConfig(Recipe):
             turn, first = divmod(number, len(contents))
             look = (first + turn) % len(styles)
             found.append(
-                Pair(
+                WordPair(
                     contents[first],
                     styles[look],
                     contents[(first + 1 + turn % (len(contents) - 1)) % len(contents)],
@@ -116,4 +117,4 @@ class ProbeConfig(Recipe):
 
     def fill(self, content: str, style: str) -> str:
         """The prompt with a content word and a style phrase."""
-        return self.prompt.replace("{content}", content).replace("{style}", style)
+        return fill(self.prompt, {"content": content, "style": style})

@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import Recipe, key, natural_seeds
+from unziplora.config import Precision, Recipe, key, natural_seeds
+from unziplora.kinds import KINDS
 from unziplora.schedulers import SCHEDULER_NAMES, find_name
 
 Axis = Literal["auto", "prompt", "seed", "content_strength", "style_strength"]
@@ -17,13 +18,11 @@ Axis = Literal["auto", "prompt", "seed", "content_strength", "style_strength"]
 class SampleConfig(Recipe):
     """Make pictures with a content LoRA, a style LoRA, both, or neither."""
 
-    # what with
     content: Path | None = key(None, "Run folder or LoRA file that gives the content.", "Input")
     style: Path | None = key(None, "Run folder or LoRA file that gives the style.", "Input")
     base: str | None = key(None, "Base model; default: the one that the run was trained on.", "Input")
     out: Path = key(Path("samples"), "Folder for the pictures.", "Input")
 
-    # what of
     prompts: list[str] = key(
         [],
         "What to show; {token}, {content} and {style} stand for the runs' words. Default: the runs' own prompts.",
@@ -43,7 +42,6 @@ class SampleConfig(Recipe):
     )
     negative: str = key("", "What to steer away from.", "Prompts")
 
-    # how strong
     content_strength: float = key(
         1.0, "Strength of the content LoRA; 0 switches it off.", "Strength", allow_inf_nan=False
     )
@@ -53,7 +51,6 @@ class SampleConfig(Recipe):
     )
     style_blocks: list[str] = key([], "Strength per block of the style LoRA.", "Strength")
 
-    # how
     steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
     guidance: float | None = key(
         None, "Classifier-free guidance; 1 switches it off; default: as in the run, else 5.", "Sampling", ge=1
@@ -66,7 +63,7 @@ class SampleConfig(Recipe):
     height: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
     seeds: list[int] = key([0], "One picture per seed and prompt.", "Sampling", min_length=1)
     batch_size: int = key(1, "Pictures computed at once.", "Sampling", ge=1)
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = key("auto", "Number format of the base.", "Sampling")
+    precision: Precision = key("auto", "Number format of the base.", "Sampling")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")
 
     @field_validator("scheduler")
@@ -91,7 +88,7 @@ class SampleConfig(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> SampleConfig:
-        for name in ("content", "style"):
+        for name in KINDS:
             given = [key for key in (f"{name}_blocks",) if getattr(self, key)]
             if given and getattr(self, name) is None:
                 raise ValueError(f"{given[0]} without a {name} LoRA: give --{name} too")

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import Recipe, key, natural_seeds
-from unziplora.errors import UserError
+from unziplora.config import Precision, Recipe, key, natural_seeds
+from unziplora.templates import fill
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -30,13 +30,21 @@ class TrainingConfig(Recipe):
     out: Path = key(..., "Run folder to create.", "Input")
     base: str = key(SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
     resolution: int | None = key(
-        None, "Side of the training picture in pixels; default: the base's own.", "Input", ge=16
+        None,
+        "Side of the training picture in pixels, a multiple of 32 for SDXL; less needs less memory; default: the "
+        "base's own.",
+        "Input",
+        ge=16,
     )
     token: str = key("sks", "Rare word that stands for this very subject.", "Prompts", min_length=1)
 
     steps: int = key(600, "Optimiser steps.", "Training", ge=1)
     batch_size: int = key(1, "Noisy latents per step.", "Training", ge=1)
-    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = key("adamw", "Optimiser.", "Training")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = key(
+        "adamw",
+        "adamw8bit needs less memory, and bitsandbytes; prodigy finds the step size itself: set learning rates to 1.",
+        "Training",
+    )
     betas: tuple[float, float] = key((0.9, 0.999), "Adam's betas.", "Training")
     schedule: Literal["constant", "cosine"] = key(
         "constant", "Learning-rate schedule; cosine ends at zero.", "Training"
@@ -44,19 +52,26 @@ class TrainingConfig(Recipe):
     schedule_warmup: int = key(0, "Steps of linear learning-rate warm-up.", "Training", ge=0)
     max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", "Training", gt=0)
     min_snr_gamma: float | None = key(None, "Min-SNR weighting (arXiv 2303.09556), usually 5.", "Training", gt=0)
-    noise_offset: float = key(0.0, "Per-channel noise offset.", "Training", ge=0)
+    noise_offset: float = key(
+        0.0,
+        "A constant added to the noise of each channel, for very dark or bright pictures; usually 0.05.",
+        "Training",
+        ge=0,
+    )
     timestep_shift: float = key(
         1.0,
-        "Above 1: more of the steps see much noise, where layout and colours of the ground are decided; 1: all alike.",
+        "Above 1, more steps train at high noise, where layout and background colours are decided; 1 is uniform.",
         "Training",
         gt=0,
     )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = key(
+    precision: Precision = key(
         "auto",
         "Arithmetic of the frozen base; auto: bf16 where the device has it, else fp16, fp32 on CPU.",
         "Training",
     )
-    gradient_checkpointing: bool = key(False, "Trade time for memory.", "Training")
+    gradient_checkpointing: bool = key(
+        False, "Slower, with much less memory: for SDXL at 1024 px about 9 GiB instead of 16.", "Training"
+    )
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
     seed: int = key(0, "Seed of everything random.", "Training", ge=0)
 
@@ -70,7 +85,7 @@ class TrainingConfig(Recipe):
     sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0)
     sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1)
     sample_guidance: float = key(5.0, "Classifier-free guidance of samples.", "Output", ge=1)
-    sample_seeds: list[int] = key([0, 1], "Seeds of samples; empty: no samples.", "Output", max_length=200)
+    sample_seeds: list[int] = key([0, 1], "Seeds of samples; none: no samples.", "Output", max_length=200)
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = key([], "Experiment trackers.", "Output")
 
     _natural = field_validator("sample_seeds")(natural_seeds)
@@ -100,15 +115,9 @@ class TrainingConfig(Recipe):
         """Fill {token}, {content} and {style} into a prompt template.
 
         Raises:
-            UserError: the template asks for something else.
+            UserError: the template asks for something else, or for a word that is not given.
         """
-        words = self.words()
-        try:
-            text = template.format(**words)
-        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-            known = ", ".join(f"{{{name}}}" for name in words)
-            raise UserError(f"prompt template {template!r}: use only {known} ({error})") from None
-        return text.replace("style style", "style")
+        return fill(template, self.words())
 
     def style_trigger(self, template: str, word: str = "{style}") -> str:
         """What calls a style up behind any subject, from the template of the prompt that it was trained with."""
@@ -137,7 +146,9 @@ class PictureConfig(TrainingConfig):
     masks: list[Path] = key([], "Subject masks, one per picture: white counts in the loss.", "Input")
     background_weight: float = key(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
 
-    rank: int = key(64, "Rank of the LoRA (of each, where there are two).", "Training", ge=1)
+    rank: int = key(
+        64, "Rank of the LoRA (of each, where there are two); for SDXL its file has 2.9 MB per rank.", "Training", ge=1
+    )
     alpha: float | None = key(None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0)
     weight_decay: float = key(1e-4, "Decoupled weight decay of the LoRA matrices.", "Training", ge=0)
     sample_subject: str = key("dog", "Another subject, for the style-alone sample.", "Output", min_length=1)

@@ -1,4 +1,4 @@
-"""The job that `make demo` runs: split the picture that ships with the package, and show what came out."""
+"""The job that `make demo` runs: split the two pictures that ship with the package, and show what came out."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from unziplora.errors import Interrupted, UserError
 from unziplora.generate import decode, generate_latents
 from unziplora.grid import sheet
 from unziplora.images import load_picture
+from unziplora.kinds import KINDS
 from unziplora.memory import inspect_base
 from unziplora.progress import Callback, Progress, duration
 from unziplora.sample import open_session
@@ -53,7 +54,7 @@ class Demo(BaseModel):
     seconds: float
 
     def __str__(self) -> str:
-        rows = [f"{kind:<8} {run / kind}.safetensors" for run in self.runs for kind in ("content", "style")]
+        rows = [f"{kind:<8} {run / kind}.safetensors" for run in self.runs for kind in KINDS]
         rows += [
             f"strip    {self.strip}",
             f"done in {duration(self.seconds)}" + (". " + NOISE if self.noise else ""),

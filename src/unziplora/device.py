@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
+from unziplora.config import Precision
 from unziplora.errors import UserError, first_line
 
 
@@ -30,7 +29,7 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_dtype(precision: Literal["auto", "bf16", "fp16", "fp32"], device: torch.device | str) -> torch.dtype:
+def pick_dtype(precision: Precision, device: torch.device | str) -> torch.dtype:
     """The number format of a name; 'auto' is bf16 where the device computes in it, else fp16, fp32 on a CPU."""
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

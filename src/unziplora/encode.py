@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from unziplora.base import Base
 from unziplora.objective import Conditioning, Examples
-from unziplora.prompts import Prompts, condition, time_ids
+from unziplora.prompts import Prompts, embed_prompts, time_ids
 from unziplora.residency import away
 
 
@@ -21,7 +20,7 @@ def encode_pictures(base: Base, pictures: Sequence[Tensor]) -> Tensor:
 
     The mode of the VAE's distribution is taken, not a sample: the same picture has the same latents.
     """
-    vae: Any = base.vae
+    vae = base.vae
     latents = []
     with away([base.unet]):
         for picture in pictures:  # one by one: at 1024 px the encoder takes 2.5 GiB for each
@@ -32,18 +31,33 @@ def encode_pictures(base: Base, pictures: Sequence[Tensor]) -> Tensor:
 
 
 def scale_latents(base: Base, latents: Tensor) -> Tensor:
-    """The VAE's latents in the UNet's scaling; the inverse of what the pipeline does before decoding."""
-    config: Any = base.vae.config
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        mean, std = (torch.tensor(config[f"latents_{key}"]).view(1, -1, 1, 1) for key in ("mean", "std"))
-        latents = (latents - mean.to(latents.device)) / std.to(latents.device)
+    """The VAE's latents in the UNet's scaling."""
+    config = base.vae.config
+    if statistics := _statistics(base, latents):
+        latents = (latents - statistics[0]) / statistics[1]
     return latents * config["scaling_factor"]
 
 
-def conditioning(base: Base, prompts: Prompts, resolution: int, count: int) -> Conditioning:
+def unscale_latents(base: Base, latents: Tensor) -> Tensor:
+    """Latents in the UNet's scaling as the VAE made them; the inverse of `scale_latents`."""
+    latents = latents / base.vae.config["scaling_factor"]
+    if statistics := _statistics(base, latents):
+        latents = latents * statistics[1] + statistics[0]
+    return latents
+
+
+def _statistics(base: Base, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation of each channel, for VAEs whose configuration has them, [1, C, 1, 1]."""
+    values = base.vae.config.get("latents_mean"), base.vae.config.get("latents_std")
+    if not all(values):
+        return None
+    mean, std = (latents.new_tensor(value).view(1, -1, 1, 1) for value in values)
+    return mean, std
+
+
+def picture_conditioning(base: Base, prompts: Prompts, resolution: int, count: int) -> Conditioning:
     """Conditioning of `count` uncropped square pictures of a side in pixels that share the prompts."""
-    embedded = condition(base, prompts).repeat(count)
-    return Conditioning(embedded.tokens, embedded.pooled, time_ids(resolution, resolution, count))
+    return embed_prompts(base, prompts).repeat(count).with_time_ids(time_ids(resolution, resolution, count))
 
 
 def loss_weights(masks: Sequence[Tensor], latents: Tensor, background: float) -> Tensor | None:

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.base import Base
+from unziplora.encode import unscale_latents
 from unziplora.errors import OutOfMemory, UserError, first_line
 from unziplora.lora.layer import BranchedLinear, inject, unwrap
-from unziplora.prompts import Embeddings, Prompts, condition, embed_negative, joined
+from unziplora.prompts import Embeddings, Prompts, embed_negative, embed_prompts, join_rows
 from unziplora.residency import reading, visiting
 from unziplora.schedulers import make_scheduler
 
@@ -84,7 +85,7 @@ def generate_latents(
     results = []
     with _memory(f"{settings.batch_size} × {width}×{height} pixels"), _ready(base, prompts):
         with reading(base):
-            positive, negative = condition(base, prompts), _negative(base, settings, prompts)
+            positive, negative = embed_prompts(base, prompts), _negative(base, settings, prompts)
         for start in range(0, len(seeds), settings.batch_size):
             batch = seeds[start : start + settings.batch_size]
             report = _share(progress, settings.steps, start, len(batch), len(seeds))
@@ -150,16 +151,11 @@ def decode(base: Base, latents: Tensor) -> list[Image.Image]:
         OutOfMemory: memory does not suffice.
     """
     vae, pictures = base.vae, []
-    config = vae.config
     with visiting([vae], latents.device), _memory("decoding a picture"):
         for row in latents.to(vae.dtype).split(1):
             if not torch.isfinite(row).all():
                 warnings.warn("a picture came out as NaN: take precision bf16 or fp32", stacklevel=3)
-            row = row / config.scaling_factor
-            if config.get("latents_mean") and config.get("latents_std"):
-                mean, std = (row.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-                row = row * std + mean
-            image = _decoded(vae, row.nan_to_num())
+            image = _decoded(vae, unscale_latents(base, row).nan_to_num())
             pictures += base.pipe.image_processor.postprocess(image.float(), output_type="pil")
     return pictures
 
@@ -192,7 +188,7 @@ def _negative(base: Base, settings: Settings, prompts: Prompts) -> Embeddings | 
         texts = (texts, texts, texts)
     if not prompts.separate:
         return embed_negative(base, texts[:1])
-    return joined(embed_negative(base, texts))
+    return join_rows(embed_negative(base, texts))
 
 
 @contextmanager

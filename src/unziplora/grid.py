@@ -127,6 +127,6 @@ def _size(text: str, font: Any) -> tuple[int, int]:
 
 
 def _wrap(text: str, font: Any, width: int, lines: int = 3) -> str:
-    """Break a label into lines about `width` pixels wide, and cut it after so many."""
+    """Break a label into lines about `width` pixels wide, and cut it after a number of them."""
     letters = max(4, int(width / max(1.0, _size("n" * 20, font)[0] / 20)))
     return "\n".join(textwrap.wrap(text, letters, max_lines=lines, placeholder="…")) or " "

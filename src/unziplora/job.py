@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +22,7 @@ from unziplora.checks import check_job, check_resolution
 from unziplora.config_training import TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, OutOfMemory, UserError
+from unziplora.lora.algebra import widths
 from unziplora.lora.families import sdxl_sized
 from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.metadata import metadata_for
@@ -209,7 +210,7 @@ def write_loras(
         metadata = {key: value for key, value in {**described, **(more or {})}.items() if value}
         for layout in config.formats:
             path = run.lora(name, layout)
-            write_lora(replace(lora, metadata=metadata), path, layout, metadata=metadata, dtype=config.save_precision)
+            write_lora(lora, path, layout, metadata=metadata, dtype=config.save_precision)
             wrote(path)
 
 
@@ -219,8 +220,7 @@ def write_card(run: RunFolder, config: TrainingConfig, about: About, loras: Mapp
     Raises:
         MachineError: disk full, no permission.
     """
-    pairs = {path: pair for lora in loras.values() for path, pair in lora.modules.items()}
-    shapes = {path: (up.shape[0], down.shape[1]) for path, (down, up) in pairs.items()}
+    shapes = {path: widths(pair) for lora in loras.values() for path, pair in lora.modules.items()}
     atomic_write(run.card, card(run, config, about, sdxl_sized(shapes)))
 
 

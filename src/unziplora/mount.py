@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from peft import LoraConfig
@@ -136,7 +135,7 @@ def _load_peft(base: Base, part: Part) -> None:
             if state:
                 base.pipe.load_lora_weights(state, adapter_name=part.name)
             for name, encoder in zip(ENCODERS, base.text_encoders, strict=True):
-                _load_text(base, name, cast(PreTrainedModel, encoder), part)
+                _load_text(base, name, encoder, part)
     except (ValueError, RuntimeError, KeyError) as error:
         raise misfit(part.lora, part.source, f"base {base.name}", first_line(error)) from error
 

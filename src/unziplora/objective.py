@@ -11,7 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-Part = TypeVar("Part", Tensor, "np.ndarray[Any, Any]")
+ArrayT = TypeVar("ArrayT", Tensor, "np.ndarray[Any, Any]")
 
 
 class ConditioningSource(Protocol):
@@ -162,7 +162,7 @@ def shifted(timesteps: Tensor, steps: int, shift: float) -> Tensor:
     return towards_noise((timesteps + 0.5) / steps, steps, shift).long()
 
 
-def towards_noise(part: Part, steps: int, shift: float) -> Part:
+def towards_noise(part: ArrayT, steps: int, shift: float) -> ArrayT:
     """Even parts 0…1 of the way to noise as shifted timesteps, not yet rounded; tensors or arrays of any shape."""
     return steps * shift * part / (1 + (shift - 1) * part)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from unziplora.base import Base
 from unziplora.errors import UserError
@@ -86,10 +86,9 @@ class Phrase:
                 hook.remove()
 
 
-def embeddings(encoder: nn.Module) -> nn.Embedding:
+def embeddings(encoder: PreTrainedModel) -> nn.Embedding:
     """The token embeddings of a text encoder."""
-    found: Any = encoder
-    return found.get_input_embeddings()
+    return encoder.get_input_embeddings()
 
 
 def _starts(tokens: Tensor, ids: Sequence[int]) -> Tensor:

@@ -18,22 +18,23 @@ from torch import Tensor, nn
 
 from unziplora.atomic import atomic_write, explain, write_png
 from unziplora.base import Base, load_base
-from unziplora.config_probe import Pair, ProbeConfig
+from unziplora.config_probe import ProbeConfig, WordPair
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.generate import Settings, StepCallback, decode, generate_latents, part
-from unziplora.lora.files import block_of
+from unziplora.kinds import KINDS
+from unziplora.lora.blocks import block_of
 from unziplora.lora.layer import STREAMS
 from unziplora.probe_measures import Clip, Measure, Statistics
 from unziplora.probe_plot import picture_sheet, plot
-from unziplora.probe_table import ALL, AXES, Axis, Findings, judge, movement, plain, score_rows, to_toml
+from unziplora.probe_table import ALL, Findings, judge, movement, plain, score_rows, to_toml
 from unziplora.prompts import Prompts
 
 PARTS = ("down_blocks", "mid_block", "up_blocks")
 SHOWN = 2
 """Seeds of the first pair that are put on the sheet."""
 
-Drawn = dict[Axis, list[list[Image.Image]]]
+Drawn = dict[str, list[list[Image.Image]]]
 """By axis the pictures of one pair, a row of seeds each: as P, each block, all blocks, as Q."""
 
 
@@ -61,15 +62,15 @@ def probe(
     base = base or load_base(config.base, pick_dtype(config.precision, device), device)
     blocks = attention_blocks(base.unet)
     _make_out(config)
-    pairs = config.words()
-    moved: dict[Axis, list[Tensor]] = {axis: [] for axis in AXES}
+    pairs = config.word_pairs()
+    moved: dict[str, list[Tensor]] = {axis: [] for axis in KINDS}
     shown: Drawn = {}
     for number, pair in enumerate(pairs):
         drawn = draw(base, config, pair, blocks, part(progress, number, len(pairs)))
         shown = shown or drawn
-        for axis in AXES:
+        for axis in KINDS:
             moved[axis].append(movements(measure, axis, drawn[axis]))
-    values = {axis: torch.stack(moved[axis], dim=1) for axis in AXES}  # [blocks + all, pairs, seeds]
+    values = {axis: torch.stack(moved[axis], dim=1) for axis in KINDS}  # [blocks + all, pairs, seeds]
     rows = score_rows([*blocks, ALL], values, base.name)
     findings = judge(rows, config.content_blocks, config.style_blocks, base.name, type(measure).__name__.lower())
     return write(config, findings, values, shown)
@@ -121,7 +122,7 @@ def swap(
 
 
 def draw(
-    base: Base, config: ProbeConfig, pair: Pair, blocks: Sequence[str], progress: StepCallback | None = None
+    base: Base, config: ProbeConfig, pair: WordPair, blocks: Sequence[str], progress: StepCallback | None = None
 ) -> Drawn:
     """All pictures of one pair; the pictures of P are the same on both axes."""
     settings = Settings(
@@ -148,7 +149,7 @@ def draw(
     return {"content": made[: half + 1], "style": [made[0], *made[half + 1 :]]}
 
 
-def movements(measure: Measure, axis: Axis, rows: Sequence[Sequence[Image.Image]]) -> Tensor:
+def movements(measure: Measure, axis: str, rows: Sequence[Sequence[Image.Image]]) -> Tensor:
     """The movements of one pair on an axis, [rows − 2, seeds], from its pictures as in `Drawn`."""
     features = getattr(measure, axis)([picture for row in rows for picture in row])
     features = features.float().reshape(len(rows), len(rows[0]), -1)
@@ -164,7 +165,7 @@ def make_measure(config: ProbeConfig, device: torch.device | str) -> Measure:
     return Statistics() if config.clip is None else Clip(config.clip, config.contents, config.styles, device)
 
 
-def write(config: ProbeConfig, findings: Findings, values: dict[Axis, Tensor], shown: Drawn) -> Findings:
+def write(config: ProbeConfig, findings: Findings, values: dict[str, Tensor], shown: Drawn) -> Findings:
     """Write all files, the block map last; return the findings with the files' names.
 
     Raises:
@@ -172,11 +173,11 @@ def write(config: ProbeConfig, findings: Findings, values: dict[Axis, Tensor], s
     """
     names = {"map": "blocks.toml", "figures": "probe.json", "plot": "probe.png", "pictures": "pictures.png"}
     files = {name: config.out / file for name, file in names.items()}
-    pairs, blocks = config.words(), [*findings.blocks, ALL]
+    pairs, blocks = config.word_pairs(), [*findings.blocks, ALL]
     figures = {
         **findings.model_dump(mode="json", exclude={"files"}),
         "pairs": [pair._asdict() for pair in pairs],
-        "movements": {axis: dict(zip(blocks, plain(values[axis]), strict=True)) for axis in AXES},
+        "movements": {axis: dict(zip(blocks, plain(values[axis]), strict=True)) for axis in KINDS},
         "config": config.model_dump(mode="json"),
         "version": version("unziplora"),
     }
@@ -188,10 +189,10 @@ def write(config: ProbeConfig, findings: Findings, values: dict[Axis, Tensor], s
 
 
 def _sheet(config: ProbeConfig, findings: Findings, shown: Drawn) -> Image.Image:
-    pair, seeds = config.words()[0], config.seeds[:SHOWN]
+    pair, seeds = config.word_pairs()[0], config.seeds[:SHOWN]
     swaps = {"content": f"{pair.other_content} for {pair.content}", "style": f"{pair.other_style} for {pair.style}"}
-    columns = [[row[index] for row in shown[axis]] for axis in AXES for index in range(len(seeds))]
-    heads = [f"{swaps[axis]}, seed {seed}" for axis in AXES for seed in seeds]
+    columns = [[row[index] for row in shown[axis]] for axis in KINDS for index in range(len(seeds))]
+    heads = [f"{swaps[axis]}, seed {seed}" for axis in KINDS for seed in seeds]
     return picture_sheet(columns, ["first prompt", *findings.blocks, ALL, "other prompt"], heads)
 
 

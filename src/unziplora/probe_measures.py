@@ -41,7 +41,7 @@ class Statistics:
 
     def content(self, pictures: Pictures) -> Tensor:
         """Layout of edges, [N, orientations · cells²]."""
-        colours = to_tensor(pictures, 8 * self.cells)
+        colours = unit_tensor(pictures, 8 * self.cells)
         grey = F.avg_pool2d(F.pad(_opponent(colours)[:, :1], (1, 1, 1, 1), mode="replicate"), 3, 1)
         grey = grey - grey.mean((2, 3), keepdim=True)
         grey = grey / (grey.std((2, 3), keepdim=True) + 1e-3)
@@ -53,7 +53,7 @@ class Statistics:
 
     def style(self, pictures: Pictures) -> Tensor:
         """Colours and textures with equal weight, [N, 12 + scales · 21]."""
-        planes = _opponent(to_tensor(pictures, 128))
+        planes = _opponent(unit_tensor(pictures, 128))
         colours = F.normalize(_moments(planes), dim=1)
         textures = []
         for _ in range(self.scales):
@@ -100,7 +100,7 @@ class Clip:
         return F.normalize(torch.cat(rows).float().cpu(), dim=1)
 
 
-def to_tensor(pictures: Pictures, side: int) -> Tensor:
+def unit_tensor(pictures: Pictures, side: int) -> Tensor:
     """Pictures as squares of a side in pixels, [N, 3, side, side] in 0…1."""
     squares = [picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
     return torch.stack([_bytes(square).view(side, side, 3).permute(2, 0, 1) for square in squares]).float() / 255

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from unziplora.grid import INK, PAPER, sheet
-from unziplora.probe_table import AXES, Findings, Score
+from unziplora.kinds import KINDS
+from unziplora.probe_table import Findings, Score
 
 COLOURS = {"content": (0, 114, 178), "style": (230, 159, 0)}  # told apart by colour-blind eyes too (Okabe and Ito)
 FAINT = (224, 224, 224)
@@ -22,10 +23,10 @@ def plot(findings: Findings) -> Image.Image:
     height = TOP + ROW * len(findings.blocks) + BOTTOM
     canvas = Image.new("RGB", (LEFT + WIDE + RIGHT, height), PAPER)
     draw = ImageDraw.Draw(canvas)
-    scores = [getattr(row, axis) for row in findings.blocks.values() for axis in AXES]
+    scores = [getattr(row, axis) for row in findings.blocks.values() for axis in KINDS]
     tenths = max(1, min(10, -(-int(1000 * max(map(_upper, scores))) // 100)))
     draw.text((16, 12), f"{findings.base}: movement towards the other prompt, block by block", INK, font)
-    for number, axis in enumerate(AXES):
+    for number, axis in enumerate(KINDS):
         x = LEFT + 110 * number
         draw.rectangle((x, 42, x + BAR, 42 + BAR), COLOURS[axis])
         draw.text((x + BAR + 6, 42 + BAR / 2), axis, INK, small, anchor="lm")
@@ -39,7 +40,7 @@ def plot(findings: Findings) -> Image.Image:
         draw.text((LEFT - 12, middle), block, INK, font, anchor="rm")
         if owner:
             draw.text((LEFT + WIDE + 14, middle), owner, INK, small, anchor="lm")
-        for axis, y in zip(AXES, (middle - BAR - 1, middle + 1), strict=True):
+        for axis, y in zip(KINDS, (middle - BAR - 1, middle + 1), strict=True):
             _bar(draw, getattr(row, axis), y, WIDE * 10 / tenths, axis)
     return canvas
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 import torch
@@ -12,10 +12,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from unziplora.errors import UserError
+from unziplora.kinds import KINDS
 from unziplora.lora.blocks import BlockMap
-
-Axis = Literal["content", "style"]
-AXES: tuple[Axis, Axis] = ("content", "style")
 
 ALL = "all blocks"
 """Name of the row with every block swapped at once."""
@@ -60,7 +58,7 @@ class Findings(BaseModel):
         base: the base's name.
         measure: what pictures were compared by.
         blocks: by block, in the order of computation.
-        together: with all blocks swapped at once; what is missing to 1 comes with the pooled embedding.
+        together: with all blocks swapped at once; the remainder up to 1 is due to the pooled embedding.
         leans: standardised difference of a block's two scores, see `leans`.
         content, style: the block map, the clearest block first.
         files: what was written.
@@ -77,7 +75,7 @@ class Findings(BaseModel):
 
     def owner(self, block: str) -> str:
         """`content`, `style`, or nothing."""
-        return next((axis for axis in AXES if block in getattr(self, axis)), "")
+        return next((axis for axis in KINDS if block in getattr(self, axis)), "")
 
 
 def movement(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
@@ -126,7 +124,7 @@ def choose(rows: Mapping[str, Row], content_blocks: int, style_blocks: int) -> B
     return BlockMap(tuple(content[:content_blocks]), tuple(style[:style_blocks]))
 
 
-def score_rows(names: Sequence[str], values: Mapping[Axis, Tensor], base: str) -> dict[str, Row]:
+def score_rows(names: Sequence[str], values: Mapping[str, Tensor], base: str) -> dict[str, Row]:
     """The scores by block from all movements, by axis [blocks, pairs, seeds].
 
     Raises:
@@ -135,7 +133,7 @@ def score_rows(names: Sequence[str], values: Mapping[Axis, Tensor], base: str) -
     rows = {}
     for number, name in enumerate(names):
         scores = {}
-        for axis in AXES:
+        for axis in KINDS:
             found = score(values[axis][number])
             if found is None:
                 raise UserError(
@@ -170,7 +168,7 @@ def plain(values: Tensor) -> list[Any]:
 def to_toml(findings: Findings) -> str:
     """The block map as `read_blocks` reads it."""
     head = f"# Block map of base {findings.base}, found by `unziplora blocks`; for `unziplora split --blocks`.\n"
-    return head + tomli_w.dumps({axis: getattr(findings, axis) for axis in AXES})
+    return head + tomli_w.dumps({axis: getattr(findings, axis) for axis in KINDS})
 
 
 def table(findings: Findings) -> str:

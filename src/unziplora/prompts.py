@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unziplora.base import Base
 from unziplora.errors import UserError
+from unziplora.objective import Conditioning
 from unziplora.quiet import quiet
 from unziplora.residency import reading
 
@@ -58,6 +59,10 @@ class Embeddings:
         """The rows repeated, for a batch of pictures."""
         return Embeddings(self.tokens.repeat(count, 1, 1), self.pooled.repeat(count, 1))
 
+    def with_time_ids(self, ids: Tensor) -> Conditioning:
+        """All that the UNet is told, with the size conditioning [B, 6] of the pictures."""
+        return Conditioning(self.tokens, self.pooled, ids)
+
 
 @torch.no_grad()
 def embed(base: Base, prompts: Sequence[str]) -> Embeddings:
@@ -69,19 +74,19 @@ def embed(base: Base, prompts: Sequence[str]) -> Embeddings:
     for text in dict.fromkeys(prompts):
         _warn_if_cut(base, text)
     with reading(base), quiet():
-        rows = encode(base, prompts)
+        rows = encode_each(base, prompts)
     return Embeddings(rows.tokens.to(base.dtype), rows.pooled.to(base.dtype))
 
 
-def encode(base: Base, prompts: Sequence[str]) -> Embeddings:
+def encode_each(base: Base, prompts: Sequence[str]) -> Embeddings:
     """Encode prompts one by one, each once, by text encoders that are on the device; gradients flow through them."""
-    rows = {text: together(base, [text]) for text in dict.fromkeys(prompts)}
+    rows = {text: encode_batch(base, [text]) for text in dict.fromkeys(prompts)}
     return Embeddings(
         torch.cat([rows[text].tokens for text in prompts]), torch.cat([rows[text].pooled for text in prompts])
     )
 
 
-def together(base: Base, prompts: Sequence[str]) -> Embeddings:
+def encode_batch(base: Base, prompts: Sequence[str]) -> Embeddings:
     """Encode prompts in one batch, by text encoders that are on the device; gradients flow through them."""
     tokens, _, pooled, _ = base.pipe.encode_prompt(list(prompts), device=base.device, do_classifier_free_guidance=False)
     return Embeddings(tokens, pooled)
@@ -96,7 +101,7 @@ def embed_negative(base: Base, prompts: Sequence[str]) -> Embeddings:
     return embeddings
 
 
-def join(full: Tensor, content: Tensor, style: Tensor) -> Tensor:
+def join_streams(full: Tensor, content: Tensor, style: Tensor) -> Tensor:
     """Join three prompts' token embeddings on the feature axis, [B, T, D] each → [B, T, 3·D].
 
     The order is that of `STREAMS`; the adapted layers split them again (see `BranchedLinear`).
@@ -104,19 +109,19 @@ def join(full: Tensor, content: Tensor, style: Tensor) -> Tensor:
     return torch.cat([full, content, style], dim=-1)
 
 
-def condition(base: Base, prompts: Prompts) -> Embeddings:
+def embed_prompts(base: Base, prompts: Prompts) -> Embeddings:
     """The embeddings of one picture's prompts: plain, or three joined where the LoRAs see their own.
 
     The pooled embedding is the full prompt's.
     """
     if not prompts.separate:
         return embed(base, [prompts.full])
-    return joined(embed(base, [text or "" for text in (prompts.full, prompts.content, prompts.style)]))
+    return join_rows(embed(base, [text or "" for text in (prompts.full, prompts.content, prompts.style)]))
 
 
-def joined(streams: Embeddings) -> Embeddings:
+def join_rows(streams: Embeddings) -> Embeddings:
     """Three prompts' embeddings as one row: tokens joined, pooled of the first."""
-    return Embeddings(join(*streams.tokens.split(1)), streams.pooled[:1])
+    return Embeddings(join_streams(*streams.tokens.split(1)), streams.pooled[:1])
 
 
 def time_ids(width: int, height: int, count: int = 1) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from unziplora.atomic import atomic_folder, atomic_write, explain, lock_file, write_png
 from unziplora.config import Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
+from unziplora.kinds import KINDS
 from unziplora.resuming import absolute, differing
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Recipe)
 
-KINDS = ("content", "style")
 MERGED = "lora"
 """Name of the file in which content and style are one LoRA."""
 
@@ -121,7 +121,7 @@ class RunFolder:
         """Open the folder of an interrupted run, tidy it, and check that the recipe is the same.
 
         Raises:
-            UserError: no run is there, another process is at it, or keys differ that decide what is learnt.
+            UserError: no run is there, another process is using it, or keys differ that decide what is learnt.
         """
         run = cls(path)
         saved = run.config(type(config))
@@ -146,7 +146,7 @@ class RunFolder:
         return resolve(model, read_toml(self.config_file))
 
     def is_free(self) -> bool:
-        """Whether a new run may begin here: nothing there, or only the start of a run; hidden files count not."""
+        """Whether a new run may begin here: nothing there, or only the start of a run; hidden files are ignored."""
         try:
             if self.path.exists() and not self.path.is_dir():
                 return False
@@ -164,7 +164,7 @@ class RunFolder:
         """Keep other processes from training into this folder; a process that dies lets go of it.
 
         Raises:
-            UserError: another process is at it.
+            UserError: another process is using it.
         """
         try:
             file = (self.path / ".lock").open("a+")

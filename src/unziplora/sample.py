@@ -18,10 +18,11 @@ from unziplora.config_sample import SampleConfig, read_blocks
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.generate import Settings, StepCallback, decode, generate, generate_latents
+from unziplora.kinds import KINDS
 from unziplora.lora.files import read_lora
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
-from unziplora.sources import Source, base_name, find_source, guidance, plan, with_metadata
+from unziplora.sources import Source, choose_base, find_source, guidance, plan, with_metadata
 
 __all__ = ["Session", "Settings", "StepCallback", "decode", "generate", "generate_latents", "open_session", "sample"]
 
@@ -55,7 +56,7 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
         known = with_headers(sources)
         prompts = plan(config, known)
         device = pick_device(config.device)
-        base = load_base(base_name(config, known), pick_dtype(config.precision, device), device)
+        base = load_base(choose_base(config, known), pick_dtype(config.precision, device), device)
     loras = [read_lora(source.file, base.unet.config) for source in sources]
     sources = [with_metadata(source, lora.metadata) for source, lora in zip(sources, loras, strict=True)]
     prompts = plan(config, sources)
@@ -73,7 +74,7 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
 
 def find_sources(config: SampleConfig) -> list[Source]:
     """The LoRAs of a configuration, content first. Errors as in `find_source`."""
-    return [find_source(path, kind) for kind in ("content", "style") if (path := getattr(config, kind)) is not None]
+    return [find_source(path, kind) for kind in KINDS if (path := getattr(config, kind)) is not None]
 
 
 def with_headers(sources: list[Source]) -> list[Source]:

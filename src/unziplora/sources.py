@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,10 @@ from unziplora.config_sample import SampleConfig
 from unziplora.config_training import SDXL
 from unziplora.config_zip import joined_prompt
 from unziplora.errors import UserError
+from unziplora.kinds import KINDS
 from unziplora.prompts import Prompts
-from unziplora.run import KINDS, MERGED, RunFolder
-
-WORD = re.compile(r"\{(\w+)\}")
+from unziplora.run import MERGED, RunFolder
+from unziplora.templates import fill
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def with_metadata(source: Source, metadata: Mapping[str, str]) -> Source:
     return Source(source.kind, source.file, settings if isinstance(settings, dict) else {})
 
 
-def base_name(config: SampleConfig, sources: list[Source]) -> str:
+def choose_base(config: SampleConfig, sources: list[Source]) -> str:
     """The base to use: the one asked for, else the runs' common one, else SDXL base 1.0.
 
     Raises:
@@ -163,7 +162,7 @@ def plan(config: SampleConfig, sources: list[Source]) -> list[Prompts]:
                 f"mode separate: give --{unknown[0]}-prompt, which {by_kind[unknown[0]].file} does not tell"
             )
         separate = False
-    content, style = (fill(templates[name] or "", words) if separate else None for name in ("content", "style"))
+    content, style = (fill(templates[name] or "", words) if separate else None for name in KINDS)
     return [Prompts(fill(text or "", words), content, style) for text in fulls]
 
 
@@ -185,22 +184,6 @@ def _full(content: Source, style: Source, words: Mapping[str, str]) -> str | Non
 
 def _words(by_kind: Mapping[str, Source]) -> dict[str, str]:
     """Token and content word come from the content LoRA, the style words from the style LoRA, if there."""
-    content, style = (by_kind[kind].words if kind in by_kind else {} for kind in ("content", "style"))
+    content, style = (by_kind[kind].words if kind in by_kind else {} for kind in KINDS)
     words = {**style, **content}
     return words | {"style": style["style"]} if "style" in style else words
-
-
-def fill(template: str, words: Mapping[str, str]) -> str:
-    """Put words into {token}, {content} and {style}.
-
-    Raises:
-        UserError: a word is not known.
-    """
-
-    def word(match: re.Match[str]) -> str:
-        if match[1] not in words:
-            known = ", ".join(f"{{{name}}}" for name in words) or "none, because no run folder is given"
-            raise UserError(f"prompt {template!r}: {match[0]} is not known here; known: {known}")
-        return words[match[1]]
-
-    return WORD.sub(word, template).replace("style style", "style")

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from unziplora.base import Base
 from unziplora.lora.keys import text_module
 from unziplora.objective import Conditioning, Examples, generator
-from unziplora.prompts import encode
+from unziplora.prompts import encode_each
 
 if TYPE_CHECKING:
     from unziplora.config_training import PictureConfig
@@ -40,8 +39,9 @@ class Reading:
 
     def take(self, index: Tensor) -> Conditioning:
         """The rows at these indices."""
-        rows = encode(self.base, [self.prompts[number] for number in index.tolist()])
-        return Conditioning(rows.tokens, rows.pooled, self.time_ids[index])
+        return encode_each(self.base, [self.prompts[number] for number in index.tolist()]).with_time_ids(
+            self.time_ids[index]
+        )
 
 
 class TextLora:
@@ -64,7 +64,7 @@ class TextLora:
         with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
             torch.manual_seed(generator(config.seed, "init", "text").initial_seed())
             for encoder in base.text_encoders:
-                cast(PreTrainedModel, encoder).add_adapter(adapter)
+                encoder.add_adapter(adapter)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()  # the encoders themselves may be in half precision
 
@@ -72,12 +72,12 @@ class TextLora:
     def off(self) -> Iterator[None]:
         """Have the text encoders without their adapters for a while."""
         for encoder in self.base.text_encoders:
-            cast(PreTrainedModel, encoder).disable_adapters()
+            encoder.disable_adapters()
         try:
             yield
         finally:
             for encoder in self.base.text_encoders:
-                cast(PreTrainedModel, encoder).enable_adapters()
+                encoder.enable_adapters()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained matrices by encoder and name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from unziplora.config_training import TrainingConfig
 from unziplora.errors import UserError
-from unziplora.methods.base import Trained
+from unziplora.methods.base import Trainable
 from unziplora.optim import make_optimizers, make_schedule
+from unziplora.signals import caught
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class StepReport:
 class Trainer:
     """A method with its optimisers, whose whole state can be saved and restored between steps."""
 
-    def __init__(self, method: Trained, config: TrainingConfig, accelerator: Accelerator) -> None:
+    def __init__(self, method: Trainable, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.method, self.config, self.accelerator = method, config, accelerator
         self.groups = method.parameter_groups()
         optimizers = make_optimizers(self.groups, config)
@@ -93,7 +95,7 @@ class Trainer:
         for loss in self.method.losses(step):
             self.accelerator.backward(loss)
             total += loss.detach().item()
-        if not torch.isfinite(torch.tensor(total)):
+        if not math.isfinite(total):
             raise UserError(
                 f"step {step}: the loss is {total}. Start a new run, into another --out, with lower learning rates or "
                 "with --precision bf16 or fp32"
@@ -142,21 +144,14 @@ def train(
 def stop_requests() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets, so that the step in progress is finished.
 
-    A second one stops at once. Outside the main thread signals cannot be caught, and none are.
+    A second one stops at once.
     """
     stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
 
     def on_signal(number: int, frame: object) -> None:
         if stopped.is_set():
             raise KeyboardInterrupt
         stopped.set()
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with caught(on_signal, signal.SIGINT, signal.SIGTERM):
         yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,7 +1,8 @@
 """The style's words first: its phrase is learnt, then a LoRA of the text encoders makes the same of the plain words.
 
 Textual inversion (arXiv 2208.01618) of the phrase with everything else frozen says as much of the style as words can.
-LoRAs that learn the picture told so need not say it again (pivotal tuning, arXiv 2106.05744).
+LoRAs that are trained with this phrase need not learn the style that it already describes (pivotal tuning, arXiv
+2106.05744).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from unziplora.methods.common import Setup
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
 from unziplora.optim import make_schedule
 from unziplora.phrase import Phrase
-from unziplora.prompts import join, together
+from unziplora.prompts import encode_batch, join_streams
 from unziplora.residency import visiting
 from unziplora.text_lora import TextLora
 from unziplora.variants import filtered
@@ -115,11 +116,11 @@ def learn_phrase(
         draw = generator(config.seed, "phrase", step)
         index = _drawn(phrase, len(examples.latents), config.batch_size, draw)
         with phrase.spoken(index * phrase.readings // len(examples.latents)), autocast():
-            rows = together(phrase.base, [prompt] * len(index))
-            ids = examples.conditioning.time_ids[index]
+            rows = encode_batch(phrase.base, [prompt] * len(index))
             weights = None if examples.weights is None else examples.weights[index]
-            told = Examples(examples.latents[index], Conditioning(rows.tokens, rows.pooled, ids), weights)
-            loss = denoising_loss(phrase.base.unet, scheduler, told, draw=draw, **config.noising())
+            conditioning = rows.with_time_ids(examples.conditioning.time_ids[index])
+            drawn = Examples(examples.latents[index], conditioning, weights)
+            loss = denoising_loss(phrase.base.unet, scheduler, drawn, draw=draw, **config.noising())
         optimizer.zero_grad()
         (loss * LOSS_SCALE).backward()
         optimizer.step()
@@ -131,8 +132,8 @@ def variant_examples(phrase: Phrase, examples: Examples, config: SplitConfig) ->
     """The pictures with the full prompt in their own readings, as all LoRAs shall see it."""
     count = len(examples.latents)
     with phrase.spoken(torch.arange(count) * phrase.readings // count):
-        rows = together(phrase.base, [config.prompts()["full"]] * count)
-    tokens = join(*[rows.tokens] * 3) if config.prompt_separation else rows.tokens
+        rows = encode_batch(phrase.base, [config.prompts()["full"]] * count)
+    tokens = join_streams(*[rows.tokens] * 3) if config.prompt_separation else rows.tokens
     return replace(examples, conditioning=Conditioning(tokens, rows.pooled, examples.conditioning.time_ids))
 
 
@@ -155,9 +156,9 @@ def teach_encoders(phrase: Phrase, config: SplitConfig) -> TextLora:
     base = phrase.base
     said, kept = _lessons(phrase, config)
     with torch.no_grad():
-        plain, kept_rows = together(base, said), together(base, kept)
+        plain, kept_rows = encode_batch(base, said), encode_batch(base, kept)
         with phrase.spoken():
-            goal = together(base, said)
+            goal = encode_batch(base, said)
     tokens, pooled = torch.cat([goal.tokens, kept_rows.tokens]), torch.cat([goal.pooled, kept_rows.pooled])
     sizes = [
         (a.float() - b.float()).square().mean().clamp(min=1e-8)
@@ -169,7 +170,7 @@ def teach_encoders(phrase: Phrase, config: SplitConfig) -> TextLora:
     slowing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TEACHING_STEPS)
     for step in range(TEACHING_STEPS):
         index = torch.randperm(len(texts), generator=generator(config.seed, "teach", step))[:TEACHING_BATCH].tolist()
-        rows = together(base, [texts[number] for number in index])
+        rows = encode_batch(base, [texts[number] for number in index])
         pairs = (rows.tokens, tokens[index]), (rows.pooled, pooled[index])
         errors = [(made.float() - wanted.float()).square().mean() for made, wanted in pairs]
         optimizer.zero_grad()

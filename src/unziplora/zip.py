@@ -9,9 +9,9 @@ from pathlib import Path
 from unziplora.config_zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.job import run_job, write_card, write_loras
+from unziplora.kinds import KINDS
 from unziplora.lora.files import Lora
 from unziplora.lora.metadata import LAYERS_KEY
-from unziplora.lora.separation import NAMES
 from unziplora.methods.ziplora import ZipLora
 from unziplora.progress import Callback, Progress
 from unziplora.run import RunFolder
@@ -61,5 +61,5 @@ def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
 
 def _of_the_base(parts: Mapping[str, Lora]) -> dict[str, str]:
     """What the content's header tells of the base, else the style's; empty where neither does, for nobody knows."""
-    headers = [parts[name].metadata for name in NAMES]
+    headers = [parts[name].metadata for name in KINDS]
     return {key: next((header[key] for header in headers if key in header), "") for key in OF_THE_BASE}

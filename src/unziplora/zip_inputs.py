@@ -14,13 +14,13 @@ from torch import Tensor
 from unziplora.class_pictures import FIRST_SEED
 from unziplora.config import resolve
 from unziplora.config_zip import ZipConfig, joined_prompt
-from unziplora.encode import conditioning, encode_pictures, to_device
+from unziplora.encode import encode_pictures, picture_conditioning, to_device
 from unziplora.errors import UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.images import to_tensor
+from unziplora.kinds import KINDS
 from unziplora.lora.algebra import Pair, cat, scale
-from unziplora.lora.files import Lora, by, read_lora, text_tensors
-from unziplora.lora.separation import NAMES
+from unziplora.lora.files import Lora, format_shape, read_lora, text_tensors
 from unziplora.lora.storage import read_header
 from unziplora.methods.common import Setup
 from unziplora.mount import Mounted, Part
@@ -36,7 +36,7 @@ def complete(config: ZipConfig) -> ZipConfig:
         UserError: a LoRA is not there, or the runs were trained on different bases.
     """
     given = {name: value for name, value in config.model_dump(exclude_unset=True).items() if value is not None}
-    sources = {name: _source(getattr(config, f"{name}_lora"), name) for name in NAMES}
+    sources = {name: _source(getattr(config, f"{name}_lora"), name) for name in KINDS}
     found: dict[str, Any] = {}
     known = [source.run["sample_guidance"] for source in sources.values() if source.run.get("sample_guidance")]
     if known:
@@ -71,19 +71,19 @@ def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) 
         UserError: a file is missing or no plain LoRA, or the two belong to bases of different shapes.
     """
     loras = {}
-    for name in NAMES:
+    for name in KINDS:
         lora = read_lora(find_source(getattr(config, f"{name}_lora"), name).file, unet_config)
         strength = getattr(config, f"{name}_strength")
         modules = {path: scale(pair, strength) for path, pair in lora.modules.items()}
         text = text_tensors({path: scale(pair, strength) for path, pair in lora.text_modules.items()})
         loras[name] = replace(lora, modules=modules, text=text)
-    content, style = ({**loras[name].modules, **loras[name].text_modules} for name in NAMES)
+    content, style = ({**loras[name].modules, **loras[name].text_modules} for name in KINDS)
     for path in content.keys() & style.keys():
         one, two = ((*up.shape[:1], *down.shape[1:]) for down, up in (content[path], style[path]))
         if one != two:
             raise UserError(
-                f"the LoRAs were made for bases of different shapes: {path} is {by(one)} in {config.content_lora} "
-                f"and {by(two)} in {config.style_lora}. Take two of the same base"
+                f"the LoRAs were made for bases of different shapes: {path} is {format_shape(one)} in "
+                f"{config.content_lora} and {format_shape(two)} in {config.style_lora}. Take two of the same base"
             )
     return loras
 
@@ -119,7 +119,7 @@ def check_zippable(config: ZipConfig, loras: Mapping[str, Lora]) -> None:
 
 def shared_layers(loras: Mapping[str, Lora]) -> list[str]:
     """The modules that both LoRAs have, in the order of the content LoRA."""
-    content, style = (loras[name].modules for name in NAMES)
+    content, style = (loras[name].modules for name in KINDS)
     return [path for path in content if path in style]
 
 
@@ -144,17 +144,17 @@ def learnt(
     """What the LoRAs learnt: their pictures, else some that each makes itself; text encoders are changed in place."""
     base, prompts = setup.base, config.prompts()
     parts = {name: Part(name, lora, {}, str(getattr(config, f"{name}_lora"))) for name, lora in loras.items()}
-    latents = {name: _latents(setup, config, parts[name], pictures[name]) for name in NAMES}
+    latents = {name: _latents(setup, config, parts[name], pictures[name]) for name in KINDS}
     told = [replace(part, lora=replace(part.lora, modules={})) for part in parts.values() if part.lora.text]
     texts = Mounted(base, told)
 
     def read(name: str) -> Examples:
-        made = conditioning(base, Prompts(prompts[name]), setup.size, len(latents[name]))
+        made = picture_conditioning(base, Prompts(prompts[name]), setup.size, len(latents[name]))
         return to_device(Examples(latents[name], made), base)
 
-    merged = {name: read(name) for name in NAMES}
+    merged = {name: read(name) for name in KINDS}
     alone = dict(merged)
-    for name in NAMES:
+    for name in KINDS:
         if others := [part.name for part in told if part.name != name]:
             with texts.without(*others):
                 alone[name] = read(name)

@@ -33,7 +33,7 @@ class Adapters:
     manner: str = "{style}"
 
 
-class Method(Protocol):
+class Contender(Protocol):
     """How LoRAs come about; every training is kept in the workplace and done once."""
 
     @property

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from unziplora.bench.efficientnet import EfficientNetLite0, load
 from unziplora.bench.networks import SIDE, ShapeNet, StyleNet
 from unziplora.errors import UserError, first_line
-from unziplora.probe_measures import Statistics, to_tensor
+from unziplora.probe_measures import Statistics, unit_tensor
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -172,4 +172,4 @@ def _batched(embed: Callable[[Tensor], Tensor], pictures: Pictures, side: int) -
     """Rows of all pictures, [N, D]; `embed` sees batches [B, 3, side, side] in 0…1."""
     count = max(1, BATCH * SIDE**2 // side**2)  # batches of equal size in pixels stay in the cache
     starts = range(0, len(pictures), count)
-    return torch.cat([embed(to_tensor(pictures[start : start + count], side)) for start in starts])
+    return torch.cat([embed(unit_tensor(pictures[start : start + count], side)) for start in starts])

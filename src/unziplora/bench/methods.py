@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unziplora.bench.adapters import Adapters, Method, Paired
+from unziplora.bench.adapters import Adapters, Contender, Paired
 from unziplora.bench.cases import Case
 from unziplora.bench.workplace import Workplace
 from unziplora.config import read_toml
@@ -19,8 +19,8 @@ from unziplora.config_training import TrainingConfig
 from unziplora.config_zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.job import run_job
+from unziplora.kinds import KINDS
 from unziplora.lora.files import read_lora
-from unziplora.lora.separation import NAMES
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.split import split
@@ -28,7 +28,7 @@ from unziplora.zip import zip_loras
 from unziplora.zip_inputs import complete
 
 ORACLE_TIMES = 3
-"""The oracle trains so many times the steps of DreamBooth."""
+"""The oracle trains for this multiple of DreamBooth's steps."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class DreamBooths(Paired):
 
     def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
         """Two trainings: content, style."""
-        return [self.recipe(place, case, seed, kind) for kind in ("content", "style")]
+        return [self.recipe(place, case, seed, kind) for kind in KINDS]
 
     def recipe(self, place: Workplace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
         """One of the two."""
@@ -127,7 +127,7 @@ class DreamBooths(Paired):
 
     def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
         """Both LoRAs."""
-        content, style = (self.file(place, case, seed, kind) for kind in ("content", "style"))
+        content, style = (self.file(place, case, seed, kind) for kind in KINDS)
         return Adapters(read_lora(content), read_lora(style))
 
     def file(self, place: Workplace, case: Case, seed: int, kind: str) -> Path:
@@ -208,7 +208,7 @@ def _separations(count: int) -> dict[str, Any]:
     return {**{name: number < count for number, name in enumerate(names)}, **TOGETHER, "phrase_steps": 0}
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Contender] = {
     method.name: method
     for method in (
         Untrained(),
@@ -245,7 +245,7 @@ def read_settings(file: Path | None) -> dict[str, Any]:
             raise UserError(f"{file}: [{name}] is the base without LoRA, which has no settings")
         if isinstance(method, DreamBooths):
             for part, keys in given.items():
-                if part not in NAMES or not isinstance(keys, dict):
+                if part not in KINDS or not isinstance(keys, dict):
                     raise UserError(
                         f"{file}: [{name}] has two trainings: give its settings in [{name}.content] and "
                         f"[{name}.style], not in {part!r}"

@@ -8,9 +8,8 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -25,6 +24,7 @@ from unziplora.bench.workplace import Workplace
 from unziplora.device import pick_device
 from unziplora.errors import Interrupted
 from unziplora.progress import Callback, Progress
+from unziplora.signals import caught
 
 if TYPE_CHECKING:
     from unziplora.bench.run import Bench
@@ -72,7 +72,7 @@ def fill(open_bench: Callable[[], Bench], bench: Bench, units: Sequence[Unit], w
     with ProcessPoolExecutor(min(workers, len(parts)), context, _open, setup) as pool:
         work = [pool.submit(_do, part, place.folder, dict(place.overrides), dict(place.homes)) for part in parts]
         try:
-            with _terminable():
+            with caught(_interrupt, signal.SIGTERM):
                 _follow(work, [len(part) for part in parts], bench.progress)
         except BaseException:
             stop.set()  # what a worker has been given already cannot be cancelled
@@ -83,21 +83,9 @@ def fill(open_bench: Callable[[], Bench], bench: Bench, units: Sequence[Unit], w
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
+def _interrupt(number: int, frame: object) -> None:
     """Have SIGTERM end as Ctrl-C does, so that no worker is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    raise KeyboardInterrupt
 
 
 def _follow(work: Sequence[Future[str]], sizes: Sequence[int], progress: Callback) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from unziplora.atomic import atomic_write
 from unziplora.bench.cases import Case, Example
-from unziplora.bench.published import ImageModel
+from unziplora.bench.image_models import ImageModel
 from unziplora.bench.report import Report, summarise, table
 from unziplora.config import read_toml
 from unziplora.config_bench import BenchConfig
 from unziplora.errors import UserError
 from unziplora.images import load_picture
+from unziplora.kinds import KINDS
 
 WORDS = "words.toml"
 STYLES = ("watercolor painting", "pencil sketch", "oil painting", "neon sign")
@@ -30,7 +31,7 @@ THINGS = ("house", "guitar", "rocket", "penguin")
 
 
 @dataclass
-class Embeddings:
+class ModelMeasure:
     """Two image models as a measure: one for contents, one for styles; its name tells them, so that scores are
     made anew with others."""
 
@@ -66,7 +67,7 @@ def picture_cases(folder: Path, side: int) -> dict[str, Case]:
 
 
 def _case(folder: Path, name: str, words: object, side: int) -> Case:
-    if not isinstance(words, dict) or set(words) != {"content", "style"}:
+    if not isinstance(words, dict) or set(words) != set(KINDS):
         raise UserError(f"{folder / WORDS}: {name!r} must have the words content and style: " + _example())
     picture = load_picture(folder / name, side)
     styles = [style for style in STYLES if style != words["style"]]
@@ -94,7 +95,7 @@ def _example() -> str:
     return '["cat.jpg"] with content = "cat" and style = "pencil sketch" below it'
 
 
-def picture_measures(config: BenchConfig, device: torch.device | str) -> list[Embeddings]:
+def picture_measures(config: BenchConfig, device: torch.device | str) -> list[ModelMeasure]:
     """The measures that the named models make: CLIP-I for styles with DINO for contents, and CSD for both.
 
     Raises:
@@ -103,10 +104,10 @@ def picture_measures(config: BenchConfig, device: torch.device | str) -> list[Em
     measures = []
     if config.clip and config.dino:
         dino, clip = ImageModel("dino", config.dino, device), ImageModel("clip", config.clip, device)
-        measures.append(Embeddings(f"dino-clip: {config.dino}, {config.clip}", dino, clip))
+        measures.append(ModelMeasure(f"dino-clip: {config.dino}, {config.clip}", dino, clip))
     if config.csd:
         csd = ImageModel("csd", config.csd, device)
-        measures.append(Embeddings(f"csd: {config.csd}", csd, csd))
+        measures.append(ModelMeasure(f"csd: {config.csd}", csd, csd))
     return measures
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from unziplora.atomic import atomic_write, write_png
 from unziplora.base import Base
-from unziplora.bench.adapters import Adapters, Method
+from unziplora.bench.adapters import Adapters, Contender
 from unziplora.bench.cases import Case
 from unziplora.bench.measures import Measure
 from unziplora.bench.scores import leak, product, similarity
@@ -121,7 +121,7 @@ def evaluate(
     place: Workplace,
     base: Base,
     measures: Sequence[Measure],
-    method: Method,
+    method: Contender,
     cases: dict[str, Case],
     case: Case,
     seed: int,
@@ -168,7 +168,7 @@ def evaluate(
     return result
 
 
-def settings_hash(place: Workplace, method: Method, cases: dict[str, Case], case: Case, seed: int) -> str:
+def settings_hash(place: Workplace, method: Contender, cases: dict[str, Case], case: Case, seed: int) -> str:
     """A fingerprint of everything that decides the pictures: recipes, pictures learnt, prompts, sampling, version."""
     config, partner = place.config, cases[case.partner]
     told = [

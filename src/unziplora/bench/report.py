@@ -17,7 +17,7 @@ from unziplora.config_bench import ABLATION, BenchConfig
 from unziplora.grid import sheet
 
 ENLARGED = 2
-"""Pictures on contact sheets are enlarged so many times, for labels that can be read."""
+"""Pictures on contact sheets are enlarged by this factor, for labels that can be read."""
 
 COLUMNS = {
     "headline": "score",

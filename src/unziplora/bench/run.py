@@ -13,7 +13,7 @@ import torch
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
-from unziplora.bench.adapters import Method
+from unziplora.bench.adapters import Contender
 from unziplora.bench.cases import Case, choose, load_cases
 from unziplora.bench.measures import Measure, Plain, Published, Trained
 from unziplora.bench.methods import METHODS, read_settings
@@ -39,7 +39,7 @@ def bench(
     base: Base | None = None,
     measures: Sequence[Measure] | None = None,
     cases: dict[str, Case] | None = None,
-    methods: dict[str, Method] | None = None,
+    methods: dict[str, Contender] | None = None,
 ) -> Report:
     """Measure the configured methods; write report.json, report.md and a contact sheet per case into `out`.
 
@@ -90,7 +90,7 @@ class Bench:
     measures: Sequence[Measure]
     cases: dict[str, Case]
     chosen: list[Case]
-    methods: dict[str, Method]
+    methods: dict[str, Contender]
     progress: Callback
 
     @_stoppable()
@@ -129,7 +129,7 @@ def open_bench(
     base: Base | None = None,
     measures: Sequence[Measure] | None = None,
     cases: dict[str, Case] | None = None,
-    methods: dict[str, Method] | None = None,
+    methods: dict[str, Contender] | None = None,
 ) -> Bench:
     """Load cases, settings, measures and base. Arguments and errors are those of `bench`."""
     if config.workers > 1 and any(part is not None for part in (measures, cases, methods)):

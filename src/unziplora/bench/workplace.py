@@ -24,11 +24,11 @@ WEIGHTS = "weights.txt"
 C = TypeVar("C", bound=TrainingConfig, contravariant=True)
 
 
-class Job(Protocol[C]):
-    """A training, such as `split`."""
+class TrainFunction(Protocol[C]):
+    """A training as a function, such as `split`."""
 
     def __call__(self, config: C, resume: bool = False, progress: Callback | None = None) -> RunFolder:
-        """Train as configured."""
+        """TrainFunction as configured."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Workplace:
             paths.append(path)
         return paths
 
-    def finish(self, job: Job[C], config: C) -> RunFolder:
+    def finish(self, job: TrainFunction[C], config: C) -> RunFolder:
         """The run of a recipe: as it is if it is finished, else trained, from its last checkpoint if there is one.
 
         Raises:

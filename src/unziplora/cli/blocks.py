@@ -33,7 +33,7 @@ def _plan(config: ProbeConfig, as_json: bool) -> None:
         from unziplora.memory import inspect_base
 
         inspect_base(config.base)
-    pairs = config.words()
+    pairs = config.word_pairs()
     lines = [
         f"# {pair.content} ({pair.other_content} instead), {pair.style} ({pair.other_style} instead)" for pair in pairs
     ]

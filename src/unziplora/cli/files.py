@@ -15,7 +15,8 @@ _LAYOUT = click.Option(
     type=click.Choice(["kohya", "kohya-diffusers", "diffusers"]),
     default="kohya",
     show_default=True,
-    help="Layout to write: kohya loads in ComfyUI, Forge, A1111, InvokeAI, diffusers; diffusers in diffusers alone.",
+    help="Layout to write: kohya loads in ComfyUI, Forge, A1111, InvokeAI, diffusers; kohya-diffusers has kohya's "
+    "names with diffusers' blocks; diffusers loads in diffusers alone.",
 )
 _DTYPE = click.Option(
     ["--dtype"], type=click.Choice(["fp32", "fp16", "bf16"]), help="Number format to store.  [default: as it was]"
@@ -124,7 +125,7 @@ resize_command = click.Command(
     params=[
         click.Argument(["source"]),
         click.Argument(["target"]),
-        click.Option(["--rank"], type=int, help="Highest rank of a module."),
+        click.Option(["--rank"], type=int, help="Highest rank of a module; give this, --energy or both."),
         click.Option(["--energy"], type=float, help="Share of each module's update to keep, 0 to 1."),
         _LAYOUT,
         _DTYPE,

@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from unziplora.config import Recipe, group_of, read_toml
-from unziplora.errors import UserError
 
 NONE = "none"
 """What is given to a flag to clear a list, or to leave a value to be chosen at run time."""
@@ -23,7 +22,7 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Shape:
-    """How a key is given: one value, on/off, several values, a fixed number of values, or NAME=VALUE pairs."""
+    """How a key is given: one value, on/off, several values, or a fixed number of values."""
 
     kind: str
     type: click.ParamType
@@ -85,12 +84,10 @@ def shape_of(annotation: Any) -> Shape:
         return Shape(inner.kind, Cleared(inner.type), inner.count) if len(kept) < len(args) else inner
     if annotation is bool:
         return Shape("switch", click.BOOL)
-    if origin is list or (origin is tuple and args[-1] is Ellipsis):
+    if origin is list:
         return Shape("many", Cleared(shape_of(args[0]).type))
     if origin is tuple:
         return Shape("fixed", shape_of(args[0]).type, len(args))
-    if origin is dict:
-        return Shape("pairs", click.STRING)
     if origin is typing.Literal:
         return Shape("one", click.Choice([str(arg) for arg in args]))
     plain: dict[Any, click.ParamType] = {int: click.INT, float: click.FLOAT, Path: click.Path()}
@@ -113,12 +110,10 @@ def _option(model: type[Recipe], name: str, field: FieldInfo, own: list[str] | N
     details: dict[str, Any] = {"type": shape.type}
     if shape.kind == "switch":
         flag, details = f"{flag}/--no-{flag[2:]}", {"default": None}
-    elif shape.kind in ("many", "pairs"):
+    elif shape.kind == "many":
         details["multiple"] = True
     elif shape.kind == "fixed":
         details["nargs"] = shape.count
-    if shape.kind == "pairs":
-        details["metavar"] = "NAME=VALUE"
     notes = own or [*_notes(shape), *defaults(model, name, field)]
     text = f"{field.description}" + (f"  [{'; '.join(notes)}]" if notes else "")
     return KeyOption(
@@ -127,7 +122,7 @@ def _option(model: type[Recipe], name: str, field: FieldInfo, own: list[str] | N
 
 
 def _notes(shape: Shape) -> list[str]:
-    return ["repeatable"] if shape.kind in ("many", "pairs") else []
+    return ["repeatable"] if shape.kind == "many" else []
 
 
 def defaults(model: type[Recipe], name: str, field: FieldInfo) -> list[str]:
@@ -166,12 +161,6 @@ def given(ctx: click.Context) -> dict[str, Any]:
 def _value(param: KeyOption, value: Any) -> Any:
     if param.shape.kind == "many":
         return [item for item in value if item != NONE]
-    if param.shape.kind == "pairs":
-        pairs = [item.partition("=") for item in value if item != NONE]
-        wrong = [name for name, sign, _ in pairs if not sign]
-        if wrong:
-            raise UserError(f"{param.opts[0]} {wrong[0]}: give NAME=VALUE, such as {param.opts[0]} NAME=0.5")
-        return {name.strip(): text.strip() for name, _, text in pairs}
     if value == NONE and isinstance(param.shape.type, Cleared):
         return None
     return value

@@ -56,10 +56,10 @@ def _plan(config: SampleConfig, as_json: bool) -> None:
     with stdout_kept():
         from unziplora.memory import inspect_base
         from unziplora.sample import find_sources, with_headers
-        from unziplora.sources import base_name, guidance, plan
+        from unziplora.sources import choose_base, guidance, plan
 
         sources = with_headers(find_sources(config))
-        base, prompts = base_name(config, sources), plan(config, sources)
+        base, prompts = choose_base(config, sources), plan(config, sources)
         inspect_base(base)
     told = {"base": base, "guidance": guidance(config, sources), "prompts": [asdict(prompt) for prompt in prompts]}
     lines = [f"# base: {base}", f"# guidance: {told['guidance']:g}", *(f"# prompt: {p.full}" for p in prompts)]

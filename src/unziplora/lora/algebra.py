@@ -35,6 +35,11 @@ def delta(pair: Pair) -> Tensor:
     return (up @ down).reshape(up.shape[0], *pair[0].shape[1:])
 
 
+def widths(pair: Pair) -> tuple[int, int]:
+    """Features that the layer of a pair gives and takes, (out, in)."""
+    return pair[1].shape[0], pair[0].shape[1]
+
+
 def scale(pair: Pair, weight: float) -> Pair:
     """The pair of weight · ΔW."""
     return pair[0].float(), pair[1].float() * weight
@@ -85,7 +90,7 @@ def resize(pair: Pair, rank: int | None = None, energy: float | None = None) -> 
     keep = len(s) if rank is None else min(rank, len(s))
     if energy is not None:
         total = s.double().square().cumsum(0)
-        # The last sum stands for all of it; a hair of room keeps rounding from adding a useless direction.
+        # The last sum stands for all of it; a small tolerance keeps rounding from adding a useless direction.
         keep = min(keep, int((total < energy * total[-1] * (1 - 1e-9)).sum()) + 1)
     root = s[:keep].sqrt()
     return _shaped(root[:, None] * vh[:keep], u[:, :keep] * root, pair)
@@ -94,7 +99,7 @@ def resize(pair: Pair, rank: int | None = None, energy: float | None = None) -> 
 def balanced(pair: Pair) -> Pair:
     """The same product, exactly, with a power of two moved from A to B where B is so small that fp16 loses digits.
 
-    Such a B comes of an alpha far below the rank that was folded into it, or of a short training.
+    Such a B results from an alpha far below the rank that was folded into it, or of a short training.
     """
     down, up = pair
     size, small = (float(factor.detach().abs().mean()) for factor in pair)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from unziplora.config import read_toml
 from unziplora.errors import UserError
+from unziplora.kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,14 @@ class BlockMap:
 
     def owner(self, path: str) -> str | None:
         """`content` or `style`, if the layer at this module path lies in one of their blocks."""
-        for name in ("content", "style"):
-            if any(_inside(path, block) for block in getattr(self, name)):
+        for name in KINDS:
+            if any(inside(path, block) for block in getattr(self, name)):
                 return name
         return None
 
 
-def _inside(path: str, block: str) -> bool:
+def inside(path: str, block: str) -> bool:
+    """Whether a module path lies in a block, or in another beginning of a path, at a dot."""
     return path == block or path.startswith(block + ".")
 
 
@@ -60,12 +62,12 @@ def read_blocks(source: str) -> BlockMap:
     if not source.endswith(".toml") and not Path(source).is_file():
         raise UserError(f"no block map {source!r}: there are {', '.join(NAMED)}, or give a TOML file")
     table = read_toml(Path(source))
-    if set(table) != {"content", "style"}:
+    if set(table) != set(KINDS):
         raise UserError(f"{source}: a block map has the two lists 'content' and 'style', found {sorted(table)}")
     for name, blocks in table.items():
         if not isinstance(blocks, list) or not all(isinstance(block, str) for block in blocks):
             raise UserError(f"{source}: {name} must be a list of block names such as 'up_blocks.0.attentions.1'")
-    both = [one for one in table["content"] for two in table["style"] if _inside(one, two) or _inside(two, one)]
+    both = [one for one in table["content"] for two in table["style"] if inside(one, two) or inside(two, one)]
     if both:
         raise UserError(f"{source}: {', '.join(sorted(set(both)))} cannot belong to both content and style")
     return BlockMap(tuple(table["content"]), tuple(table["style"]))
@@ -80,3 +82,9 @@ def check_blocks(blocks: BlockMap, paths: list[str]) -> None:
     for block in (*blocks.content, *blocks.style):
         if not any(path.startswith(block + ".") for path in paths):
             raise UserError(f"block map: the base has no attention layers in {block!r}")
+
+
+def block_of(path: str) -> str:
+    """The block of a module path: `up_blocks.0.attentions.1`, `mid_block.attentions.0`, or the module itself."""
+    parts = path.split(".")
+    return ".".join(parts[: {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}.get(parts[0], len(parts))])

@@ -22,7 +22,7 @@ class Phase:
         period: index of the current period, from 0.
         opens: this step begins a warm-up: all columns of both LoRAs are open.
         chooses: columns are scored and chosen just before this step.
-        warm: the step belongs to a warm-up; scales and the orthogonality loss rest.
+        warm: the step belongs to a warm-up; scales are frozen, and there is no orthogonality loss.
     """
 
     period: int

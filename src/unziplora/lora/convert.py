@@ -23,7 +23,6 @@ def convert(
     src: str | Path,
     dst: str | Path,
     layout: str = "kohya",
-    alpha: float | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> Lora:
@@ -35,7 +34,7 @@ def convert(
     """
     lora = read_lora(src)
     _spare(dst, overwrite)
-    write_lora(lora, dst, layout, alpha, dtype=dtype or stored_dtype(src))
+    write_lora(lora, dst, layout, dtype=dtype or stored_dtype(src))
     return lora
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from unziplora.errors import UserError
 from unziplora.lora import families, keys, layouts
-from unziplora.lora.algebra import Pair, balanced, scale
+from unziplora.lora.algebra import Pair, balanced, scale, widths
+from unziplora.lora.blocks import block_of, inside
 from unziplora.lora.grouping import PEFT_PREFIX, Grouped, group
 from unziplora.lora.metadata import LAYERS_KEY, header
 from unziplora.lora.storage import open_tensors, write_safetensors
@@ -101,7 +102,7 @@ def understand(
         grouped = group(tensors, metadata, _layers(metadata, config))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    shapes = {name: (f.up.shape[0], f.down.shape[1]) for name, f in grouped.unet.items()}
+    shapes = {name: (factors.up.shape[0], factors.down.shape[1]) for name, factors in grouped.unet.items()}
     family = families.unet_family(shapes, config.get("cross_attention_dim"))
     if family and "unziplora.version" not in metadata:  # our own files are for SDXL's topology, whatever its widths
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
@@ -168,7 +169,7 @@ def write_lora(
         described,
         ranks=ranks,
         alpha=chosen,
-        full_size=families.sdxl_sized({name: (up.shape[0], a.shape[1]) for name, (a, up) in lora.modules.items()}),
+        full_size=families.sdxl_sized({name: widths(pair) for name, pair in lora.modules.items()}),
         kohya=layout != "diffusers",
     )
     # an alpha that is rounded would scale its whole module
@@ -227,7 +228,8 @@ def check_shape(lora: Lora, path: str, pair: Pair, wanted: tuple[int, ...] | Non
     down, up = pair
     shape = (up.shape[0], *down.shape[1:])
     if shape != wanted:
-        raise misfit(lora, name, base, f"{path} is {by(shape)} in the LoRA and {by(wanted)} in the base")
+        shapes = f"{format_shape(shape)} in the LoRA and {format_shape(wanted)} in the base"
+        raise misfit(lora, name, base, f"{path} is {shapes}")
 
 
 def misfit(lora: Lora, name: str, base: str, why: str) -> UserError:
@@ -237,7 +239,7 @@ def misfit(lora: Lora, name: str, base: str, why: str) -> UserError:
     return UserError(f"{name} does not fit {base} ({why}){told}. Take the base it was made for")
 
 
-def by(shape: tuple[int, ...]) -> str:
+def format_shape(shape: tuple[int, ...]) -> str:
     """A shape in words: 4×8."""
     return "×".join(map(str, shape))
 
@@ -253,7 +255,7 @@ def scale_blocks(lora: Lora, strengths: Mapping[str, float], name: str = "the Lo
     unused = set(strengths)
     modules = {}
     for path, pair in lora.modules.items():
-        fitting = [name for name in strengths if path == name or path.startswith(name + ".")]
+        fitting = [name for name in strengths if inside(path, name)]
         unused -= set(fitting)
         modules[path] = scale(pair, strengths[max(fitting, key=len)]) if fitting else pair
     if unused:
@@ -264,9 +266,3 @@ def scale_blocks(lora: Lora, strengths: Mapping[str, float], name: str = "the Lo
 def blocks(lora: Lora) -> list[str]:
     """The blocks that a LoRA has modules in, such as `up_blocks.0.attentions.1`, in order of their names."""
     return sorted({block_of(path) for path in lora.modules})
-
-
-def block_of(path: str) -> str:
-    """The block of a module path: `up_blocks.0.attentions.1`, `mid_block.attentions.0`, or the module itself."""
-    parts = path.split(".")
-    return ".".join(parts[: {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}.get(parts[0], len(parts))])

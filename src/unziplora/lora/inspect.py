@@ -10,8 +10,9 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from unziplora.lora import algebra, families
+from unziplora.lora.blocks import block_of
 from unziplora.lora.convert import Resized, convert, counted, dtype_name, resize_file
-from unziplora.lora.files import block_of, understand
+from unziplora.lora.files import understand
 from unziplora.lora.grouping import Factors, Grouped
 from unziplora.lora.metadata import trigger_words
 from unziplora.lora.programs import Verdict, loads_in

@@ -18,12 +18,12 @@ LAYERS_KEY = "unziplora.layers_per_block"
 THUMBNAIL = 256
 """Longest side of the thumbnail in pixels."""
 
-SDXL = {
+_FULL_SIZE = {
     # Without an `sdxl_` value here A1111 takes the file for SD 1 and hides it.
     "ss_base_model_version": "sdxl_base_v1-0",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
 }
-SMALL = {
+_SMALL = {
     # A small base of SDXL's topology: nothing that lists this file for SDXL could apply it, so it must not say so.
     "ss_base_model_version": "small-sdxl-topology",
     "modelspec.architecture": "small-sdxl-topology/lora",
@@ -44,8 +44,6 @@ def metadata_for(
     layers_per_block: int = 2,
     method: str = "",
     settings: Mapping[str, Any] | None = None,
-    tags: Mapping[str, int] | None = None,
-    comment: str = "",
     thumbnail: Image.Image | None = None,
     date: datetime | None = None,
 ) -> dict[str, str]:
@@ -55,7 +53,7 @@ def metadata_for(
 
     Args:
         title: name in galleries.
-        trigger: words that call it up, such as "a sks cat"; also written as tags, where the UIs look.
+        trigger: words that call it up, such as "a sks cat"; also written as a tag, where the UIs look.
         hint: one sentence on its use.
         base: the base model it was trained on.
         resolution: width and height of training in pixels.
@@ -64,13 +62,10 @@ def metadata_for(
         layers_per_block: of the base's UNet; sgm's names depend on it, so it is kept where it is not SDXL's 2.
         method: how it was made.
         settings: everything it was made with, written as JSON.
-        tags: words of the training captions and their counts; default: the trigger, once.
-        comment: anything else.
         thumbnail: a picture, written as a JPEG data URL.
         date: default: now.
     """
     when = date or datetime.now(timezone.utc)
-    tags = tags or ({trigger: 1} if trigger else {})
     size = f"{resolution[0]}x{resolution[1]}"
     found = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -86,8 +81,7 @@ def metadata_for(
         "ss_v2": "False",
         "ss_resolution": f"({resolution[0]}, {resolution[1]})",
         "ss_zero_terminal_snr": str(zero_terminal_snr),
-        "ss_tag_frequency": json.dumps({title: dict(tags)}) if tags else "",
-        "ss_training_comment": comment,
+        "ss_tag_frequency": json.dumps({title: {trigger: 1}}) if trigger else "",
         "unziplora.version": version("unziplora"),
         "unziplora.method": method,
         LAYERS_KEY: str(layers_per_block) if layers_per_block != 2 else "",
@@ -118,11 +112,11 @@ def header(
             raise UserError(f"metadata {key!r}: {value!r} must be a string")
     found = {key: value for key, value in described.items() if not key.startswith(_OURS) and key != "format"}
     if full_size and not says_sdxl(found):
-        found |= SDXL  # the tensors tell what the header left out or got wrong, and A1111 goes by the header
+        found |= _FULL_SIZE  # the tensors tell what the header left out or got wrong, and A1111 goes by the header
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "ss_v2": "False",
-        **(SDXL if full_size else SMALL),
+        **(_FULL_SIZE if full_size else _SMALL),
         **found,
         "format": "pt",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if kohya else "diffusers",

@@ -8,14 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from unziplora.kinds import KINDS
 from unziplora.lora.columns import Scores, choose, columns_held, orthogonality
 from unziplora.lora.layer import Branch
 
-NAMES = ("content", "style")
-"""The two LoRAs, in the order in which they choose columns."""
-
-Branches = Mapping[str, Mapping[str, Branch]]
-"""Branches by LoRA name and module path."""
+LoraBranches = Mapping[str, Mapping[str, Branch]]
+"""LoraBranches by LoRA name and module path."""
 
 
 class ColumnSeparation:
@@ -31,7 +29,7 @@ class ColumnSeparation:
         overlap: columns that both LoRAs have open, [out] 0/1, by module path, where there are any.
     """
 
-    def __init__(self, branches: Branches, owners: Mapping[str, str | None], keep_masked: bool = True) -> None:
+    def __init__(self, branches: LoraBranches, owners: Mapping[str, str | None], keep_masked: bool = True) -> None:
         self.branches, self.keep_masked = branches, keep_masked
         self.overlap: dict[str, Tensor] = {}
         self.held = {
@@ -40,18 +38,18 @@ class ColumnSeparation:
                 for path, branch in branches[name].items()
                 if owners[path] != name
             }
-            for name in NAMES
+            for name in KINDS
         }
 
     def masked(self) -> Iterator[tuple[str, str, Branch]]:
         """The branches that train only chosen columns, with their LoRA's name and module path."""
-        for name in NAMES:
+        for name in KINDS:
             for path in self.held[name]:
                 yield name, path, self.branches[name][path]
 
     def items(self) -> Iterator[tuple[str, str, Tensor]]:
         """The held columns, [out] bool, with their LoRA's name and module path."""
-        for name in NAMES:
+        for name in KINDS:
             for path, held in self.held[name].items():
                 yield name, path, held
 
@@ -63,7 +61,7 @@ class ColumnSeparation:
     @contextmanager
     def scored(self, kind: str, gradient_scale: float) -> Iterator[dict[str, dict[str, Scores]]]:
         """Score the masked branches' columns in the backward passes inside; see `Scores`."""
-        scores: dict[str, dict[str, Scores]] = {name: {} for name in NAMES}
+        scores: dict[str, dict[str, Scores]] = {name: {} for name in KINDS}
         for name, path, branch in self.masked():
             branch.observer = scores[name][path] = Scores(kind, gradient_scale)
         try:
@@ -76,7 +74,7 @@ class ColumnSeparation:
         self, scores: Mapping[str, Mapping[str, Scores]], share: float, period: int, periods: int, how: str
     ) -> None:
         """Content chooses first, style among the columns that content does not hold."""
-        for name in NAMES:
+        for name in KINDS:
             for path, held in self.held[name].items():
                 total = scores[name][path].total
                 assert total is not None, f"no gradient reached {path}"
@@ -104,11 +102,11 @@ class ColumnSeparation:
     @torch.no_grad()
     def clamp_scales(self) -> None:
         """Keep every soft scale in [0, 1]."""
-        scales = [branch.scale for name in NAMES for branch in self.branches[name].values()]
+        scales = [branch.scale for name in KINDS for branch in self.branches[name].values()]
         torch._foreach_clamp_min_(scales, 0.0)
         torch._foreach_clamp_max_(scales, 1.0)
 
-    def settle_scales(self, resting: bool, overlap_only: bool) -> None:
+    def settle_scales(self, frozen: bool, overlap_only: bool) -> None:
         """Say which scales train from here on, until masks change: none, those in an overlap, or all."""
         self.overlap = {}
         for path, content in self.branches["content"].items():
@@ -116,7 +114,7 @@ class ColumnSeparation:
             both = content.mask * style.mask
             if both.any():
                 self.overlap[path] = both
-            trains = not resting and (path in self.overlap or not overlap_only)
+            trains = not frozen and (path in self.overlap or not overlap_only)
             for branch in (content, style):
                 branch.scale.requires_grad_(trains)
                 branch.scale.grad = None
@@ -127,7 +125,7 @@ class ColumnSeparation:
         found = [
             (gradient, both)
             for path, both in self.overlap.items()
-            for name in NAMES
+            for name in KINDS
             if (gradient := self.branches[name][path].scale.grad) is not None
         ]
         if found:
@@ -135,7 +133,7 @@ class ColumnSeparation:
 
     def orthogonality(self) -> Tensor:
         """L⊥ on the effective scales, mask ⊙ scale, over all layers; a scalar."""
-        content, style = (self.branches[name] for name in NAMES)
+        content, style = (self.branches[name] for name in KINDS)
         if not self.overlap:
             return next(iter(content.values())).scale.new_zeros(())
         # Layers without an overlap add zeros to the mean over layers.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -13,12 +14,13 @@ from unziplora.card import About
 from unziplora.lora.files import Lora
 from unziplora.methods.common import Setup, View
 
-C = TypeVar("C", contravariant=True)
+C = TypeVar("C")
 
 
-class Trained(Protocol):
+class Trainable(ABC):
     """What the training loop asks of a method."""
 
+    @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups with a name each."""
 
@@ -26,6 +28,7 @@ class Trained(Protocol):
         """What is to be done before a step's losses; nothing, unless a method says so."""
         return
 
+    @abstractmethod
     def losses(self, step: int) -> Iterator[Tensor]:
         """Terms of the loss; each is propagated before the next is asked for."""
 
@@ -37,14 +40,16 @@ class Trained(Protocol):
         """Put parameters back into their bounds; nothing, unless a method says so."""
         return
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs."""
 
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state_dict`."""
 
 
-class Method(Trained, Protocol[C]):
+class Method(Trainable, Generic[C]):
     """What a job asks of a method besides its training.
 
     Attributes:
@@ -57,25 +62,32 @@ class Method(Trained, Protocol[C]):
 
     @classmethod
     def check(cls, config: C) -> None:
-        """Refuse what can be seen to be wrong before a folder is made and a base is loaded."""
+        """Refuse what can be seen to be wrong before a folder is made and a base is loaded; nothing, by default."""
+        return
 
     @classmethod
+    @abstractmethod
     def layers(cls, config: C, paths: list[str]) -> dict[str, list[str]]:
         """The layers that each LoRA adapts, by its name, of a UNet's linear layers at these paths."""
 
     @classmethod
+    @abstractmethod
     def build(cls, config: C, setup: Setup) -> Method[C]:
         """Encode what is needed once and put the LoRAs into the base's UNet."""
 
+    @abstractmethod
     def export(self) -> dict[str, Lora]:
         """The LoRAs by file name, in fp32, of strength 1."""
 
     @classmethod
+    @abstractmethod
     def about(cls, config: C) -> About:
         """What the card and the files' headers tell."""
 
+    @abstractmethod
     def views(self) -> list[View]:
         """The columns of the sample sheet."""
 
+    @abstractmethod
     def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
         """Have LoRAs of these names switched off for a while."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from unziplora.card import About, File, picture_count
 from unziplora.config_blora import BLoraConfig
 from unziplora.errors import UserError
+from unziplora.kinds import KINDS
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import attention_linears, of_kinds
-from unziplora.lora.separation import NAMES
 from unziplora.methods.base import Method
 from unziplora.methods.common import (
     Setup,
@@ -71,8 +71,8 @@ class BLora(Method[BLoraConfig]):
         self.autocast, self.pictures = autocast, list(pictures)
         paths = attention_linears(unet)
         check_blocks(blocks, paths)
-        owned = {name: [path for path in paths if blocks.owner(path) == name] for name in NAMES}
-        self.branches = {name: new_branches(unet, name, owned[name], config) for name in NAMES}
+        owned = {name: [path for path in paths if blocks.owner(path) == name] for name in KINDS}
+        self.branches = {name: new_branches(unet, name, owned[name], config) for name in KINDS}
 
     @classmethod
     def check(cls, config: BLoraConfig) -> None:
@@ -90,7 +90,7 @@ class BLora(Method[BLoraConfig]):
     def layers(cls, config: BLoraConfig, paths: list[str]) -> dict[str, list[str]]:
         """The attentions of each LoRA's blocks."""
         blocks, attention = read_blocks(config.blocks), of_kinds(paths, ["attention"])
-        return {name: [path for path in attention if blocks.owner(path) == name] for name in NAMES}
+        return {name: [path for path in attention if blocks.owner(path) == name] for name in KINDS}
 
     @classmethod
     def build(cls, config: BLoraConfig, setup: Setup) -> BLora:
@@ -118,7 +118,7 @@ class BLora(Method[BLoraConfig]):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One optimiser group: the matrices of both LoRAs."""
         config = self.config
-        params = [p for name in NAMES for p in matrices(self.branches[name])]
+        params = [p for name in KINDS for p in matrices(self.branches[name])]
         rate, decay = config.learning_rate, config.weight_decay
         return [{"name": "unet", "params": params, "lr": rate, "weight_decay": decay}]
 
@@ -130,16 +130,16 @@ class BLora(Method[BLoraConfig]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""
-        return {key: t for name in NAMES for key, t in branch_state(self.branches[name], name).items()}
+        return {key: t for name in KINDS for key, t in branch_state(self.branches[name], name).items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over the state of a checkpoint of the same recipe."""
-        for name in NAMES:
+        for name in KINDS:
             load_branch_state(self.branches[name], name, state)
 
     def export(self) -> dict[str, Lora]:
         """Both LoRAs as plain pairs, alpha folded into B."""
-        return {name: Lora(folded(self.branches[name])) for name in NAMES}
+        return {name: Lora(folded(self.branches[name])) for name in KINDS}
 
     def views(self) -> list[View]:
         """Both together; each alone, the content in another style and the style on another subject."""

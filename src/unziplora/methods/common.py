@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from unziplora.base import Base
 from unziplora.class_pictures import class_pictures
 from unziplora.config_training import PictureConfig, TrainingConfig
-from unziplora.encode import conditioning, encode_pictures, loss_weights, to_device
+from unziplora.encode import encode_pictures, loss_weights, picture_conditioning, to_device
 from unziplora.generate import Settings
 from unziplora.images import load_mask, load_picture, to_tensor
 from unziplora.lora.algebra import Pair, fold_output
 from unziplora.lora.layer import Branch, add_lora, inject
-from unziplora.objective import Conditioning, Examples, generator
+from unziplora.objective import Examples, generator
 from unziplora.prompts import Prompts, embed, time_ids
 
 Branches = dict[str, Branch]
@@ -82,11 +82,10 @@ def picture_examples(
     masks = [load_mask(m, setup.size, picture=p) for m, p in zip(config.masks, config.images, strict=False)]
     weights = loss_weights(masks, latents, config.background_weight)
     if isinstance(prompts, Prompts):
-        told = conditioning(setup.base, prompts, setup.size, len(pictures))
+        seen = picture_conditioning(setup.base, prompts, setup.size, len(pictures))
     else:
-        each = embed(setup.base, prompts)
-        told = Conditioning(each.tokens, each.pooled, time_ids(setup.size, setup.size, len(pictures)))
-    return to_device(Examples(latents, told, weights), setup.base)
+        seen = embed(setup.base, prompts).with_time_ids(time_ids(setup.size, setup.size, len(pictures)))
+    return to_device(Examples(latents, seen, weights), setup.base)
 
 
 def class_examples(
@@ -103,7 +102,7 @@ def class_examples(
     )
     pictures = class_pictures(setup.base, prompts.full, count, settings, setup.report, folder)
     latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
-    return to_device(Examples(latents, conditioning(setup.base, prompts, size, count)), setup.base)
+    return to_device(Examples(latents, picture_conditioning(setup.base, prompts, size, count)), setup.base)
 
 
 def new_branches(
@@ -115,7 +114,7 @@ def new_branches(
     stream: str = "full",
     start: str = "zeros",
 ) -> Branches:
-    """Add an untrained LoRA to a UNet's linear layers; its column scales are ones and rest."""
+    """Add an untrained LoRA to a UNet's linear layers; its column scales are ones, and frozen."""
     modules = {}
     for path, layer in inject(unet, paths).items():
         draw = generator(config.seed, "init", name, path)

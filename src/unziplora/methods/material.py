@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from PIL import Image
 
 from unziplora.config_split import SplitConfig
-from unziplora.encode import conditioning, to_device
+from unziplora.encode import picture_conditioning, to_device
 from unziplora.methods.common import Setup, class_examples, load_pictures, picture_examples
 from unziplora.objective import Examples
 from unziplora.prompts import Prompts
@@ -44,7 +44,7 @@ def gather(config: SplitConfig, setup: Setup) -> Material:
     examples = picture_examples(setup, config, pictures, prompts)
 
     def with_prompts(prompts: Prompts) -> Examples:
-        rows = conditioning(setup.base, prompts, setup.size, len(pictures))
+        rows = picture_conditioning(setup.base, prompts, setup.size, len(pictures))
         return to_device(replace(examples, conditioning=rows), setup.base)
 
     text, alone = None, {}
@@ -59,11 +59,10 @@ def gather(config: SplitConfig, setup: Setup) -> Material:
 
 
 def _priors(config: SplitConfig, setup: Setup) -> dict[str, Examples]:
-    weights = {"content": config.content_prior, "style": config.style_prior}
     templates = {"content": config.content_class_prompt, "style": config.style_class_prompt}
     return {
         name: class_examples(setup, config, _alike(config, config.fill(templates[name])), config.prior_images)
-        for name, weight in weights.items()
+        for name, weight in config.prior_weights().items()
         if weight > 0
     }
 

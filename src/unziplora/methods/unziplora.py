@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from unziplora.card import About, File, picture_count
 from unziplora.config_split import SplitConfig
+from unziplora.kinds import KINDS
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import attention_linears, of_kinds
-from unziplora.lora.separation import NAMES, ColumnSeparation
+from unziplora.lora.separation import ColumnSeparation
 from unziplora.methods.base import Method
 from unziplora.methods.common import (
     Setup,
@@ -57,7 +58,7 @@ class UnZipLora(Method[SplitConfig]):
         material: Material,
         config: SplitConfig,
         blocks: BlockMap,
-        autocast: Callable[[], AbstractContextManager[Any]] = torch.enable_grad,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Inject both LoRAs into the UNet, in place.
 
@@ -79,7 +80,7 @@ class UnZipLora(Method[SplitConfig]):
             check_blocks(blocks, paths)
         owners = {path: blocks.owner(path) if config.block_separation else None for path in paths}
         self.branches = {
-            name: new_branches(unet, name, paths, config, stream=name, start=config.init) for name in NAMES
+            name: new_branches(unet, name, paths, config, stream=name, start=config.init) for name in KINDS
         }
         self.columns: ColumnSeparation | None = None
         self.settled: tuple[int, bool] | None = None  # the period and warm-up for which scales are settled
@@ -87,7 +88,7 @@ class UnZipLora(Method[SplitConfig]):
             self.columns = ColumnSeparation(self.branches, owners, keep_masked=not config.decay_masked)
         else:
             # Without columns there is no part of a layer to hold: an owned block is its owner's alone.
-            for name in NAMES:
+            for name in KINDS:
                 for path, branch in self.branches[name].items():
                     branch.mask.fill_(float(owners[path] in (None, name)))
 
@@ -104,7 +105,7 @@ class UnZipLora(Method[SplitConfig]):
     @classmethod
     def layers(cls, config: SplitConfig, paths: list[str]) -> dict[str, list[str]]:
         """Both LoRAs on all attentions."""
-        return dict.fromkeys(NAMES, of_kinds(paths, ["attention"]))
+        return dict.fromkeys(KINDS, of_kinds(paths, ["attention"]))
 
     @classmethod
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
@@ -134,11 +135,11 @@ class UnZipLora(Method[SplitConfig]):
         config = self.config
         rates = {"content": config.content_learning_rate, "style": config.style_learning_rate}
         groups: list[dict[str, Any]] = []
-        for name in NAMES:
+        for name in KINDS:
             params, decay = matrices(self.branches[name]), config.weight_decay
             groups.append({"name": name, "params": params, "lr": rates[name], "weight_decay": decay})
         if self.columns is not None:
-            scales = [b.scale for name in NAMES for b in self.branches[name].values()]
+            scales = [b.scale for name in KINDS for b in self.branches[name].values()]
             rate = config.scale_learning_rate
             groups.append({"name": "scales", "params": scales, "lr": rate, "weight_decay": 0.0})
         return groups
@@ -181,24 +182,24 @@ class UnZipLora(Method[SplitConfig]):
         prior preservation: the other LoRA off, on class pictures with the class prompt. A step in which one LoRA
         learns alone has the denoising error without the other as its only term.
         """
-        config, examples, alone = self.config, self.material.examples, self.alone(step)
-        if alone is not None:
-            with self.only(alone):
+        config, examples, solo = self.config, self.material.examples, self.solo(step)
+        if solo is not None:
+            with self.only(solo):
                 yield self._denoising_loss(
-                    self.material.alone.get(alone, examples), generator(config.seed, "train", step)
+                    self.material.alone.get(solo, examples), generator(config.seed, "train", step)
                 )
             return
         loss = self._denoising_loss(examples, generator(config.seed, "train", step))
         if self.columns is not None and config.orthogonality and not self.phase(step).warm:
             loss = loss + config.orthogonality * self.columns.orthogonality()
         yield loss
-        weights = {"content": config.content_prior, "style": config.style_prior}
+        weights = config.prior_weights()
         for name, pictures in self.material.priors.items():
             with self.only(name):
                 draw = generator(config.seed, "prior", name, step)
                 yield weights[name] * self._denoising_loss(pictures, draw)
 
-    def alone(self, step: int) -> str | None:
+    def solo(self, step: int) -> str | None:
         """The LoRA that learns alone in this step; None: both together."""
         drawn = float(torch.rand((), generator=generator(self.config.seed, "alone", step)))
         if drawn < self.config.content_alone:
@@ -211,7 +212,7 @@ class UnZipLora(Method[SplitConfig]):
 
     def only(self, name: str) -> AbstractContextManager[None]:
         """Switch the other LoRA off in the UNet; the words are encoded already."""
-        return switched_off(*(self.branches[other] for other in NAMES if other != name))
+        return switched_off(*(self.branches[other] for other in KINDS if other != name))
 
     @contextmanager
     def off(self, names: tuple[str, ...]) -> Iterator[None]:
@@ -237,7 +238,7 @@ class UnZipLora(Method[SplitConfig]):
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""
         state: dict[str, Tensor] = {}
-        for name in NAMES:
+        for name in KINDS:
             state.update(branch_state(self.branches[name], name))
         if self.columns is not None:
             state.update({f"{name}.{path}.held": held for name, path, held in self.columns.items()})
@@ -245,7 +246,7 @@ class UnZipLora(Method[SplitConfig]):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over the state of a checkpoint of the same recipe."""
-        for name in NAMES:
+        for name in KINDS:
             load_branch_state(self.branches[name], name, state)
         if self.columns is not None:
             for name, path, held in self.columns.items():

@@ -1,6 +1,7 @@
 """ZipLoRA (arXiv 2311.13600): a content and a style LoRA become one, by trained scales of their input columns.
 
-ΔW = ΔW_c diag(m_c) + ΔW_s diag(m_s). The matrices rest; only the scales m train, towards what each LoRA does alone.
+ΔW = ΔW_c diag(m_c) + ΔW_s diag(m_s). The matrices are frozen; only the scales m train, towards what each LoRA does
+alone.
 What LoRAs change in text encoders has no scales: both parts act, and the UNet's scales train with prompts read so.
 """
 
@@ -20,10 +21,10 @@ from unziplora.card import About, File
 from unziplora.config_training import style_words
 from unziplora.config_zip import ZipConfig
 from unziplora.images import load_picture
+from unziplora.kinds import KINDS
 from unziplora.lora.columns import orthogonality
 from unziplora.lora.files import Lora, check_fits
 from unziplora.lora.layer import Branch, add_lora
-from unziplora.lora.separation import NAMES
 from unziplora.memory import inspect_base
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup, View, folded, switched_off
@@ -94,11 +95,11 @@ class ZipLora(Method[ZipConfig]):
         self.unet, self.scheduler, self.learnt, self.config = unet, scheduler, learnt, config
         self.autocast, self.pictures = autocast, list(pictures)
         self.text = {name: lora.text for name, lora in loras.items()}
-        self.branches = {name: add_lora(unet, name, loras[name].modules) for name in NAMES}
+        self.branches = {name: add_lora(unet, name, loras[name].modules) for name in KINDS}
         for branch in (branch for branches in self.branches.values() for branch in branches.values()):
             branch.requires_grad_(False)
         shared = shared_layers(loras)
-        self.scales = {name: {path: scale_input(self.branches[name][path]) for path in shared} for name in NAMES}
+        self.scales = {name: {path: scale_input(self.branches[name][path]) for path in shared} for name in KINDS}
 
     @classmethod
     def check(cls, config: ZipConfig) -> None:
@@ -128,10 +129,10 @@ class ZipLora(Method[ZipConfig]):
         for name, lora in loras.items():
             check_fits(lora, base.unet, str(getattr(config, f"{name}_lora")), f"base {base.name}")
         paths = {"content": config.content_images, "style": config.style_images}
-        pictures = {name: [load_picture(path, setup.size) for path in paths[name]] for name in NAMES}
+        pictures = {name: [load_picture(path, setup.size) for path in paths[name]] for name in KINDS}
         made = learnt(setup, config, loras, pictures)
         setup.make_room(config)
-        shown = [picture for name in NAMES for picture in pictures[name]]
+        shown = [picture for name in KINDS for picture in pictures[name]]
         return cls(base.unet, setup.noise_schedule(), made, loras, config, setup.autocast, shown)
 
     @classmethod
@@ -147,7 +148,7 @@ class ZipLora(Method[ZipConfig]):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One optimiser group: the scales of both LoRAs, without weight decay."""
-        params = [scale.columns for name in NAMES for scale in self.scales[name].values()]
+        params = [scale.columns for name in KINDS for scale in self.scales[name].values()]
         return [{"name": SCALES, "params": params, "lr": self.config.learning_rate, "weight_decay": 0.0}]
 
     def losses(self, step: int) -> Iterator[Tensor]:
@@ -156,10 +157,10 @@ class ZipLora(Method[ZipConfig]):
         ‖·‖² is the mean over the elements of the prediction, and λ's sum the mean over columns and then layers, so
         that λ means the same for every picture size and base.
         """
-        for name in NAMES:
+        for name in KINDS:
             yield self._distance(name, step)
         if self.config.orthogonality:
-            content, style = (self.scales[name] for name in NAMES)
+            content, style = (self.scales[name] for name in KINDS)
             pairs: list[tuple[Tensor, Tensor]] = [(content[path].columns, style[path].columns) for path in content]
             yield self.config.orthogonality * orthogonality(pairs)
 
@@ -175,7 +176,7 @@ class ZipLora(Method[ZipConfig]):
             config.timestep_shift,
         )
         # Two contexts: what autocast keeps of the first pass, without gradients, must not serve the second.
-        with torch.no_grad(), self.autocast(), self.alone(name):
+        with torch.no_grad(), self.autocast(), self.only(name):
             wanted = self.unet(**drawn.unet_inputs(alone.conditioning))[0]
         with self.autocast():
             given = self.unet(**drawn.unet_inputs(merged.conditioning))[0]
@@ -184,9 +185,9 @@ class ZipLora(Method[ZipConfig]):
             error = error * snr_weights(self.scheduler, drawn.timesteps, config.min_snr_gamma)
         return error.mean()
 
-    def alone(self, name: str) -> AbstractContextManager[None]:
+    def only(self, name: str) -> AbstractContextManager[None]:
         """Have one LoRA act alone in the UNet, without scales, as it was before merging."""
-        return self._unet_off((*(other for other in NAMES if other != name), SCALES))
+        return self._unet_off((*(other for other in KINDS if other != name), SCALES))
 
     @contextmanager
     def off(self, names: tuple[str, ...]) -> Iterator[None]:
@@ -196,8 +197,8 @@ class ZipLora(Method[ZipConfig]):
 
     @contextmanager
     def _unet_off(self, names: tuple[str, ...]) -> Iterator[None]:
-        scales = [scale for name in NAMES for scale in self.scales[name].values()] if SCALES in names else []
-        with switched_off(*(self.branches[name] for name in NAMES if name in names)):
+        scales = [scale for name in KINDS for scale in self.scales[name].values()] if SCALES in names else []
+        with switched_off(*(self.branches[name] for name in KINDS if name in names)):
             for scale in scales:
                 scale.on = False
             try:
@@ -208,7 +209,7 @@ class ZipLora(Method[ZipConfig]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The scales by LoRA name and module path; everything else comes from the files."""
-        return {f"{name}.{path}": scale.columns for name in NAMES for path, scale in self.scales[name].items()}
+        return {f"{name}.{path}": scale.columns for name in KINDS for path, scale in self.scales[name].items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -221,7 +222,7 @@ class ZipLora(Method[ZipConfig]):
 
         What the LoRAs change in text encoders is added as it is.
         """
-        parts = {name: Lora(folded(self.branches[name]), text=self.text[name]) for name in NAMES}
+        parts = {name: Lora(folded(self.branches[name]), text=self.text[name]) for name in KINDS}
         return {"lora": merge(parts), **(parts if self.config.parts else {})}
 
     def views(self) -> list[View]:

@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-from unziplora.bench.published import ImageModel
+from unziplora.bench.image_models import ImageModel
 from unziplora.errors import UserError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}

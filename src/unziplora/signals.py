@@ -1,0 +1,22 @@
+"""Signals caught for a while."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def caught(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Have a handler for signals; outside the main thread none can be caught, and none are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
