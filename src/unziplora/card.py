@@ -46,12 +46,14 @@ class About:
         made: how they came about, the beginning of a sentence.
         prompt: the prompt of everything that was learnt.
         files: by name, without the ending.
+        separate: each LoRA has a prompt of its own where both act.
     """
 
     method: str
     made: str
     prompt: str
     files: dict[str, File]
+    separate: bool = False
 
 
 def card(run: RunFolder, config: TrainingConfig, about: About, full_size: bool) -> str:
@@ -163,11 +165,6 @@ def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
     titles = {file: f"{name}-{file}" for file in (["lora"] if "lora" in about.files else about.files)}
     both = about.prompt
     calls = " ".join(f"<lora:{title}:1>" for title in titles.values())
-    together = (
-        " Either works alone; both together restore the picture or show its content anew in its style."
-        if len(titles) > 1
-        else ""
-    )
     loads = "\n".join(
         f'pipe.load_lora_weights({_string(run.path.as_posix())}, weight_name="{file}.safetensors", '
         f'adapter_name="{file}")'
@@ -175,8 +172,9 @@ def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
     )
     return f"""## Use
 
-Give the files names of their own when you copy them, such as `{next(iter(titles.values()))}.safetensors`.{together}
-Strength 1 is as trained; turn it down if it dominates the picture.
+Load the checkpoint that was trained on, `{base_name(config)}`. Begin with strength 1, as trained, and CFG
+{config.sample_guidance:g}; turn the strength down if it dominates the picture. Give the files names of their own when
+you copy them, such as `{next(iter(titles.values()))}.safetensors`.{_together(run, about) if len(titles) > 1 else ""}
 
 **ComfyUI**: copy to `ComfyUI/models/loras`, put one *Load LoRA* node per file between *Load Checkpoint* and the
 sampler, prompt `{both}`.
@@ -203,6 +201,19 @@ pipe({_string(both)}, guidance_scale=5.0).images[0].save("picture.png")
 {_commands(run, config, about)}
 ```
 """
+
+
+def _together(run: RunFolder, about: About) -> str:
+    """How a content and a style LoRA go together."""
+    text = """
+
+Either works alone, with its own trigger words; both together restore the picture or show its content anew in its style.
+"""
+    if about.separate:
+        text += f"""The picture "together" in `samples` was made with a prompt for each LoRA. Other programs give both the
+same one, as `unziplora sample {folder_argument(run.path)} --mode direct` does.
+"""
+    return text.rstrip()
 
 
 def _loading(config: TrainingConfig) -> str:

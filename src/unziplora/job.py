@@ -26,6 +26,7 @@ from unziplora.lora.algebra import widths
 from unziplora.lora.families import sdxl_sized
 from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.metadata import metadata_for
+from unziplora.memory import inspect_base
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup
 from unziplora.progress import Callback, Progress
@@ -82,7 +83,7 @@ class Job(Generic[C]):
         device = pick_device(config.device)
         dtype = pick_dtype(config.precision, device)
         accelerator = make_accelerator(config, device, dtype, run.path)
-        self.report(f"loading base {config.base}")
+        self.report(f"loading base {config.base}{_fetching(config.base)}")
         base = load_base(config.base, dtype, device)
         setup = Setup(base, self.resolution(base), accelerator.autocast, self.report)
         method = self.kind.build(config, setup)
@@ -241,6 +242,11 @@ def make_accelerator(config: TrainingConfig, device: torch.device, dtype: torch.
     if config.trackers:
         accelerator.init_trackers("unziplora", config=flat(config))
     return accelerator
+
+
+def _fetching(base: str) -> str:
+    """What to say of a base that is not here yet: gigabytes may come before the next line."""
+    return " (it is fetched now; SDXL has 7 GB)" if inspect_base(base).assumed else ""
 
 
 def flat(config: TrainingConfig) -> dict[str, Any]:

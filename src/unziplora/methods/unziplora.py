@@ -128,6 +128,7 @@ class UnZipLora(Method[SplitConfig]):
                 "content": File("the content", words["content"], "Pair with the style LoRA to restore the picture."),
                 "style": File("the style", config.style_trigger(config.style_prompt), "Pair with any content LoRA."),
             },
+            separate=config.prompt_separation,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
