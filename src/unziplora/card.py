@@ -210,8 +210,8 @@ def _together(run: RunFolder, about: About) -> str:
 Either works alone, with its own trigger words; both together restore the picture or show its content anew in its style.
 """
     if about.separate:
-        text += f"""The picture "together" in `samples` was made with a prompt for each LoRA. Other programs give both the
-same one, as `unziplora sample {folder_argument(run.path)} --mode direct` does.
+        text += f"""The picture "together" in `samples` was made with a prompt for each LoRA. Other programs give both
+the same one, as `unziplora sample {folder_argument(run.path)} --mode direct` does.
 """
     return text.rstrip()
 
