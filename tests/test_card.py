@@ -39,7 +39,7 @@ def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
     for program in ("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers", "unziplora"):
         assert f"**{program}" in text or f", {program}**" in text
     assert "| `content.safetensors` | the content | `a sks cat` |" in text
-    assert f"Load the checkpoint that was trained on, `{SDXL}`. Begin with strength 1, as trained, and CFG\n5;" in text
+    assert f"Load the checkpoint of the training, `{SDXL}`. Begin with strength 1, as trained, and CFG\n5;" in text
     assert "--mode direct` does" in text
     assert "--mode direct" not in written(run, full_size=True, prompt_separation=False)
     assert '| `style.diffusers.safetensors` (diffusers layout) | the style | `in pencil "sketch" style` |' in text

@@ -15,13 +15,14 @@ import torch
 from unziplora import activations, cli, doctor
 from unziplora.activations import kept_bytes
 from unziplora.base import BUNDLED
+from unziplora.base_sizes import Sizes, inspect_base
 from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.config_split import SplitConfig
 from unziplora.config_training import SDXL
 from unziplora.doctor import FITTING, GIB, Check, Device, Report, advice, examine
 from unziplora.errors import UserError
 from unziplora.lora.layer import add_lora, of_kinds
-from unziplora.memory import Memory, Sizes, estimate, inspect_base, smaller
+from unziplora.memory import Memory, estimate, smaller
 from unziplora.methods.unziplora import UnZipLora
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +138,13 @@ class TestSizes:
             inspect_base(str(tmp_path / "gone.safetensors"))
         with pytest.raises(UserError, match=r"model_index\.json is missing"):
             inspect_base(str(tmp_path))
+        for name in (
+            "org/model.ckpt",
+            "org/model.gguf",
+            "org/model.safetensors",
+        ):  # no hub ids, as `load_base` says too
+            with pytest.raises(UserError, match="no such file or folder"):
+                inspect_base(name)
 
 
 class TestMemory:

@@ -172,7 +172,7 @@ def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
     )
     return f"""## Use
 
-Load the checkpoint that was trained on, `{base_name(config)}`. Begin with strength 1, as trained, and CFG
+Load the checkpoint of the training, `{base_name(config)}`. Begin with strength 1, as trained, and CFG
 {config.sample_guidance:g}; turn the strength down if it dominates the picture. Give the files names of their own when
 you copy them, such as `{next(iter(titles.values()))}.safetensors`.{_together(run, about) if len(titles) > 1 else ""}
 

@@ -7,11 +7,11 @@ from typing import TypeVar
 
 import torch
 
+from unziplora.base_sizes import inspect_base
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.images import load_mask, load_picture
-from unziplora.memory import inspect_base
 from unziplora.methods.base import Method
 from unziplora.optim import find_optimizer
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from unziplora.atomic import write_png
 from unziplora.base import BUNDLED, Base, load_base
+from unziplora.base_sizes import inspect_base
 from unziplora.beside import beside
 from unziplora.config import read_toml, resolve
 from unziplora.config_sample import SampleConfig
@@ -23,7 +24,6 @@ from unziplora.generate import decode, generate_latents
 from unziplora.grid import sheet
 from unziplora.images import load_picture
 from unziplora.kinds import KINDS
-from unziplora.memory import inspect_base
 from unziplora.progress import Callback, Progress, duration
 from unziplora.sample import open_session
 from unziplora.split import split

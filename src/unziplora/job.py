@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
+from unziplora.base_sizes import inspect_base
 from unziplora.card import About, base_name, card, folder_argument, shared_settings
 from unziplora.checks import check_job, check_resolution
 from unziplora.config_training import TrainingConfig
@@ -26,7 +27,6 @@ from unziplora.lora.algebra import widths
 from unziplora.lora.families import sdxl_sized
 from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.metadata import metadata_for
-from unziplora.memory import inspect_base
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup
 from unziplora.progress import Callback, Progress

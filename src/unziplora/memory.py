@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import BaseModel
 
-from unziplora.base import BUNDLED, SAMPLE_SIZE, config_folder
-from unziplora.base_files import check_folder, check_suffix, read_json
-from unziplora.base_hub import HUB_ID
+from unziplora.base_sizes import Sizes
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.device import pick_device, pick_dtype
-from unziplora.errors import UserError, first_line
-from unziplora.lora.layer import TARGETS, target_linears
-from unziplora.lora.storage import read_header
 from unziplora.progress import size
-from unziplora.quiet import quiet
-from unziplora.text_lora import TARGETS as TEXT_TARGETS
-
-FULL_SIZE = BUNDLED / "sdxl"
-"""Configuration of SDXL itself, without weights."""
 
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 """State per trained number: two moments in fp32, two in 8 bits, or two moments, a start and a sum."""
@@ -38,47 +25,6 @@ _DECODING_MAPS = 6 * 128
 _TILE = 512
 _DENOISING = 700 * 2**20
 """What the UNet holds while it samples at 1024 pixels with guidance, in half precision."""
-
-
-class Sizes(BaseModel):
-    """Numbers of a base that memory follows from.
-
-    Attributes:
-        source: what the user called the base.
-        assumed: the base is not on this machine: SDXL's sizes are taken.
-        resolution: the base's own, in pixels.
-        unet, vae, text: parameters.
-        text_features: in and out features of all q, k, v, out layers of the text encoders, added up.
-        layers: (in, out) of every linear layer of the UNet's transformers, by module path.
-        unet_config: the UNet's configuration.
-    """
-
-    source: str
-    assumed: bool
-    resolution: int
-    unet: int
-    vae: int
-    text: int
-    text_features: int
-    layers: dict[str, tuple[int, int]]
-    unet_config: dict[str, Any]
-
-    @property
-    def latent_scale(self) -> int:
-        return self.resolution // int(self.unet_config["sample_size"] or SAMPLE_SIZE)
-
-    def weights(self, half: bool) -> int:
-        """Bytes of the whole base; the VAE stays in fp32."""
-        return (self.unet + self.text) * (2 if half else 4) + self.vae * 4
-
-    @property
-    def names(self) -> list[str]:
-        """The paths of the linear layers."""
-        return list(self.layers)
-
-    def adapter(self, rank: int, paths: Iterable[str]) -> int:
-        """Parameters of one LoRA: A [r, in] and B [out, r] of the layers at these paths."""
-        return rank * sum(sum(self.layers[path]) for path in paths)
 
 
 class Line(BaseModel):
@@ -135,74 +81,6 @@ class Memory(BaseModel):
         if self.assumed:
             rows.append(f"{self.base} is not on this machine: the sizes are SDXL's own.")
         return "\n".join(prefix + row for row in rows)
-
-
-def inspect_base(source: str) -> Sizes:
-    """The sizes of a base, from its configuration alone: no weights are read, nothing is fetched.
-
-    Raises:
-        UserError: no such base, or its configuration is damaged.
-    """
-    folder = _folder(source)
-    index = read_json((folder or FULL_SIZE) / "model_index.json")
-    assumed, folder = folder is None, folder or FULL_SIZE
-    try:
-        with torch.device("meta"), quiet():
-            parts = {name: _part(folder, name, index) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise UserError(f"base {source!r}: its configuration cannot be used ({first_line(error)})") from None
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    unet = parts["unet"]
-    layers = {path: unet.get_submodule(path) for path in target_linears(unet, TARGETS)}
-    scale = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
-    return Sizes(
-        source=source,
-        assumed=assumed,
-        resolution=(unet.config.sample_size or SAMPLE_SIZE) * scale,
-        unet=counts["unet"],
-        vae=counts["vae"],
-        text=counts["text_encoder"] + counts["text_encoder_2"],
-        text_features=sum(
-            module.in_features + module.out_features
-            for part in (parts["text_encoder"], parts["text_encoder_2"])
-            for path, module in part.named_modules()
-            if path.rpartition(".")[2] in TEXT_TARGETS
-        ),
-        layers={path: (layer.in_features, layer.out_features) for path, layer in layers.items()},
-        unet_config={key: value for key, value in unet.config.items() if not key.startswith("_")},
-    )
-
-
-def _folder(source: str) -> Path | None:
-    """The folder with the base's configuration, or None if it would have to be fetched."""
-    path = BUNDLED / "emoji-xl" if source == "bundled" else Path(source).expanduser()
-    if path.is_dir():
-        check_folder(path, half=True)
-        return path
-    if path.is_file():
-        check_suffix(path)
-        return config_folder(path, read_header(path))
-    if source != "bundled" and HUB_ID.fullmatch(source) and path.suffix != ".safetensors":
-        return _fetched(source)
-    raise UserError(f"base {source!r}: no such file or folder")
-
-
-def _fetched(source: str) -> Path | None:
-    """The folder of a hub model that was fetched before."""
-    from huggingface_hub import try_to_load_from_cache
-
-    parts = ("model_index.json", *(f"{p}/config.json" for p in ("unet", "vae", "text_encoder", "text_encoder_2")))
-    found = [try_to_load_from_cache(source, part) for part in parts]
-    return Path(found[0]).parent if all(isinstance(path, str) for path in found) and found[0] else None
-
-
-def _part(folder: Path, name: str, index: dict[str, Any]) -> Any:
-    """One model of a base, built from its configuration on the present device."""
-    library, kind = index[name]
-    model = getattr(import_module(library), kind)
-    if library == "diffusers":
-        return model.from_config(read_json(folder / name / "config.json"))
-    return model(model.config_class(**read_json(folder / name / "config.json")))
 
 
 def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]]) -> Memory:

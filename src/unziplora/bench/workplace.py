@@ -28,7 +28,7 @@ class TrainFunction(Protocol[C]):
     """A training as a function, such as `split`."""
 
     def __call__(self, config: C, resume: bool = False, progress: Callback | None = None) -> RunFolder:
-        """TrainFunction as configured."""
+        """Train as configured."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _layers(ctx: click.Context, run: str | None, config_file: str | None) -> lis
 def _plan(config: SampleConfig, as_json: bool) -> None:
     """Show the settings, and what follows from the LoRAs: base, guidance and prompts; no weights of a base are read."""
     with stdout_kept():
-        from unziplora.memory import inspect_base
+        from unziplora.base_sizes import inspect_base
         from unziplora.sample import find_sources, with_headers
         from unziplora.sources import choose_base, guidance, plan
 

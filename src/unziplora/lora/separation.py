@@ -13,7 +13,7 @@ from unziplora.lora.columns import Scores, choose, columns_held, orthogonality
 from unziplora.lora.layer import Branch
 
 LoraBranches = Mapping[str, Mapping[str, Branch]]
-"""LoraBranches by LoRA name and module path."""
+"""Branches by LoRA name and module path."""
 
 
 class ColumnSeparation:

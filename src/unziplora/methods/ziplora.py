@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from unziplora.base_sizes import inspect_base
 from unziplora.card import About, File
 from unziplora.config_training import style_words
 from unziplora.config_zip import ZipConfig
@@ -25,7 +26,6 @@ from unziplora.kinds import KINDS
 from unziplora.lora.columns import orthogonality
 from unziplora.lora.files import Lora, check_fits
 from unziplora.lora.layer import Branch, add_lora
-from unziplora.memory import inspect_base
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup, View, folded, switched_off
 from unziplora.objective import generator, noised, snr_weights
