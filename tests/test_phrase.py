@@ -20,15 +20,15 @@ from unziplora.encode import picture_conditioning
 from unziplora.errors import Interrupted, UserError
 from unziplora.lora.files import read_lora
 from unziplora.methods.common import Setup
+from unziplora.methods.phrase import Phrase, embeddings
 from unziplora.methods.unziplora import UnZipLora
+from unziplora.methods.variants import FILTERS
+from unziplora.methods.words import learn_phrase, teach_encoders
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.phrase import Phrase, embeddings
 from unziplora.progress import Progress
 from unziplora.prompts import Prompts, embed, encode_batch
 from unziplora.sample import sample
 from unziplora.split import split
-from unziplora.variants import FILTERS
-from unziplora.words import learn_phrase, teach_encoders
 
 Make = Callable[..., SplitConfig]
 SPOKEN = "a cat in ink wash style"
@@ -185,7 +185,7 @@ def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: 
 class TestSplit:
     @pytest.fixture(autouse=True)
     def _short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("unziplora.words.TEACHING_STEPS", 2)
+        monkeypatch.setattr("unziplora.methods.words.TEACHING_STEPS", 2)
 
     def test_the_style_file_has_the_text_encoders_part_and_the_content_file_has_none(self, config: Make):
         run = split(config())
@@ -213,7 +213,7 @@ class TestSplit:
             checkpointed.append(phrase.base.unet.is_gradient_checkpointing)
             learn_phrase(phrase, *rest)
 
-        monkeypatch.setattr("unziplora.words.learn_phrase", spy)
+        monkeypatch.setattr("unziplora.methods.words.learn_phrase", spy)
         made = []
         for saving in (True, False):
             recipe = config(gradient_checkpointing=saving, phrase_steps=2, phrase_learning_rate=0.1)

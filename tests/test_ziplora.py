@@ -31,6 +31,7 @@ from unziplora.lora.files import Lora, read_lora, text_tensors, write_lora
 from unziplora.lora.layer import Branch, attention_linears, remove
 from unziplora.lora.metadata import metadata_for
 from unziplora.methods.common import Setup
+from unziplora.methods.zip_inputs import complete, merge, read_loras
 from unziplora.methods.ziplora import ZipLora, scale_input
 from unziplora.mount import Mounted, Part
 from unziplora.objective import generator
@@ -41,7 +42,6 @@ from unziplora.sample import sample
 from unziplora.sources import find_source, plan
 from unziplora.train import Trainer
 from unziplora.zip import zip_loras
-from unziplora.zip_inputs import complete, merge, read_loras
 
 Make = Callable[..., ZipConfig]
 FEED = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"

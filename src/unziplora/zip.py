@@ -12,10 +12,10 @@ from unziplora.job import run_job, write_card, write_loras
 from unziplora.kinds import KINDS
 from unziplora.lora.files import Lora
 from unziplora.lora.metadata import LAYERS_KEY
+from unziplora.methods.zip_inputs import complete, merge, read_loras
 from unziplora.methods.ziplora import ZipLora
 from unziplora.progress import Callback, Progress
 from unziplora.run import RunFolder
-from unziplora.zip_inputs import complete, merge, read_loras
 
 # What the headers of the merged files tell of their base, which is not opened for a plain sum.
 OF_THE_BASE = (

@@ -23,9 +23,9 @@ from unziplora.kinds import KINDS
 from unziplora.lora.files import read_lora
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
+from unziplora.methods.zip_inputs import complete
 from unziplora.split import split
 from unziplora.zip import zip_loras
-from unziplora.zip_inputs import complete
 
 ORACLE_TIMES = 3
 """The oracle trains for this multiple of DreamBooth's steps."""

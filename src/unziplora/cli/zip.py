@@ -63,8 +63,8 @@ def _plan(config: ZipConfig, as_json: bool) -> None:
     """Show the resolved settings and the prompts; LoRAs and pictures are opened."""
     with stdout_kept():
         from unziplora.checks import check_job
+        from unziplora.methods.zip_inputs import complete
         from unziplora.methods.ziplora import ZipLora
-        from unziplora.zip_inputs import complete
 
         config = complete(config)
         if config.method == "zip":

@@ -10,10 +10,10 @@ from PIL import Image
 from unziplora.config_split import SplitConfig
 from unziplora.encode import picture_conditioning, to_device
 from unziplora.methods.common import Setup, class_examples, load_pictures, picture_examples
+from unziplora.methods.words import learn_words
 from unziplora.objective import Examples
 from unziplora.prompts import Prompts
 from unziplora.text_lora import TextLora
-from unziplora.words import learn_words
 
 
 @dataclass(frozen=True)

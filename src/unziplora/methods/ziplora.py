@@ -28,9 +28,9 @@ from unziplora.lora.files import Lora, check_fits
 from unziplora.lora.layer import Branch, add_lora
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup, View, folded, switched_off
+from unziplora.methods.zip_inputs import Learnt, check_zippable, learnt, merge, read_loras, shared_layers
 from unziplora.objective import generator, noised, snr_weights
 from unziplora.prompts import Prompts
-from unziplora.zip_inputs import Learnt, check_zippable, learnt, merge, read_loras, shared_layers
 
 SCALES = "scales"
 """What is switched off, by this name, for the plain sum of both LoRAs."""

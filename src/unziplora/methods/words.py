@@ -21,13 +21,13 @@ from unziplora.base import Base
 from unziplora.encode import encode_pictures, to_device
 from unziplora.images import to_tensor
 from unziplora.methods.common import Setup
+from unziplora.methods.phrase import Phrase
+from unziplora.methods.variants import filtered
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
 from unziplora.optim import make_schedule
-from unziplora.phrase import Phrase
 from unziplora.prompts import encode_batch, join_streams
 from unziplora.residency import visiting
 from unziplora.text_lora import TextLora
-from unziplora.variants import filtered
 
 if TYPE_CHECKING:
     from unziplora.config_split import SplitConfig
