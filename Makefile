@@ -1,6 +1,8 @@
 # make demo   set up everything and split the two pictures that ship with the repository
 # make test   set up everything and run lint, type check and tests
 # make setup  only the environment in .venv
+# make slow   the tests that take longer; with an NVIDIA card also: .venv/bin/pytest -m gpu
+# make clean  remove .venv and what was built
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
