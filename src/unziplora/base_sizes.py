@@ -70,7 +70,7 @@ def inspect_base(source: str) -> Sizes:
     Raises:
         UserError: no such base, or its configuration is damaged.
     """
-    folder = _folder(source)
+    folder = described_in(source)
     index = read_json((folder or FULL_SIZE) / "model_index.json")
     assumed, folder = folder is None, folder or FULL_SIZE
     try:
@@ -100,8 +100,12 @@ def inspect_base(source: str) -> Sizes:
     )
 
 
-def _folder(source: str) -> Path | None:
-    """The folder with the base's configuration, or None if it would have to be fetched."""
+def described_in(source: str) -> Path | None:
+    """The folder with a base's configuration, or None if it would have to be fetched.
+
+    Raises:
+        UserError: no such base.
+    """
     path = BUNDLED / "emoji-xl" if source == "bundled" else Path(source).expanduser()
     if path.is_dir():
         check_folder(path, half=True)

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
-from unziplora.base_sizes import inspect_base
+from unziplora.base_sizes import described_in
 from unziplora.card import About, base_name, card, folder_argument, shared_settings
 from unziplora.checks import check_job, check_resolution
 from unziplora.config_training import TrainingConfig
@@ -246,7 +246,7 @@ def make_accelerator(config: TrainingConfig, device: torch.device, dtype: torch.
 
 def _fetching(base: str) -> str:
     """What to say of a base that is not here yet: gigabytes may come before the next line."""
-    return " (it is fetched now; SDXL has 7 GB)" if inspect_base(base).assumed else ""
+    return "" if described_in(base) else " (it is fetched now; SDXL has 7 GB)"
 
 
 def flat(config: TrainingConfig) -> dict[str, Any]:
