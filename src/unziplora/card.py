@@ -17,16 +17,6 @@ from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.kinds import KINDS
 from unziplora.run import RunFolder
 
-PRIVATE = {
-    "out",
-    "blocks",
-    "class_folder",
-    "images",
-    "masks",
-    *(f"{name}_{what}" for name in KINDS for what in ("lora", "images")),
-}
-"""Keys that tell about a person's machine, and nothing about the LoRAs: kept out of what is shared."""
-
 
 @dataclass(frozen=True)
 class File:
@@ -91,7 +81,7 @@ def picture_count(config: PictureConfig) -> str:
 
 def shared_settings(config: TrainingConfig) -> dict[str, Any]:
     """The settings as others may know them, without paths of this machine."""
-    return {**config.model_dump(mode="json", exclude=PRIVATE), "base": base_name(config)}
+    return {**config.model_dump(mode="json", exclude=config.marked("private")), "base": base_name(config)}
 
 
 def base_name(config: TrainingConfig) -> str:

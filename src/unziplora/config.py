@@ -25,9 +25,17 @@ GROUPS = ("Input", "Prompts", "Method", "Training", "Output")
 """The groups of keys in the order of `--help` and of the documentation; others follow."""
 
 
-def key(default: Any, help: str, group: str, **constraints: Any) -> Any:
-    """Declare one configuration key with its help text, its group in `--help` and its bounds."""
-    return Field(default, description=help, json_schema_extra={"group": group}, **constraints)
+def key(
+    default: Any, help: str, group: str, *, private: bool = False, may_change: bool = False, **constraints: Any
+) -> Any:
+    """Declare one configuration key with its help text, its group in `--help` and its bounds.
+
+    Args:
+        private: it tells about a person's machine, and nothing about what is learnt: kept out of what is shared.
+        may_change: it may differ when a run is resumed: it changes nothing of what is learnt.
+    """
+    extra: dict[str, Any] = {"group": group, "private": private, "may_change": may_change}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
 class Recipe(BaseModel):
@@ -65,6 +73,11 @@ class Recipe(BaseModel):
 
         return dict(sorted(cls.model_fields.items(), key=place))
 
+    @classmethod
+    def marked(cls, mark: str) -> set[str]:
+        """The names of the keys that are declared `private`, or those that `may_change`."""
+        return {name for name, field in cls.model_fields.items() if _extra(field).get(mark)}
+
 
 def natural_seeds(seeds: list[int]) -> list[int]:
     """Check seeds of pictures, each once; a validator."""
@@ -75,8 +88,11 @@ def natural_seeds(seeds: list[int]) -> list[int]:
 
 def group_of(field: FieldInfo) -> str:
     """The group that a key was declared in."""
-    extra = field.json_schema_extra
-    return str(extra.get("group", "Options")) if isinstance(extra, dict) else "Options"
+    return str(_extra(field).get("group", "Options"))
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def resolve(model: type[R], *layers: dict[str, Any]) -> R:

@@ -28,6 +28,7 @@ class BLoraConfig(PictureConfig):
         "Block map: 'blora' (one block each, as published), 'sdxl' (UnZipLoRA's), 'bundled' (for that base) or a TOML "
         "file.",
         "Method",
+        private=True,
     )
     steps: int = key(1000, "Optimiser steps.", "Training", ge=1)
     learning_rate: float = key(5e-5, "Learning rate.", "Training", ge=0)

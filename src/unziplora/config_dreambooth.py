@@ -41,6 +41,7 @@ class DreamBoothConfig(PictureConfig):
         "Folder of class pictures: those in it are used, missing ones are made and kept; default: in the cache, by "
         "base and prompt.",
         "Method",
+        private=True,
     )
     targets: list[Target] = key(["attention"], "Layers of the UNet that are adapted.", "Method", min_length=1)
     text_encoders: bool = key(False, "Adapt the attentions of the text encoders too.", "Method")

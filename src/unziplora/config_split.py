@@ -88,6 +88,7 @@ class SplitConfig(PictureConfig):
         "sdxl",
         "Block map: 'sdxl' (as published), 'bundled' (for that base), 'blora' (one block each) or a TOML file.",
         "Method",
+        private=True,
     )
     column_periods: int = key(3, "Times that columns are chosen, evenly over the run.", "Method", ge=1)
     column_share: float = key(0.3, "Share of columns that a LoRA holds after the last choice.", "Method", gt=0, le=1)

@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
 class TrainingConfig(Recipe):
     """Common keys of all recipes that train."""
 
-    out: Path = key(..., "Run folder to create.", "Input")
+    out: Path = key(..., "Run folder to create.", "Input", private=True, may_change=True)
     base: str = key(SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
     resolution: int | None = key(
         None,
@@ -70,23 +70,34 @@ class TrainingConfig(Recipe):
         "Training",
     )
     gradient_checkpointing: bool = key(
-        False, "Slower, with much less memory: for SDXL at 1024 px about 9 GiB instead of 16.", "Training"
+        False,
+        "Slower, with much less memory: for SDXL at 1024 px about 9 GiB instead of 16.",
+        "Training",
+        may_change=True,
     )
-    device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
+    device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training", may_change=True)
     seed: int = key(0, "Seed of everything random.", "Training", ge=0)
 
     save_precision: Literal["fp16", "bf16", "fp32"] = key("fp16", "Number format in the files.", "Output")
     formats: list[Literal["kohya", "diffusers"]] = key(
-        ["kohya"], "File layouts to write; kohya's, which every program reads, is always among them.", "Output"
+        ["kohya"],
+        "File layouts to write; kohya's, which every program reads, is always among them.",
+        "Output",
+        may_change=True,
     )
     checkpoint_every: int = key(
-        200, "Steps between checkpoints; 0: only at the end and when interrupted.", "Output", ge=0
+        200, "Steps between checkpoints; 0: only at the end and when interrupted.", "Output", ge=0, may_change=True
     )
-    sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0)
+    sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0, may_change=True)
+    # class pictures and ZipLoRA's teachers are made with these two as well
     sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1)
     sample_guidance: float = key(5.0, "Classifier-free guidance of samples.", "Output", ge=1)
-    sample_seeds: list[int] = key([0, 1], "Seeds of samples; none: no samples.", "Output", max_length=200)
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = key([], "Experiment trackers.", "Output")
+    sample_seeds: list[int] = key(
+        [0, 1], "Seeds of samples; none: no samples.", "Output", max_length=200, may_change=True
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = key(
+        [], "Experiment trackers.", "Output", may_change=True
+    )
 
     _natural = field_validator("sample_seeds")(natural_seeds)
 
@@ -142,8 +153,10 @@ class TrainingConfig(Recipe):
 class PictureConfig(TrainingConfig):
     """Common keys of the recipes that learn from pictures."""
 
-    images: list[Path] = key(..., "Picture file, or several of one subject in one style.", "Input", min_length=1)
-    masks: list[Path] = key([], "Subject masks, one per picture: white counts in the loss.", "Input")
+    images: list[Path] = key(
+        ..., "Picture file, or several of one subject in one style.", "Input", min_length=1, private=True
+    )
+    masks: list[Path] = key([], "Subject masks, one per picture: white counts in the loss.", "Input", private=True)
     background_weight: float = key(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
 
     rank: int = key(
@@ -151,9 +164,11 @@ class PictureConfig(TrainingConfig):
     )
     alpha: float | None = key(None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0)
     weight_decay: float = key(1e-4, "Decoupled weight decay of the LoRA matrices.", "Training", ge=0)
-    sample_subject: str = key("dog", "Another subject, for the style-alone sample.", "Output", min_length=1)
+    sample_subject: str = key(
+        "dog", "Another subject, for the style-alone sample.", "Output", min_length=1, may_change=True
+    )
     sample_style: str = key(
-        "watercolor painting", "Another style, for the content-alone sample.", "Output", min_length=1
+        "watercolor painting", "Another style, for the content-alone sample.", "Output", min_length=1, may_change=True
     )
 
     @field_validator("content", "style", "token", check_fields=False)

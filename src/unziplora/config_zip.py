@@ -15,17 +15,19 @@ from unziplora.errors import UserError
 class ZipConfig(TrainingConfig):
     """Merge a content LoRA and a style LoRA into one, by trained column scales (ZipLoRA, arXiv 2311.13600) or a sum."""
 
-    content_lora: Path = key(..., "Run folder or LoRA file that gives the content.", "Input")
-    style_lora: Path = key(..., "Run folder or LoRA file that gives the style.", "Input")
+    content_lora: Path = key(..., "Run folder or LoRA file that gives the content.", "Input", private=True)
+    style_lora: Path = key(..., "Run folder or LoRA file that gives the style.", "Input", private=True)
     content_images: list[Path] = key(
         [],
         "Pictures that the content LoRA learnt; default: its run's. Without any, or with 'none', it makes some itself.",
         "Input",
+        private=True,
     )
     style_images: list[Path] = key(
         [],
         "Pictures that the style LoRA learnt; default: its run's. Without any, or with 'none', it makes some itself.",
         "Input",
+        private=True,
     )
 
     content_prompt: str | None = key(

@@ -10,19 +10,6 @@ from unziplora.lora.blocks import NAMED
 
 R = TypeVar("R", bound=Recipe)
 
-MAY_CHANGE = {
-    "device",
-    "formats",
-    "checkpoint_every",
-    "trackers",
-    "gradient_checkpointing",
-    *(f"sample_{part}" for part in ("every", "subject", "style", "seeds")),
-}
-"""Keys that may differ when a run is resumed: none of them changes what is learnt.
-
-The samples' steps and guidance are not among them: class pictures and ZipLoRA's teachers are made with them too.
-"""
-
 
 def absolute(config: R) -> R:
     """The same configuration with absolute paths, so that it works from any folder."""
@@ -42,5 +29,5 @@ def absolute(config: R) -> R:
 def differing(saved: R, config: R) -> list[str]:
     """Names of the keys in which two recipes of a kind say something else of what is learnt."""
     one, two = absolute(saved), absolute(config)
-    skipped = MAY_CHANGE | {"out"}
+    skipped = two.marked("may_change")
     return [name for name, value in two if name not in skipped and value != getattr(one, name)]
