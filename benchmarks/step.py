@@ -27,10 +27,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch.profiler import ProfilerActivity
 
 from unziplora.config import resolve
+from unziplora.config_blora import BLoraConfig
+from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.config_split import SplitConfig
-from unziplora.lora.blocks import SDXL_BLOCKS
+from unziplora.lora.blocks import BLORA_BLOCKS, SDXL_BLOCKS
+from unziplora.methods.blora import BLora
+from unziplora.methods.dreambooth import DreamBooth
 from unziplora.methods.material import Material
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
@@ -59,7 +64,10 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 PLACE = {"images": ["none.png"], "content": "subject", "style": "style", "out": "none"}
-KINDS = ("floor", "weights", "split")
+SHOWN = ("floor", "weights", "split")
+LATER = 1000
+"""A step after every warm-up, and before the next."""
+
 WARM_UP = 2
 """Rounds that are not counted."""
 
@@ -105,17 +113,41 @@ def bare(
     return step
 
 
-def ours(unet: UNet2DConditionModel, options: argparse.Namespace, accelerator: Accelerator) -> Callable[[int], None]:
-    """A whole step of `split`: forward, backward, clipping, optimiser, masks."""
-    words = {**PLACE, "steps": 10**6, "column_periods": 1, "rank": options.rank, "batch_size": options.batch}
-    config = resolve(SplitConfig, words)
-    examples = make_examples(unet, options.latent_side, joined=True)
-    method = UnZipLora(unet, DDPMScheduler(), Material(examples), config, SDXL_BLOCKS, autocast=accelerator.autocast)
+def make_split(unet: UNet2DConditionModel, options: argparse.Namespace, accelerator: Accelerator) -> Trainer:
+    """`split` with all three separations, past the first choice of columns."""
+    config = resolve(SplitConfig, {**PLACE, **words(options), "column_periods": 1})
+    material = Material(make_examples(unet, options.latent_side, joined=True))
+    method = UnZipLora(unet, DDPMScheduler(), material, config, SDXL_BLOCKS, autocast=accelerator.autocast)
     trainer = Trainer(method, config, accelerator)
-    start = config.column_warmup - 1  # the next step scores and chooses columns: the steady state comes after it
-    trainer.step(start)
-    trainer.step(start + 1)
-    return lambda index: void(trainer.step(start + 2 + index))
+    for step in (config.column_warmup - 1, config.column_warmup):  # the second one scores and chooses columns
+        trainer.step(step)
+    return trainer
+
+
+def make_dreambooth(unet: UNet2DConditionModel, options: argparse.Namespace, accelerator: Accelerator) -> Trainer:
+    """`train dreambooth` without prior and text encoders: one LoRA on all attentions."""
+    config = resolve(DreamBoothConfig, {**PLACE, **words(options)})
+    examples = make_examples(unet, options.latent_side, joined=False)
+    return Trainer(
+        DreamBooth(unet, DDPMScheduler(), examples, config, autocast=accelerator.autocast), config, accelerator
+    )
+
+
+def make_blora(unet: UNet2DConditionModel, options: argparse.Namespace, accelerator: Accelerator) -> Trainer:
+    """`train blora`: the LoRAs of two blocks."""
+    config = resolve(BLoraConfig, {**PLACE, **words(options)})
+    examples = make_examples(unet, options.latent_side, joined=False)
+    method = BLora(unet, DDPMScheduler(), examples, config, BLORA_BLOCKS, autocast=accelerator.autocast)
+    return Trainer(method, config, accelerator)
+
+
+TRAININGS = {"split": make_split, "dreambooth": make_dreambooth, "blora": make_blora}
+KINDS = ("floor", "weights", *TRAININGS)
+
+
+def words(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of all trainings."""
+    return {"steps": 10**6, "rank": options.rank, "batch_size": options.batch}
 
 
 def void(_: object) -> None:
@@ -132,8 +164,9 @@ def make(kind: str, options: argparse.Namespace) -> Callable[[int], None]:
     if options.checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
-    if kind == "split":
-        return ours(unet, options, accelerator)
+    if kind in TRAININGS:
+        trainer = TRAININGS[kind](unet, options, accelerator)
+        return lambda index: void(trainer.step(LATER + index))
     unet.requires_grad_(kind == "weights")
     return bare(unet, options.latent_side, options.batch, accelerator.autocast)
 
@@ -181,6 +214,20 @@ def memory_of(kind: str) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def profile(options: argparse.Namespace, gpu: bool) -> str:
+    """torch's table of the operations that take the most time in three steps."""
+    if gpu:
+        torch.cuda.set_device(options.device)
+    step = make(options.profile, options)
+    step(0)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with torch.profiler.profile(activities=activities) as found:
+        for index in range(1, 4):
+            step(index)
+    order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+    return found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
+
+
 def print_own_memory(options: argparse.Namespace) -> None:
     """What `memory_of` starts."""
     import resource  # of Unix alone
@@ -201,7 +248,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="default: 16 for small, 64 for sdxl")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=SHOWN, help="default: floor weights split")
+    parser.add_argument("--profile", choices=KINDS, help="show where one kind's time goes, and nothing else")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -212,6 +260,9 @@ def main() -> None:
         print_own_memory(options)
         return
     gpu = options.device.startswith("cuda")
+    if options.profile:
+        print(profile(options, gpu))
+        return
     report(options, gpu, *(on_a_gpu if gpu else on_a_cpu)(options))
 
 
@@ -225,7 +276,11 @@ def report(options: argparse.Namespace, gpu: bool, seconds: dict[str, float], me
         f"torch {torch.__version__}; median of {options.rounds}"
     )
     print("| | seconds per step | × first | peak memory |\n|---|---|---|---|")
-    labels = {"floor": "UNet, frozen: forward + backward (floor)", "weights": "UNet, all weights", "split": "`split`"}
+    labels = {
+        "floor": "UNet, frozen: forward + backward (floor)",
+        "weights": "UNet, all weights",
+        **{kind: f"`{kind}`" for kind in TRAININGS},
+    }
     for kind in options.kinds:
         ratio = seconds[kind] / seconds[options.kinds[0]]
         print(f"| {labels[kind]} | {seconds[kind]:.3f} | {ratio:.2f} | {memory[kind] / 2**30:.2f} GiB |")
