@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from unziplora import base_checkpoint, base_files
-from unziplora.base_hub import HUB_ID, download
+from unziplora.base_hub import download, names_a_model
 from unziplora.config_training import SDXL
 from unziplora.errors import MachineError, UserError, first_line
 from unziplora.lora.storage import Header, read_header
@@ -77,6 +77,10 @@ class Base:
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
+    def forked_rng(self) -> AbstractContextManager[None]:
+        """Have torch's random states, of the CPU and of the base's GPU, afterwards as they were before."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
     def fingerprint(self) -> str:
         """16 hex digits that tell weights apart: of small tensors in full, of large in part; alike in fp32 and bf16."""
         digest = hashlib.sha256()
@@ -113,7 +117,7 @@ def _locate(source: str, dtype: torch.dtype) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if HUB_ID.fullmatch(source) and path.suffix not in base_files.WEIGHT_SUFFIXES:
+    if names_a_model(source):
         return download(source, dtype)
     raise UserError(
         f"base {source!r}: no such file or folder. Give 'bundled', a diffusers folder, a .safetensors "

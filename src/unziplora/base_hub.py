@@ -14,6 +14,11 @@ from unziplora.errors import MachineError, UserError, first_line
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def names_a_model(source: str) -> bool:
+    """Whether a source that is not on this machine may be a model of the hub, and no file that is missing."""
+    return HUB_ID.fullmatch(source) is not None and Path(source).suffix not in base_files.WEIGHT_SUFFIXES
+
+
 def download(source: str, dtype: torch.dtype) -> Path:
     """Fetch a hub model's safetensors (fp16 files, if it has them and they suffice); return its folder."""
     from huggingface_hub import hf_hub_download, model_info

@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.base import BUNDLED, SAMPLE_SIZE, config_folder
-from unziplora.base_files import PARTS, WEIGHT_SUFFIXES, check_folder, check_suffix, read_json
-from unziplora.base_hub import HUB_ID
+from unziplora.base_files import PARTS, check_folder, check_suffix, read_json
+from unziplora.base_hub import names_a_model
 from unziplora.errors import UserError, first_line
 from unziplora.lora.layer import TARGETS, target_linears
 from unziplora.lora.storage import read_header
@@ -50,10 +50,6 @@ class Sizes(BaseModel):
     def latent_scale(self) -> int:
         return self.resolution // int(self.unet_config["sample_size"] or SAMPLE_SIZE)
 
-    def weights(self, half: bool) -> int:
-        """Bytes of the whole base; the VAE stays in fp32."""
-        return (self.unet + self.text) * (2 if half else 4) + self.vae * 4
-
     @property
     def names(self) -> list[str]:
         """The paths of the linear layers."""
@@ -70,7 +66,7 @@ def inspect_base(source: str) -> Sizes:
     Raises:
         UserError: no such base, or its configuration is damaged.
     """
-    folder = described_in(source)
+    folder = _folder(source)
     index = read_json((folder or FULL_SIZE) / "model_index.json")
     assumed, folder = folder is None, folder or FULL_SIZE
     try:
@@ -100,12 +96,13 @@ def inspect_base(source: str) -> Sizes:
     )
 
 
-def described_in(source: str) -> Path | None:
-    """The folder with a base's configuration, or None if it would have to be fetched.
+def must_be_fetched(source: str) -> bool:
+    """Whether a base is a model of the hub that is not on this machine yet."""
+    return names_a_model(source) and not Path(source).exists() and _fetched(source) is None
 
-    Raises:
-        UserError: no such base.
-    """
+
+def _folder(source: str) -> Path | None:
+    """The folder with a base's configuration, or None if it would have to be fetched."""
     path = BUNDLED / "emoji-xl" if source == "bundled" else Path(source).expanduser()
     if path.is_dir():
         check_folder(path, half=True)
@@ -113,7 +110,7 @@ def described_in(source: str) -> Path | None:
     if path.is_file():
         check_suffix(path)
         return config_folder(path, read_header(path))
-    if source != "bundled" and HUB_ID.fullmatch(source) and path.suffix not in WEIGHT_SUFFIXES:
+    if source != "bundled" and names_a_model(source):
         return _fetched(source)
     raise UserError(f"base {source!r}: no such file or folder")
 

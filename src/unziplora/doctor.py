@@ -93,14 +93,14 @@ def examine(online: bool = False) -> Report:
     devices = find_devices()
     packages = {name: found for name in PACKAGES if (found := installed(name)) is not None}
     bundled = (BUNDLED / "emoji-xl" / "model_index.json").is_file()
-    disk, cache = shutil.disk_usage(Path.cwd()).free, _existing(Path(HF_HUB_CACHE))
+    disk = shutil.disk_usage(Path.cwd()).free
     checks = [
         _python(),
         *(_missing(name) for name in PACKAGES if name not in packages),
         Check(name="packages", state="ok", text=", ".join(f"{name} {number}" for name, number in packages.items())),
         *(_device(device) for device in devices),
-        _disk("disk", Path.cwd(), disk),
-        _disk("model cache", cache, shutil.disk_usage(cache).free),
+        _disk(disk),
+        _model_cache(Path(HF_HUB_CACHE)),
         _bundled(bundled),
         *(_extra(name) for name in EXTRAS),
     ]
@@ -205,14 +205,23 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
-def _disk(name: str, folder: Path, free: int) -> Check:
-    """Room for a run in the present folder, or for SDXL where the hub's models are kept."""
+def _disk(free: int) -> Check:
+    text = f"{size(free)} free in {Path.cwd()}"
+    if free < GIB:
+        return Check(name="disk", state="problem", text=f"{text}: a run needs 1 GiB; free some space")
+    return Check(name="disk", state="ok", text=text)
+
+
+def _model_cache(folder: Path) -> Check:
+    """Room for SDXL where the hub's models are kept."""
+    folder = _existing(folder)
+    free = shutil.disk_usage(folder).free
     text = f"{size(free)} free in {folder}"
-    if name == "disk" and free < GIB:
-        return Check(name=name, state="problem", text=f"{text}: a run needs 1 GiB; free some space")
-    if name != "disk" and free < DISK_WANTED:
-        return Check(name=name, state="note", text=f"{text}: SDXL takes 7 GB to fetch; HF_HOME names another place")
-    return Check(name=name, state="ok", text=text)
+    if free < DISK_WANTED:
+        return Check(
+            name="model cache", state="note", text=f"{text}: SDXL takes 7 GB to fetch; HF_HOME names another place"
+        )
+    return Check(name="model cache", state="ok", text=text)
 
 
 def _bundled(found: bool) -> Check:

@@ -47,6 +47,11 @@ class Settings:
     scheduler: str = "base"
     batch_size: int = 1
 
+    @classmethod
+    def square(cls, side: int | None, *, steps: int, guidance: float, batch_size: int = 1) -> Settings:
+        """Pictures of a side in pixels; None is the base's own size."""
+        return cls(steps=steps, guidance=guidance, width=side, height=side, batch_size=batch_size)
+
 
 def generate(
     base: Base,

@@ -17,13 +17,13 @@ from accelerate.state import AcceleratorState
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
-from unziplora.base_sizes import described_in
+from unziplora.base_sizes import must_be_fetched
 from unziplora.card import About, base_name, card, folder_argument, shared_settings
 from unziplora.checks import check_job, check_resolution
 from unziplora.config_training import TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, OutOfMemory, UserError
-from unziplora.lora.algebra import widths
+from unziplora.lora.algebra import shape
 from unziplora.lora.families import sdxl_sized
 from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.metadata import metadata_for
@@ -221,7 +221,7 @@ def write_card(run: RunFolder, config: TrainingConfig, about: About, loras: Mapp
     Raises:
         MachineError: disk full, no permission.
     """
-    shapes = {path: widths(pair) for lora in loras.values() for path, pair in lora.modules.items()}
+    shapes = {path: shape(pair)[:2] for lora in loras.values() for path, pair in lora.modules.items()}
     atomic_write(run.card, card(run, config, about, sdxl_sized(shapes)))
 
 
@@ -246,7 +246,7 @@ def make_accelerator(config: TrainingConfig, device: torch.device, dtype: torch.
 
 def _fetching(base: str) -> str:
     """What to say of a base that is not here yet: gigabytes may come before the next line."""
-    return "" if described_in(base) else " (it is fetched now; SDXL has 7 GB)"
+    return " (it is fetched now; SDXL has 7 GB)" if must_be_fetched(base) else ""
 
 
 def flat(config: TrainingConfig) -> dict[str, Any]:

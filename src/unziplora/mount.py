@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -128,9 +127,8 @@ def _load_peft(base: Base, part: Part) -> None:
     for path, (down, up) in part.lora.modules.items():
         state[f"unet.{path}.lora_A.weight"] = down.clone()
         state[f"unet.{path}.lora_B.weight"] = up.clone()
-    gpus = [base.device] if base.device.type == "cuda" else []
     try:
-        with quiet(), torch.random.fork_rng(gpus), warnings.catch_warnings():
+        with quiet(), base.forked_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two LoRAs in one encoder are meant
             if state:
                 base.pipe.load_lora_weights(state, adapter_name=part.name)

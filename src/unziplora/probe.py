@@ -125,12 +125,8 @@ def draw(
     base: Base, config: ProbeConfig, pair: WordPair, blocks: Sequence[str], progress: StepCallback | None = None
 ) -> Drawn:
     """All pictures of one pair; the pictures of P are the same on both axes."""
-    settings = Settings(
-        steps=config.steps,
-        guidance=config.guidance,
-        width=config.resolution,
-        height=config.resolution,
-        batch_size=config.batch_size,
+    settings = Settings.square(
+        config.resolution, steps=config.steps, guidance=config.guidance, batch_size=config.batch_size
     )
     prompt = config.fill(pair.content, pair.style)
     others = {

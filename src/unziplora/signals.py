@@ -6,10 +6,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
-def caught(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
+def caught(handler: Callable[[int, Any], object], *numbers: signal.Signals) -> Iterator[None]:
     """Have a handler for signals; outside the main thread none can be caught, and none are."""
     if threading.current_thread() is not threading.main_thread():
         yield

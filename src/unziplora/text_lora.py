@@ -61,7 +61,7 @@ class TextLora:
         self.base, self.prompts, self.prior_prompts = base, list(prompts), list(prior)
         self.strength = (config.alpha or config.rank) / config.rank
         adapter = LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=TARGETS)
-        with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
+        with base.forked_rng():
             torch.manual_seed(generator(config.seed, "init", "text").initial_seed())
             for encoder in base.text_encoders:
                 encoder.add_adapter(adapter)

@@ -72,7 +72,7 @@ def fill(open_bench: Callable[[], Bench], bench: Bench, units: Sequence[Unit], w
     with ProcessPoolExecutor(min(workers, len(parts)), context, _open, setup) as pool:
         work = [pool.submit(_do, part, place.folder, dict(place.overrides), dict(place.homes)) for part in parts]
         try:
-            with caught(_interrupt, signal.SIGTERM):
+            with caught(signal.default_int_handler, signal.SIGTERM):  # ends as Ctrl-C does, no worker is left behind
                 _follow(work, [len(part) for part in parts], bench.progress)
         except BaseException:
             stop.set()  # what a worker has been given already cannot be cancelled
@@ -81,11 +81,6 @@ def fill(open_bench: Callable[[], Bench], bench: Bench, units: Sequence[Unit], w
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """Have SIGTERM end as Ctrl-C does, so that no worker is left behind."""
-    raise KeyboardInterrupt
 
 
 def _follow(work: Sequence[Future[str]], sizes: Sequence[int], progress: Callback) -> None:

@@ -32,12 +32,13 @@ def _shaped(down: Tensor, up: Tensor, like: Pair) -> Pair:
 def delta(pair: Pair) -> Tensor:
     """The dense update ΔW = B A in fp32, [out, in] or [out, in, kh, kw]."""
     down, up = _matrices(pair)
-    return (up @ down).reshape(up.shape[0], *pair[0].shape[1:])
+    return (up @ down).reshape(shape(pair))
 
 
-def widths(pair: Pair) -> tuple[int, int]:
-    """Features that the layer of a pair gives and takes, (out, in)."""
-    return pair[1].shape[0], pair[0].shape[1]
+def shape(pair: Pair) -> tuple[int, ...]:
+    """The shape of ΔW, (out, in) or (out, in, kh, kw)."""
+    down, up = pair
+    return up.shape[0], *down.shape[1:]
 
 
 def scale(pair: Pair, weight: float) -> Pair:

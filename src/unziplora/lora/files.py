@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unziplora.errors import UserError
 from unziplora.lora import families, keys, layouts
-from unziplora.lora.algebra import Pair, balanced, scale, widths
+from unziplora.lora.algebra import Pair, balanced, scale, shape
 from unziplora.lora.blocks import block_of, inside
 from unziplora.lora.grouping import PEFT_PREFIX, Grouped, group
 from unziplora.lora.metadata import LAYERS_KEY, header
@@ -102,7 +102,7 @@ def understand(
         grouped = group(tensors, metadata, _layers(metadata, config))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    shapes = {name: (factors.up.shape[0], factors.down.shape[1]) for name, factors in grouped.unet.items()}
+    shapes = {name: shape((factors.down, factors.up))[:2] for name, factors in grouped.unet.items()}
     family = families.unet_family(shapes, config.get("cross_attention_dim"))
     if family and "unziplora.version" not in metadata:  # our own files are for SDXL's topology, whatever its widths
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
@@ -169,7 +169,7 @@ def write_lora(
         described,
         ranks=ranks,
         alpha=chosen,
-        full_size=families.sdxl_sized({name: widths(pair) for name, pair in lora.modules.items()}),
+        full_size=families.sdxl_sized({name: shape(pair)[:2] for name, pair in lora.modules.items()}),
         kohya=layout != "diffusers",
     )
     # an alpha that is rounded would scale its whole module
@@ -225,10 +225,8 @@ def check_shape(lora: Lora, path: str, pair: Pair, wanted: tuple[int, ...] | Non
     """
     if wanted is None:
         raise misfit(lora, name, base, f"the base has no {path}")
-    down, up = pair
-    shape = (up.shape[0], *down.shape[1:])
-    if shape != wanted:
-        shapes = f"{format_shape(shape)} in the LoRA and {format_shape(wanted)} in the base"
+    if shape(pair) != wanted:
+        shapes = f"{format_shape(shape(pair))} in the LoRA and {format_shape(wanted)} in the base"
         raise misfit(lora, name, base, f"{path} is {shapes}")
 
 

@@ -88,7 +88,7 @@ def inspect(path: str | Path) -> Inspection:
     grouped = understand(path, tensors, metadata)
     factors = {**grouped.unet, **grouped.text}
     untrained = [name for name, f in factors.items() if not f.up.any() or not f.down.any()]
-    shapes = {name: (f.up.shape[0], f.down.shape[1]) for name, f in grouped.unet.items()}
+    shapes = {name: algebra.shape((f.down, f.up))[:2] for name, f in grouped.unet.items()}
     full_size = families.sdxl_sized(shapes)
     return Inspection(
         path=path,

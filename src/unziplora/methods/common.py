@@ -93,12 +93,8 @@ def class_examples(
 ) -> Examples:
     """Class pictures by the base itself, as latents, for prior preservation (DreamBooth, arXiv 2208.12242)."""
     size = setup.size
-    settings = Settings(
-        steps=config.sample_steps,
-        guidance=config.sample_guidance,
-        width=size,
-        height=size,
-        batch_size=config.batch_size,
+    settings = Settings.square(
+        size, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.batch_size
     )
     pictures = class_pictures(setup.base, prompts.full, count, settings, setup.report, folder)
     latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])

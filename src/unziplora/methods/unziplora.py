@@ -163,7 +163,9 @@ class UnZipLora(Method[SplitConfig]):
         if now.opens:
             self.columns.open()
         if now.chooses:
-            wanted = 1.0 if not config.score_scaled else FP16_SCALE if gradient_scale == 1 else gradient_scale
+            wanted = 1.0
+            if config.score_scaled:
+                wanted = FP16_SCALE if gradient_scale == 1 else gradient_scale
             with self.columns.scored(config.column_score, gradient_scale / wanted) as scores:
                 for turn in range(config.score_timesteps):
                     draw = generator(config.seed, "score", step, turn)

@@ -19,7 +19,7 @@ from unziplora.errors import UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.images import to_tensor
 from unziplora.kinds import KINDS
-from unziplora.lora.algebra import Pair, cat, scale
+from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.lora.files import Lora, format_shape, read_lora, text_tensors
 from unziplora.lora.storage import read_header
 from unziplora.methods.common import Setup
@@ -79,7 +79,7 @@ def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) 
         loras[name] = replace(lora, modules=modules, text=text)
     content, style = ({**loras[name].modules, **loras[name].text_modules} for name in KINDS)
     for path in content.keys() & style.keys():
-        one, two = ((*up.shape[:1], *down.shape[1:]) for down, up in (content[path], style[path]))
+        one, two = shape(content[path]), shape(style[path])
         if one != two:
             raise UserError(
                 f"the LoRAs were made for bases of different shapes: {path} is {format_shape(one)} in "
@@ -167,12 +167,8 @@ def _latents(setup: Setup, config: ZipConfig, part: Part, pictures: list[Image.I
         return encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
     text = config.prompts()[part.name]
     setup.report(f"the {part.name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
-    settings = Settings(
-        steps=config.sample_steps,
-        guidance=config.sample_guidance,
-        width=setup.size,
-        height=setup.size,
-        batch_size=config.batch_size,
+    settings = Settings.square(
+        setup.size, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.batch_size
     )
     seeds = [FIRST_SEED + number for number in range(config.teacher_images)]
     mounted = Mounted(setup.base, [part])
