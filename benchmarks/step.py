@@ -75,15 +75,16 @@ WARM_UP = 2
 def make_unet(size: str, dtype: torch.dtype, device: str) -> UNet2DConditionModel:
     """A UNet of SDXL's topology with random weights."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        **SIZES[size],
-    )
-    return unet.to(device, dtype).requires_grad_(False)
+    with torch.device(device):  # a GPU draws billions of numbers in a second
+        unet = UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=2,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            **SIZES[size],
+        )
+    return unet.to(dtype).requires_grad_(False)
 
 
 def make_examples(unet: UNet2DConditionModel, latent_side: int, joined: bool) -> Examples:

@@ -130,6 +130,8 @@ class UnetSettings(StageSettings):
     guidance: float = 4.0
     """Classifier-free guidance of the sheets."""
     compile: bool = False
+    workers: int = 0
+    """Processes that draw batches ahead, for a GPU, which would wait for them; 0: each is drawn when it is needed."""
 
 
 class JudgeSettings(StageSettings):

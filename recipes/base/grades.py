@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import cv2
@@ -90,6 +91,19 @@ def grade_each(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
     grades = [Grade.draw(rng) for _ in pixels]
     pictures = [grade.apply(one / 255, rng) for grade, one in zip(grades, pixels, strict=True)]
     return np.round(255 * np.stack(pictures)).astype(np.uint8), [grade.words for grade in grades]
+
+
+def _grade_chunk(job: tuple[np.ndarray, tuple[int, int]]) -> tuple[np.ndarray, list[str]]:
+    pixels, seed = job
+    return grade_each(pixels, np.random.default_rng(seed))
+
+
+def grade_all(pixels: np.ndarray, seed: int, workers: int) -> tuple[np.ndarray, list[str]]:
+    """As `grade_each`, on several processes; the result does not depend on how many."""
+    jobs = [(pixels[i : i + 256], (seed, i)) for i in range(0, len(pixels), 256)]
+    with ProcessPoolExecutor(workers) as pool:
+        parts = list(pool.map(_grade_chunk, jobs))
+    return np.concatenate([graded for graded, _ in parts]), [words for _, found in parts for words in found]
 
 
 def grade_some(pixels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:

@@ -22,6 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.base.config import Recipe, StageSettings
 
+Figures = dict[str, float | Tensor]
+"""What a step tells the log; a tensor is read only when it is written, so that a GPU need not be waited for."""
+
 
 def pick_device() -> torch.device:
     """The GPU if there is one."""
@@ -80,7 +83,7 @@ class Stage(ABC):
         self.folder = recipe.output / self.name
 
     @abstractmethod
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int) -> tuple[Tensor, Figures]:
         """The loss of a step and figures to log."""
 
     def after_step(self, step: int) -> None:  # noqa: B027
@@ -152,7 +155,7 @@ class Log:
             file.write(line + "\n")
 
 
-def update(stage: Stage, step: int) -> dict[str, float]:
+def update(stage: Stage, step: int) -> Figures:
     """One optimiser step; returns the figures of the stage."""
     for group in stage.optimizer.param_groups:
         group.setdefault("full_lr", group["lr"])
@@ -175,13 +178,13 @@ def train(stage: Stage, stop: Stop) -> bool:
     settings, log = stage.settings, Log(stage.folder)
     first = load_checkpoint(stage)
     started = saved = sampled = time.time()
-    sums: dict[str, float] = {}
+    sums: Figures = {}
     for step in range(first, settings.steps):
         for key, value in update(stage, step).items():
             sums[key] = sums.get(key, 0.0) + value / settings.log_every
         if (step + 1) % settings.log_every == 0:
             speed = (step + 1 - first) * settings.batch / (time.time() - started)
-            figures = {key: round(value, 4) for key, value in sums.items()}
+            figures = {key: round(float(value), 4) for key, value in sums.items()}
             log.write(stage=stage.name, step=step + 1, **figures, speed=round(speed, 1))
             sums = {}
         if stop:

@@ -33,6 +33,12 @@ def build_encoder(
     return (CLIPTextModel, CLIPTextModelWithProjection)[which](config)
 
 
+def token_ids(tokenizer: CLIPTokenizer, prompts: list[str], length: int = MAX_LENGTH) -> Tensor:
+    """Token ids [N, length], padded and cut."""
+    found = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return found.input_ids
+
+
 @dataclass
 class TextEncoders:
     """Tokenizers and encoders together; `encode` gives what the UNet is conditioned on."""
@@ -59,13 +65,16 @@ class TextEncoders:
             encoder.save_pretrained(folder / f"text_encoder{n}")
 
     def ids(self, prompts: list[str], which: int, length: int = MAX_LENGTH) -> Tensor:
-        """Token ids [N, length], padded and cut."""
-        tokenizer = self.tokenizers[which]
-        batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return batch.input_ids.to(self.encoders[which].device)
+        """Token ids [N, length] where the encoder is."""
+        return token_ids(self.tokenizers[which], prompts, length).to(self.encoders[which].device)
 
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        outputs = [e(self.ids(prompts, i), output_hidden_states=True) for i, e in enumerate(self.encoders)]
+    @torch.no_grad()
+    def encode_ids(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """As `encode`, from the token ids [N, 77] of either tokenizer, in whatever precision is set."""
+        outputs = [
+            encoder(ids.to(encoder.device), output_hidden_states=True)
+            for encoder, ids in zip(self.encoders, (first, second), strict=True)
+        ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return hidden, outputs[1].text_embeds
 
@@ -77,7 +86,7 @@ class TextEncoders:
             self.cache.clear()
             missing = sorted(set(prompts))
         if missing:
-            hidden, pooled = self._encode(missing)
+            hidden, pooled = self.encode_ids(self.ids(missing, 0), self.ids(missing, 1))
             pairs = zip(hidden.to(torch.bfloat16), pooled.float(), strict=True)
             self.cache.update(zip(missing, pairs, strict=True))
         found = [self.cache[prompt] for prompt in prompts]

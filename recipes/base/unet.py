@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +15,17 @@ from diffusers import (
 )
 from torch import Tensor
 
-from recipes.base.captions import Kind, draw_prompt, wordings
+from recipes.base.captions import Kind, wordings
 from recipes.base.config import Recipe, UnetSettings
-from recipes.base.dataset import Pictures, training_pictures
-from recipes.base.grades import grade_each
-from recipes.base.loop import Stage, adamw
+from recipes.base.dataset import training_pictures
+from recipes.base.draws import Batch, Batches, Deck
+from recipes.base.grades import grade_all
+from recipes.base.loop import Figures, Stage, adamw
 from recipes.base.sheets import sheet
 from recipes.base.text import TextEncoders
 from recipes.base.vae import broad_pictures, open_vae, to_tensor
 from recipes.base.widen import widen_unet
-from recipes.base.world import Item, World
-from unziplora.objective import towards_noise
+from recipes.base.world import World
 
 
 def build_unet(settings: UnetSettings, latent_channels: int, text_width: int, pooled: int) -> UNet2DConditionModel:
@@ -106,62 +105,6 @@ def encode_pictures(vae: AutoencoderTiny, pixels: np.ndarray, device: torch.devi
     return latents.float() * vae.config.scaling_factor
 
 
-class Pool:
-    """Some of the pictures, by their numbers: those of each style, and those that answer prompts without a style."""
-
-    def __init__(self, items: Sequence[Item], first: int = 0):
-        numbered = list(enumerate(items, first))
-        styles = sorted({item.style for item in items})
-        self.by_style = [np.array([i for i, x in numbered if x.style == style]) for style in styles]
-        self.natural = np.array([i for i, x in numbered if x.natural])
-
-    def draw(self, kind: str, rng: np.random.Generator) -> int:
-        """A picture's number: of a random style, or a natural one where the prompt names none."""
-        numbers = self.natural if kind == "content" else self.by_style[int(rng.integers(len(self.by_style)))]
-        return int(rng.choice(numbers))
-
-
-class Deck:
-    """Draws training examples: the kind of prompt first, then a style, then a picture of it, plain or graded.
-
-    The graded picture of number i is number N + i; `papers` are its words. The recipe's own pictures come first, then
-    those of all concepts, which are drawn at the share `broad`.
-    """
-
-    def __init__(
-        self,
-        pictures: Pictures,
-        world: World,
-        settings: UnetSettings,
-        papers: Sequence[str] = (),
-        own: int | None = None,
-    ):
-        self.items, self.world = pictures.items, world
-        self.papers, self.graded = papers, settings.graded if papers else 0.0
-        self.kinds, shares = list(settings.kinds), np.array(list(settings.kinds.values()))
-        self.shares = shares / shares.sum()
-        self.own = Pool(self.items[:own])
-        self.broad = Pool(self.items[own:], own) if own is not None and settings.broad else None
-        self.broad_share = settings.broad
-
-    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-        """Indices of pictures and a prompt for each."""
-        chosen, prompts = [], []
-        for kind in rng.choice(self.kinds, count, p=self.shares):
-            broad = self.broad if self.broad and rng.random() < self.broad_share else None
-            index = (broad or self.own).draw(kind, rng)
-            item, caption = self.items[index], self.world.caption(self.items[index].concept)
-            paper = self.papers[index] if self.graded and rng.random() < self.graded else ""
-            chosen.append(index + len(self.items) if paper else index)
-            prompts.append(draw_prompt(kind, caption, item.style, rng, black=item.black, paper=paper))
-        return np.array(chosen), prompts
-
-
-def timesteps(count: int, shift: float, rng: np.random.Generator) -> np.ndarray:
-    """Random timesteps in 0…999, [count]; a shift above 1 prefers noisy ones (arXiv 2403.03206, eq. 23)."""
-    return np.floor(towards_noise(rng.random(count), 1000, shift)).astype(np.int64)
-
-
 def take_over(recipe: Recipe, init: Path) -> None:
     """Copy an exported base's text encoders and autoencoder, where the recipe has not trained its own."""
     clip, vae = recipe.output / "clip", recipe.output / "vae" / "vae"
@@ -198,9 +141,10 @@ class UnetStage(Stage):
         self.latents = encode_pictures(self.vae, pictures.pixels, self.device)
         papers: list[str] = []
         if s.graded:
-            graded, papers = grade_each(pictures.pixels, np.random.default_rng(recipe.seed))
+            graded, papers = grade_all(pictures.pixels, recipe.seed, recipe.threads)
             self.latents = torch.cat([self.latents, encode_pictures(self.vae, graded, self.device)])
-        self.deck = Deck(pictures, self.world, s, papers, len(own))
+        deck = Deck(pictures, self.world, s, papers, len(own))
+        self.batches = Batches(deck, s, recipe.seed, self.text.tokenizers)
 
     def start(self, init: Path | None) -> UNet2DConditionModel:
         """An untrained UNet, or that of an exported base, with as many channels as the autoencoder has."""
@@ -211,26 +155,24 @@ class UnetStage(Stage):
         width = sum(encoder.config.hidden_size for encoder in self.text.encoders)
         return build_unet(self.settings, channels, width, self.text.encoders[1].config.projection_dim)
 
-    def conditions(self, prompts: list[str], rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the UNet is told; half of the empty prompts are zeros, as SDXL's may be at sampling."""
-        hidden, pooled = self.text.encode(prompts)
-        kept = [not (prompt == "" and rng.random() < 0.5) for prompt in prompts]
-        keep = torch.tensor(kept, device=self.device).float()
-        size = float(self.recipe.world.resolution)
-        ids = torch.tensor([size, size, 0, 0, size, size], device=self.device).repeat(len(prompts), 1)
+    def conditions(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the UNet is told."""
+        hidden, pooled = self.text.encode(batch.prompts) if batch.ids is None else self.text.encode_ids(*batch.ids)
+        keep, size = batch.kept.to(self.device), float(self.recipe.world.resolution)
+        ids = torch.tensor([size, size, 0, 0, size, size], device=self.device).repeat(len(keep), 1)
         return hidden * keep[:, None, None], {"text_embeds": pooled * keep[:, None], "time_ids": ids}
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = self.draw(step)
-        chosen, prompts = self.deck.draw(self.settings.batch, rng)
-        latents = self.latents[torch.from_numpy(chosen).to(self.device)]
-        hidden, added = self.conditions(prompts, rng)
-        t = torch.from_numpy(timesteps(len(latents), self.settings.timestep_shift, rng)).to(self.device)
+    def loss(self, step: int) -> tuple[Tensor, Figures]:
+        batch = self.batches.at(step)
+        self.draw(step)  # seeds the noise
+        latents = self.latents[batch.chosen.to(self.device)]
+        hidden, added = self.conditions(batch)
+        t = batch.timesteps.to(self.device)
         noise = torch.randn_like(latents)
         a, b = (x[:, None, None, None] for x in (self.alphas[t].sqrt(), (1 - self.alphas[t]).sqrt()))
         predicted = self.forward(a * latents + b * noise, t, hidden, added_cond_kwargs=added).sample
         loss = (predicted.float() - (a * noise - b * latents)).pow(2).mean()
-        return loss, {"loss": loss.item()}
+        return loss, {"loss": loss.detach()}
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -71,7 +71,7 @@ def inspect_base(source: str) -> Sizes:
     assumed, folder = folder is None, folder or FULL_SIZE
     try:
         with torch.device("meta"), quiet():
-            parts = {name: _part(folder, name, index) for name in PARTS}
+            parts = {name: build_part(folder, name, index) for name in PARTS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(f"base {source!r}: its configuration cannot be used ({first_line(error)})") from None
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
@@ -124,7 +124,7 @@ def _fetched(source: str) -> Path | None:
     return Path(found[0]).parent if all(isinstance(path, str) for path in found) and found[0] else None
 
 
-def _part(folder: Path, name: str, index: dict[str, Any]) -> Any:
+def build_part(folder: Path, name: str, index: dict[str, Any]) -> Any:
     """One model of a base, built from its configuration on the present device."""
     library, kind = index[name]
     model = getattr(import_module(library), kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from recipes.base.unet import timesteps
+from recipes.base.draws import timesteps
 
 
 def test_all_timesteps_come_alike_without_a_shift() -> None:

@@ -14,10 +14,11 @@ from PIL import Image
 
 from recipes.base.config import Recipe
 from recipes.base.dataset import training_pictures
+from recipes.base.draws import Deck
 from recipes.base.export import export
 from recipes.base.loop import train
 from recipes.base.roundtrip import roundtrip
-from recipes.base.unet import Deck, UnetStage, trained_pipeline
+from recipes.base.unet import UnetStage, trained_pipeline
 from recipes.base.vae import VaeStage, broad_pictures, to_tensor
 from recipes.base.widen import widen_unet, widen_vae
 from recipes.base.world import World
@@ -117,7 +118,7 @@ class TestGradedPictures:
     def test_latents_of_both_are_kept_at_their_places(self, trained: Recipe):
         settings = trained.unet.model_copy(update={"graded": 0.5})
         plain, both = UnetStage(trained), UnetStage(trained.model_copy(update={"unet": settings}))
-        count = len(plain.deck.items)
+        count = len(plain.batches.deck.items)
         assert torch.equal(both.latents[:count], plain.latents)
         assert len(both.latents) == 2 * count
         assert not torch.allclose(both.latents[count:], plain.latents, atol=0.05)
@@ -137,7 +138,7 @@ class TestBroadPictures:
     def test_the_stage_has_latents_of_all_of_them(self, trained: Recipe):
         settings = trained.unet.model_copy(update={"broad": 0.3})
         stage = UnetStage(trained.model_copy(update={"unet": settings}))
-        assert len(stage.latents) == len(stage.deck.items) == len(broad_pictures(trained).items)
+        assert len(stage.latents) == len(stage.batches.deck.items) == len(broad_pictures(trained).items)
         assert len(stage.latents) > len(training_pictures(trained).items)
 
 

@@ -1,0 +1,140 @@
+"""What each training step of stage `unet` sees: which pictures, under which prompts, at which timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from recipes.base.captions import draw_prompt
+from recipes.base.config import UnetSettings
+from recipes.base.dataset import Pictures
+from recipes.base.text import token_ids
+from recipes.base.world import Item, World
+from unziplora.objective import towards_noise
+
+
+class Pool:
+    """Some of the pictures, by their numbers: those of each style, and those that answer prompts without a style."""
+
+    def __init__(self, items: Sequence[Item], first: int = 0):
+        numbered = list(enumerate(items, first))
+        styles = sorted({item.style for item in items})
+        self.by_style = [np.array([i for i, x in numbered if x.style == style]) for style in styles]
+        self.natural = np.array([i for i, x in numbered if x.natural])
+
+    def draw(self, kind: str, rng: np.random.Generator) -> int:
+        """A picture's number: of a random style, or a natural one where the prompt names none."""
+        numbers = self.natural if kind == "content" else self.by_style[int(rng.integers(len(self.by_style)))]
+        return int(rng.choice(numbers))
+
+
+class Deck:
+    """Draws training examples: the kind of prompt first, then a style, then a picture of it, plain or graded.
+
+    The graded picture of number i is number N + i; `papers` are its words. The recipe's own pictures come first, then
+    those of all concepts, which are drawn at the share `broad`.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        world: World,
+        settings: UnetSettings,
+        papers: Sequence[str] = (),
+        own: int | None = None,
+    ):
+        self.items, self.world = pictures.items, world
+        self.papers, self.graded = papers, settings.graded if papers else 0.0
+        self.kinds, shares = list(settings.kinds), np.array(list(settings.kinds.values()))
+        self.shares = shares / shares.sum()
+        self.own = Pool(self.items[:own])
+        self.broad = Pool(self.items[own:], own) if own is not None and settings.broad else None
+        self.broad_share = settings.broad
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+        """Indices of pictures and a prompt for each."""
+        chosen, prompts = [], []
+        for kind in rng.choice(self.kinds, count, p=self.shares):
+            broad = self.broad if self.broad and rng.random() < self.broad_share else None
+            index = (broad or self.own).draw(kind, rng)
+            item, caption = self.items[index], self.world.caption(self.items[index].concept)
+            paper = self.papers[index] if self.graded and rng.random() < self.graded else ""
+            chosen.append(index + len(self.items) if paper else index)
+            prompts.append(draw_prompt(kind, caption, item.style, rng, black=item.black, paper=paper))
+        return np.array(chosen), prompts
+
+
+def timesteps(count: int, shift: float, rng: np.random.Generator) -> np.ndarray:
+    """Random timesteps in 0…999, [count]; a shift above 1 prefers noisy ones (arXiv 2403.03206, eq. 23)."""
+    return np.floor(towards_noise(rng.random(count), 1000, shift)).astype(np.int64)
+
+
+@dataclass
+class Batch:
+    """The examples of one step.
+
+    Attributes:
+        chosen: numbers of pictures, [N].
+        timesteps: [N].
+        kept: 0 for the empty prompts that are zeros, as SDXL's may be at sampling, else 1; [N].
+        prompts: N texts.
+        ids: their tokens for both encoders, each [N, 77]; only of batches that were drawn ahead.
+    """
+
+    chosen: Tensor
+    timesteps: Tensor
+    kept: Tensor
+    prompts: list[str]
+    ids: tuple[Tensor, Tensor] | None = None
+
+
+class Batches(Dataset[Batch]):
+    """The batches of a run, by step: each follows from (seed, step) alone, so any process can draw it."""
+
+    def __init__(self, deck: Deck, settings: UnetSettings, seed: int, tokenizers: Sequence[Any]):
+        self.deck, self.settings, self.seed, self.tokenizers = deck, settings, seed, tokenizers
+        self._ahead: Iterator[Batch] | None = None
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self.settings.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng((self.seed, step))
+        chosen, prompts = self.deck.draw(self.settings.batch, rng)
+        kept = [not (prompt == "" and rng.random() < 0.5) for prompt in prompts]
+        t = timesteps(len(prompts), self.settings.timestep_shift, rng)
+        batch = Batch(torch.from_numpy(chosen), torch.from_numpy(t), torch.tensor(kept).float(), prompts)
+        if self.settings.workers:
+            first, second = (token_ids(tokenizer, prompts) for tokenizer in self.tokenizers)
+            batch.ids = (first, second)
+        return batch
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step; with workers those of the following steps are drawn meanwhile."""
+        if not self.settings.workers:
+            return self[step]
+        if self._ahead is None or step != self._next:
+            self._ahead = iter(self._loader(step))
+        self._next = step + 1
+        return next(self._ahead)
+
+    def _loader(self, first: int) -> DataLoader[Batch]:
+        return DataLoader(
+            self,
+            batch_size=None,  # an item is a batch
+            sampler=range(first, len(self)),
+            num_workers=self.settings.workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=8,
+        )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

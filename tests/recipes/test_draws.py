@@ -1,0 +1,45 @@
+"""Batches that processes draw ahead."""
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.base.config import Recipe
+from recipes.base.grades import grade_all, grade_each
+from recipes.base.unet import UnetStage
+
+
+def ahead(recipe: Recipe, workers: int) -> UnetStage:
+    settings = recipe.unet.model_copy(update={"workers": workers, "steps": 9})
+    return UnetStage(recipe.model_copy(update={"unet": settings}))
+
+
+@pytest.fixture(scope="module")
+def stages(trained: Recipe) -> tuple[UnetStage, UnetStage]:
+    return ahead(trained, 0), ahead(trained, 2)
+
+
+def test_batches_drawn_ahead_are_those_drawn_when_needed_also_from_the_middle_of_a_run(stages) -> None:
+    plain, early = stages
+    for step in (0, 1, 2, 7, 8, 3):
+        a, b = plain.batches.at(step), early.batches.at(step)
+        assert a.prompts == b.prompts
+        assert all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("chosen", "timesteps", "kept"))
+    assert plain.batches.at(1).prompts != plain.batches.at(2).prompts
+
+
+def test_prompts_are_encoded_alike_from_words_and_from_tokens(stages) -> None:
+    plain, early = stages
+    (hidden, added), (same, other) = (stage.conditions(stage.batches.at(4)) for stage in stages)
+    torch.testing.assert_close(hidden, same, rtol=1e-2, atol=2e-2)  # those from words are kept in bfloat16
+    torch.testing.assert_close(added["text_embeds"], other["text_embeds"])
+    assert plain.loss(4)[0].item() == pytest.approx(early.loss(4)[0].item(), rel=1e-2)
+
+
+def test_grades_do_not_depend_on_the_number_of_processes() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), dtype=np.uint8)
+    (one, words), (two, same) = grade_all(pixels, 5, 1), grade_all(pixels, 5, 2)
+    assert np.array_equal(one, two)
+    assert words == same
+    first, _ = grade_each(pixels[256:], np.random.default_rng((5, 256)))
+    assert np.array_equal(one[256:], first)
