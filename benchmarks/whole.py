@@ -5,7 +5,7 @@
 SDXL's weights are random, which neither time nor memory depends on; they are written to the folder on first use (7 GB).
 Every run reads the base, encodes a picture, trains a few steps, writes both files and samples. Peak memory is what
 torch allocated at once, and what else is held on the card, which nobody else may use meanwhile; "reserved" is what
-torch took of the card, some of it for later.
+torch took of the card, some of it for later. `--card 12` gives it no more than a card of 12 GiB has.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def settings(name: str, options: argparse.Namespace, folder: Path) -> SplitConfi
     """A short run: every phase of a real one, with few steps in each."""
     picture = folder / "picture.png"
     Image.effect_mandelbrot((1024, 1024), (-2, -1.5, 1, 1.5), 60).convert("RGB").save(picture)
-    short = {"steps": options.steps, "column_warmup": 1, "sample_seeds": [0], "sample_steps": 4}
+    # One choice of columns, in the first half, whose steps are not timed.
+    short = {"steps": options.steps, "column_periods": 1, "column_warmup": 1, "sample_seeds": [0], "sample_steps": 4}
     place = {"images": [picture], "content": "cat", "style": "ink", "out": folder / name, "base": str(options.base)}
     return SplitConfig.make(**place, **short, device=options.device, **RUNS[name])
 
@@ -102,10 +103,14 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--card", type=float, help="GiB that the runs may take; default: all that the GPU has")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     options = parser.parse_args()
     if not options.base.exists():
         write_random_sdxl(options.base, options.device)
+    if options.card:
+        room = torch.cuda.get_device_properties(options.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.card * 2**30 / room))
     result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "runs": {}}
     print(f"{result['device']}; torch {result['torch']}\n{HEAD}")
     with tempfile.TemporaryDirectory() as folder:

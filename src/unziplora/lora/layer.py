@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unziplora.lora.factors import Factors, JointFactors
+
 Observer = Callable[[Tensor, Tensor], None]
 
 STREAMS = ("full", "content", "style")
@@ -66,6 +68,9 @@ class BranchedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.branches = nn.ModuleDict()
+        self.streams = 1  # prompts that the last input held
+        # Computed for many layers at once (see factors.py), by the stream that they are multiplied with.
+        self.factors: dict[int, Factors] | None = None
 
     def branch(self, name: str) -> Branch:
         """The branch of that name."""
@@ -81,10 +86,32 @@ class BranchedLinear(nn.Module):
     def out_features(self) -> int:
         return self.base.out_features
 
+    def groups(self) -> dict[int, list[Branch]] | None:
+        """The active branches by the stream that they read; None if those of a stream cannot be computed together."""
+        groups: dict[int, list[Branch]] = {}
+        for branch in map(self.branch, self.branches):
+            if branch.observer is not None:
+                return None
+            if branch.strength:
+                groups.setdefault(branch.stream if self.streams > 1 else 0, []).append(branch)
+        ranks = [{branch.up.shape[1] for branch in branches} for branches in groups.values()]
+        return groups if all(len(found) == 1 for found in ranks) else None
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] or [..., n·in] → [..., out]."""
-        streams = x.split(self.base.in_features, dim=-1)
+        joined = x.shape[-1] > self.base.in_features  # a split has a cost of its own, also of one part
+        streams = x.split(self.base.in_features, dim=-1) if joined else (x,)
+        if len(streams) != self.streams:
+            self.streams, self.factors = len(streams), None
         y = self.base(streams[0])
+        if self.factors is None:
+            return self._add_own(y, streams)
+        for stream, factors in self.factors.items():
+            y = _add_low_rank(y, streams[stream], factors)
+        return y
+
+    def _add_own(self, y: Tensor, streams: tuple[Tensor, ...]) -> Tensor:
+        """y + Σ_i ΔW_i x_i, for this layer by itself."""
         groups: dict[int, list[Branch]] = {}
         for branch in map(self.branch, self.branches):
             stream = branch.stream if len(streams) > 1 else 0
@@ -93,17 +120,18 @@ class BranchedLinear(nn.Module):
             elif branch.strength:
                 groups.setdefault(stream, []).append(branch)
         for stream, branches in groups.items():
-            y = _add_low_rank(y, streams[stream], branches)
+            down = torch.cat([b.down for b in branches])
+            up = torch.cat([b.columns()[:, None] * b.up for b in branches], dim=1)
+            y = _add_low_rank(y, streams[stream], (down, up))
         return y
 
 
-def _add_low_rank(y: Tensor, x: Tensor, branches: list[Branch]) -> Tensor:
+def _add_low_rank(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
     """y + Σ_i (x A_iᵀ) (diag(columns_i) B_i)ᵀ for branches that read the same x, [..., out].
 
     The column factor goes into B, [out, rank], and the sum into the product: no second output in memory.
     """
-    down = torch.cat([b.down for b in branches])
-    up = torch.cat([b.columns()[:, None] * b.up for b in branches], dim=1)
+    down, up = factors
     if x.dtype != up.dtype and not torch.is_autocast_enabled(x.device.type):
         down, up = down.to(x.dtype), up.to(x.dtype)
     inner = F.linear(x, down).flatten(0, -2)
@@ -159,7 +187,17 @@ def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
         if not isinstance(module, BranchedLinear):
             raise ValueError(f"{path!r} is a {type(module).__name__}, not a linear layer")
         layers[path] = module
+    _refresh(unet)
     return layers
+
+
+def _refresh(unet: nn.Module) -> None:
+    """Have the adapted layers looked for anew before the next pass."""
+    hooks = getattr(unet, "joint_factors", None)
+    if not isinstance(hooks, JointFactors):
+        hooks = JointFactors(unet, lambda unet: adapted(unet).values())
+        unet.joint_factors = hooks  # type: ignore[assignment]
+    hooks.stale = True
 
 
 def add_lora(
@@ -186,6 +224,7 @@ def unwrap(unet: nn.Module, path: str) -> None:
     layer = unet.get_submodule(path)
     assert isinstance(layer, BranchedLinear), f"{path} is not adapted"
     _replace(unet, path, layer.base)
+    _refresh(unet)
 
 
 def _replace(unet: nn.Module, path: str, module: nn.Module) -> None:

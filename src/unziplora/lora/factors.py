@@ -1,0 +1,110 @@
+"""The factors of all adapted layers of a UNet, computed together before each of its forward passes.
+
+What a layer multiplies with, A's joined and column-scaled B's joined, takes a dozen small operations and as many again
+backwards. For SDXL's 560 layers it is these that a GPU waits for. Of layers of one shape they are computed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from unziplora.lora.layer import Branch, BranchedLinear
+
+Factors = tuple[Tensor, Tensor]
+"""A [R, in] and diag(columns) B [out, R] of LoRAs that read the same input, R the sum of their ranks."""
+
+
+class _ScaledRows(torch.autograd.Function):
+    """diag(columns_i) B_i of N matrices, [N, out, r]; keeps no copy of them for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Tensor, *ups: Tensor) -> Tensor:
+        ctx.save_for_backward(columns, *ups)
+        return torch.stack(ups) * columns[..., None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        columns, *ups = ctx.saved_tensors
+        (grad,) = grads
+        wanted = (grad * torch.stack(ups)).sum(-1) if ctx.needs_input_grad[0] else None
+        return wanted, *(grad * columns[..., None]).unbind()
+
+
+def joint_factors(layers: Sequence[Sequence[Branch]], dtype: torch.dtype | None = None) -> list[Factors]:
+    """The factors of layers of one shape, each with equally many branches, of one rank and at the same strengths.
+
+    Args:
+        layers: the branches of each layer that read the same input.
+        dtype: of the factors; default: the branches' own.
+    """
+    count, branches = len(layers[0]), [branch for layer in layers for branch in layer]
+    out, rank = branches[0].up.shape
+    down = torch.cat([branch.down for branch in branches])
+    columns = torch.stack([branch.mask for branch in branches]) * torch.stack([branch.scale for branch in branches])
+    strengths = [branch.strength for branch in layers[0]]
+    if any(strength != 1.0 for strength in strengths):
+        columns = columns * columns.new_tensor(strengths * len(layers))[:, None]
+    up = _ScaledRows.apply(columns, *(branch.up for branch in branches))
+    down, up = down.to(dtype or down.dtype), up.to(dtype or up.dtype)
+    downs = down.view(len(layers), count * rank, -1).unbind()
+    ups = up.view(len(layers), count, out, rank).transpose(1, 2).reshape(len(layers), out, count * rank).unbind()
+    return list(zip(downs, ups, strict=True))
+
+
+class JointFactors:
+    """Hooks of a UNet that give its adapted layers their factors for the time of a forward pass.
+
+    With gradient checkpointing every layer makes its own: kept, they would take the memory that it is to save.
+
+    Attributes:
+        stale: layers were adapted, or put back, since the last pass.
+    """
+
+    def __init__(self, unet: nn.Module, find: Callable[[nn.Module], Iterable[BranchedLinear]]) -> None:
+        self.find, self.stale = find, True
+        self.layers: list[BranchedLinear] = []
+        unet.register_forward_pre_hook(self.give)
+        unet.register_forward_hook(self.take_back, always_call=True)
+
+    def give(self, unet: nn.Module, *_: Any) -> None:
+        """Compute the factors; a layer that finds another number of prompts than last time still makes its own."""
+        if self.stale:
+            self.layers, self.stale = list(self.find(unet)), False
+        if _checkpointing(unet):
+            return
+        alike: dict[Any, list[tuple[dict[int, Factors], int, list[Branch]]]] = {}
+        for layer in self.layers:
+            groups = layer.groups()
+            if groups is None:
+                continue
+            layer.factors = {}
+            for stream, branches in groups.items():
+                kind = (layer.in_features, *((branch.up.shape, branch.strength) for branch in branches))
+                key = (_dtype(layer.base.weight), branches[0].up.device, kind)
+                alike.setdefault(key, []).append((layer.factors, stream, branches))
+        for (dtype, _, _), entries in alike.items():
+            places, streams, layers = zip(*entries, strict=True)
+            for place, stream, factors in zip(places, streams, joint_factors(layers, dtype), strict=True):
+                place[stream] = factors
+
+    def take_back(self, *_: Any) -> None:
+        """Weights may change until the next pass."""
+        for layer in self.layers:
+            layer.factors = None
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    """What an adapted layer computes in."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _checkpointing(unet: nn.Module) -> bool:
+    """Whether any of the UNet's blocks is computed twice."""
+    blocks = (block for child in unet.children() for block in (child, *child.children()))
+    return any(getattr(block, "gradient_checkpointing", False) for block in blocks)
