@@ -63,10 +63,11 @@ class JointFactors:
 
     Attributes:
         stale: layers were adapted, or put back, since the last pass.
+        on: False: every layer makes its own.
     """
 
     def __init__(self, unet: nn.Module, find: Callable[[nn.Module], Iterable[BranchedLinear]]) -> None:
-        self.find, self.stale = find, True
+        self.find, self.stale, self.on = find, True, True
         self.layers: list[BranchedLinear] = []
         unet.register_forward_pre_hook(self.give)
         unet.register_forward_hook(self.take_back, always_call=True)
@@ -75,7 +76,7 @@ class JointFactors:
         """Compute the factors; a layer that finds another number of prompts than last time still makes its own."""
         if self.stale:
             self.layers, self.stale = list(self.find(unet)), False
-        if _checkpointing(unet):
+        if not self.on or _checkpointing(unet):
             return
         alike: dict[Any, list[tuple[dict[int, Factors], int, list[Branch]]]] = {}
         for layer in self.layers:
@@ -101,7 +102,8 @@ class JointFactors:
 def _dtype(weight: Tensor) -> torch.dtype:
     """What an adapted layer computes in."""
     kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    reduced = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on the meta device
+    return torch.get_autocast_dtype(kind) if reduced else weight.dtype
 
 
 def _checkpointing(unet: nn.Module) -> bool:
