@@ -122,6 +122,8 @@ class UnetSettings(StageSettings):
     """Share of pictures on other paper, in other pigments and textures, which their prompts name: "… on blue paper"."""
     before: int = 0
     """Steps that the base given with `--init` was trained for before: the model card counts them."""
+    before_batch: int | None = None
+    """Their batch, where it was another."""
     broad: float = 0.0
     """Share of pictures of all concepts that are not held out, `[vae] pictures` of them: shapes beyond the recipe's."""
     timestep_shift: float = 1.0
@@ -132,6 +134,10 @@ class UnetSettings(StageSettings):
     compile: bool = False
     workers: int = 0
     """Processes that draw batches ahead, for a GPU, which would wait for them; 0: each is drawn when it is needed."""
+
+    def seen(self, steps: int) -> int:
+        """Pictures seen after so many steps of this recipe, those before it included."""
+        return steps * self.batch + self.before * (self.before_batch or self.batch)
 
 
 class JudgeSettings(StageSettings):

@@ -114,8 +114,7 @@ def main() -> None:
         about: dict[str, object] = {"folder": str(options.folder)}
     else:
         pipe, trained = trained_pipeline(recipe)
-        steps = trained + recipe.unet.before
-        about = {"steps": steps, "pictures seen": steps * recipe.unet.batch}
+        about = {"steps": trained + recipe.unet.before, "pictures seen": recipe.unet.seen(trained)}
     about["scores"] = evaluate(pipe, recipe, count=options.count, guidance=options.guidance, steps=options.steps)
     path = recipe.output / "evaluation" / "evaluation.json"
     path.write_text(json.dumps(about, indent=2) + "\n")

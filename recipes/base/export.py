@@ -57,7 +57,7 @@ def scores_table(evaluation: dict, judges: dict) -> str:
 
 
 def card(recipe: Recipe, steps: int, channels: int, evaluation: dict) -> str:
-    """The model card: what it knows, how it was made, how good it is, whose drawings it saw."""
+    """The model card: what it knows, how it was made (steps of this recipe), how good it is, whose drawings it saw."""
     world = World(recipe.world)
     words = [f"- {STYLE_WORDS[style][0]}" for style in recipe.world.styles]
     about = FOLDER / f"{recipe.name}.json"
@@ -68,8 +68,8 @@ def card(recipe: Recipe, steps: int, channels: int, evaluation: dict) -> str:
         channels=channels,
         concepts=", ".join(captions) if len(captions) <= 100 else f"{len(captions)} things",
         styles="\n".join(words),
-        steps=f"{steps:,}",
-        pictures=f"{steps * recipe.unet.batch:,}",
+        steps=f"{steps + recipe.unet.before:,}",
+        pictures=f"{recipe.unet.seen(steps):,}",
         scores=scores_table(evaluation, judges),
         attributions=attributions(world),
     )
@@ -81,7 +81,6 @@ def export(recipe: Recipe, folder: Path) -> int:
     Raises ValueError when it is larger than 60 MB.
     """
     pipe, steps = trained_pipeline(recipe)
-    steps += recipe.unet.before
     evaluation_file = recipe.output / "evaluation" / "evaluation.json"
     evaluation = json.loads(evaluation_file.read_text()) if evaluation_file.exists() else {}
     if folder.exists():

@@ -86,11 +86,11 @@ def test_a_base_goes_on_with_more_channels_and_exports(folder: Path, wide: Recip
     assert UnetStage(wide, folder).unet.config.in_channels == MORE
     pipe, _ = trained_pipeline(wide)
     assert pipe("a key", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
-    longer = wide.unet.model_copy(update={"before": 100})
+    longer = wide.unet.model_copy(update={"before": 100, "before_batch": 32})
     export(wide.model_copy(update={"unet": longer}), tmp_path / "more")
     card = (tmp_path / "more" / "README.md").read_text()
     assert f"latents of {MORE} channels" in card
-    assert "UNet: 106 steps, 424 pictures seen" in card
+    assert "UNet: 106 steps, 3,224 pictures seen" in card
 
 
 def test_parts_that_the_recipe_has_not_trained_come_from_the_base(folder: Path, trained: Recipe, tmp_path: Path):
