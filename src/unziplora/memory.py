@@ -95,46 +95,15 @@ def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[s
     Raises:
         UserError: no such device.
     """
-    from unziplora.activations import kept_bytes
-
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
-    gpu, half = device.type == "cuda", dtype != torch.float32
-    resolution, each = config.resolution or sizes.resolution, 2 if half else 4
-    reads = bool(getattr(config, "text_encoders", False))  # DreamBooth may train them too
-    trained = sum(sizes.adapter(config.rank, paths) for paths in loras.values())
-    trained += config.rank * sizes.text_features * reads
-    scaled = [path for paths in loras.values() for path in paths] if getattr(config, "column_separation", False) else []
-    columns = sum(sizes.layers[path][1] for path in scaled)
-    kept = kept_bytes(
-        sizes.unet_config,
-        rank=config.rank,
-        latent=resolution // sizes.latent_scale,
-        batch=config.batch_size,
-        half=half,
-        checkpointing=config.gradient_checkpointing,
-        streams=3 if getattr(config, "prompt_separation", False) else 1,
-    )
-    unet, text, vae = sizes.unet * each, sizes.text * each, sizes.vae * 4  # the VAE stays in fp32
-    exact = {
-        "UNet": unet,
-        # On a GPU both leave once latents and embeddings are computed.
-        "VAE and text encoders": text * reads if gpu else text + vae,
-        "LoRAs, scales and masks": 4 * trained + 9 * columns,
-        "gradients": 4 * (trained + columns),
-        "optimiser": _OPTIMIZER_BYTES[config.optimizer] * trained + 8 * columns,
-    }
-    context = _CUDA_CONTEXT if gpu else 0
-    about = {"activations": kept, "work in progress": kept // 4 + context}
-    training, maps = sum(exact.values()) + sum(about.values()), resolution**2 * 4
-    # On a GPU the UNet is away while pictures and prompts are encoded, and the optimiser is gone at the last samples.
-    encoding = context + text + vae + _ENCODING_MAPS * maps + (0 if gpu else unet)
-    about["encoding at the start, beyond that"] = max(0, encoding - training)
+    gpu, each = device.type == "cuda", 4 if dtype == torch.float32 else 2
+    exact = _exact(config, sizes, loras, each, gpu)
+    about = _activations(config, sizes, each, gpu)
+    training = sum(exact.values()) + sum(about.values())
+    about["encoding at the start, beyond that"] = max(0, _encoding(config, sizes, each, gpu) - training)
     if gpu and config.sample_seeds:
-        tile = _DECODING_MAPS * min(maps, _TILE**2 * 4)
-        sampling = context + unet + exact["LoRAs, scales and masks"] + max(_DENOISING * maps // 2**22, vae + tile)
-        sampling += exact["optimiser"] if config.sample_every else 0
-        about["samples, beyond that"] = max(0, sampling - training)
+        about["samples, beyond that"] = max(0, _sampling(config, sizes, exact) - training)
     lines = [Line(part=part, bytes=count, exact=True) for part, count in exact.items() if count]
     lines += [Line(part=part, bytes=count, exact=False) for part, count in about.items() if count]
     return Memory(
@@ -142,10 +111,69 @@ def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[s
         assumed=sizes.assumed,
         device=str(device),
         precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
-        resolution=resolution,
+        resolution=_resolution(config, sizes),
         lines=lines,
         available=free_bytes(device),
     )
+
+
+def _resolution(config: PictureConfig, sizes: Sizes) -> int:
+    return config.resolution or sizes.resolution
+
+
+def _exact(
+    config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]], each: int, gpu: bool
+) -> dict[str, int]:
+    """Bytes that follow from sizes; the frozen base has `each` of them per number."""
+    reads = bool(getattr(config, "text_encoders", False))  # DreamBooth may train them too
+    trained = sum(sizes.adapter(config.rank, paths) for paths in loras.values())
+    trained += config.rank * sizes.text_features * reads
+    scaled = [path for paths in loras.values() for path in paths] if getattr(config, "column_separation", False) else []
+    columns = sum(sizes.layers[path][1] for path in scaled)
+    text = sizes.text * each
+    return {
+        "UNet": sizes.unet * each,
+        # On a GPU both leave once latents and embeddings are computed.
+        "VAE and text encoders": text * reads if gpu else text + _vae(sizes),
+        "LoRAs, scales and masks": 4 * trained + 9 * columns,
+        "gradients": 4 * (trained + columns),
+        "optimiser": _OPTIMIZER_BYTES[config.optimizer] * trained + 8 * columns,
+    }
+
+
+def _activations(config: PictureConfig, sizes: Sizes, each: int, gpu: bool) -> dict[str, int]:
+    """Estimated bytes that a step needs beside them."""
+    from unziplora.activations import kept_bytes
+
+    kept = kept_bytes(
+        sizes.unet_config,
+        rank=config.rank,
+        latent=_resolution(config, sizes) // sizes.latent_scale,
+        batch=config.batch_size,
+        half=each == 2,
+        checkpointing=config.gradient_checkpointing,
+        streams=3 if getattr(config, "prompt_separation", False) else 1,
+    )
+    return {"activations": kept, "work in progress": kept // 4 + _CUDA_CONTEXT * gpu}
+
+
+def _encoding(config: PictureConfig, sizes: Sizes, each: int, gpu: bool) -> int:
+    """Estimated bytes while pictures and prompts are encoded; from a GPU the UNet is away then."""
+    maps = _ENCODING_MAPS * 4 * _resolution(config, sizes) ** 2
+    held = _CUDA_CONTEXT if gpu else sizes.unet * each
+    return held + sizes.text * each + _vae(sizes) + maps
+
+
+def _sampling(config: PictureConfig, sizes: Sizes, exact: Mapping[str, int]) -> int:
+    """Estimated bytes on a GPU while samples are made; at the last ones the optimiser is gone."""
+    maps = 4 * _resolution(config, sizes) ** 2
+    decoding = _vae(sizes) + _DECODING_MAPS * min(maps, 4 * _TILE**2)
+    kept = exact["UNet"] + exact["LoRAs, scales and masks"] + exact["optimiser"] * bool(config.sample_every)
+    return _CUDA_CONTEXT + kept + max(_DENOISING * maps // 2**22, decoding)
+
+
+def _vae(sizes: Sizes) -> int:
+    return sizes.vae * 4  # it stays in fp32
 
 
 def free_bytes(device: torch.device) -> int | None:
