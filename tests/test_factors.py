@@ -131,7 +131,17 @@ def test_a_copy_of_a_unet_adapts_itself(unet):
         for layer in adapted(other).values():
             layer.branch("style").up.zero_()
     assert not torch.allclose(predict(other), predict(unet))
-    assert set(map(id, other.joint_factors.layers)) == set(map(id, adapted(other).values()))
+    assert other.joint_factors.layers == adapted(other)
+
+
+def test_a_unet_without_loras_has_no_hooks(unet):
+    plain = copy.deepcopy(unet)
+    assert len(plain._forward_pre_hooks) == len(plain._forward_hooks) == 1
+    remove(plain)
+    assert not plain._forward_pre_hooks
+    assert not plain._forward_hooks
+    assert not hasattr(plain, "joint_factors")
+    assert unet.joint_factors.layers == adapted(unet), "that of the copy is its own"
 
 
 def test_joint_factors_are_those_of_the_equation_in_the_type_asked_for():

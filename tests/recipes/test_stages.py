@@ -12,6 +12,7 @@ from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 
 from recipes.base import judges
 from recipes.base.config import JudgeSettings, Recipe
+from recipes.base.draws import Batch
 from recipes.base.evaluate import evaluate
 from recipes.base.export import export
 from recipes.base.loop import Stage, train
@@ -101,7 +102,8 @@ def test_judges_evaluation_and_export(trained: Recipe, tmp_path: Path, monkeypat
 def test_conditions_agree_with_the_pipeline(trained: Recipe) -> None:
     pipe, _ = trained_pipeline(trained)
     stage = UnetStage(trained)
-    hidden, added = stage.conditions(["a key", ""], np.random.default_rng(1))
+    batch = Batch(torch.zeros(2), torch.zeros(2), torch.ones(2), ["a key", ""])
+    hidden, added = stage.conditions(batch)
     theirs, empty, pooled, _ = pipe.encode_prompt("a key", device="cpu")
     assert torch.allclose(hidden[0], theirs[0], atol=2e-2)
     assert torch.allclose(added["text_embeds"][0], pooled[0], atol=1e-5)

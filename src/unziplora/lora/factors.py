@@ -6,7 +6,7 @@ backwards. For SDXL's 560 layers it is these that a GPU waits for. Of layers of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,24 +62,29 @@ class JointFactors:
     With gradient checkpointing every layer makes its own: kept, they would take the memory that it is to save.
 
     Attributes:
-        stale: layers were adapted, or put back, since the last pass.
+        layers: the adapted layers by module path.
         on: False: every layer makes its own.
     """
 
-    def __init__(self, unet: nn.Module, find: Callable[[nn.Module], Iterable[BranchedLinear]]) -> None:
-        self.find, self.stale, self.on = find, True, True
-        self.layers: list[BranchedLinear] = []
-        unet.register_forward_pre_hook(self.give)
-        unet.register_forward_hook(self.take_back, always_call=True)
+    def __init__(self, unet: nn.Module) -> None:
+        self.layers: dict[str, BranchedLinear] = {}
+        self.on = True
+        self.handles = (
+            unet.register_forward_pre_hook(self.give),
+            unet.register_forward_hook(self.take_back, always_call=True),
+        )
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
 
     def give(self, unet: nn.Module, *_: Any) -> None:
         """Compute the factors; a layer that finds another number of prompts than last time still makes its own."""
-        if self.stale:
-            self.layers, self.stale = list(self.find(unet)), False
         if not self.on or _checkpointing(unet):
             return
         alike: dict[Any, list[tuple[dict[int, Factors], int, list[Branch]]]] = {}
-        for layer in self.layers:
+        for layer in self.layers.values():
             groups = layer.groups()
             if groups is None:
                 continue
@@ -95,7 +100,7 @@ class JointFactors:
 
     def take_back(self, *_: Any) -> None:
         """Weights may change until the next pass."""
-        for layer in self.layers:
+        for layer in self.layers.values():
             layer.factors = None
 
 

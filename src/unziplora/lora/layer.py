@@ -186,18 +186,17 @@ def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
             _replace(unet, path, module)
         if not isinstance(module, BranchedLinear):
             raise ValueError(f"{path!r} is a {type(module).__name__}, not a linear layer")
-        layers[path] = module
-    _refresh(unet)
+        layers[path] = _joint_factors(unet).layers[path] = module
     return layers
 
 
-def _refresh(unet: nn.Module) -> None:
-    """Have the adapted layers looked for anew before the next pass."""
+def _joint_factors(unet: nn.Module) -> JointFactors:
+    """What computes the factors of a UNet's adapted layers together; made with the first of them."""
     hooks = getattr(unet, "joint_factors", None)
     if not isinstance(hooks, JointFactors):
-        hooks = JointFactors(unet, lambda unet: adapted(unet).values())
+        hooks = JointFactors(unet)
         unet.joint_factors = hooks  # type: ignore[assignment]
-    hooks.stale = True
+    return hooks
 
 
 def add_lora(
@@ -224,7 +223,11 @@ def unwrap(unet: nn.Module, path: str) -> None:
     layer = unet.get_submodule(path)
     assert isinstance(layer, BranchedLinear), f"{path} is not adapted"
     _replace(unet, path, layer.base)
-    _refresh(unet)
+    hooks = _joint_factors(unet)
+    hooks.layers.pop(path, None)
+    if not hooks.layers:
+        hooks.detach()
+        del unet.joint_factors
 
 
 def _replace(unet: nn.Module, path: str, module: nn.Module) -> None:
