@@ -185,7 +185,6 @@ def timed(step: Callable[[int], None], index: int, gpu: bool) -> float:
 
 def on_a_gpu(options: argparse.Namespace) -> tuple[dict[str, float], dict[str, int]]:
     """Median seconds and peak bytes by kind, one kind after the other."""
-    torch.cuda.set_device(torch.device(options.device).index or 0)
     seconds, memory = {}, {}
     for kind in options.kinds:
         torch.cuda.reset_peak_memory_stats()
@@ -217,8 +216,6 @@ def memory_of(kind: str) -> int:
 
 def profile(options: argparse.Namespace, gpu: bool) -> str:
     """torch's table of the operations that take the most time in three steps."""
-    if gpu:
-        torch.cuda.set_device(torch.device(options.device).index or 0)
     step = make(options.profile, options)
     step(0)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
@@ -261,6 +258,8 @@ def main() -> None:
         print_own_memory(options)
         return
     gpu = options.device.startswith("cuda")
+    if gpu:
+        torch.cuda.set_device(torch.device(options.device).index or 0)
     if options.profile:
         print(profile(options, gpu))
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from recipes.base.config import Recipe, WorldSettings
 from recipes.base.filters.common import Picture
+from recipes.base.processes import on_processes
 from recipes.base.world import NEVER_SETS, Item, World, held_out_concepts
 
 
@@ -37,12 +37,7 @@ def render_items(settings: WorldSettings, items: list[Item], *, workers: int = 1
     """Render items, on several processes if asked."""
     chunks = [items[i : i + 256] for i in range(0, len(items), 256)]
     jobs = [(settings, chunk, settings.resolution) for chunk in chunks]
-    if workers == 1:
-        parts = [_render(job) for job in jobs]
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            parts = list(pool.map(_render, jobs))
-    return Pictures(np.concatenate(parts), items)
+    return Pictures(np.concatenate(on_processes(_render, jobs, workers)), items)
 
 
 def kept(path: Path, settings: WorldSettings, told: object, make: Callable[[], Pictures]) -> Pictures:

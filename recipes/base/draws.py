@@ -131,10 +131,5 @@ class Batches(Dataset[Batch]):
             batch_size=None,  # an item is a batch
             sampler=range(first, len(self)),
             num_workers=self.settings.workers,
-            collate_fn=_as_it_is,
             prefetch_factor=8,
         )
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch

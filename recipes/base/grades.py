@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+
+from recipes.base.processes import on_processes
 
 PAPERS: dict[str, tuple[float, float, float]] = {
     "white": (1.0, 1.0, 1.0),
@@ -101,8 +102,7 @@ def _grade_chunk(job: tuple[np.ndarray, tuple[int, int]]) -> tuple[np.ndarray, l
 def grade_all(pixels: np.ndarray, seed: int, workers: int) -> tuple[np.ndarray, list[str]]:
     """As `grade_each`, on several processes; the result does not depend on how many."""
     jobs = [(pixels[i : i + 256], (seed, i)) for i in range(0, len(pixels), 256)]
-    with ProcessPoolExecutor(workers) as pool:
-        parts = list(pool.map(_grade_chunk, jobs))
+    parts = on_processes(_grade_chunk, jobs, workers)
     return np.concatenate([graded for graded, _ in parts]), [words for _, found in parts for words in found]
 
 

@@ -64,7 +64,8 @@ def kept_bytes(
         unet: Any = UNet2DConditionModel.from_config(config).requires_grad_(False)
         for name in KINDS:
             add_lora(unet, name, _pairs(unet, rank), stream=name)
-        unet.joint_factors.on = not checkpointing  # as in a pass with it, which here is not made
+        if checkpointing:  # as in a pass with it, which here is not made
+            unet.joint_factors.detach()
         unet.train().to(dtype)  # autocast, which the LoRAs are trained under, knows no meta device
         counter = _Counter(unet)
         inputs = _inputs(unet, batch, latent, streams, dtype)

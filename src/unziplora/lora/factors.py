@@ -35,12 +35,18 @@ class _ScaledRows(torch.autograd.Function):
         return wanted, *(grad * columns[..., None]).unbind()
 
 
-def joint_factors(layers: Sequence[Sequence[Branch]], dtype: torch.dtype | None = None) -> list[Factors]:
+def own_factors(branches: Sequence[Branch]) -> Factors:
+    """The factors of one layer, whose branches may have any ranks and strengths."""
+    down = torch.cat([branch.down for branch in branches])
+    return down, torch.cat([branch.columns()[:, None] * branch.up for branch in branches], dim=1)
+
+
+def joint_factors(layers: Sequence[Sequence[Branch]], dtype: torch.dtype) -> list[Factors]:
     """The factors of layers of one shape, each with equally many branches, of one rank and at the same strengths.
 
     Args:
         layers: the branches of each layer that read the same input.
-        dtype: of the factors; default: the branches' own.
+        dtype: of the factors.
     """
     count, branches = len(layers[0]), [branch for layer in layers for branch in layer]
     out, rank = branches[0].up.shape
@@ -50,9 +56,8 @@ def joint_factors(layers: Sequence[Sequence[Branch]], dtype: torch.dtype | None 
     if any(strength != 1.0 for strength in strengths):
         columns = columns * columns.new_tensor(strengths * len(layers))[:, None]
     up = _ScaledRows.apply(columns, *(branch.up for branch in branches))
-    down, up = down.to(dtype or down.dtype), up.to(dtype or up.dtype)
-    downs = down.view(len(layers), count * rank, -1).unbind()
-    ups = up.view(len(layers), count, out, rank).transpose(1, 2).reshape(len(layers), out, count * rank).unbind()
+    downs = down.to(dtype).view(len(layers), count * rank, -1).unbind()
+    ups = up.to(dtype).view(len(layers), count, out, rank).transpose(1, 2).reshape(len(layers), out, -1).unbind()
     return list(zip(downs, ups, strict=True))
 
 
@@ -63,34 +68,32 @@ class JointFactors:
 
     Attributes:
         layers: the adapted layers by module path.
-        on: False: every layer makes its own.
     """
 
     def __init__(self, unet: nn.Module) -> None:
         self.layers: dict[str, BranchedLinear] = {}
-        self.on = True
         self.handles = (
             unet.register_forward_pre_hook(self.give),
             unet.register_forward_hook(self.take_back, always_call=True),
         )
 
     def detach(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off: every layer makes its own factors."""
         for handle in self.handles:
             handle.remove()
 
     def give(self, unet: nn.Module, *_: Any) -> None:
         """Compute the factors; a layer that finds another number of prompts than last time still makes its own."""
-        if not self.on or _checkpointing(unet):
+        if _checkpointing(unet):
             return
         alike: dict[Any, list[tuple[dict[int, Factors], int, list[Branch]]]] = {}
         for layer in self.layers.values():
-            groups = layer.groups()
-            if groups is None:
-                continue
             layer.factors = {}
-            for stream, branches in groups.items():
-                kind = (layer.in_features, *((branch.up.shape, branch.strength) for branch in branches))
+            for stream, branches in layer.groups().items():
+                if len({branch.up.shape for branch in branches}) > 1:
+                    layer.factors[stream] = own_factors(branches)
+                    continue
+                kind = (layer.in_features, branches[0].up.shape, *(branch.strength for branch in branches))
                 key = (_dtype(layer.base.weight), branches[0].up.device, kind)
                 alike.setdefault(key, []).append((layer.factors, stream, branches))
         for (dtype, _, _), entries in alike.items():
@@ -112,6 +115,6 @@ def _dtype(weight: Tensor) -> torch.dtype:
 
 
 def _checkpointing(unet: nn.Module) -> bool:
-    """Whether any of the UNet's blocks is computed twice."""
+    """Whether any of the UNet's blocks is computed twice; diffusers' own answer walks through thousands of modules."""
     blocks = (block for child in unet.children() for block in (child, *child.children()))
     return any(getattr(block, "gradient_checkpointing", False) for block in blocks)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unziplora.lora.factors import Factors, JointFactors
+from unziplora.lora.factors import Factors, JointFactors, own_factors
 
 Observer = Callable[[Tensor, Tensor], None]
 
@@ -86,16 +86,17 @@ class BranchedLinear(nn.Module):
     def out_features(self) -> int:
         return self.base.out_features
 
-    def groups(self) -> dict[int, list[Branch]] | None:
-        """The active branches by the stream that they read; None if those of a stream cannot be computed together."""
+    def groups(self) -> dict[int, list[Branch]]:
+        """The active branches by the stream that they read, without those that are observed."""
         groups: dict[int, list[Branch]] = {}
         for branch in map(self.branch, self.branches):
-            if branch.observer is not None:
-                return None
-            if branch.strength:
-                groups.setdefault(branch.stream if self.streams > 1 else 0, []).append(branch)
-        ranks = [{branch.up.shape[1] for branch in branches} for branches in groups.values()]
-        return groups if all(len(found) == 1 for found in ranks) else None
+            if branch.strength and branch.observer is None:
+                groups.setdefault(self.stream_of(branch), []).append(branch)
+        return groups
+
+    def stream_of(self, branch: Branch) -> int:
+        """The prompt that a branch reads in an input like the last one."""
+        return branch.stream if self.streams > 1 else 0
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] or [..., n·in] → [..., out]."""
@@ -104,25 +105,14 @@ class BranchedLinear(nn.Module):
         if len(streams) != self.streams:
             self.streams, self.factors = len(streams), None
         y = self.base(streams[0])
-        if self.factors is None:
-            return self._add_own(y, streams)
-        for stream, factors in self.factors.items():
-            y = _add_low_rank(y, streams[stream], factors)
-        return y
-
-    def _add_own(self, y: Tensor, streams: tuple[Tensor, ...]) -> Tensor:
-        """y + Σ_i ΔW_i x_i, for this layer by itself."""
-        groups: dict[int, list[Branch]] = {}
         for branch in map(self.branch, self.branches):
-            stream = branch.stream if len(streams) > 1 else 0
             if branch.observer is not None:
-                y = y + _observed(streams[stream], branch).to(y.dtype)
-            elif branch.strength:
-                groups.setdefault(stream, []).append(branch)
-        for stream, branches in groups.items():
-            down = torch.cat([b.down for b in branches])
-            up = torch.cat([b.columns()[:, None] * b.up for b in branches], dim=1)
-            y = _add_low_rank(y, streams[stream], (down, up))
+                y = y + _observed(streams[self.stream_of(branch)], branch).to(y.dtype)
+        factors = self.factors
+        if factors is None:
+            factors = {stream: own_factors(branches) for stream, branches in self.groups().items()}
+        for stream, pair in factors.items():
+            y = _add_low_rank(y, streams[stream], pair)
         return y
 
 
