@@ -52,17 +52,32 @@ def run_job(kind: type[Method[C]], config: C, resume: bool = False, progress: Ca
         MachineError: disk full, no permission, out of memory.
         Interrupted: stopped on request; it tells how to continue.
     """
-    job = Job(kind, config, progress or (lambda _: None))
     check_job(kind, config, 64)
-    job.run = RunFolder.resume(config.out, config) if resume else RunFolder.create(config.out, config)
-    with job.run.lock():
+
+    def work(run: RunFolder) -> None:
+        job = Job(kind, config, progress or (lambda _: None), run)
         try:
             job.do()
         except KeyboardInterrupt:  # outside the loop, which finishes its step
-            if job.run.card.exists():
-                return job.run
-            raise job.stopped("stopped; what is not saved yet will be done again") from None
-    return job.run
+            if not run.card.exists():
+                raise job.stopped("stopped; what is not saved yet will be done again") from None
+
+    return in_run_folder(config, resume, work)
+
+
+def in_run_folder(config: TrainingConfig, resume: bool, work: Callable[[RunFolder], None]) -> RunFolder:
+    """Do a run's work in its folder, new or resumed, which no other process may use meanwhile.
+
+    Raises:
+        UserError: the folder is taken, or its run is finished.
+        MachineError: disk full, no permission.
+    """
+    run = RunFolder.resume(config.out, config) if resume else RunFolder.create(config.out, config)
+    with run.lock():
+        if run.card.exists():  # the last file to be written
+            raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
+        work(run)
+    return run
 
 
 @dataclass
@@ -72,14 +87,12 @@ class Job(Generic[C]):
     kind: type[Method[C]]
     config: C
     progress: Callback
-    run: RunFolder = field(init=False)
+    run: RunFolder
     recent: list[float] = field(default_factory=list)  # seconds of the last steps
 
     def do(self) -> None:
         """Load, train, export, sample."""
         config, run = self.config, self.run
-        if run.card.exists():  # the last file to be written
-            raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
         device = pick_device(config.device)
         dtype = pick_dtype(config.precision, device)
         accelerator = make_accelerator(config, device, dtype, run.path)

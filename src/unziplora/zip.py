@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from unziplora.config_zip import ZipConfig
-from unziplora.errors import UserError
-from unziplora.job import run_job, write_card, write_loras
+from unziplora.job import in_run_folder, run_job, write_card, write_loras
 from unziplora.kinds import KINDS
 from unziplora.lora.files import Lora
 from unziplora.lora.metadata import LAYERS_KEY
@@ -42,21 +40,18 @@ def zip_loras(config: ZipConfig, resume: bool = False, progress: Callback | None
 def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
     """The plain sum, in a run folder like that of a training."""
     ZipLora.check(config)
-    run = RunFolder.resume(config.out, config) if resume else RunFolder.create(config.out, config)
-    with run.lock():
-        if run.card.exists():
-            raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
+
+    def wrote(path: Path) -> None:
+        progress(Progress(1, 1, message=f"wrote {path}"))
+
+    def work(run: RunFolder) -> None:
         parts = read_loras(config)
         loras = {"lora": merge(parts), **(parts if config.parts else {})}
         about = ZipLora.about(config)
-
-        def wrote(path: Path) -> None:
-            progress(Progress(1, 1, message=f"wrote {path}"))
-
         write_loras(run, config, about, loras, {}, wrote, _of_the_base(parts))
         write_card(run, config, about, loras)
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-    return run
+
+    return in_run_folder(config, resume, work)
 
 
 def _of_the_base(parts: Mapping[str, Lora]) -> dict[str, str]:
