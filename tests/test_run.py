@@ -1,10 +1,12 @@
 """The run folder: nothing half-written, nothing overwritten, resumable."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +207,21 @@ def test_writing_is_atomic(tmp_path: Path) -> None:
     assert path.read_bytes() == b"two"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
     assert path.stat().st_mode & 0o444 == 0o444
+
+
+def test_files_are_synced_by_a_handle_that_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to sync others, with EBADF."""
+    synced = []
+
+    def windows(handle: int) -> None:
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            synced.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE)
+
+    monkeypatch.setattr(os, "fsync", windows)
+    atomic_folder(tmp_path / "folder", fill)
+    atomic_write(tmp_path / "file", "text")
+    assert len(synced) > 1
+    assert os.O_RDONLY not in synced
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Writer = Callable[[BinaryIO], object]
 
+LOCKED_BYTE = 1 << 30
+"""What is locked on Windows, where nobody else can read a locked byte: one far behind what the file says."""
+
 
 def atomic_write(path: Path, data: bytes | str | Writer) -> None:
     """Write a file atomically: bytes, text (UTF-8), or whatever a function writes into an open file.
@@ -91,7 +94,7 @@ def sync(path: Path) -> None:
     """Ask the system to bring a file or folder to disk; folders cannot be synced on Windows."""
     if path.is_dir() and os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what may be written to
     try:
         os.fsync(handle)
     finally:
@@ -114,7 +117,7 @@ def lock_file(file: IO[str]) -> None:
     if os.name == "nt":
         import msvcrt
 
-        file.seek(0)
+        os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
     else:
         import fcntl
