@@ -40,7 +40,9 @@ def make_optimizers(groups: Groups, config: TrainingConfig) -> list[torch.optim.
 
 def _adamw(groups: Groups, config: TrainingConfig) -> torch.optim.AdamW:
     # Fused: the LoRAs are hundreds of small matrices, and a loop over them would cost as much as the UNet.
-    return torch.optim.AdamW(groups, betas=config.betas, fused=True)
+    # Not on Apple's GPUs, where the fused step is taken even if the loss scaler found that fp16 has overflowed.
+    fused = all(parameter.device.type != "mps" for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, betas=config.betas, fused=fused)
 
 
 def find_optimizer(kind: str) -> Callable[..., torch.optim.Optimizer]:

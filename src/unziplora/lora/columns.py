@@ -77,16 +77,18 @@ def choose(scores: Tensor, held: Tensor, closed: Tensor, count: int, how: str = 
         how: `exact` holds exactly `count` afterwards (ties go to the lower index); `strict` adds those that score
             strictly above the `count`-th, held ones ranked too: none at all if all tie (the official code).
     """
-    rank = scores.double().clone()
+    device = scores.device
+    # On the CPU: one number per column, and Apple's GPUs have no double precision.
+    rank, held, closed = scores.cpu().double().clone(), held.cpu(), closed.cpu()
     rank[closed] -= rank.max() - rank.min() + 1
     if how == "strict":
         best = rank > rank.sort(descending=True).values[count - 1] if count else torch.zeros_like(held)
-        return held | best & ~closed
+        return (held | best & ~closed).to(device)
     new = max(0, count - int(held.sum()))
     rank[held] = -torch.inf
     chosen = held.clone()
     chosen[torch.argsort(rank, descending=True, stable=True)[:new]] = True
-    return chosen
+    return chosen.to(device)
 
 
 def orthogonality(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
