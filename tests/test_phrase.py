@@ -232,7 +232,11 @@ class TestSplit:
             made.append(method.material.priors["content"].latents)
         assert torch.equal(*made)
 
-    def test_a_run_that_was_interrupted_ends_like_one_that_was_not(self, config: Make, tmp_path: Path):
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_a_run_that_was_interrupted_ends_like_one_that_was_not(
+        self, config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+    ):
+        """Also where words that are learnt anew come out otherwise, as on another device."""
         more = {"steps": 4, "checkpoint_every": 2, "content_variants": True, "content_alone": 0.5}
         whole = split(config(out=tmp_path / "whole", **more))
 
@@ -242,6 +246,9 @@ class TestSplit:
 
         with pytest.raises(Interrupted):
             split(config(out=tmp_path / "cut", **more), progress=interrupt)
+        if elsewhere:
+            monkeypatch.setattr("unziplora.methods.words.FIRST", 0.0)
+            monkeypatch.setattr("unziplora.methods.words.TEACHING_RATE", 1e-2)
         cut = split(config(out=tmp_path / "cut", **more), resume=True)
         for name in ("content", "style"):
             one, two = (load_file(getattr(run, name)) for run in (whole, cut))

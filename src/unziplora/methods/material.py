@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from PIL import Image
+from torch import Tensor
 
 from unziplora.config_split import SplitConfig
 from unziplora.encode import picture_conditioning, to_device
 from unziplora.methods.common import Setup, class_examples, load_pictures, picture_examples
 from unziplora.methods.words import learn_words
-from unziplora.objective import Examples
+from unziplora.objective import Conditioning, Examples
 from unziplora.prompts import Prompts
 from unziplora.text_lora import TextLora
 
@@ -34,6 +35,34 @@ class Material:
     priors: Mapping[str, Examples] = field(default_factory=dict)
     text: TextLora | None = None
     pictures: Sequence[Image.Image] = ()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was learnt before the first step: the text encoders' LoRA and the embeddings made with it, by name.
+
+        Learnt anew on another device they would not be the same to the last digit, and the LoRAs have seen these.
+        """
+        if self.text is None:
+            return {}
+        told = {"full": self.examples, **self.alone}
+        tokens = {f"told.{name}.tokens": examples.conditioning.tokens for name, examples in told.items()}
+        pooled = {f"told.{name}.pooled": examples.conditioning.pooled for name, examples in told.items()}
+        return {**self.text.state_dict(), **tokens, **pooled}
+
+    def restored(self, state: Mapping[str, Tensor]) -> Material:
+        """The same with what `state_dict` told; the text encoders are changed in place."""
+        if self.text is None:
+            return self
+        self.text.load_state_dict(state)
+
+        def told(name: str, examples: Examples) -> Examples:
+            now = examples.conditioning
+            tokens, pooled = (state[f"told.{name}.{part}"] for part in ("tokens", "pooled"))
+            return replace(
+                examples, conditioning=Conditioning(tokens.to(now.tokens), pooled.to(now.pooled), now.time_ids)
+            )
+
+        alone = {name: told(name, examples) for name, examples in self.alone.items()}
+        return replace(self, examples=told("full", self.examples), alone=alone)
 
 
 def gather(config: SplitConfig, setup: Setup) -> Material:

@@ -240,7 +240,7 @@ class UnZipLora(Method[SplitConfig]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""
-        state: dict[str, Tensor] = {}
+        state = self.material.state_dict()
         for name in KINDS:
             state.update(branch_state(self.branches[name], name))
         if self.columns is not None:
@@ -255,6 +255,7 @@ class UnZipLora(Method[SplitConfig]):
             for name, path, held in self.columns.items():
                 held.copy_(state[f"{name}.{path}.held"])
         self.settled = None
+        self.material = self.material.restored(state)
 
     def export(self) -> dict[str, Lora]:
         """Both LoRAs as plain pairs: masks, scales and alpha folded into B."""
