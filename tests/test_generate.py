@@ -227,6 +227,30 @@ def test_a_picture_that_does_not_fit_in_memory_is_decoded_in_tiles(tiny_base: Ba
         decode(tiny_base, latents)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB). Tried to allocate 192.00 MB on private pool."),
+    ],
+)
+def test_a_decoder_that_does_not_even_fit_by_itself(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+):
+    def full(*_: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(tiny_base.vae, "to", full)
+    with pytest.raises(OutOfMemory, match="decoding a picture"):
+        decode(tiny_base, torch.zeros(1, 4, 8, 8))
+
+
+def test_other_faults_are_not_taken_for_want_of_memory(tiny_base: Base, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(type(tiny_base.vae), "decode", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shape")))
+    with pytest.raises(RuntimeError, match="shape"):
+        decode(tiny_base, torch.zeros(1, 4, 8, 8))
+
+
 def test_nan_is_warned_about_and_decoded_all_the_same(shared_base: Base):
     with pytest.warns(UserWarning, match="NaN"):
         assert len(decode(shared_base, torch.full((1, 4, 8, 8), float("nan")))) == 1

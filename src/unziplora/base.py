@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from unziplora import base_checkpoint, base_files
 from unziplora.base_hub import download, names_a_model
 from unziplora.config_training import SDXL
-from unziplora.errors import MachineError, UserError, first_line
+from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.lora.storage import Header, read_header
 from unziplora.quiet import quiet
 
@@ -215,18 +215,16 @@ def _failures(source: str) -> Iterator[None]:
     """Turn what the libraries raise on bad files and full memory into messages for a person."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise MachineError(
-            f"base {source!r}: not enough memory to load it ({first_line(error)}). Close other programs, "
-            "choose precision bf16 or a smaller base"
-        ) from error
     except NotImplementedError as error:  # a tensor left on the meta device: the file had none for it
         raise UserError(f"base {source!r}: weights are missing from the file; download it again") from error
     except PermissionError as error:
         raise MachineError(f"base {source!r}: no permission to read {error.filename or 'it'}") from error
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        if "allocate memory" in str(error):
-            raise MachineError(f"base {source!r}: not enough memory to load it") from error
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise MachineError(
+                f"base {source!r}: not enough memory to load it ({first_line(error)}). Close other programs, "
+                "choose precision bf16 or a smaller base"
+            ) from error
         raise UserError(
             f"base {source!r} cannot be loaded: {first_line(error)}. Fetch it anew, or convert it to a diffusers folder"
         ) from error

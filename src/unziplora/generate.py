@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unziplora.base import Base
 from unziplora.encode import unscale_latents
-from unziplora.errors import OutOfMemory, UserError, first_line
+from unziplora.errors import OutOfMemory, UserError, first_line, out_of_memory
 from unziplora.lora.layer import BranchedLinear, inject, unwrap
 from unziplora.prompts import Embeddings, Prompts, embed_negative, embed_prompts, join_rows
 from unziplora.residency import reading, visiting
@@ -156,7 +156,7 @@ def decode(base: Base, latents: Tensor) -> list[Image.Image]:
         OutOfMemory: memory does not suffice.
     """
     vae, pictures = base.vae, []
-    with visiting([vae], latents.device), _memory("decoding a picture"):
+    with _memory("decoding a picture"), visiting([vae], latents.device):
         for row in latents.to(vae.dtype).split(1):
             if not torch.isfinite(row).all():
                 warnings.warn("a picture came out as NaN: take precision bf16 or fp32", stacklevel=3)
@@ -169,12 +169,14 @@ def _decoded(vae: AutoencoderKL, latent: Tensor) -> Tensor:
     """A latent as a picture in −1…1, [1, 3, H, W]; tile by tile where memory does not suffice for the whole."""
     try:
         return vae.decode(latent, return_dict=False)[0]
-    except torch.OutOfMemoryError:
-        if not hasattr(vae, "tile_latent_min_size") or vae.use_tiling:
+    except RuntimeError as error:
+        if not out_of_memory(error) or not hasattr(vae, "tile_latent_min_size") or vae.use_tiling:
             raise
     # Here and not above: what did not fit is held by the error until it is done with.
     if latent.device.type == "cuda":
         torch.cuda.empty_cache()
+    elif latent.device.type == "mps":
+        torch.mps.empty_cache()
     sizes = vae.tile_sample_min_size, vae.tile_latent_min_size
     vae.enable_tiling()
     vae.tile_sample_min_size, vae.tile_latent_min_size = sizes[0] // 2, sizes[1] // 2
@@ -252,11 +254,9 @@ def part(progress: StepCallback | None, index: int, count: int) -> StepCallback 
 def _memory(what: str) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise OutOfMemory(
             f"out of memory ({what}: {first_line(error)}): take a smaller size, batch_size 1 or precision bf16"
         ) from error
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
-        raise OutOfMemory(f"out of memory ({what}): take a smaller size or batch_size 1") from error

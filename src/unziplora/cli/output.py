@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from unziplora.errors import Interrupted, MachineError, UnziploraError, first_line
+from unziplora.errors import Interrupted, MachineError, UnziploraError, first_line, out_of_memory
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -76,16 +76,6 @@ def _warner() -> str:
     while frame is not None and frame.f_globals.get("__name__") == "warnings":
         frame = frame.f_back
     return str(frame.f_globals.get("__name__")) if frame else ""
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on the GPU or the CPU; torch is not imported for it."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("can't allocate memory", "out of memory", "OUT_OF_MEMORY")
-    )
 
 
 @contextmanager
