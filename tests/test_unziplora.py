@@ -362,9 +362,11 @@ def test_checkpoints_that_cannot_be_resumed_are_named(tiny_base, tmp_path):
         trainer.load(tmp_path)
 
 
-def test_block_maps(tmp_path, tiny_base):
+def test_block_maps(tmp_path, tiny_base, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "map.toml"
     file.write_text('content = ["mid_block"]\nstyle = ["up_blocks.1"]')
+    assert read_blocks("~/map.toml") == read_blocks(str(file))
     blocks = read_blocks(str(file))
     assert blocks.owner("mid_block.attentions.0.x") == "content"
     assert blocks.owner("up_blocks.1.attentions.2.x") == "style"

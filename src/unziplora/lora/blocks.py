@@ -59,9 +59,10 @@ def read_blocks(source: str) -> BlockMap:
     """
     if source in NAMED:
         return NAMED[source]
-    if not source.endswith(".toml") and not Path(source).is_file():
+    path = Path(source).expanduser()
+    if not source.endswith(".toml") and not path.is_file():
         raise UserError(f"no block map {source!r}: there are {', '.join(NAMED)}, or give a TOML file")
-    table = read_toml(Path(source))
+    table = read_toml(path)
     if set(table) != set(KINDS):
         raise UserError(f"{source}: a block map has the two lists 'content' and 'style', found {sorted(table)}")
     for name, blocks in table.items():
