@@ -133,6 +133,13 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, low):
     assert read_header(path).shapes == {"x": (3,)}
 
 
+def test_a_header_nested_beyond_reason(tmp_path):
+    head = b'{"a":' * 100_000
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+    refused(path, "not a safetensors file")
+
+
 # --- safetensors, but no LoRA for SDXL
 
 SD1 = "lora_unet_{}_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from unziplora.base import Base
 from unziplora.config import resolve, to_toml
@@ -17,6 +18,7 @@ from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import fold_output
 from unziplora.lora.files import Lora, read_lora, write_lora
 from unziplora.lora.layer import adapted, add_lora, attention_linears
+from unziplora.lora.storage import body_hash, open_tensors
 from unziplora.prompts import Prompts
 from unziplora.sample import open_session, sample
 from unziplora.sources import choose_base, find_source, plan
@@ -201,6 +203,16 @@ def test_pictures_are_named_by_seed_and_carry_their_settings(tiny_base: Base, ca
     assert (told["seed"], told["prompt"], told["content_strength"]) == (5, "a sks cat", 1.0)
     assert lines[:2] == ["a sks cat", "Negative prompt: blurry"]
     assert lines[2].startswith("Steps: 1, Sampler: base, CFG scale: 4, Seed: 5, Size: 64x64, Model: tiny-xl")
+    digest = read_lora(cat / "content.safetensors").metadata["sshs_model_hash"]
+    assert f'Lora hashes: "{cat.name}-content: {digest[:12]}"' in lines[2]
+    assert told["loras"] == {f"{cat.name}-content": digest}
+    assert str(cat.parent) not in json.dumps([told, lines])
+
+
+def test_a_lora_that_does_not_tell_its_hash_has_the_same_one(cat: Path, tmp_path: Path):
+    tensors, metadata = open_tensors(cat / "style.safetensors")
+    save_file(tensors, tmp_path / "plain.safetensors")
+    assert body_hash(tmp_path / "plain.safetensors") == metadata["sshs_model_hash"]
 
 
 def test_nothing_is_overwritten_but_the_same_picture(tiny_base: Base, cat: Path, tmp_path: Path):

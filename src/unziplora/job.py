@@ -263,8 +263,8 @@ def _fetching(base: str) -> str:
 
 
 def flat(config: TrainingConfig) -> dict[str, Any]:
-    """The configuration as trackers take it: numbers and strings only."""
-    values = config.model_dump(mode="json", exclude_none=True)
+    """The configuration as trackers take it, numbers and strings only, and as others may know it."""
+    values = {key: value for key, value in shared_settings(config).items() if value is not None}
     return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
 
 

@@ -20,8 +20,10 @@ from unziplora.errors import UserError
 from unziplora.generate import Settings, StepCallback, decode, generate, generate_latents
 from unziplora.kinds import KINDS
 from unziplora.lora.files import read_lora
+from unziplora.lora.storage import body_hash
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
+from unziplora.run import MERGED
 from unziplora.sources import Source, choose_base, find_source, guidance, plan, with_metadata
 
 __all__ = ["Session", "Settings", "StepCallback", "decode", "generate", "generate_latents", "open_session", "sample"]
@@ -36,12 +38,14 @@ class Session:
         mounted: the dials of the LoRAs 'content' and 'style', those that are given.
         prompts: one entry per picture of a seed.
         settings: how to sample.
+        hashes: of each LoRA's file, by a name that tells nothing of the machine.
     """
 
     base: Base
     mounted: Mounted
     prompts: list[Prompts]
     settings: Settings
+    hashes: dict[str, str]
 
 
 @contextmanager
@@ -64,10 +68,14 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
         Part(source.kind, lora, read_blocks(getattr(config, f"{source.kind}_blocks")), str(source.file))
         for source, lora in zip(sources, loras, strict=True)
     ]
+    hashes = {
+        shared_name(source.file): lora.metadata.get("sshs_model_hash") or body_hash(source.file)
+        for source, lora in zip(sources, loras, strict=True)
+    }
     mounted = Mounted(base, parts, separate=prompts[0].separate)
     try:
         mounted.turn(**strengths(config, sources))
-        yield Session(base, mounted, prompts, settings(config, sources))
+        yield Session(base, mounted, prompts, settings(config, sources), hashes)
     finally:
         mounted.remove()
 
@@ -138,15 +146,19 @@ def describe(
     lines = [prompts.full]
     if config.negative:
         lines.append(f"Negative prompt: {config.negative}")
+    hashes = ", ".join(f"{name}: {hash[:12]}" for name, hash in session.hashes.items())
     lines.append(
         f"Steps: {config.steps}, Sampler: {config.scheduler}, CFG scale: {guidance:g}, Seed: {seed}, "
-        f"Size: {picture.width}x{picture.height}, Model: {base.name}, Version: unziplora {version('unziplora')}"
+        f"Size: {picture.width}x{picture.height}, Model: {base.name}, "
+        + (f'Lora hashes: "{hashes}", ' if hashes else "")
+        + f"Version: unziplora {version('unziplora')}"
     )
-    told = config.model_dump(mode="json", exclude={"out", "seeds", "prompts", "device", "batch_size"})
+    told = config.model_dump(mode="json", exclude={"out", "seeds", "prompts", "device", "batch_size", *KINDS})
     told.update(
         seed=seed,
         guidance=guidance,
         base=base.name,
+        loras=session.hashes,
         prompt=prompts.full,
         content_prompt=prompts.content,
         style_prompt=prompts.style,
@@ -155,6 +167,12 @@ def describe(
         version=version("unziplora"),
     )
     return {"parameters": "\n".join(lines), "unziplora": json.dumps(told, sort_keys=True, ensure_ascii=False)}
+
+
+def shared_name(file: Path) -> str:
+    """A LoRA file as others may know it: its name, after that of its run if every run has a file of that name."""
+    path = file.resolve()
+    return f"{path.parent.name}-{path.stem}" if path.stem in (*KINDS, MERGED) else path.stem
 
 
 def write_picture(picture: Image.Image, path: Path, text: dict[str, str]) -> Path:

@@ -60,6 +60,16 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return load_file(path), metadata
 
 
+def body_hash(path: Path) -> str:
+    """SHA-256 of all after a safetensors file's header, which is its `sshs_model_hash`. Errors as in `read_header`."""
+    digest = hashlib.sha256()
+    with _faults_named(path), path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 @contextmanager
 def _faults_named(path: Path) -> Iterator[None]:
     try:
@@ -110,7 +120,7 @@ def _header(path: Path, raw: bytes, length: int, size: int) -> dict[str, Any]:
         head["__metadata__"] = dict((head.get("__metadata__") or {}).items())
         ends = [int(entry["data_offsets"][1]) for name, entry in head.items() if name != "__metadata__"]
         end = max(ends, default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         if length > len(raw):
             raise UserError(f"{path}: truncated, or not a safetensors file; fetch it again") from None
         raise UserError(f"{path}: not a safetensors file (its header is no JSON)") from None
