@@ -98,7 +98,7 @@ class Job(Generic[C]):
         accelerator = make_accelerator(config, device, dtype, run.path)
         self.report(f"loading base {config.base}{_fetching(config.base)}")
         base = load_base(config.base, dtype, device)
-        setup = Setup(base, self.resolution(base), accelerator.autocast, self.report)
+        setup = Setup(base, self.resolution(base), accelerator.autocast, self.report, run.latest() is not None)
         method = self.kind.build(config, setup)
         self.report("training", memory=True)
         done = self.train(base, method, accelerator)

@@ -37,12 +37,14 @@ class Setup:
         size: side of the training pictures in pixels.
         autocast: context of the forward passes.
         report: tells the user something worth a line.
+        resumed: a checkpoint will be loaded next, with all that was learnt before it.
     """
 
     base: Base
     size: int
     autocast: Callable[[], AbstractContextManager[object]]
     report: Callable[[str], None]
+    resumed: bool = False
 
     def noise_schedule(self) -> DDPMScheduler:
         """How the base was trained to see noise."""

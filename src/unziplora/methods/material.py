@@ -39,7 +39,7 @@ class Material:
     def state_dict(self) -> dict[str, Tensor]:
         """What was learnt before the first step: the text encoders' LoRA and the embeddings made with it, by name.
 
-        Learnt anew on another device they would not be the same to the last digit, and the LoRAs have seen these.
+        Learnt anew it would take minutes, and on another device not be the same to the last digit.
         """
         if self.text is None:
             return {}

@@ -55,7 +55,9 @@ LOSS_SCALE = 1024.0
 def learn_words(
     setup: Setup, config: SplitConfig, pictures: Sequence[Image.Image], examples: Examples
 ) -> tuple[TextLora, Examples | None]:
-    """Learn the style's phrase and leave it in the text encoders; a resumed run learns it anew, to the same end.
+    """Learn the style's phrase and leave it in the text encoders.
+
+    A resumed run finds both in its checkpoint (`Material.restored`), so nothing is learnt for it here.
 
     Args:
         setup: the base, without LoRAs; its VAE leaves the device.
@@ -66,18 +68,20 @@ def learn_words(
     Returns:
         The text encoders' LoRA, and the pictures with their variants for the content LoRA, if the recipe asks for them.
     """
-    setup.report(f"learning the phrase {config.style!r}")
     if config.content_variants:
         examples = _with_variants(setup.base, pictures, examples)
     setup.make_room(config, keep_text=True)
     phrase = Phrase(setup.base, config.style, len(examples.latents) // len(pictures), config.phrase_words)
     with visiting(setup.base.text_encoders, setup.base.device):
         prompt = config.fill("a {content} in {style} style")
-        learn_phrase(phrase, setup.noise_schedule(), examples, prompt, config, setup.autocast)
+        if not setup.resumed:
+            setup.report(f"learning the phrase {config.style!r}")
+            learn_phrase(phrase, setup.noise_schedule(), examples, prompt, config, setup.autocast)
         variants = (
             to_device(variant_examples(phrase, examples, config), setup.base) if config.content_variants else None
         )
-        return teach_encoders(phrase, config), variants
+        text = TextLora(setup.base, config) if setup.resumed else teach_encoders(phrase, config)
+        return text, variants
 
 
 def _with_variants(base: Base, pictures: Sequence[Image.Image], examples: Examples) -> Examples:
