@@ -13,6 +13,7 @@ from unziplora.config import resolve, to_toml
 from unziplora.config_blora import BLoraConfig
 from unziplora.config_sample import SampleConfig
 from unziplora.config_split import SplitConfig
+from unziplora.config_training import SDXL
 from unziplora.errors import MachineError, UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import fold_output
@@ -20,7 +21,7 @@ from unziplora.lora.files import Lora, read_lora, write_lora
 from unziplora.lora.layer import adapted, add_lora, attention_linears
 from unziplora.lora.storage import body_hash, open_tensors
 from unziplora.prompts import Prompts
-from unziplora.sample import open_session, sample
+from unziplora.sample import find_sources, open_session, sample, with_headers
 from unziplora.sources import choose_base, find_source, plan
 
 FAST = Settings(steps=2)
@@ -292,6 +293,43 @@ def test_different_bases_ask_for_a_choice(cat: Path, dog: Path, tmp_path: Path):
     with pytest.raises(UserError, match="different bases"):
         choose_base(config, sources)
     assert choose_base(SampleConfig(content=cat, style=other, base="x/y"), sources) == "x/y"
+
+
+def headed(folder: Path, base: Base, kind: str, **metadata: str) -> Path:
+    """A LoRA file, not of a run, with this header."""
+    write_lora(Lora(tiny.random_lora(base.unet, 1)), folder / f"my-{kind}.safetensors", metadata=metadata)
+    return folder / f"my-{kind}.safetensors"
+
+
+class TestBaseOfAFile:
+    """Files of other programs, and ours away from their run, tell the last part of their base's path."""
+
+    def test_a_name_that_is_not_here_is_asked_for(self, tiny_base: Base, tmp_path: Path):
+        file = headed(tmp_path, tiny_base, "content", ss_sd_model_name="ponyXL.safetensors")
+        config = SampleConfig(content=file, prompts=["x"])
+        with pytest.raises(UserError, match=r"my-content\.safetensors: trained on ponyXL\.safetensors, .* with --base"):
+            sample(config)
+        sources = with_headers(config, find_sources(config))
+        assert choose_base(config.model_copy(update={"base": "x/y"}), sources) == "x/y"
+
+    @pytest.mark.parametrize("name", ["sd_xl_base_1.0_0.9vae.safetensors", "stabilityai/stable-diffusion-xl-base-1.0"])
+    def test_sdxl_is_known_by_its_files_names(self, tiny_base: Base, tmp_path: Path, name: str):
+        config = SampleConfig(content=headed(tmp_path, tiny_base, "content", ss_sd_model_name=name))
+        assert choose_base(config, with_headers(config, find_sources(config))) == SDXL
+
+    def test_a_run_tells_the_path_to_a_files_name(self, tiny_base: Base, tiny_folder: Path, cat: Path, tmp_path: Path):
+        style = headed(tmp_path, tiny_base, "style", ss_sd_model_name=tiny_folder.name)
+        config = SampleConfig(content=cat, style=style)
+        assert choose_base(config, with_headers(config, find_sources(config))) == str(tiny_folder)
+        other = SampleConfig(content=cat, style=headed(tmp_path, tiny_base, "style", ss_sd_model_name="ponyXL"))
+        with pytest.raises(UserError, match="different bases"):
+            choose_base(other, with_headers(other, find_sources(other)))
+
+    def test_trigger_words_are_told_where_a_prompt_is_asked_for(self, tiny_base: Base, tmp_path: Path):
+        tags = json.dumps({"10_cat": {"mycat": 10, "sitting": 3}})
+        file = headed(tmp_path, tiny_base, "content", ss_tag_frequency=tags)
+        with pytest.raises(UserError, match="with its trigger words: mycat"):
+            sample(SampleConfig(content=file), tiny_base)
 
 
 def test_lora_for_another_size_does_not_fit(tiny_base: Base, tmp_path: Path):

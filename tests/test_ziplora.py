@@ -452,6 +452,24 @@ class TestDirect:
         with pytest.raises(UserError, match="finished"):
             zip_loras(run.config(ZipConfig), resume=True)
 
+    def test_files_that_tell_trigger_words_and_a_base_need_no_more(
+        self, config: Make, loras: dict[str, Lora], files: dict[str, Path]
+    ):
+        for name, lora in loras.items():
+            tags = {"ss_tag_frequency": json.dumps({"1": {f"my{name}": 9}}), "ss_sd_model_name": "ponyXL.safetensors"}
+            write_lora(lora, files[name], metadata=tags)
+        left_out = {"content_prompt": None, "style_prompt": None, "base": None}
+        keys = config(method="direct").model_dump(exclude_unset=True, exclude=set(left_out))
+        run = zip_loras(ZipConfig(**keys))
+        header = read_lora(run.lora("lora")).metadata
+        assert (header["ss_sd_model_name"], header["modelspec.trigger_phrase"]) == (
+            "ponyXL.safetensors",
+            "mycontent, mystyle",
+        )
+        assert "base_model" not in run.card.read_text()
+        with pytest.raises(UserError, match=r"trained on ponyXL\.safetensors, .* with --base"):
+            zip_loras(ZipConfig(**{**keys, "method": "zip", "out": keys["out"].with_name("other")}))
+
     def test_keeps_text_encoders_convolutions_and_what_the_header_tells_of_the_base(
         self, config: Make, loras: dict[str, Lora], files: dict[str, Path]
     ):
@@ -555,7 +573,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"content_prompt": None}, "does not tell its words(.|\n)*--content-prompt"),
+            ({"content_prompt": None}, "no word of what it was trained with(.|\n)*--content-prompt"),
             ({"style_prompt": "a {thing}"}, "is not known here"),
             ({"style_lora": Path("gone.safetensors")}, "no such run folder or LoRA file"),
             ({"content_images": [Path("gone.png")]}, "no such picture"),

@@ -209,7 +209,7 @@ the same one, as `unziplora sample {folder_argument(run.path)} --mode direct` do
 def _loading(config: TrainingConfig) -> str:
     """The beginning of diffusers' call that opens the base; where it lies on this machine is not told."""
     name = base_name(config)
-    if not Path(config.base).expanduser().exists():
+    if not Path(config.base).expanduser().exists() and not name.endswith(".safetensors"):
         return f"from_pretrained({_string(name)}"
     call = "from_single_file" if name.endswith(".safetensors") else "from_pretrained"
     return f"{call}({_string('PATH/TO/' + name)}"

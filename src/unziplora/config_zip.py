@@ -78,12 +78,11 @@ class ZipConfig(TrainingConfig):
             UserError: a prompt is neither given nor known.
         """
         told = {"content": self.content_prompt, "style": self.style_prompt}
-        for name, text in told.items():
-            if text is None:
-                raise UserError(
-                    f"{getattr(self, f'{name}_lora')} does not tell its words: give the prompt that it was trained "
-                    f"with as --{name}-prompt"
-                )
+        silent = [name for name, text in told.items() if text is None]
+        if silent:
+            files = " and ".join(str(getattr(self, f"{name}_lora")) for name in silent)
+            flags = " and ".join(f"--{name}-prompt" for name in silent)
+            raise UserError(f"{files}: no word of what it was trained with; give the prompt as {flags}")
         content, style = (self.fill(text or "") for text in told.values())
         full = self.fill(self.full_prompt) if self.full_prompt else joined_prompt(content, style)
         return {"full": full, "content": content, "style": style}

@@ -14,12 +14,12 @@ from PIL import Image, PngImagePlugin
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
-from unziplora.config_sample import SampleConfig, read_blocks
+from unziplora.config_sample import GridConfig, SampleConfig, read_blocks
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.generate import Settings, StepCallback, decode, generate, generate_latents
 from unziplora.kinds import KINDS
-from unziplora.lora.files import read_lora
+from unziplora.lora.files import read_lora, scale_blocks
 from unziplora.lora.storage import body_hash
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
@@ -57,7 +57,7 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
     """
     sources = find_sources(config)
     if base is None:
-        known = with_headers(sources)
+        known = with_headers(config, sources)
         prompts = plan(config, known)
         device = pick_device(config.device)
         base = load_base(choose_base(config, known), pick_dtype(config.precision, device), device)
@@ -65,7 +65,7 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
     sources = [with_metadata(source, lora.metadata) for source, lora in zip(sources, loras, strict=True)]
     prompts = plan(config, sources)
     parts = [
-        Part(source.kind, lora, read_blocks(getattr(config, f"{source.kind}_blocks")), str(source.file))
+        Part(source.kind, lora, blocks_of(config, source), str(source.file))
         for source, lora in zip(sources, loras, strict=True)
     ]
     hashes = {
@@ -85,9 +85,21 @@ def find_sources(config: SampleConfig) -> list[Source]:
     return [find_source(path, kind) for kind in KINDS if (path := getattr(config, kind)) is not None]
 
 
-def with_headers(sources: list[Source]) -> list[Source]:
-    """The sources with what the files' headers tell where no run does; that needs no base. Errors as in `read_lora`."""
-    return [with_metadata(source, read_lora(source.file).metadata) for source in sources]
+def with_headers(config: SampleConfig, sources: list[Source]) -> list[Source]:
+    """The sources with their files' headers; that needs no base.
+
+    Raises:
+        UserError: a file is no LoRA, or has no block of a name whose strength is configured.
+    """
+    loras = [read_lora(source.file) for source in sources]
+    for source, lora in zip(sources, loras, strict=True):
+        scale_blocks(lora, blocks_of(config, source), str(source.file))
+    return [with_metadata(source, lora.metadata) for source, lora in zip(sources, loras, strict=True)]
+
+
+def blocks_of(config: SampleConfig, source: Source) -> dict[str, float]:
+    """The strengths of a LoRA's blocks."""
+    return read_blocks(getattr(config, f"{source.kind}_blocks"))
 
 
 def strengths(config: SampleConfig, sources: list[Source]) -> dict[str, float]:
@@ -114,8 +126,7 @@ def sample(config: SampleConfig, base: Base | None = None, progress: StepCallbac
         UserError: something given does not exist, is damaged, or does not fit together.
         MachineError: out of memory, disk full, no permission.
     """
-    if config.out.exists() and not config.out.is_dir():
-        raise UserError(f"--out {config.out} is a file; give a folder for the pictures")
+    check_out(config)
     paths = []
     with open_session(config, base) as session:
         size = config.batch_size
@@ -131,6 +142,16 @@ def sample(config: SampleConfig, base: Base | None = None, progress: StepCallbac
                 paths.append(write_picture(picture, config.out / f"{stem}.png", text))
             done += len(seeds) * config.steps
     return paths
+
+
+def check_out(config: SampleConfig) -> None:
+    """Refuse a file in the place of the folder for the pictures; a grid is a file itself.
+
+    Raises:
+        UserError: a file is there.
+    """
+    if not isinstance(config, GridConfig) and config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out} is a file; give a folder for the pictures")
 
 
 def _shift(progress: StepCallback | None, before: int, total: int) -> StepCallback | None:

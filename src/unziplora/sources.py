@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from unziplora.base_hub import names_a_model
 from unziplora.config import read_toml
 from unziplora.config_sample import SampleConfig
 from unziplora.config_training import SDXL
 from unziplora.config_zip import joined_prompt
 from unziplora.errors import UserError
 from unziplora.kinds import KINDS
+from unziplora.lora.metadata import trigger_words
 from unziplora.prompts import Prompts
 from unziplora.run import MERGED, RunFolder
 from unziplora.templates import fill
@@ -27,11 +29,24 @@ class Source:
         kind: 'content' or 'style'.
         file: the LoRA.
         run: keys of the run's configuration; empty for a file that tells nothing.
+        header: what the file says of itself.
     """
 
     kind: str
     file: Path
     run: Mapping[str, Any] = field(default_factory=dict)
+    header: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str | None:
+        """What the LoRA was trained on, in the words of its run or of its header; None: neither tells."""
+        told = str(self.run.get("base") or self.header.get("ss_sd_model_name") or "")
+        return SDXL if told.startswith("sd_xl_base_1.0") else told or None  # as Stability's own file is called
+
+    @property
+    def trigger(self) -> str | None:
+        """The first trigger word that the header tells."""
+        return next(iter(trigger_words(self.header)), None)
 
     def prompt(self, name: str) -> str | None:
         """The run's template of the full, content or style prompt, or None if none is known."""
@@ -96,32 +111,45 @@ def _run(file: Path) -> dict[str, Any]:
 
 
 def with_metadata(source: Source, metadata: Mapping[str, str]) -> Source:
-    """The source with the settings from its file's header, if no run folder told them."""
-    if source.run:
-        return source
+    """The source with its file's header, and the settings in there if no run folder told them."""
     try:
-        settings = json.loads(metadata.get("unziplora.settings", "{}"))
+        settings = source.run or json.loads(metadata.get("unziplora.settings", "{}"))
     except ValueError:
-        return source
-    return Source(source.kind, source.file, settings if isinstance(settings, dict) else {})
+        settings = {}
+    return replace(source, run=settings if isinstance(settings, Mapping) else {}, header=metadata)
 
 
 def choose_base(config: SampleConfig, sources: list[Source]) -> str:
-    """The base to use: the one asked for, else the runs' common one, else SDXL base 1.0.
+    """The base to use: the one asked for, else the LoRAs' common one, else SDXL base 1.0.
 
     Raises:
-        UserError: the runs were trained on different bases.
+        UserError: the LoRAs were trained on different bases, or on one that is not here under that name.
     """
-    return config.base or common_base(sources) or SDXL
+    return config.base or at_hand(common_base(sources), sources) or SDXL
+
+
+def at_hand(base: str | None, sources: Iterable[Source]) -> str | None:
+    """The base that LoRAs tell of, which may be a mere name: headers keep the last part of a path.
+
+    Raises:
+        UserError: it is not here under that name.
+    """
+    if base is None or base == "bundled" or names_a_model(base) or Path(base).expanduser().exists():
+        return base
+    files = " and ".join(str(source.file) for source in sources if source.base == base)
+    raise UserError(f"{files}: trained on {base}, which is not here under that name: give its path with --base")
 
 
 def common_base(sources: Iterable[Source]) -> str | None:
-    """The base that all runs were trained on, of those that tell.
+    """The base that all LoRAs were trained on, of those that tell.
 
     Raises:
         UserError: they were trained on different ones.
     """
-    known = {str(source.run["base"]): source.file for source in sources if source.run.get("base")}
+    known = {source.base: source.file for source in sources if source.base}
+    for base in list(known):  # of a path, headers keep the last part
+        if any(base != other and base == Path(other).name for other in known):
+            del known[base]
     if len(known) > 1:
         told = ", ".join(f"{file} on {base}" for base, file in known.items())
         raise UserError(f"the LoRAs were trained on different bases ({told}): choose one with --base")
@@ -153,7 +181,9 @@ def plan(config: SampleConfig, sources: list[Source]) -> list[Prompts]:
     fulls: list[str | None] = list(config.prompts) or [default]
     if fulls[0] is None:
         files = ", ".join(str(source.file) for source in sources)
-        raise UserError(f"{files} does not tell its words: say what to show with --prompts")
+        triggers = ", ".join(source.trigger for source in sources if source.trigger)
+        known = f", with its trigger words: {triggers}" if triggers else ""
+        raise UserError(f"{files} does not tell its words: say what to show with --prompts{known}")
     separate = len(by_kind) == 2 and config.mode != "direct"
     unknown = [name for name, text in templates.items() if text is None]
     if separate and unknown:

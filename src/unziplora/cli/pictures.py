@@ -55,14 +55,19 @@ def _plan(config: SampleConfig, as_json: bool) -> None:
     """Show the settings, and what follows from the LoRAs: base, guidance and prompts; no weights of a base are read."""
     with stdout_kept():
         from unziplora.base_sizes import inspect_base
-        from unziplora.sample import find_sources, with_headers
+        from unziplora.device import pick_device
+        from unziplora.sample import check_out, find_sources, with_headers
         from unziplora.sources import choose_base, guidance, plan
 
-        sources = with_headers(find_sources(config))
+        check_out(config)
+        pick_device(config.device)
+        sources = with_headers(config, find_sources(config))
         base, prompts = choose_base(config, sources), plan(config, sources)
         inspect_base(base)
     told = {"base": base, "guidance": guidance(config, sources), "prompts": [asdict(prompt) for prompt in prompts]}
     lines = [f"# base: {base}", f"# guidance: {told['guidance']:g}", *(f"# prompt: {p.full}" for p in prompts)]
+    if isinstance(config, GridConfig):
+        lines.append("# rows: {}, columns: {}".format(*config.axes()))
     result = {"config": config.model_dump(mode="json"), **told}
     emit(result, lambda: "\n".join([to_toml(config), *lines]), as_json)
 

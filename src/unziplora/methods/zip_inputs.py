@@ -26,14 +26,14 @@ from unziplora.methods.common import Setup
 from unziplora.mount import Mounted, Part
 from unziplora.objective import Examples
 from unziplora.prompts import Prompts
-from unziplora.sources import Source, common_base, find_source, with_metadata
+from unziplora.sources import Source, at_hand, common_base, find_source, with_metadata
 
 
 def complete(config: ZipConfig) -> ZipConfig:
     """The recipe with what the LoRAs' own runs tell where it is silent: base, prompts, pictures, guidance.
 
     Raises:
-        UserError: a LoRA is not there, or the runs were trained on different bases.
+        UserError: a LoRA is not there, or they were trained on different bases, or on one that is needed and not here.
     """
     given = {name: value for name, value in config.model_dump(exclude_unset=True).items() if value is not None}
     sources = {name: _source(getattr(config, f"{name}_lora"), name) for name in KINDS}
@@ -42,13 +42,14 @@ def complete(config: ZipConfig) -> ZipConfig:
     if known:
         found["sample_guidance"] = known[0]
     for name, source in sources.items():
-        if prompt := source.filled_prompt(name):
+        # A sum needs words for its card alone, so a trigger word will do; ZipLoRA trains with them.
+        if prompt := source.filled_prompt(name) or (source.trigger if config.method == "direct" else None):
             found[f"{name}_prompt"] = prompt
         if config.method == "zip":
             pictures = [Path(path) for path in source.run.get("images", [])]
             found[f"{name}_images"] = [path for path in pictures if path.is_file()]
     if "base" not in given and (base := common_base(sources.values())):
-        found["base"] = base
+        found["base"] = base if config.method == "direct" else at_hand(base, sources.values())
     values = {**found, **given}
     if values.keys() >= {"content_prompt", "style_prompt"}:
         values.setdefault("full_prompt", joined_prompt(values["content_prompt"], values["style_prompt"]))
@@ -58,7 +59,7 @@ def complete(config: ZipConfig) -> ZipConfig:
 def _source(path: Path, name: str) -> Source:
     """A LoRA file with its run's settings: those beside it, or those in its header."""
     source = find_source(path, name)
-    return source if source.run else with_metadata(source, read_header(source.file).metadata)
+    return with_metadata(source, read_header(source.file).metadata)
 
 
 def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) -> dict[str, Lora]:
