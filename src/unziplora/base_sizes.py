@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.base import BUNDLED, SAMPLE_SIZE, config_folder
+from unziplora.base_checkpoint import check_checkpoint
 from unziplora.base_files import PARTS, check_folder, check_suffix, read_json
 from unziplora.base_hub import names_a_model
 from unziplora.errors import UserError, first_line
@@ -66,7 +67,7 @@ def inspect_base(source: str) -> Sizes:
     Raises:
         UserError: no such base, or its configuration is damaged.
     """
-    folder = _folder(source)
+    folder = base_folder(source)
     index = read_json((folder or FULL_SIZE) / "model_index.json")
     assumed, folder = folder is None, folder or FULL_SIZE
     try:
@@ -101,15 +102,21 @@ def must_be_fetched(source: str) -> bool:
     return names_a_model(source) and not Path(source).exists() and _fetched(source) is None
 
 
-def _folder(source: str) -> Path | None:
-    """The folder with a base's configuration, or None if it would have to be fetched."""
+def base_folder(source: str) -> Path | None:
+    """The folder with a base's configuration, or None if it would have to be fetched.
+
+    Raises:
+        UserError: no such base, or it is of another family, or a part is missing.
+    """
     path = BUNDLED / "emoji-xl" if source == "bundled" else Path(source).expanduser()
     if path.is_dir():
         check_folder(path, half=True)
         return path
     if path.is_file():
         check_suffix(path)
-        return config_folder(path, read_header(path))
+        header = read_header(path)
+        check_checkpoint(path, header)
+        return config_folder(path, header)
     if source != "bundled" and names_a_model(source):
         return _fetched(source)
     raise UserError(f"base {source!r}: no such file or folder")

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from unziplora.base_sizes import inspect_base
+from unziplora.base_sizes import base_folder, inspect_base
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
@@ -25,7 +25,8 @@ def check_job(kind: type[Method[C]], config: C, side: int) -> None:
         side: pixels at which pictures and masks are opened.
 
     Raises:
-        UserError: a picture, a mask, a word or a block map is not usable, or this machine lacks what a setting needs.
+        UserError: a picture, a mask, a word, a block map or the base is not usable, or this machine lacks what a
+            setting needs.
     """
     if isinstance(config, PictureConfig):
         for path in config.images:
@@ -44,6 +45,7 @@ def check_job(kind: type[Method[C]], config: C, side: int) -> None:
         if find_spec(name) is None:  # accelerate would leave it out without a word
             raise UserError(f"tracker {name} is not installed: pip install {name}, or leave it out")
     find_optimizer(config.optimizer)
+    base_folder(config.base)
     if config.resolution:
         check_resolution(config.resolution, inspect_base(config.base).latent_scale)
 
