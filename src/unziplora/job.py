@@ -77,6 +77,7 @@ def in_run_folder(config: TrainingConfig, resume: bool, work: Callable[[RunFolde
         if run.card.exists():  # the last file to be written
             raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
         work(run)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # twice the size of everything else
     return run
 
 
@@ -110,7 +111,6 @@ class Job(Generic[C]):
         if config.sample_seeds:
             self.last_sample(base, method)
         write_card(run, config, about, loras)
-        shutil.rmtree(run.checkpoints, ignore_errors=True)  # twice the size of everything else
         accelerator.end_training()
 
     def stopped(self, where: str) -> Interrupted:
