@@ -122,6 +122,8 @@ def test_prompt_grid_shows_every_prompt_with_every_seed(shared_base: Base, tmp_p
         ({"prompts": ["x"], "rows": "content_strength"}, "needs --content"),
         ({"content": "a", "style": "b", "seeds": [1, 2]}, "2 seeds, but no axis shows them"),
         ({"content": "a", "content_strengths": []}, "content_strengths"),
+        ({"content": "a", "style": "b", "style_strength": 0.85}, "give style_strengths, or another axis"),
+        ({"content": "a", "content_strengths": [0, 1], "columns": "seed"}, "add --columns content_strength"),
     ],
 )
 def test_grids_that_cannot_be_are_refused(keys: dict, message: str):
@@ -138,4 +140,6 @@ def test_grid_is_written_to_a_png_file_only(tmp_path: Path):
 def test_axes_follow_what_is_given():
     assert GridConfig(content="a", style="b", rows="seed").axes() == ("seed", "style_strength")
     assert GridConfig(content="a", columns="content_strength").axes() == ("prompt", "content_strength")
+    assert GridConfig(style="a", style_strengths=[0, 1]).axes() == ("prompt", "style_strength")
+    assert GridConfig(style="a", style_strength=0.85).axes() == ("prompt", "seed")
     assert GridConfig(content="a", style="b", prompts=["x", "y"], seeds=[1, 2]).axes() == ("prompt", "seed")

@@ -106,9 +106,16 @@ class GridConfig(SampleConfig):
 
     out: Path = key(Path("grid.png"), "Picture file to write.", "Input")
     rows: Axis = key(
-        "auto", "What changes from row to row; auto: content strength, or prompts where one LoRA is given.", "Grid"
+        "auto",
+        "What changes from row to row; auto: content strength where both LoRAs are given, else prompts.",
+        "Grid",
     )
-    columns: Axis = key("auto", "What changes along a row; auto: style strength, or seeds.", "Grid")
+    columns: Axis = key(
+        "auto",
+        "What changes along a row; auto: style strength where both LoRAs are given, else the strengths that are, or "
+        "seeds.",
+        "Grid",
+    )
     content_strengths: list[float] = key([0.0, 0.5, 1.0], "Strengths on a content axis.", "Grid", min_length=1)
     style_strengths: list[float] = key([0.0, 0.5, 1.0], "Strengths on a style axis.", "Grid", min_length=1)
 
@@ -127,6 +134,12 @@ class GridConfig(SampleConfig):
         for axis in (rows, columns):
             if axis.endswith("_strength") and getattr(self, axis.removesuffix("_strength")) is None:
                 raise ValueError(f"an axis of {axis} needs --{axis.removesuffix('_strength')}")
+        for name in KINDS:
+            shown = f"{name}_strength" in (rows, columns)
+            if shown and self._chosen(f"{name}_strength"):
+                raise ValueError(f"{name}_strength is what an axis changes: give {name}_strengths, or another axis")
+            if not shown and self._chosen(f"{name}_strengths"):
+                raise ValueError(f"no axis shows {name}_strengths: add --columns {name}_strength")
         for axis, values in (("prompt", self.prompts), ("seed", self.seeds)):
             if len(values) > 1 and axis not in (rows, columns):
                 raise ValueError(f"{len(values)} {axis}s, but no axis shows them: give one, or --columns {axis}")
@@ -137,10 +150,16 @@ class GridConfig(SampleConfig):
         both = self.content is not None and self.style is not None and len(self.prompts) < 2
         rows = "content_strength" if both and self.columns != "content_strength" else "prompt"
         columns = "style_strength" if both and self.rows != "style_strength" else "seed"
+        if not both:
+            listed = [f"{name}_strength" for name in KINDS if self._chosen(f"{name}_strengths")]
+            columns = next((axis for axis in listed if axis != self.rows), columns)
         return (
             rows if self.rows == "auto" else self.rows,
             columns if self.columns == "auto" else self.columns,
         )
+
+    def _chosen(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
 
 
 def read_blocks(entries: list[str]) -> dict[str, float]:
