@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from unziplora.cli.common import json_option
 from unziplora.cli.output import emit, stdout_kept
 from unziplora.errors import UserError
+
+if TYPE_CHECKING:
+    from unziplora.lora.inspect import Inspection
 
 _LAYOUT = click.Option(
     ["--layout"],
@@ -29,11 +33,28 @@ def run_inspect(files: tuple[str, ...], as_json: bool) -> None:
     with stdout_kept():
         from unziplora.lora.inspect import inspect
 
-        found = [inspect(Path(file)) for file in files]
-    if as_json and len(found) > 1:
-        emit({"files": [one.model_dump(mode="json") for one in found]}, "", True)
-    else:
-        emit(found[0], lambda: "\n\n".join(str(one) for one in found), as_json)
+        paths = [path for file in files for path in _loras(Path(file))]
+        found: list[Inspection | UserError] = []
+        for path in paths:
+            try:
+                found.append(inspect(path))
+            except UserError as error:  # one file that is no LoRA must not hide the others
+                if len(paths) == 1:
+                    raise
+                found.append(error)
+    told = [
+        {"path": str(path), "error": str(one)} if isinstance(one, UserError) else one.model_dump(mode="json")
+        for path, one in zip(paths, found, strict=True)
+    ]
+    text = "\n\n".join(str(one) for one in found)
+    emit(told[0] if len(told) == 1 else {"files": told}, text, as_json)
+    if any(isinstance(one, UserError) for one in found):
+        raise click.exceptions.Exit(UserError.exit_code)
+
+
+def _loras(path: Path) -> list[Path]:
+    """A file, or the LoRAs of a run folder or of any other."""
+    return (sorted(path.glob("*.safetensors")) if path.is_dir() else []) or [path]
 
 
 def run_convert(source: str, target: str, layout: str, dtype: str | None, force: bool, as_json: bool) -> None:
@@ -83,9 +104,10 @@ inspect_command = click.Command(
 
     \b
       unziplora inspect runs/cat/style.safetensors
+      unziplora inspect ComfyUI/models/loras
     """,
     short_help="Say what LoRA files hold and which programs load them.",
-    params=[click.Argument(["files"], nargs=-1, required=True, metavar="FILE..."), json_option()],
+    params=[click.Argument(["files"], nargs=-1, required=True, metavar="FILE_OR_FOLDER..."), json_option()],
 )
 
 convert_command = click.Command(
