@@ -45,7 +45,9 @@ class BenchConfig(Recipe):
         "Input",
     )
     quick: bool = key(False, "Only the first two cases and the first seed.", "Input")
-    settings: Path | None = key(None, "TOML file with settings per method, as a search writes it.", "Input")
+    settings: Path | None = key(
+        None, "TOML file with settings per method, as a search writes it; a search keeps what it does not try.", "Input"
+    )
 
     methods: list[MethodName] = key(
         [name for name in get_args(MethodName) if name != "paper"],
@@ -93,8 +95,6 @@ class BenchConfig(Recipe):
             raise ValueError("settings are searched on the cases of split dev; those of test are for the final figures")
         if self.search and not set(SEARCHED) & set(self.methods):
             raise ValueError(f"nothing to search settings for: name some of {', '.join(SEARCHED)} with --methods")
-        if self.search and self.settings is not None:
-            raise ValueError("a search writes settings: leave --settings or --search out")
         models = bool(self.csd or (self.clip and self.dino))
         if self.pictures is not None and not models:
             raise ValueError("pictures are measured by models: give --clip and --dino, or --csd, or all three")

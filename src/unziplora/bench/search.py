@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -102,7 +103,7 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
 
     Each setting is a benchmark of its own in `out/search/NN`; the scale is that of base and oracle as they are. The
     score is the first measure's, the mean over training seeds; where scores are equal, `Search.means` decides.
-    ZipLoRA is searched last, on the best DreamBooth.
+    ZipLoRA is searched last, on the best DreamBooth. What `config.settings` says beyond the grid's keys holds for all.
 
     Args:
         bench: use this one, instead of opening one.
@@ -118,17 +119,19 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
     means: dict[str, list[float]] = {}
     best: dict[str, dict[str, Any]] = {}
     homes: dict[str, Path] = {}
+    given = bench.place.overrides
     for name in names:
         folders = [bench.place.folder / "search" / name / f"{number:02d}" for number in range(len(settings))]
         found: list[tuple[float, float]] = []
         for folder, setting in zip(folders, settings, strict=True):
-            overrides = {**best, name: setting.overrides(name)}
+            overrides = {**given, **best, name: _over(given.get(name, {}), setting.overrides(name))}
             place = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
             results = replace(bench, place=place).measure([name])
             found.append(_score(summarise(config, [*ends, *results], [bench.measures[0].name]), name))
         winner = found.index(max(found))
         scores[name], means[name] = [score for score, _ in found], [mean for _, mean in found]
-        best[name], homes = settings[winner].overrides(name), {**homes, name: folders[winner]}
+        best[name] = _over(given.get(name, {}), settings[winner].overrides(name))
+        homes = {**homes, name: folders[winner]}
     file = bench.place.folder / "settings.toml"
     tried = [asdict(setting) for setting in settings]
     result = Search(tried=tried, scores=scores, means=means, best=best, file=file)
@@ -136,6 +139,12 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
     atomic_write(bench.place.folder / "search.json", told + "\n")
     atomic_write(file, tomli_w.dumps(best))
     return result
+
+
+def _over(given: Mapping[str, Any], tried: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys given with those of a setting above them, in tables within too."""
+    inner = {name: _over(given.get(name, {}), value) for name, value in tried.items() if isinstance(value, Mapping)}
+    return {**given, **tried, **inner}
 
 
 def _score(report: Report, method: str) -> tuple[float, float]:
