@@ -144,7 +144,12 @@ class TestWrongRequests:
             (["zip"], "unziplora zip CONTENT STYLE; see unziplora zip --help"),
             (["demo", "--steps", "0"], "--steps"),
             (["split"], "unziplora split PICTURE …; see unziplora split --help"),
-            (["split", "cat.png"], "content is missing"),
+            (["split", "cat.png"], "content is missing (--content): Word for the subject"),
+            (["split", "--content", "cat"], "unziplora split PICTURE …; see unziplora split --help"),
+            (["zip", "one.safetensors"], "unziplora zip CONTENT STYLE; see unziplora zip --help"),
+            (["sample", "--seeds", "0, 1"], "Repeat the flag: --seeds 0 --seeds 1"),
+            (["sample", "--prompts", "x", "--out", "cat.png", "--dry-run"], "cat.png is a file"),
+            (["sample", "--prompts", "x", "--device", "cud", "--dry-run"], "device 'cud' is not available"),
             (["split", "--resume"], "--resume needs the run folder"),
             ([*SPLIT, "--resume", "--out", "nowhere"], "no run to resume here"),
             ([*SPLIT, "--config", "gone.toml"], "gone.toml: no such configuration file"),
@@ -176,6 +181,13 @@ class TestWrongRequests:
         assert done.code == 2
         assert "gone.safetensors': no such file or folder" in done.err
         assert call(*SPLIT, "--base", tiny_folder, *QUICK, "--sample-seeds", "none", "--quiet").code == 0
+
+    @pytest.mark.parametrize("more", [(), ("--resolution", "64"), ("--dry-run",)])
+    def test_a_base_that_is_none_is_named_and_leaves_no_folder(self, call: Call, more: tuple[str, ...]) -> None:
+        done = call(*SPLIT, "--base", lora_file(Path("a.safetensors")), *more, "--out", "runs/x", "--quiet")
+        assert done.code == 2
+        assert "a LoRA, not a base model" in done.err
+        assert not Path("runs").exists()
 
     def test_a_mistyped_flag_brings_up_the_nearest(self, call: Call) -> None:
         assert "--rank" in call(*SPLIT, "--rnak", "3").err
@@ -433,6 +445,17 @@ class TestFiles:
         assert one["ranks"] == {"2": one["modules"]}
         both = call("inspect", finished / "style.safetensors", finished / "content.safetensors", "--json").json
         assert len(both["files"]) == 2
+
+    def test_inspect_of_a_folder_with_a_file_that_is_no_lora(self, call: Call) -> None:
+        for path in (lora_file(Path("loras/a.safetensors")), Path("loras/b.safetensors"), Path("loras/c.txt")):
+            path.touch()
+        done = call("inspect", "loras")
+        assert done.code == 2
+        assert "loads in" in done.out
+        assert done.out.endswith("loras/b.safetensors: the file is empty; fetch it again\n")
+        good, bad = call("inspect", "loras", "--json").json["files"]
+        assert (good["path"], good["ranks"]) == ("loras/a.safetensors", {"4": 1})
+        assert bad == {"path": "loras/b.safetensors", "error": "loras/b.safetensors: the file is empty; fetch it again"}
 
     def test_convert_and_back(self, call: Call) -> None:
         path = lora_file(Path("a.safetensors"))

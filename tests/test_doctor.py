@@ -185,7 +185,7 @@ class TestMemory:
         assert "(estimate)" in text
         assert "(fits)" in text
         assert all(line.startswith("# ") for line in text.splitlines())
-        assert "does not fit" in memory.model_copy(update={"available": 1}).table()
+        assert "(does not fit; needs less: --gradient-ch" in memory.model_copy(update={"available": 1}).table()
 
     def test_smaller_settings_come_to_an_end(self) -> None:
         told, changes = [], dict[str, Any](batch_size=2)

@@ -128,7 +128,9 @@ def describe(error: ValidationError, model: type[Recipe]) -> str:
             lines.append(f"unknown key {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         elif fault["type"] == "missing":
             field = model.model_fields.get(name)
-            lines.append(f"{name} is missing" + (f": {field.description}" if field else ""))
+            lines.append(
+                f"{name} is missing (--{name.replace('_', '-')})" + (f": {field.description}" if field else "")
+            )
         else:
             message = fault["msg"].removeprefix("Value error, ")
             lines.append(f"{name}: {message} (got {fault['input']!r})" if name else message)

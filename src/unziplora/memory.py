@@ -46,6 +46,7 @@ class Memory(BaseModel):
         resolution: pixels.
         lines: the parts; `exact` ones follow from sizes, the others are estimates.
         available: bytes free on the device now, if that can be told.
+        advice: the setting to change first if that is too little.
     """
 
     base: str
@@ -55,6 +56,7 @@ class Memory(BaseModel):
     resolution: int
     lines: list[Line]
     available: int | None
+    advice: str | None = None
 
     @property
     def total(self) -> int:
@@ -76,7 +78,8 @@ class Memory(BaseModel):
         ]
         rows.append(f"  {'together':<{width}}  {size(self.total):>10}")
         if self.available is not None:
-            verdict = "fits" if self.fits else "does not fit"
+            advice = f"; needs less: {self.advice}" if self.advice else ""
+            verdict = "fits" if self.fits else f"does not fit{advice}"
             rows.append(f"  {'free now':<{width}}  {size(self.available):>10}  ({verdict})")
         if self.assumed:
             rows.append(f"{self.base} is not on this machine: the sizes are SDXL's own.")
@@ -114,6 +117,7 @@ def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[s
         resolution=_resolution(config, sizes),
         lines=lines,
         available=free_bytes(device),
+        advice=smaller(config),
     )
 
 

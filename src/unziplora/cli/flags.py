@@ -37,7 +37,15 @@ class Cleared(click.ParamType):
         self.name = inner.name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == NONE else self.inner.convert(value, param, ctx)
+        if value == NONE:
+            return value
+        try:
+            return self.inner.convert(value, param, ctx)
+        except click.BadParameter as error:
+            if param is not None and param.multiple and "," in str(value):
+                each = " ".join(f"{param.opts[0]} {item.strip()}" for item in str(value).split(","))
+                self.fail(f"{error.message} Repeat the flag: {each}", param, ctx)
+            raise
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str | None:
         if isinstance(self.inner, click.Choice):
@@ -141,7 +149,9 @@ def plain(value: Any) -> str:
     """A value as it would be typed."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
+        return ", ".join(plain(item) for item in value)
+    if isinstance(value, tuple):
         return " ".join(plain(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 

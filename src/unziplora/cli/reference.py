@@ -18,7 +18,7 @@ from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.config_probe import ProbeConfig
 from unziplora.config_sample import GridConfig, SampleConfig
 from unziplora.config_split import SplitConfig
-from unziplora.config_training import PictureConfig
+from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.config_zip import ZipConfig
 
 HEAD = """# Configuration
@@ -35,18 +35,19 @@ This page is made from the code by `python -m unziplora.cli.reference > docs/con
 
 def reference() -> str:
     """The whole page, Markdown."""
-    trained = "What all trainings share"
+    trained, pictures = "What all trainings share", "What all trainings on pictures share"
     return "\n".join(
         [
             HEAD,
-            _section(trained, PictureConfig),
-            _section("`unziplora split`", SplitConfig, PictureConfig, trained),
+            _section(trained, TrainingConfig),
+            _section(pictures, PictureConfig, TrainingConfig, trained),
+            _section("`unziplora split`", SplitConfig, PictureConfig, pictures),
             _presets(SplitConfig),
-            _section("`unziplora train dreambooth`", DreamBoothConfig, PictureConfig, trained),
+            _section("`unziplora train dreambooth`", DreamBoothConfig, PictureConfig, pictures),
             _presets(DreamBoothConfig),
-            _section("`unziplora train blora`", BLoraConfig, PictureConfig, trained),
+            _section("`unziplora train blora`", BLoraConfig, PictureConfig, pictures),
             _presets(BLoraConfig),
-            _section("`unziplora zip`", ZipConfig, PictureConfig, trained),
+            _section("`unziplora zip`", ZipConfig, TrainingConfig, trained),
             _section("`unziplora sample`", SampleConfig),
             _section("`unziplora grid`", GridConfig, SampleConfig, "`unziplora sample`"),
             _section("`unziplora blocks`", ProbeConfig),

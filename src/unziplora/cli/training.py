@@ -49,9 +49,6 @@ class Training:
     ) -> None:
         """Carry out the command."""
         given = self._layers(ctx, picture, config_file, resume)
-        if not any(given):
-            command = f"unziplora {self.command}"
-            raise UserError(f"say what to learn from: {command} PICTURE …; see {command} --help")
         config = resolve(self.model, *given)
         if dry_run:
             self._plan(config, as_json)
@@ -70,6 +67,9 @@ class Training:
         if pictures:
             flags["images"] = [*pictures, *flags.get("images", [])]
         named = flags.get("images") or file.get("images")
+        if not named and not resume:
+            command = f"unziplora {self.command}"
+            raise UserError(f"say what to learn from: {command} PICTURE …; see {command} --help")
         default = Path(str(named[0])).stem if named and isinstance(named, list) else None
         return run_layers(self.command, file, flags, default, resume)
 

@@ -29,8 +29,6 @@ def run_zip(
 ) -> None:
     """Carry out the command."""
     given = _layers(ctx, content, style, config_file, resume)
-    if not any(given):
-        raise UserError("say what to merge: unziplora zip CONTENT STYLE; see unziplora zip --help")
     config = resolve(ZipConfig, *given)
     if dry_run:
         _plan(config, as_json)
@@ -50,6 +48,8 @@ def _layers(
     named = {"content_lora": content, "style_lora": style}
     flags = {**{name: path for name, path in named.items() if path}, **flags}
     loras = [flags.get(name) or file.get(name) for name in named]
+    if not all(loras) and not resume:
+        raise UserError("say what to merge: unziplora zip CONTENT STYLE; see unziplora zip --help")
     default = "-".join(_name(Path(str(lora))) for lora in loras) if all(loras) else None
     return run_layers("zip", file, flags, default, resume)
 
