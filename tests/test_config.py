@@ -1,5 +1,6 @@
 """The configuration: layers, presets, faults, TOML, and the generated documentation."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,10 @@ import pytest
 
 from unziplora.cli.reference import reference
 from unziplora.config import read_toml, resolve, to_toml
+from unziplora.config_blora import BLoraConfig
+from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.config_split import PRESETS, SplitConfig
+from unziplora.config_zip import ZipConfig
 from unziplora.errors import UserError
 
 GIVEN: dict[str, Any] = {"images": ["cat.jpg"], "content": "cat", "style": "pencil sketch", "out": "runs/cat"}
@@ -76,7 +80,7 @@ def test_all_faults_are_told_at_once() -> None:
 
 
 def test_missing_keys_are_explained() -> None:
-    with pytest.raises(UserError, match='content is missing: Word for the subject, such as "cat"'):
+    with pytest.raises(UserError, match=r'content is missing \(--content\): Word for the subject, such as "cat"'):
         resolve(SplitConfig, {"images": ["a.png"], "style": "x", "out": "y"})
 
 
@@ -158,3 +162,15 @@ def test_the_documentation_of_the_keys_is_up_to_date() -> None:
     assert page.read_text(encoding="utf-8") == reference(), (
         "run: python -m unziplora.cli.reference > docs/configuration.md"
     )
+
+
+def test_every_key_that_the_documentation_gives_a_command_is_one() -> None:
+    models = {"split": SplitConfig, "train dreambooth": DreamBoothConfig, "train blora": BLoraConfig, "zip": ZipConfig}
+    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", reference(), re.DOTALL | re.MULTILINE))
+    for command, model in models.items():
+        keys, title = set(), f"`unziplora {command}`"
+        while title:
+            keys |= set(re.findall(r"^\| `(\w+)` \|", sections[title], re.MULTILINE))
+            below = re.search("The keys of “(.+)”, and:", sections[title])
+            title = below[1] if below else ""
+        assert keys == set(model.model_fields), command
