@@ -11,6 +11,8 @@ import click
 import pytest
 
 from unziplora.cli import cli
+from unziplora.config import read_toml, resolve
+from unziplora.config_split import SplitConfig
 from unziplora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -111,3 +113,10 @@ def test_links_lead_somewhere(page: Path) -> None:
             # as GitHub makes them: lower case, hyphens for spaces, punctuation left out
             slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, target
+
+
+def test_the_readmes_settings_file_is_one(tmp_path: Path) -> None:
+    (text,) = blocks(ROOT / "README.md", "toml")
+    (tmp_path / "cat.toml").write_text(text)
+    config = resolve(SplitConfig, read_toml(tmp_path / "cat.toml"), {"out": "runs/cat"})
+    assert (config.content, config.rank) == ("cat", 32)
