@@ -1,3 +1,4 @@
+import json
 import zipfile
 from pathlib import Path
 
@@ -76,7 +77,13 @@ def test_cases_are_chosen_by_name_and_quick_takes_a_pair():
 def test_the_file_is_small_and_tells_whose_drawings_it_holds():
     assert CASES.stat().st_size < 4_000_000
     with zipfile.ZipFile(CASES) as archive:
-        assert "Apache License 2.0" in archive.read("NOTICE").decode()
+        notice, told = archive.read("NOTICE").decode(), json.loads(archive.read("cases.json"))
+    assert {entry["key"]: entry["licence"] for entry in told["attributions"]} == {
+        "noto-v1": "Apache-2.0",
+        "fxemoji": "CC-BY-4.0",
+    }
+    for link in ("www.apache.org/licenses/LICENSE-2.0", "creativecommons.org/licenses/by/4.0/"):
+        assert f"https://{link}" in notice
 
 
 @pytest.mark.parametrize("content", [None, b"no zip"])
