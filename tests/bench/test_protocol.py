@@ -131,6 +131,21 @@ class TestEvaluate:
         values = [row["values"] for row in again["pictures"]]
         assert [v["one"] for v in values] == [row["values"]["colours"] for row in first["pictures"]]
 
+    def test_a_measure_with_other_weights_scores_anew(
+        self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+    ):
+        def asked(mark: str) -> int:
+            measure = Colours()
+            measure.mark = mark
+            self.run(place, tiny_base, fake, cases, measure)
+            return measure.asked
+
+        assert asked("old") > 0
+        monkeypatch.setattr(protocol, "generate", None)
+        assert asked("old") == 0
+        assert asked("new") > 0
+        assert asked("new") == 0
+
     def test_some_of_the_measures_are_there_already(
         self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
@@ -249,8 +264,14 @@ class TestMethods:
         torch.testing.assert_close(delta(zipped.merged.modules[path]), parts, rtol=1e-2, atol=1e-5)
         METHODS["ziplora"].mix(place, cat, dog, 0)
         assert METHODS["ziplora"].train(place, cat, 0).merged.modules.keys() == zipped.merged.modules.keys()
-        assert (place.run_folder("ziplora", cat, 0) / "zip-dog" / "lora.safetensors").is_file()
+        assert len(list(place.run_folder("ziplora", cat, 0).glob("zip-dog-*/lora.safetensors"))) == 1
         assert not (place.run_folder("dreambooth", dog, 0) / "content").exists()
+
+    def test_a_merger_of_other_loras_is_another(self, place: Workplace, cases: Cases):
+        now = replace(place, overrides={"dreambooth": {"style": {"learning_rate": 0.5}}})
+        before, after = (METHODS["ziplora"].recipes(one, cases["cat"], 0)[-1] for one in (place, now))
+        assert before.out != after.out
+        assert METHODS["ziplora"].recipes(place, cases["cat"], 0)[-1].out == before.out
 
     def test_mix_takes_the_content_of_one_and_the_style_of_the_other(self, place: Workplace, cases: Cases):
         cat, dog = cases["cat"], cases["dog"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,12 @@ BATCH = 64
 
 
 class Measure(Protocol):
-    """Three views of pictures; in each, alike means a cosine near 1."""
+    """Three views of pictures; in each, alike means a cosine near 1.
+
+    Attributes:
+        name: how figures are called.
+        mark: differs where the weights do; may be lacking where there are none.
+    """
 
     name: str
 
@@ -55,6 +61,7 @@ class Trained:
         Raises:
             UserError: a file is missing or holds other weights.
         """
+        self.mark = fingerprint_of(folder / "shape.safetensors", folder / "style.safetensors")
         self._shape, self._style = ShapeNet(), StyleNet()
         for net, name in ((self._shape, "shape"), (self._style, "style")):
             _fill(net, folder / f"{name}.safetensors")
@@ -70,6 +77,12 @@ class Trained:
     def style(self, pictures: Pictures) -> Tensor:
         """[N, 64]."""
         return _batched(lambda batch: self._style(batch * 2 - 1), pictures, SIDE)
+
+
+def fingerprint_of(*files: Path) -> str:
+    """Sixteen digits that differ where the files do; nothing of one that is not there."""
+    sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
 
 
 class Plain:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from unziplora.bench.adapters import Adapters, Contender, Paired
 from unziplora.bench.cases import Case
-from unziplora.bench.workplace import Workplace
+from unziplora.bench.workplace import Workplace, fingerprint, plain
 from unziplora.config import read_toml
 from unziplora.config_blora import BLoraConfig
 from unziplora.config_dreambooth import DreamBoothConfig
@@ -174,8 +174,10 @@ class Zipped:
         return [*self.pair.recipes(place, case, seed), self.recipe(place, case, case, seed)]
 
     def recipe(self, place: Workplace, case: Case, styled: Case, seed: int) -> ZipConfig:
-        """The merger of one case's content and a case's style."""
-        name = "zip" if case.slug == styled.slug else f"zip-{styled.slug}"
+        """The merger of one case's content and a case's style, in a folder that says of which trainings they are."""
+        pair = self.pair.recipe(place, case, seed, "content"), self.pair.recipe(place, styled, seed, "style")
+        mark = fingerprint([plain(recipe) for recipe in pair])[:6]
+        name = f"zip-{mark}" if case.slug == styled.slug else f"zip-{styled.slug}-{mark}"
         given = {f"{k}_lora": self._run(place, c, seed, k) for k, c in (("content", case), ("style", styled))}
         out = place.run_folder(self.name, case, seed) / name
         common = {name: value for name, value in place.common(case, seed).items() if name != "images"}

@@ -19,8 +19,7 @@ from unziplora.bench.adapters import Adapters, Contender
 from unziplora.bench.cases import Case
 from unziplora.bench.measures import Measure
 from unziplora.bench.scores import leak, product, similarity
-from unziplora.bench.workplace import Workplace
-from unziplora.config_training import TrainingConfig
+from unziplora.bench.workplace import Workplace, fingerprint, plain
 from unziplora.generate import Settings, generate
 from unziplora.lora.files import Lora
 from unziplora.mount import Mounted, Part
@@ -29,7 +28,6 @@ from unziplora.residency import gone
 
 Task = Literal["content", "style", "both", "mix"]
 SCORES, SAMPLES = "scores.json", "samples.json"
-PATHS = {"out", "images", "masks", "content_lora", "style_lora", "content_images", "style_images"}
 """Keys of recipes that say where something lies, and nothing of what is learnt."""
 
 
@@ -137,7 +135,9 @@ def evaluate(
     partner, settings = cases[case.partner], settings_hash(place, method, cases, case, seed)
     found = _read(folder / SCORES)
     names = [measure.name for measure in measures]
-    if found.get("settings") == settings and set(names) <= set(found.get("measures", [])):
+    marks = {measure.name: mark for measure in measures if (mark := getattr(measure, "mark", ""))}
+    same = all(found.get("marks", {}).get(name, mark) == mark for name, mark in marks.items())
+    if found.get("settings") == settings and set(names) <= set(found.get("measures", [])) and same:
         return found
     start = time.monotonic()
     with gone(base):
@@ -163,7 +163,8 @@ def evaluate(
         seconds = {"training": round(trained - start, 2), "sampling": round(time.monotonic() - trained, 2)}
         known = {"settings": settings, "seconds": seconds}
         atomic_write(folder / SAMPLES, json.dumps(known) + "\n")
-    result = {"method": method.name, "case": case.slug, "seed": seed, "measures": names, **known, "pictures": rows}
+    result = {"method": method.name, "case": case.slug, "seed": seed, "measures": names, "marks": marks}
+    result |= {**known, "pictures": rows}
     atomic_write(folder / SCORES, json.dumps(result, indent=1) + "\n")
     return result
 
@@ -173,15 +174,11 @@ def settings_hash(place: Workplace, method: Contender, cases: dict[str, Case], c
     config, partner = place.config, cases[case.partner]
     told = [
         config.model_dump(mode="json", include={"base", "token", "samples", "sample_steps", "guidance", "precision"}),
-        [_plain(recipe) for one in (case, partner) for recipe in method.recipes(place, one, seed)],
+        [plain(recipe) for one in (case, partner) for recipe in method.recipes(place, one, seed)],
         [_fingerprint(one) for one in (case, partner)],
         version("unziplora"),
     ]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _plain(recipe: TrainingConfig) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude=PATHS | {"device"})
+    return fingerprint(told)
 
 
 def _fingerprint(case: Case) -> list[str]:

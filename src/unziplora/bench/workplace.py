@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from unziplora.run import RunFolder
 
 WEIGHTS = "weights.txt"
 """Holds the fingerprint of the base's weights."""
+
+PATHS = {"out", "images", "masks", "content_lora", "style_lora", "content_images", "style_images"}
 
 C = TypeVar("C", bound=TrainingConfig, contravariant=True)
 
@@ -110,6 +113,16 @@ class Workplace:
         if run.card.exists():
             return run
         return job(config, run.latest() is not None, self.progress)
+
+
+def plain(recipe: TrainingConfig) -> dict[str, Any]:
+    """What a recipe says of the training, wherever its files lie."""
+    return recipe.model_dump(mode="json", exclude=PATHS | {"device"})
+
+
+def fingerprint(told: Any) -> str:
+    """Sixteen digits that differ where this differs, which is of what JSON can hold."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_same(run: RunFolder, config: TrainingConfig) -> None:
