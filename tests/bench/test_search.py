@@ -135,13 +135,16 @@ def test_takes_the_best_of_the_same_settings_for_every_method(searching: BenchCo
 
 def test_what_a_search_does_not_try_is_kept_as_given(searching: BenchConfig, tiny_base: Base, painted: Cases):
     file = searching.out.parent / "given.toml"
-    file.write_text('[blora]\nblocks = "bundled"\nsteps = 7\n[dreambooth.content]\nalpha = 2.0\n')
+    file.write_text(
+        '[blora]\nblocks = "bundled"\nsteps = 7\n[dreambooth.content]\nalpha = 2.0\n[oracle.style]\nsteps = 9\n'
+    )
     methods = {name: Painter(name) for name in ("base", "oracle", "blora", "dreambooth")}
     config = searching.model_copy(update={"settings": file, "methods": ["blora", "dreambooth"]})
     found = search(config, bench=open_bench(config, None, tiny_base, [Steps()], painted, methods))
     assert found.best["blora"]["blocks"] == "bundled"
     assert found.best["blora"]["steps"] in {setting.steps for setting in grid(4)}
     assert set(found.best["dreambooth"]["content"]) == {"alpha", "learning_rate", "steps", "rank"}
+    assert read_toml(found.file) == {**found.best, "oracle": {"style": {"steps": 9}}}
 
 
 def test_where_every_score_is_0_the_best_mean_decides(searching: BenchConfig, tiny_base: Base, painted: Cases):

@@ -103,7 +103,8 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
 
     Each setting is a benchmark of its own in `out/search/NN`; the scale is that of base and oracle as they are. The
     score is the first measure's, the mean over training seeds; where scores are equal, `Search.means` decides.
-    ZipLoRA is searched last, on the best DreamBooth. What `config.settings` says beyond the grid's keys holds for all.
+    ZipLoRA is searched last, on the best DreamBooth. What `config.settings` says beyond what is tried holds for all,
+    and stands in settings.toml too.
 
     Args:
         bench: use this one, instead of opening one.
@@ -137,7 +138,7 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
     result = Search(tried=tried, scores=scores, means=means, best=best, file=file)
     told = json.dumps(result.model_dump(mode="json", exclude={"file"}), indent=1)
     atomic_write(bench.place.folder / "search.json", told + "\n")
-    atomic_write(file, tomli_w.dumps(best))
+    atomic_write(file, tomli_w.dumps({**given, **best}))
     return result
 
 
