@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from unziplora.base import Base
-from unziplora.bench.pictures import picture_cases, picture_table
+from unziplora.bench.pictures import picture_cases, picture_measures, picture_table
 from unziplora.bench.run import bench
 from unziplora.config import resolve
 from unziplora.config_bench import BenchConfig
@@ -48,13 +48,13 @@ def csd(tmp_path: Path) -> Path:
 
 
 class Redness:
-    """A measure by hand: the mean of red, as an angle."""
+    """A measure by hand: the mean of red, or of another channel, as an angle."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, channel: int = 0) -> None:
+        self.name, self.channel = name, channel
 
     def content(self, pictures: Pictures) -> Tensor:
-        means = [sum(one.getchannel(0).tobytes()) / (one.width * one.height * 255) for one in pictures]
+        means = [sum(one.getchannel(self.channel).tobytes()) / (one.width * one.height * 255) for one in pictures]
         angles = torch.tensor(means) * torch.pi / 2
         return F.normalize(torch.stack([angles.cos(), angles.sin()], dim=1), dim=1)
 
@@ -107,16 +107,25 @@ def test_settings_that_do_not_go_together(keys: dict[str, object], message: str)
 
 def test_the_table_has_a_row_per_method_without_the_oracle(config: BenchConfig, tiny_base: Base, photos: Path):
     keys = {"pictures": photos, "csd": "a", "clip": "b", "dino": "c", "methods": ["base", "oracle"]}
-    report = bench(
-        config.model_copy(update=keys), base=tiny_base, measures=[Redness("dino-clip: c, b"), Redness("csd: a")]
-    )
+    both = [Redness("dino-clip: c, b"), Redness("csd: a", channel=2)]
+    report = bench(config.model_copy(update=keys), base=tiny_base, measures=both)
     assert [row.method for row in report.rows] == ["base"]
     figures = report.rows[0].seeds[0]
     assert set(figures) == {"style CLIP-I", "content DINO", "style CSD", "content CSD"}
-    assert figures["content DINO"] == figures["content CSD"] != figures["style CSD"]
+    assert len(set(figures.values())) == 4
     text = (config.out / "report.md").read_text()
+    alone = [bench(config.model_copy(update=keys), base=tiny_base, measures=[one]).rows[0].seeds[0] for one in both]
+    assert [set(part) for part in alone] == [{"style CLIP-I", "content DINO"}, {"style CSD", "content CSD"}]
+    assert figures == {**alone[0], **alone[1]}
     assert picture_table(report) in text
     assert "| method | style CLIP-I | content DINO | style CSD | content CSD |" in text
+
+
+def test_dino_sees_contents_clip_styles_and_csd_both(config: BenchConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("unziplora.bench.pictures.ImageModel", lambda kind, source, device: (kind, source))
+    first, second = picture_measures(config.model_copy(update={"clip": "b", "dino": "c", "csd": "a"}), "cpu")
+    assert (first.contents, first.styles) == (("dino", "c"), ("clip", "b"))
+    assert (second.contents, second.styles) == (("csd", "a"), ("csd", "a"))
 
 
 def test_a_named_model_measures(config: BenchConfig, tiny_base: Base, photos: Path, csd: Path):
