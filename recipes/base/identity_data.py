@@ -6,6 +6,7 @@ pigments, another texture), so that another rendering of watercolour is another 
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,7 +92,9 @@ def natural_and_filtered(recipe: Recipe, vae_folder: Path) -> Pictures:
         items = [*natural(world), *plan(world, known, FILTERS_EACH, recipe.seed)]
         return _complete(world, items, vae, recipe.seed)
 
-    return kept(recipe.output / "pictures.npy", recipe.world, [recipe.seed, VARIANTS, FILTERS_EACH, SOFT], make)
+    files = sorted(vae_folder.glob("*.safetensors"))
+    sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return kept(recipe.output / "pictures.npy", recipe.world, [recipe.seed, VARIANTS, FILTERS_EACH, SOFT, *sums], make)
 
 
 def disturb(pixels: Tensor, rng: np.random.Generator) -> Tensor:

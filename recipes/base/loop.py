@@ -177,6 +177,10 @@ def train(stage: Stage, stop: Stop) -> bool:
     """Run a stage from its checkpoint to its last step; False when stopped before."""
     settings, log = stage.settings, Log(stage.folder)
     first = load_checkpoint(stage)
+    if first > settings.steps:
+        raise SystemExit(
+            f"{stage.folder}: trained for {first} steps already, not {settings.steps}: name another output"
+        )
     started = saved = sampled = time.time()
     sums: Figures = {}
     for step in range(first, settings.steps):
