@@ -82,7 +82,7 @@ class ZipConfig(TrainingConfig):
         if silent:
             files = " and ".join(str(getattr(self, f"{name}_lora")) for name in silent)
             flags = " and ".join(f"--{name}-prompt" for name in silent)
-            raise UserError(f"{files}: no word of what it was trained with; give the prompt as {flags}")
+            raise UserError(f"{files}: no word of what was trained; give what the LoRA learnt as {flags}")
         content, style = (self.fill(text or "") for text in told.values())
         full = self.fill(self.full_prompt) if self.full_prompt else joined_prompt(content, style)
         return {"full": full, "content": content, "style": style}

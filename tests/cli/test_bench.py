@@ -83,7 +83,7 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
         (["--methods", "magic"], "'magic' is not one of"),
         (["--cases", "nothing", "--measures", "plain"], "no case 'nothing': there are rocket-linocut"),
         (["--search", "3", "--split", "test"], "settings are searched on the cases of split dev"),
-        (["--search", "3", "--settings", "x.toml"], "leave --settings or --search out"),
+        (["--search", "3", "--settings", "x.toml"], "x.toml: no such configuration file"),
         (["--seeds", "-1"], "seeds are whole numbers from 0 on"),
         (["--settings", "nowhere.toml"], "nowhere.toml: no such configuration file"),
         (["--search", "2", "--methods", "base", "--methods", "oracle"], "nothing to search settings for: name some of"),

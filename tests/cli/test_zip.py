@@ -100,12 +100,13 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
     ("args", "message"),
     [
         ([], "say what to merge: unziplora zip CONTENT STYLE"),
-        (["a.safetensors"], "style_lora is missing: Run folder or LoRA file that gives the style."),
+        (["a.safetensors"], "say what to merge: unziplora zip CONTENT STYLE"),
         (["gone.safetensors", "fox.safetensors"], "gone.safetensors: no such run folder or LoRA file"),
         (["cat.png", "fox.safetensors", *PROMPTS], "cat.png: not a safetensors file"),
         (
             FILES,
-            "cat.safetensors does not tell its words: give the prompt that it was trained with as --content-prompt",
+            "cat.safetensors and fox.safetensors: no word of what was trained; give what the LoRA learnt as "
+            "--content-prompt and --style-prompt",
         ),
         ([*FILES, *PROMPTS, "--base", "nowhere"], "base 'nowhere': no such file or folder"),
         ([*FILES, *PROMPTS, "--base", "bundled", "--device", "cpu"], "cat.safetensors does not fit base bundled"),
