@@ -139,10 +139,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
 
 
 def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    base_files.check_suffix(path)
-    header = read_header(path)
-    base_checkpoint.check_checkpoint(path, header)
-    folder = config_folder(path, header)
+    folder, header = described(path)
     base_files.check_unet_config(folder, str(path))
     options = {"config": str(folder), "local_files_only": True}
     parts: dict[str, Any] = {"vae": _file_vae(path, folder, dtype)}
@@ -163,6 +160,18 @@ def _file_vae(path: Path, folder: Path, dtype: torch.dtype) -> AutoencoderKL:
         dtype=_vae_dtype(folder, dtype),
         local_files_only=True,
     )
+
+
+def described(path: Path) -> tuple[Path, Header]:
+    """The folder that describes a single-file checkpoint, and its header; no weights are read.
+
+    Raises:
+        UserError: it is no complete SDXL checkpoint, or nothing describes it.
+    """
+    base_files.check_suffix(path)
+    header = read_header(path)
+    base_checkpoint.check_checkpoint(path, header)
+    return config_folder(path, header), header
 
 
 def config_folder(path: Path, header: Header) -> Path:

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from unziplora.base import BUNDLED, SAMPLE_SIZE, config_folder
-from unziplora.base_checkpoint import check_checkpoint
-from unziplora.base_files import PARTS, check_folder, check_suffix, read_json
+from unziplora.base import BUNDLED, SAMPLE_SIZE, described
+from unziplora.base_files import PARTS, check_folder, read_json
 from unziplora.base_hub import names_a_model
 from unziplora.errors import UserError, first_line
 from unziplora.lora.layer import TARGETS, target_linears
-from unziplora.lora.storage import read_header
 from unziplora.quiet import quiet
 from unziplora.text_lora import TARGETS as TEXT_TARGETS
 
@@ -113,10 +111,7 @@ def base_folder(source: str) -> Path | None:
         check_folder(path, half=True)
         return path
     if path.is_file():
-        check_suffix(path)
-        header = read_header(path)
-        check_checkpoint(path, header)
-        return config_folder(path, header)
+        return described(path)[0]
     if source != "bundled" and names_a_model(source):
         return _fetched(source)
     raise UserError(f"base {source!r}: no such file or folder")

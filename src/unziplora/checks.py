@@ -45,9 +45,10 @@ def check_job(kind: type[Method[C]], config: C, side: int) -> None:
         if find_spec(name) is None:  # accelerate would leave it out without a word
             raise UserError(f"tracker {name} is not installed: pip install {name}, or leave it out")
     find_optimizer(config.optimizer)
-    base_folder(config.base)
     if config.resolution:
         check_resolution(config.resolution, inspect_base(config.base).latent_scale)
+    else:
+        base_folder(config.base)
 
 
 def check_resolution(resolution: int, latent_scale: int) -> None:
