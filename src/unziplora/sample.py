@@ -19,7 +19,7 @@ from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.generate import Settings, StepCallback, decode, generate, generate_latents
 from unziplora.kinds import KINDS
-from unziplora.lora.files import read_lora, scale_blocks
+from unziplora.lora.files import check_strengths, read_lora
 from unziplora.lora.storage import body_hash
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
@@ -93,7 +93,7 @@ def with_headers(config: SampleConfig, sources: list[Source]) -> list[Source]:
     """
     loras = [read_lora(source.file) for source in sources]
     for source, lora in zip(sources, loras, strict=True):
-        scale_blocks(lora, blocks_of(config, source), str(source.file))
+        check_strengths(lora, blocks_of(config, source), str(source.file))
     return [with_metadata(source, lora.metadata) for source, lora in zip(sources, loras, strict=True)]
 
 

@@ -245,20 +245,26 @@ def format_shape(shape: tuple[int, ...]) -> str:
 def scale_blocks(lora: Lora, strengths: Mapping[str, float], name: str = "the LoRA") -> Lora:
     """The LoRA with the ΔW of named blocks multiplied, such as {"up_blocks.0.attentions.1": 0.5}.
 
-    A name may be any beginning of a module's path, at a dot; of several that fit, the longest counts.
+    A name may be any beginning of a module's path, at a dot; of several that fit, the longest counts. Errors as in
+    `check_strengths`.
+    """
+    check_strengths(lora, strengths, name)
+    modules = {}
+    for path, pair in lora.modules.items():
+        fitting = [name for name in strengths if inside(path, name)]
+        modules[path] = scale(pair, strengths[max(fitting, key=len)]) if fitting else pair
+    return replace(lora, modules=modules)
+
+
+def check_strengths(lora: Lora, strengths: Mapping[str, float], name: str = "the LoRA") -> None:
+    """Refuse strengths of blocks that a LoRA has not.
 
     Raises:
         UserError: a name fits no module of this LoRA.
     """
-    unused = set(strengths)
-    modules = {}
-    for path, pair in lora.modules.items():
-        fitting = [name for name in strengths if inside(path, name)]
-        unused -= set(fitting)
-        modules[path] = scale(pair, strengths[max(fitting, key=len)]) if fitting else pair
-    if unused:
-        raise UserError(f"{name} has no modules in block {sorted(unused)[0]!r}; it has {', '.join(blocks(lora))}")
-    return replace(lora, modules=modules)
+    for block in sorted(strengths):
+        if not any(inside(path, block) for path in lora.modules):
+            raise UserError(f"{name} has no modules in block {block!r}; it has {', '.join(blocks(lora))}")
 
 
 def blocks(lora: Lora) -> list[str]:
