@@ -6,7 +6,6 @@ pigments, another texture), so that another rendering of watercolour is another 
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from recipes.base.filters.common import Picture
 from recipes.base.sheets import to_pixels
 from recipes.base.vae import to_tensor
 from recipes.base.world import FREE_LICENCES, NEVER_FILTERS, NEVER_SETS, Item, World
+from unziplora.bench.measures import fingerprint_of
 
 VARIANTS = 3
 """Fixed random states per filter: the same for every drawing, as paper and ink are the same for a series."""
@@ -92,9 +92,8 @@ def natural_and_filtered(recipe: Recipe, vae_folder: Path) -> Pictures:
         items = [*natural(world), *plan(world, known, FILTERS_EACH, recipe.seed)]
         return _complete(world, items, vae, recipe.seed)
 
-    files = sorted(vae_folder.glob("*.safetensors"))
-    sums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return kept(recipe.output / "pictures.npy", recipe.world, [recipe.seed, VARIANTS, FILTERS_EACH, SOFT, *sums], make)
+    mark = fingerprint_of(*sorted(vae_folder.glob("*.safetensors")))
+    return kept(recipe.output / "pictures.npy", recipe.world, [recipe.seed, VARIANTS, FILTERS_EACH, SOFT, mark], make)
 
 
 def disturb(pixels: Tensor, rng: np.random.Generator) -> Tensor:

@@ -28,7 +28,6 @@ from unziplora.residency import gone
 
 Task = Literal["content", "style", "both", "mix"]
 SCORES, SAMPLES = "scores.json", "samples.json"
-"""Keys of recipes that say where something lies, and nothing of what is learnt."""
 
 
 @dataclass(frozen=True)

@@ -124,15 +124,15 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
     for name in names:
         folders = [bench.place.folder / "search" / name / f"{number:02d}" for number in range(len(settings))]
         found: list[tuple[float, float]] = []
-        for folder, setting in zip(folders, settings, strict=True):
-            overrides = {**given, **best, name: _over(given.get(name, {}), setting.overrides(name))}
+        keys = [_over(given.get(name, {}), setting.overrides(name)) for setting in settings]
+        for folder, those in zip(folders, keys, strict=True):
+            overrides = {**given, **best, name: those}
             place = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
             results = replace(bench, place=place).measure([name])
             found.append(_score(summarise(config, [*ends, *results], [bench.measures[0].name]), name))
         winner = found.index(max(found))
         scores[name], means[name] = [score for score, _ in found], [mean for _, mean in found]
-        best[name] = _over(given.get(name, {}), settings[winner].overrides(name))
-        homes = {**homes, name: folders[winner]}
+        best[name], homes = keys[winner], {**homes, name: folders[winner]}
     file = bench.place.folder / "settings.toml"
     tried = [asdict(setting) for setting in settings]
     result = Search(tried=tried, scores=scores, means=means, best=best, file=file)

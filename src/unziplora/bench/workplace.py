@@ -23,6 +23,7 @@ WEIGHTS = "weights.txt"
 """Holds the fingerprint of the base's weights."""
 
 PATHS = {"out", "images", "masks", "content_lora", "style_lora", "content_images", "style_images"}
+"""Keys of recipes that say where something lies, and nothing of what is learnt."""
 
 C = TypeVar("C", bound=TrainingConfig, contravariant=True)
 
