@@ -146,7 +146,7 @@ def defaults(model: type[Recipe], name: str, field: FieldInfo) -> list[str]:
 
 
 def plain(value: Any) -> str:
-    """A value as it would be typed."""
+    """A value as it would be typed; of a flag that is repeated, the values with commas between them."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
