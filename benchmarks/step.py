@@ -33,6 +33,7 @@ from unziplora.config import resolve
 from unziplora.config_blora import BLoraConfig
 from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.config_split import SplitConfig
+from unziplora.cuda_graphs import FIRST, Recorder
 from unziplora.lora.blocks import BLORA_BLOCKS, SDXL_BLOCKS
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
@@ -68,8 +69,8 @@ SHOWN = ("floor", "weights", "split")
 LATER = 1000
 """A step after every warm-up, and before the next."""
 
-WARM_UP = 2
-"""Rounds that are not counted."""
+WARM_UP = FIRST + 1
+"""Rounds that are not counted; in the last of them a GPU's passes are recorded."""
 
 
 def make_unet(size: str, dtype: torch.dtype, device: str) -> UNet2DConditionModel:
@@ -109,6 +110,7 @@ def bare(
         with autocast():
             loss = denoising_loss(unet, scheduler, examples, batch_size=batch, draw=generator(index))
         loss.backward()
+        examples.conditioning.tokens.grad = None
         unet.zero_grad()
 
     return step
@@ -167,9 +169,17 @@ def make(kind: str, options: argparse.Namespace) -> Callable[[int], None]:
         unet.train()
     if kind in TRAININGS:
         trainer = TRAININGS[kind](unet, options, accelerator)
+        record(unet, trainer.parameters(), options)
         return lambda index: void(trainer.step(LATER + index))
     unet.requires_grad_(kind == "weights")
+    record(unet, [*unet.parameters()] if kind == "weights" else [], options)
     return bare(unet, options.latent_side, options.batch, accelerator.autocast)
+
+
+def record(unet: UNet2DConditionModel, parameters: list[torch.Tensor], options: argparse.Namespace) -> None:
+    """Have passes recorded as CUDA graphs, as a run on a GPU does."""
+    if options.device.startswith("cuda") and not options.eager and not options.checkpointing:
+        unet.recorder = Recorder(unet, parameters)
 
 
 def timed(step: Callable[[int], None], index: int, gpu: bool) -> float:
@@ -217,10 +227,11 @@ def memory_of(kind: str) -> int:
 def profile(options: argparse.Namespace, gpu: bool) -> str:
     """torch's table of the operations that take the most time in three steps."""
     step = make(options.profile, options)
-    step(0)
+    for index in range(WARM_UP):
+        step(index)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with torch.profiler.profile(activities=activities) as found:
-        for index in range(1, 4):
+        for index in range(WARM_UP, WARM_UP + 3):
             step(index)
     order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
     return found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60)
@@ -246,6 +257,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="default: 16 for small, 64 for sdxl")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--eager", action="store_true", help="on a GPU: without CUDA graphs")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=SHOWN, help="default: floor weights split")
     parser.add_argument("--profile", choices=KINDS, help="show where one kind's time goes, and nothing else")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
@@ -272,7 +284,8 @@ def report(options: argparse.Namespace, gpu: bool, seconds: dict[str, float], me
     threads = "" if gpu else f", {torch.get_num_threads()} threads"
     print(
         f"{options.size} UNet, {options.resolution} px, batch {options.batch}, rank {options.rank}, "
-        f"{options.precision}, checkpointing {'on' if options.checkpointing else 'off'}; {name}{threads}; "
+        f"{options.precision}, checkpointing {'on' if options.checkpointing else 'off'}, "
+        f"{'eager' if options.eager or not gpu else 'CUDA graphs'}; {name}{threads}; "
         f"torch {torch.__version__}; median of {options.rounds}"
     )
     print("| | seconds per step | × first | peak memory |\n|---|---|---|---|")

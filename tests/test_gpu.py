@@ -1,5 +1,8 @@
 """What only a CUDA device can show: `pytest -m gpu`."""
 
+import json
+import warnings
+
 import pytest
 import torch
 from PIL import Image
@@ -61,3 +64,23 @@ def test_the_same_weights_predict_the_same_on_cpu_and_cuda(tiny_folder):
         with torch.no_grad():
             outputs.append(unet(latents, 500, tokens, added_cond_kwargs=given).sample.cpu())
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_recorded_steps_learn_the_same(tiny_folder, tmp_path, precision):
+    picture = tmp_path / "cat.png"
+    Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(picture)
+    words = {"images": [picture], "content": "cat", "style": "ink", "base": str(tiny_folder), "device": "cuda"}
+    short = {"rank": 2, "steps": 16, "column_warmup": 4, "column_periods": 2, "sample_seeds": [], "phrase_steps": 6}
+    rates = {"content_learning_rate": 1e-3, "style_learning_rate": 1e-3, "content_alone": 0.2, "style_alone": 0.2}
+    losses = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the steps are not recorded")
+        for recorded in (False, True):
+            config = SplitConfig.make(
+                **words, **short, **rates, out=tmp_path / str(recorded), precision=precision, cuda_graphs=recorded
+            )
+            lines = split(config).log_file.read_text().splitlines()
+            losses.append([json.loads(line)["loss"] for line in lines if "loss" in line])
+    assert len(losses[0]) == 16
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.02 if precision != "fp32" else 1e-3, atol=0)

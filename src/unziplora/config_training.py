@@ -75,6 +75,13 @@ class TrainingConfig(Recipe):
         "Training",
         may_change=True,
     )
+    cuda_graphs: bool = key(
+        True,
+        "On NVIDIA GPUs, record a step and replay it: the same result, sooner where the GPU waits for Python. Not with "
+        "gradient checkpointing.",
+        "Training",
+        may_change=True,
+    )
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training", may_change=True)
     seed: int = key(0, "Seed of everything random.", "Training", ge=0)
 

@@ -21,6 +21,7 @@ from unziplora.base_sizes import must_be_fetched
 from unziplora.card import About, base_name, card, folder_argument, shared_settings
 from unziplora.checks import check_job, check_resolution
 from unziplora.config_training import TrainingConfig
+from unziplora.cuda_graphs import recording
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, OutOfMemory, UserError
 from unziplora.lora.algebra import shape
@@ -144,10 +145,14 @@ class Job(Generic[C]):
         def save(done: int) -> None:
             self.report(f"checkpoint {run.checkpoint(done, trainer.save)}", done)
 
-        def sample(done: int) -> None:
-            self.sample(base, method, f"step-{done:06d}", done)
+        with recording(base.unet, trainer.parameters(), config) as recorder:
 
-        return train(trainer, start, after_step, save, sample)
+            def sample(done: int) -> None:
+                if recorder is not None:
+                    recorder.clear()  # samples need the room
+                self.sample(base, method, f"step-{done:06d}", done)
+
+            return train(trainer, start, after_step, save, sample)
 
     def of_the_base(self, method: Method[C], setup: Setup) -> dict[str, Any]:
         """What the files' headers tell of the base and of the picture: keywords of `metadata_for`."""

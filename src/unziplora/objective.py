@@ -11,6 +11,8 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
+from unziplora.cuda_graphs import predict
+
 ArrayT = TypeVar("ArrayT", Tensor, "np.ndarray[Any, Any]")
 
 
@@ -95,7 +97,7 @@ def denoising_loss(
     """
     drawn = noised(scheduler, examples, batch_size, draw, noise_offset, timestep_shift)
     clean, timesteps = examples.latents[drawn.index], drawn.timesteps
-    prediction = unet(**drawn.unet_inputs(conditioning or examples.conditioning))[0]
+    prediction = predict(unet, drawn.unet_inputs(conditioning or examples.conditioning))
     error = (prediction.float() - target(scheduler, clean, drawn.noise, timesteps).float()).square()
     if examples.weights is not None:
         weights = examples.weights[drawn.index]

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from unziplora.config_training import TrainingConfig
 from unziplora.errors import UserError
@@ -46,6 +47,10 @@ class Trainer:
         ]
         self.optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
         self.schedules = [accelerator.prepare_scheduler(schedule) for schedule in schedules]
+
+    def parameters(self) -> list[Tensor]:
+        """Everything that is trained."""
+        return [parameter for group in self.groups for parameter in group["params"]]
 
     def save(self, folder: Path) -> None:
         """Write adapters, masks, scales, optimisers, schedules, loss scaler and RNG states into a folder."""
@@ -101,8 +106,8 @@ class Trainer:
                 "with --precision bf16 or fp32"
             )
         self.method.after_backward(step)
-        parameters = [p for group in self.groups for p in group["params"] if p.grad is not None]
-        self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        moved = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        self.accelerator.clip_grad_norm_(moved, self.config.max_grad_norm)
         rate = self.schedules[0].get_last_lr()[0]
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()

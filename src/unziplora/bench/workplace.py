@@ -117,8 +117,8 @@ class Workplace:
 
 
 def plain(recipe: TrainingConfig) -> dict[str, Any]:
-    """What a recipe says of the training, wherever its files lie."""
-    return recipe.model_dump(mode="json", exclude=PATHS | {"device"})
+    """What a recipe says of the training, wherever its files lie and whatever it is computed on."""
+    return recipe.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs"})
 
 
 def fingerprint(told: Any) -> str:

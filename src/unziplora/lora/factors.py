@@ -51,10 +51,12 @@ def joint_factors(layers: Sequence[Sequence[Branch]], dtype: torch.dtype) -> lis
     count, branches = len(layers[0]), [branch for layer in layers for branch in layer]
     out, rank = branches[0].up.shape
     down = torch.cat([branch.down for branch in branches])
-    columns = torch.stack([branch.mask for branch in branches]) * torch.stack([branch.scale for branch in branches])
-    strengths = [branch.strength for branch in layers[0]]
+    scales: list[Tensor] = [branch.scale for branch in branches]
+    strengths = [branch.strength for branch in branches]
     if any(strength != 1.0 for strength in strengths):
-        columns = columns * columns.new_tensor(strengths * len(layers))[:, None]
+        # By numbers: a tensor of them would have to be brought to the GPU.
+        scales = list(torch._foreach_mul(scales, strengths))
+    columns = torch.stack([branch.mask for branch in branches]) * torch.stack(scales)
     up = _ScaledRows.apply(columns, *(branch.up for branch in branches))
     downs = down.to(dtype).view(len(layers), count * rank, -1).unbind()
     ups = up.to(dtype).view(len(layers), count, out, rank).transpose(1, 2).reshape(len(layers), out, -1).unbind()

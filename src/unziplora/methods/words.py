@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.base import Base
+from unziplora.cuda_graphs import recording
 from unziplora.encode import encode_pictures, to_device
 from unziplora.images import to_tensor
 from unziplora.methods.common import Setup
@@ -116,19 +117,20 @@ def learn_phrase(
     parts = (phrase.free, config.phrase_learning_rate), (phrase.shares, config.phrase_word_rate)
     optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in parts])
     schedule = make_schedule(optimizer, config.schedule, config.phrase_steps)
-    for step in range(config.phrase_steps):
-        draw = generator(config.seed, "phrase", step)
-        index = _drawn(phrase, len(examples.latents), config.batch_size, draw)
-        with phrase.spoken(index * phrase.readings // len(examples.latents)), autocast():
-            rows = encode_batch(phrase.base, [prompt] * len(index))
-            weights = None if examples.weights is None else examples.weights[index]
-            conditioning = rows.with_time_ids(examples.conditioning.time_ids[index])
-            drawn = Examples(examples.latents[index], conditioning, weights)
-            loss = denoising_loss(phrase.base.unet, scheduler, drawn, draw=draw, **config.noising())
-        optimizer.zero_grad()
-        (loss * LOSS_SCALE).backward()
-        optimizer.step()
-        schedule.step()
+    with recording(phrase.base.unet, [], config):
+        for step in range(config.phrase_steps):
+            draw = generator(config.seed, "phrase", step)
+            index = _drawn(phrase, len(examples.latents), config.batch_size, draw)
+            with phrase.spoken(index * phrase.readings // len(examples.latents)), autocast():
+                rows = encode_batch(phrase.base, [prompt] * len(index))
+                weights = None if examples.weights is None else examples.weights[index]
+                conditioning = rows.with_time_ids(examples.conditioning.time_ids[index])
+                drawn = Examples(examples.latents[index], conditioning, weights)
+                loss = denoising_loss(phrase.base.unet, scheduler, drawn, draw=draw, **config.noising())
+            optimizer.zero_grad()
+            (loss * LOSS_SCALE).backward()
+            optimizer.step()
+            schedule.step()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from unziplora.base_sizes import inspect_base
 from unziplora.card import About, File
 from unziplora.config_training import style_words
 from unziplora.config_zip import ZipConfig
+from unziplora.cuda_graphs import predict
 from unziplora.images import load_picture
 from unziplora.kinds import KINDS
 from unziplora.lora.columns import orthogonality
@@ -179,7 +180,7 @@ class ZipLora(Method[ZipConfig]):
         with torch.no_grad(), self.autocast(), self.only(name):
             wanted = self.unet(**drawn.unet_inputs(alone.conditioning))[0]
         with self.autocast():
-            given = self.unet(**drawn.unet_inputs(merged.conditioning))[0]
+            given = predict(self.unet, drawn.unet_inputs(merged.conditioning))
         error = (given.float() - wanted.float()).square().mean(dim=(1, 2, 3))
         if config.min_snr_gamma is not None:
             error = error * snr_weights(self.scheduler, drawn.timesteps, config.min_snr_gamma)

@@ -1,0 +1,142 @@
+"""Recorded passes, by a recorder that works as CUDA graphs do: fixed places for inputs, output and gradients."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from test_unziplora import build, examples, scheduler
+
+from unziplora.config import resolve
+from unziplora.config_dreambooth import DreamBoothConfig
+from unziplora.cuda_graphs import FIRST, Recorder, recording
+from unziplora.methods.dreambooth import DreamBooth
+from unziplora.train import Trainer
+
+
+class Replays:
+    """Stands in for `torch.cuda.make_graphed_callables`: computes anew, but between places that never change."""
+
+    def __init__(self):
+        self.recorded, self.replayed, self.fails = 0, 0, False
+
+    def __call__(self, run, places, num_warmup_iters, allow_unused_input, pool):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.recorded += 1
+        trained = [place for place in places if place.requires_grad]
+        results = {}
+
+        def gradients(grad):
+            found = torch.autograd.grad(results["graph"], trained, grad, allow_unused=True)
+            for number, (place, value) in enumerate(zip(trained, found, strict=True)):
+                if value is not None:
+                    results.setdefault(number, torch.empty_like(place)).copy_(value)
+            return {id(place): results.get(number) for number, place in enumerate(trained)}
+
+        class Graphed(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *given):
+                self.replayed += 1
+                with torch.no_grad():
+                    for place, tensor in zip(places, given, strict=True):
+                        if place.data_ptr() != tensor.data_ptr():
+                            place.copy_(tensor)
+                with torch.enable_grad():
+                    results["graph"] = run(*places)
+                return results.setdefault("output", torch.empty_like(results["graph"])).copy_(results["graph"]).detach()
+
+            @staticmethod
+            def backward(ctx, grad):
+                found = gradients(grad)
+                return tuple(None if (place := found.get(id(p))) is None else place.detach() for p in places)
+
+        return lambda *given: Graphed.apply(*given)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Replays:
+    stand_in = Replays()
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    return stand_in
+
+
+def trained(method, steps, recorded):
+    """What a method has learnt after some steps, with or without recorded passes."""
+    trainer = Trainer(method, method.config, Accelerator(cpu=True))
+    if recorded:
+        method.unet.recorder = Recorder(method.unet, trainer.parameters())
+    losses = [trainer.step(step).loss for step in range(steps)]
+    return losses, method.state_dict()
+
+
+def assert_same(one, other):
+    """Two trainings gave the same, to the last digit."""
+    assert one[0] == other[0]
+    assert one[1].keys() == other[1].keys()
+    assert all(torch.equal(value, other[1][name]) for name, value in one[1].items())
+
+
+RECIPES = {
+    "split": {"steps": 15, "column_periods": 2, "column_warmup": 3},
+    "one LoRA alone in some steps": {"steps": 12, "content_alone": 0.4, "style_alone": 0.3, "column_separation": False},
+    "strengths other than one": {"steps": 9, "alpha": 1.0, "column_separation": False},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_recorded_steps_learn_the_same(fresh_base, replays, recipe):
+    eager, recorded = (trained(build(fresh_base(), **recipe), recipe["steps"], flag) for flag in (False, True))
+    assert_same(eager, recorded)
+    assert replays.replayed > replays.recorded
+
+
+def test_a_pass_is_recorded_once_for_every_kind(fresh_base, replays):
+    trained(build(fresh_base(), steps=8, column_separation=False), 8, recorded=True)
+    assert (replays.recorded, replays.replayed) == (1, 8 - FIRST)
+
+
+def test_what_trains_anew_is_recorded_anew(fresh_base, replays):
+    method = build(fresh_base(), steps=16, column_periods=2, column_warmup=4)
+    trained(method, 16, recorded=True)
+    # In each period the scales are frozen during the warm-up and train after it.
+    assert replays.recorded == 4
+    assert len(method.unet.recorder.passes) == 1  # the others will not be asked for again
+
+
+def test_the_second_loss_of_a_step_finds_its_own_place_for_gradients(fresh_base, replays):
+    def method(base):
+        recipe = resolve(
+            DreamBoothConfig,
+            {"images": ["a.png"], "content": "cat", "out": "run", "base": "tiny", "rank": 2, "steps": 6, "prior": 0.5},
+        )
+        data = examples(base, joined=False), examples(base, joined=False, seed=1)
+        return DreamBooth(base.unet, scheduler(base), data[0], recipe, prior=data[1])
+
+    eager, recorded = (trained(method(fresh_base()), 6, flag) for flag in (False, True))
+    assert_same(eager, recorded)
+    assert replays.replayed == 6 - FIRST
+
+
+def test_passes_without_gradient_are_not_recorded(fresh_base, replays):
+    method = build(fresh_base(), column_separation=False)
+    recorder = method.unet.recorder = Recorder(method.unet, [])
+    with torch.no_grad():
+        for step in range(FIRST + 3):
+            list(method.losses(step))
+    assert not recorder.passes
+    assert not replays.recorded
+
+
+def test_where_nothing_can_be_recorded_training_goes_on(fresh_base, replays):
+    replays.fails = True
+    eager = trained(build(fresh_base(), steps=6, column_separation=False), 6, recorded=False)
+    with pytest.warns(UserWarning, match=r"not recorded as CUDA graphs \(operation not permitted .*--no-cuda-graphs"):
+        recorded = trained(build(fresh_base(), steps=6, column_separation=False), 6, recorded=True)
+    assert_same(eager, recorded)
+
+
+def test_on_a_cpu_nothing_is_recorded(fresh_base, replays):
+    method = build(fresh_base())
+    with recording(method.unet, [], method.config) as recorder:
+        assert recorder is None
+        assert not hasattr(method.unet, "recorder")
