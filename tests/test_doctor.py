@@ -217,6 +217,18 @@ class TestMemory:
             assert split_memory(config, sizes).total < least * GIB
 
     @pytest.mark.usefixtures("on_a_gpu")
+    @pytest.mark.parametrize(
+        ("changes", "counted"),
+        [({}, True), ({"cuda_graphs": False}, False), ({"gradient_checkpointing": True}, False)],
+    )
+    def test_recorded_steps_hold_the_gradients_twice(self, changes: dict[str, Any], counted: bool) -> None:
+        config = recipe(precision="bf16", **changes)
+        parts = {line.part: line.bytes for line in split_memory(config, inspect_base(SDXL)).lines}
+        assert ("CUDA graphs" in parts) is counted
+        assert not counted or parts["CUDA graphs"] == parts["gradients"] + 2**28
+        assert ("--no-cuda-graphs" in str(smaller(config))) is counted
+
+    @pytest.mark.usefixtures("on_a_gpu")
     def test_trained_text_encoders_stay_on_the_gpu_and_are_counted(self) -> None:
         sizes, parts = inspect_base(SDXL), []
         for texts in (False, True):

@@ -43,19 +43,27 @@ def recording(unet: nn.Module, parameters: Sequence[Tensor], config: TrainingCon
 
     Args:
         parameters: what is trained inside the UNet.
-        config: the recipe; recorded passes keep the memory that gradient checkpointing is to save.
+        config: the recipe; gradient checkpointing is to save the memory that recorded passes keep.
     """
     device = next(unet.parameters()).device
-    if device.type != "cuda" or torch.version.cuda is None or config.gradient_checkpointing or not config.cuda_graphs:
+    if device.type != "cuda" or torch.version.cuda is None or not graphs_wanted(config):
         yield None
         return
     recorder = Recorder(unet, parameters)
     unet.recorder = recorder  # type: ignore[assignment]
     try:
-        yield recorder
+        with warnings.catch_warnings():
+            # A recorded pass hands its gradients over from the stream that it was recorded on.
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+            yield recorder
     finally:
         del unet.recorder
         recorder.clear()
+
+
+def graphs_wanted(config: TrainingConfig) -> bool:
+    """Whether a recipe's steps are recorded where that can be done."""
+    return config.cuda_graphs and not config.gradient_checkpointing
 
 
 class Recorder:

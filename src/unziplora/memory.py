@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from unziplora.base_sizes import Sizes
 from unziplora.config_training import PictureConfig, TrainingConfig
+from unziplora.cuda_graphs import graphs_wanted
 from unziplora.device import pick_device, pick_dtype
 from unziplora.progress import size
 
@@ -16,6 +17,9 @@ _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 """State per trained number: two moments in fp32, two in 8 bits, or two moments, a start and a sum."""
 
 _CUDA_CONTEXT = 600 * 2**20
+_RECORDED = 256 * 2**20
+"""What recorded steps hold besides a second place for the gradients (benchmarks/results/sdxl-gpu.json)."""
+
 _ENCODING_MAPS = 5 * 128
 """Maps of the full resolution that SDXL's VAE holds at once while it encodes: five of its 128 channels."""
 
@@ -103,6 +107,8 @@ def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[s
     gpu, each = device.type == "cuda", 4 if dtype == torch.float32 else 2
     exact = _exact(config, sizes, loras, each, gpu)
     about = _activations(config, sizes, each, gpu)
+    if gpu and graphs_wanted(config):
+        about["CUDA graphs"] = exact["gradients"] + _RECORDED
     training = sum(exact.values()) + sum(about.values())
     about["encoding at the start, beyond that"] = max(0, _encoding(config, sizes, each, gpu) - training)
     if gpu and config.sample_seeds:
@@ -193,9 +199,11 @@ def smaller(config: TrainingConfig) -> str | None:
     """The next setting that needs less memory, as flags, the gentlest first; None if nothing is left."""
     if config.batch_size > 1:
         return f"--batch-size {max(1, config.batch_size // 2)}"
+    device = pick_device(config.device)
+    if device.type == "cuda" and graphs_wanted(config):
+        return "--no-cuda-graphs (slower, the same result)"
     if not config.gradient_checkpointing:
         return "--gradient-checkpointing (slower, the same result)"
-    device = pick_device(config.device)
     if device.type == "cuda" and config.precision == "fp32":
         return "--precision bf16"
     if device.type == "cuda" and config.optimizer != "adamw8bit":
