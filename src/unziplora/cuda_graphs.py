@@ -69,9 +69,9 @@ def graphs_wanted(config: TrainingConfig) -> bool:
 class Recorder:
     """The recorded passes of one UNet.
 
-    A pass is recorded anew for other shapes, other LoRAs at work, other parameters that train. Passes without a
-    gradient are not recorded, nor those that follow another one in the same step: a recorded pass has one place
-    for its gradients.
+    A pass is recorded anew for other shapes, other LoRAs at work, other parameters that train, and for the second loss
+    of a step: a recorded pass has one place for its gradients, which the next one would overwrite. Passes without
+    a gradient are not recorded.
 
     Attributes:
         passes: what is recorded, by kind.
@@ -82,6 +82,7 @@ class Recorder:
         self.passes: dict[Any, Pass] = {}
         self.turns: dict[Any, int] = {}
         self.trained: tuple[bool, ...] = ()
+        self.turn = 0  # passes before this one in the same step
         self.pool: Any = None
         self.failed = False
 
@@ -105,7 +106,7 @@ class Recorder:
 
     def kind(self, tensors: Sequence[Tensor]) -> Any:
         """What a recorded pass holds for, with these inputs; None: the pass is not to be recorded."""
-        if self.failed or not torch.is_grad_enabled() or any(p.grad is not None for p in self.parameters):
+        if self.failed or not torch.is_grad_enabled():
             return None
         branches = list(_branches(self.unet))
         if any(branch.observer is not None for branch in branches):
@@ -114,9 +115,10 @@ class Recorder:
         if trained != self.trained:  # what was recorded for others will not be asked for again
             self.clear()
             self.trained = trained
+        self.turn = self.turn + 1 if any(p.grad is not None for p in self.parameters) else 0
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         strengths = tuple((id(branch), branch.strength) for branch in branches)
-        return autocast, strengths, tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
+        return autocast, self.turn, strengths, tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
 
     def record(self, kind: Any, tensors: Sequence[Tensor]) -> bool:
         """Record a pass forward and backward; False, for good, where this cannot be done."""

@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.base_sizes import Sizes
+from unziplora.config_split import SplitConfig
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.cuda_graphs import graphs_wanted
 from unziplora.device import pick_device, pick_dtype
@@ -18,7 +19,7 @@ _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 
 _CUDA_CONTEXT = 600 * 2**20
 _RECORDED = 256 * 2**20
-"""What recorded steps hold besides a second place for the gradients (benchmarks/results/sdxl-gpu.json)."""
+"""What recorded steps hold besides a place of their own for the gradients (benchmarks/results/sdxl-gpu.json)."""
 
 _ENCODING_MAPS = 5 * 128
 """Maps of the full resolution that SDXL's VAE holds at once while it encodes: five of its 128 channels."""
@@ -108,7 +109,7 @@ def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[s
     exact = _exact(config, sizes, loras, each, gpu)
     about = _activations(config, sizes, each, gpu)
     if gpu and graphs_wanted(config):
-        about["CUDA graphs"] = exact["gradients"] + _RECORDED
+        about["CUDA graphs"] = exact["gradients"] * _losses(config) + _RECORDED
     training = sum(exact.values()) + sum(about.values())
     about["encoding at the start, beyond that"] = max(0, _encoding(config, sizes, each, gpu) - training)
     if gpu and config.sample_seeds:
@@ -165,6 +166,13 @@ def _activations(config: PictureConfig, sizes: Sizes, each: int, gpu: bool) -> d
         streams=3 if getattr(config, "prompt_separation", False) else 1,
     )
     return {"activations": kept, "work in progress": kept // 4 + _CUDA_CONTEXT * gpu}
+
+
+def _losses(config: PictureConfig) -> int:
+    """Passes of a step: the pictures', and one for every LoRA whose prior is preserved."""
+    if isinstance(config, SplitConfig):
+        return 1 + sum(weight > 0 for weight in config.prior_weights().values())
+    return 1 + (getattr(config, "prior", 0) > 0)
 
 
 def _encoding(config: PictureConfig, sizes: Sizes, each: int, gpu: bool) -> int:
