@@ -96,15 +96,10 @@ class Trainer:
         start = time.perf_counter()
         scaler = self.accelerator.scaler
         self.method.before_step(step, scaler.get_scale() if scaler is not None else 1.0)
-        total = 0.0
+        losses = []
         for loss in self.method.losses(step):
             self.accelerator.backward(loss)
-            total += loss.detach().item()
-        if not math.isfinite(total):
-            raise UserError(
-                f"step {step}: the loss is {total}. Start a new run, into another --out, with lower learning rates or "
-                "with --precision bf16 or fp32"
-            )
+            losses.append(loss.detach())
         self.method.after_backward(step)
         moved = [parameter for parameter in self.parameters() if parameter.grad is not None]
         self.accelerator.clip_grad_norm_(moved, self.config.max_grad_norm)
@@ -114,6 +109,13 @@ class Trainer:
             schedule.step()
             optimizer.zero_grad()
         self.method.after_step(step)
+        # Last: a GPU is asked for the whole step before it is waited for.
+        total = sum(loss.item() for loss in losses)
+        if not math.isfinite(total):
+            raise UserError(
+                f"step {step}: the loss is {total}. Start a new run, into another --out, with lower learning rates or "
+                "with --precision bf16 or fp32"
+            )
         return StepReport(step + 1, total, rate, time.perf_counter() - start)
 
 
