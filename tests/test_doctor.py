@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import socket
+import warnings
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from unziplora import activations, cli, doctor
 from unziplora.activations import kept_bytes
 from unziplora.base import BUNDLED
 from unziplora.base_sizes import Sizes, inspect_base
+from unziplora.checks import warn_of_memory
 from unziplora.config_dreambooth import DreamBoothConfig
 from unziplora.config_split import SplitConfig
 from unziplora.config_training import SDXL
@@ -246,6 +248,18 @@ class TestMemory:
         sizes, known = inspect_base(str(tmp_path / "base")), inspect_base(str(tiny_folder))
         assert sizes.resolution == 128 * known.latent_scale
         assert sizes.latent_scale == known.latent_scale
+
+    @pytest.mark.parametrize(("free", "warned"), [(2**20, True), (2**40, False)])
+    def test_a_run_that_a_cpu_has_no_memory_for_is_told(
+        self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, warned: bool
+    ) -> None:
+        monkeypatch.setattr("unziplora.memory.free_bytes", lambda _: free)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            warn_of_memory(UnZipLora, recipe(base=str(tiny_folder), device="cpu", batch_size=4))
+        found = [str(warning.message) for warning in told if "are free" in str(warning.message)]
+        assert bool(found) is warned
+        assert not warned or "1.0 MiB are free, so the system may end this run; needs less: --batch-size 2" in found[0]
 
     @pytest.mark.usefixtures("on_a_gpu")
     def test_the_readme_tells_what_the_estimate_says(self) -> None:

@@ -117,6 +117,18 @@ def base_folder(source: str) -> Path | None:
     raise UserError(f"base {source!r}: no such file or folder")
 
 
+def stored_bytes(source: str) -> int | None:
+    """Bytes of a base's weights on the disk; None if they would have to be fetched.
+
+    Raises:
+        UserError: as `base_folder`.
+    """
+    path, folder = Path(source).expanduser(), base_folder(source)
+    if path.is_file():
+        return path.stat().st_size
+    return None if folder is None else sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+
+
 def _fetched(source: str) -> Path | None:
     """The folder of a hub model that was fetched before."""
     from huggingface_hub import try_to_load_from_cache

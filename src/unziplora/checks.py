@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
 
-from unziplora.base_sizes import base_folder, inspect_base
+from unziplora.base_sizes import base_folder, inspect_base, stored_bytes
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.images import load_mask, load_picture
 from unziplora.methods.base import Method
 from unziplora.optim import find_optimizer
+from unziplora.progress import size
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -49,6 +51,27 @@ def check_job(kind: type[Method[C]], config: C, side: int) -> None:
         check_resolution(config.resolution, inspect_base(config.base).latent_scale)
     else:
         base_folder(config.base)
+
+
+def warn_of_memory(kind: type[Method[C]], config: C) -> None:
+    """Warn where a CPU's memory will not do: a GPU tells when it runs out, a system ends the process without a word."""
+    device = pick_device(config.device)
+    if device.type != "cpu" or not isinstance(config, PictureConfig):
+        return
+    from unziplora.memory import estimate, free_bytes
+
+    free, stored = free_bytes(device) or 0, stored_bytes(config.base)
+    if stored is not None and 2 * stored * (8 + 4 * config.batch_size) < free:
+        return  # more than any training takes, and an estimate takes seconds
+    sizes = inspect_base(config.base)
+    memory = estimate(config, sizes, kind.layers(config, sizes.names))
+    if memory.fits is False:
+        advice = f"; needs less: {memory.advice}" if memory.advice else ""
+        warnings.warn(
+            f"about {size(memory.total)} of memory are needed and {size(free)} are free, so the system may end this "
+            f"run{advice}. --dry-run tells what takes how much",
+            stacklevel=2,
+        )
 
 
 def check_resolution(resolution: int, latent_scale: int) -> None:

@@ -19,7 +19,7 @@ from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
 from unziplora.base_sizes import must_be_fetched
 from unziplora.card import About, base_name, card, folder_argument, shared_settings
-from unziplora.checks import check_job, check_resolution
+from unziplora.checks import check_job, check_resolution, warn_of_memory
 from unziplora.config_training import TrainingConfig
 from unziplora.cuda_graphs import recording
 from unziplora.device import pick_device, pick_dtype
@@ -54,6 +54,7 @@ def run_job(kind: type[Method[C]], config: C, resume: bool = False, progress: Ca
         Interrupted: stopped on request; it tells how to continue.
     """
     check_job(kind, config, 64)
+    warn_of_memory(kind, config)
 
     def work(run: RunFolder) -> None:
         job = Job(kind, config, progress or (lambda _: None), run)
