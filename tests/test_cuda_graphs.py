@@ -25,13 +25,6 @@ class Replays:
         trained = [place for place in places if place.requires_grad]
         results = {}
 
-        def gradients(grad):
-            found = torch.autograd.grad(results["graph"], trained, grad, allow_unused=True)
-            for number, (place, value) in enumerate(zip(trained, found, strict=True)):
-                if value is not None:
-                    results.setdefault(number, torch.empty_like(place)).copy_(value)
-            return {id(place): results.get(number) for number, place in enumerate(trained)}
-
         class Graphed(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *given):
@@ -46,10 +39,13 @@ class Replays:
 
             @staticmethod
             def backward(ctx, grad):
-                found = gradients(grad)
-                return tuple(None if (place := found.get(id(p))) is None else place.detach() for p in places)
+                found = torch.autograd.grad(results["graph"], trained, grad, allow_unused=True)
+                for place, value in zip(trained, found, strict=True):
+                    if value is not None:
+                        results.setdefault(id(place), torch.empty_like(place)).copy_(value)
+                return tuple(results[id(place)].detach() if id(place) in results else None for place in places)
 
-        return lambda *given: Graphed.apply(*given)
+        return Graphed.apply
 
 
 @pytest.fixture

@@ -123,9 +123,10 @@ def stored_bytes(source: str) -> int | None:
     Raises:
         UserError: as `base_folder`.
     """
-    path, folder = Path(source).expanduser(), base_folder(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return path.stat().st_size
+    folder = base_folder(source)
     return None if folder is None else sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
 
 

@@ -66,10 +66,9 @@ def warn_of_memory(kind: type[Method[C]], config: C) -> None:
     sizes = inspect_base(config.base)
     memory = estimate(config, sizes, kind.layers(config, sizes.names))
     if memory.fits is False:
-        advice = f"; needs less: {memory.advice}" if memory.advice else ""
         warnings.warn(
             f"about {size(memory.total)} of memory are needed and {size(free)} are free, so the system may end this "
-            f"run{advice}. --dry-run tells what takes how much",
+            f"run{memory.needs_less}. --dry-run tells what takes how much",
             stacklevel=2,
         )
 

@@ -73,6 +73,10 @@ class DreamBoothConfig(PictureConfig):
         self.check_rates(learning_rate=self.learning_rate, **text)
         return self
 
+    def prior_weights(self) -> dict[str, float]:
+        """The weight of prior preservation of the one LoRA."""
+        return {self.product: self.prior}
+
     @property
     def product(self) -> str:
         """What the LoRA is, and its file's name: content, style, or both in one lora."""

@@ -71,7 +71,7 @@ class TrainingConfig(Recipe):
     )
     gradient_checkpointing: bool = key(
         False,
-        "Slower, with much less memory: for SDXL at 1024 px about 9 GiB instead of 16.",
+        "Slower, with much less memory: for SDXL at 1024 px about 9 GiB instead of 17.",
         "Training",
         may_change=True,
     )
@@ -177,6 +177,10 @@ class PictureConfig(TrainingConfig):
     sample_style: str = key(
         "watercolor painting", "Another style, for the content-alone sample.", "Output", min_length=1, may_change=True
     )
+
+    def prior_weights(self) -> dict[str, float]:
+        """The weight of prior preservation by LoRA; none, unless a recipe has it."""
+        return {}
 
     @field_validator("content", "style", "token", check_fields=False)
     @classmethod

@@ -23,6 +23,9 @@ from unziplora.lora.layer import Branch
 Pass = Callable[..., Tensor]
 """A recorded pass: from the UNet's inputs and the trained parameters to its prediction, with a gradient for each."""
 
+INPUTS = ("sample", "timestep", "encoder_hidden_states")
+"""The inputs of a UNet that are tensors; then come the added conditions."""
+
 FIRST = 2
 """Passes of a kind that are not recorded: cuDNN and cuBLAS choose their algorithms in them."""
 
@@ -149,10 +152,6 @@ class Recorder:
                 stacklevel=2,
             )
         return not self.failed
-
-
-INPUTS = ("sample", "timestep", "encoder_hidden_states")
-"""The inputs of a UNet that are tensors; then come the added conditions."""
 
 
 def _branches(unet: nn.Module) -> Iterator[Branch]:

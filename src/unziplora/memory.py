@@ -8,7 +8,6 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.base_sizes import Sizes
-from unziplora.config_split import SplitConfig
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.cuda_graphs import graphs_wanted
 from unziplora.device import pick_device, pick_dtype
@@ -73,6 +72,11 @@ class Memory(BaseModel):
         """Whether that is free now; None if it cannot be told."""
         return None if self.available is None else self.total <= self.available
 
+    @property
+    def needs_less(self) -> str:
+        """The advice as the end of a sentence; empty if there is none."""
+        return f"; needs less: {self.advice}" if self.advice else ""
+
     def table(self, prefix: str = "") -> str:
         """Plain text, one part per line."""
         width = max(len(line.part) for line in self.lines)
@@ -83,8 +87,7 @@ class Memory(BaseModel):
         ]
         rows.append(f"  {'together':<{width}}  {size(self.total):>10}")
         if self.available is not None:
-            advice = f"; needs less: {self.advice}" if self.advice else ""
-            verdict = "fits" if self.fits else f"does not fit{advice}"
+            verdict = "fits" if self.fits else f"does not fit{self.needs_less}"
             rows.append(f"  {'free now':<{width}}  {size(self.available):>10}  ({verdict})")
         if self.assumed:
             rows.append(f"{self.base} is not on this machine: the sizes are SDXL's own.")
@@ -109,7 +112,8 @@ def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[s
     exact = _exact(config, sizes, loras, each, gpu)
     about = _activations(config, sizes, each, gpu)
     if gpu and graphs_wanted(config):
-        about["CUDA graphs"] = exact["gradients"] * _losses(config) + _RECORDED
+        losses = 1 + sum(weight > 0 for weight in config.prior_weights().values())
+        about["CUDA graphs"] = exact["gradients"] * losses + _RECORDED
     training = sum(exact.values()) + sum(about.values())
     about["encoding at the start, beyond that"] = max(0, _encoding(config, sizes, each, gpu) - training)
     if gpu and config.sample_seeds:
@@ -166,13 +170,6 @@ def _activations(config: PictureConfig, sizes: Sizes, each: int, gpu: bool) -> d
         streams=3 if getattr(config, "prompt_separation", False) else 1,
     )
     return {"activations": kept, "work in progress": kept // 4 + _CUDA_CONTEXT * gpu}
-
-
-def _losses(config: PictureConfig) -> int:
-    """Passes of a step: the pictures', and one for every LoRA whose prior is preserved."""
-    if isinstance(config, SplitConfig):
-        return 1 + sum(weight > 0 for weight in config.prior_weights().values())
-    return 1 + (getattr(config, "prior", 0) > 0)
 
 
 def _encoding(config: PictureConfig, sizes: Sizes, each: int, gpu: bool) -> int:
