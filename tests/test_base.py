@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from unziplora import base_hub
 from unziplora.base import BUNDLED, Base, load_base
 from unziplora.base_checkpoint import clip_tokenizer, is_full_size
-from unziplora.device import pick_device, pick_dtype
+from unziplora.device import flush_denormals, pick_device, pick_dtype
 from unziplora.errors import MachineError, UserError
 from unziplora.generate import Settings, generate
 from unziplora.lora.storage import Header, read_header
@@ -367,3 +367,13 @@ def test_device_and_precision_by_name():
         pick_device("toaster")
     assert pick_dtype("auto", "cpu") == torch.float32
     assert pick_dtype("bf16", "cpu") == torch.bfloat16
+
+
+def test_a_cpu_takes_denormal_numbers_for_zero_once_a_base_is_loaded(tiny_folder):
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor cannot")
+    denormal = torch.tensor([1e-40])
+    flush_denormals("cuda")
+    assert (denormal * 1).item() > 0
+    load_base(str(tiny_folder))
+    assert (denormal * 1).item() == 0

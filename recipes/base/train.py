@@ -10,6 +10,7 @@ import torch
 
 from recipes.base.config import Recipe
 from recipes.base.loop import Stage, Stop, train
+from unziplora.device import flush_denormals
 
 
 def _vae(recipe: Recipe, init: Path | None) -> Stage:
@@ -55,6 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     recipe, stop = Recipe.read(options.recipe), Stop(options.minutes, options.until)
     torch.set_num_threads(recipe.threads)
+    flush_denormals("cpu")
     for name in options.stages:
         if not train(STAGES[name](recipe, options.init), stop):
             return

@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from unziplora import base_checkpoint, base_files
 from unziplora.base_hub import download, names_a_model
 from unziplora.config_training import SDXL
+from unziplora.device import flush_denormals
 from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.lora.storage import Header, read_header
 from unziplora.quiet import quiet
@@ -95,12 +96,14 @@ class Base:
 def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Base:
     """Open 'bundled', a diffusers folder, a hub id or a single .safetensors checkpoint, frozen, in eval mode.
 
-    A single file that is not of SDXL's own size needs its configuration beside it, see `config_folder`.
+    A single file that is not of SDXL's own size needs its configuration beside it, see `config_folder`. On a CPU
+    denormal numbers count as zero from then on, see `flush_denormals`.
 
     Raises:
         UserError: nothing is there, a part is missing or damaged, or it is not of SDXL's topology.
         MachineError: the hub cannot be reached, or memory does not suffice.
     """
+    flush_denormals(device)
     with _failures(source):
         path = _locate(source, dtype)
         with quiet():

@@ -29,6 +29,16 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def flush_denormals(device: torch.device | str) -> None:
+    """Have a CPU take numbers below 1e-38 for zero, in this process from now on: it multiplies others ten times faster.
+
+    Attention to words that hardly matter gives gradients as small as that. torch's worker threads take the setting
+    over from the thread that starts them, so this comes before the first large operation.
+    """
+    if torch.device(device).type == "cpu":
+        torch.set_flush_denormal(True)
+
+
 def pick_dtype(precision: Precision, device: torch.device | str) -> torch.dtype:
     """The number format of a name; 'auto' is bf16 where the device computes in it, else fp16, fp32 on a CPU."""
     if precision != "auto":
