@@ -5,11 +5,12 @@ import json
 import os
 import signal
 import tempfile
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors import safe_open
 
 from unziplora import job
@@ -18,8 +19,10 @@ from unziplora.config_split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, OutOfMemory, UserError
 from unziplora.grid import GAP, LARGEST
 from unziplora.lora.files import read_lora
+from unziplora.methods.common import View
 from unziplora.progress import Progress
-from unziplora.samples import LONGEST, _visible
+from unziplora.prompts import Prompts
+from unziplora.samples import LONGEST, _visible, sample_sheet
 from unziplora.split import split
 
 WORDS = {"content": "cat", "style": "ink"}
@@ -235,6 +238,27 @@ def test_low_precision_trains_both_loras(config):
     run = split(config(precision="bf16", steps=4, sample_seeds=[]))
     for path in (run.content, run.style):
         assert any(up.abs().max() > 0 for _, up in read_lora(path).modules.values())
+
+
+@pytest.mark.parametrize(("batch_size", "passes"), [(1, 6), (4, 4), (8, 2)])
+def test_samples_are_computed_together_as_far_as_a_batch_of_the_training_goes(config, shared_base, batch_size, passes):
+    """With guidance each counts twice: of three seeds a batch of 4 takes two at once, a batch of 8 all."""
+
+    class Plain:
+        pictures = ()
+        views = staticmethod(lambda: [View("the base", Prompts("a cat"))])
+        off = staticmethod(lambda names: nullcontext())
+
+    rows = []
+    handle = shared_base.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    try:
+        sheet = sample_sheet(shared_base, Plain(), config(batch_size=batch_size, sample_seeds=[0, 1, 2]))
+    finally:
+        handle.remove()
+    assert len(rows) == passes
+    assert max(rows) <= max(2, batch_size)
+    alone = sample_sheet(shared_base, Plain(), config(sample_seeds=[0, 1, 2]))
+    assert ImageChops.difference(sheet, alone).convert("L").getextrema()[1] <= 1  # but for rounding
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,10 @@ class TrainingConfig(Recipe):
         """How noisy latents are drawn and weighted: keywords of `objective.denoising_loss`."""
         return self.model_dump(include={"batch_size", "min_snr_gamma", "noise_offset", "timestep_shift"})
 
+    def samples_at_once(self) -> int:
+        """Pictures of a sample sheet computed together; with guidance each counts twice, and a step's batch fits."""
+        return max(1, min(self.batch_size // 2, len(self.sample_seeds)))
+
     def words(self) -> dict[str, str]:
         """The user's words by the names under which prompt templates call them."""
         named = {name: getattr(self, name, None) for name in ("token", "content", "style")}

@@ -184,7 +184,7 @@ def _sampling(config: PictureConfig, sizes: Sizes, exact: Mapping[str, int]) -> 
     maps = 4 * _resolution(config, sizes) ** 2
     decoding = _vae(sizes) + _DECODING_MAPS * min(maps, 4 * _TILE**2)
     kept = exact["UNet"] + exact["LoRAs, scales and masks"] + exact["optimiser"] * bool(config.sample_every)
-    return _CUDA_CONTEXT + kept + max(_DENOISING * maps // 2**22, decoding)
+    return _CUDA_CONTEXT + kept + max(_DENOISING * config.samples_at_once() * maps // 2**22, decoding)
 
 
 def _vae(sizes: Sizes) -> int:

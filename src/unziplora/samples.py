@@ -28,7 +28,9 @@ def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Ima
     if method.pictures:
         columns["input"] = [method.pictures[0]] * len(config.sample_seeds)
     with _without_checkpointing(base):
-        settings = Settings.square(side, steps=config.sample_steps, guidance=config.sample_guidance)
+        settings = Settings.square(
+            side, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.samples_at_once()
+        )
         for view in method.views():
             with method.off(view.off):
                 columns[view.title] = generate(base, view.prompts, config.sample_seeds, settings)
