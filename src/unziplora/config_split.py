@@ -36,6 +36,7 @@ PAPER: dict[str, Any] = {
 # Found by trials on drawings and filters that the small base has not seen (docs/experiments.md).
 BUNDLED: dict[str, Any] = {
     **SMALL,
+    "steps": 240,
     "content_learning_rate": 2e-3,
     "style_learning_rate": 1e-3,
     "schedule": "cosine",
