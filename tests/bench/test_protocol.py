@@ -227,7 +227,7 @@ class TestMethods:
             assert recipe.column_separation
             assert recipe.block_separation
             assert (recipe.optimizer, recipe.precision, recipe.column_warmup) == ("adamw", "fp32", 1)
-        assert (small.rank, small.content_learning_rate, small.steps) == (16, 2e-3, 300)
+        assert (small.rank, small.content_learning_rate, small.steps) == (16, 2e-3, 240)
         assert (large.rank, large.content_learning_rate, large.steps) == (64, 5e-5, 600)
 
     def test_oracle_learns_its_pictures_with_a_prompt_each_and_longer(self, place: Workplace, cases: Cases):
