@@ -42,6 +42,9 @@ def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
     assert f"Load the checkpoint of the training, `{SDXL}`. Begin with strength 1, as trained, and CFG\n5;" in text
     assert "--mode direct` does" in text
     assert "--mode direct" not in written(run, full_size=True, prompt_separation=False)
+    (run.samples / "samples.png").rename(run.path / "samples.png")
+    assert "--mode direct" not in written(run, full_size=True)  # it tells of a picture
+    (run.path / "samples.png").rename(run.samples / "samples.png")
     assert '| `style.diffusers.safetensors` (diffusers layout) | the style | `in pencil "sketch" style` |' in text
     assert "![samples](samples/samples.png)" in text
     assert f"base_model: {SDXL}" in text

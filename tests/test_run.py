@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 from unziplora.atomic import atomic_folder, atomic_write
+from unziplora.card import base_name
 from unziplora.config_split import SplitConfig
 from unziplora.errors import MachineError, UserError
+from unziplora.job import in_run_folder
 from unziplora.run import RunFolder, loras_of
 from unziplora.sources import find_source
 
@@ -57,6 +59,27 @@ def test_a_base_on_disk_is_saved_absolute_and_a_name_as_it_is(tmp_path: Path, mo
     for base, saved in (("tiny-xl", str(tmp_path / "tiny-xl")), ("bundled", "bundled"), ("some/xl", "some/xl")):
         run = RunFolder.create(tmp_path / saved.replace("/", "-"), recipe(Path("x"), base=base))
         assert run.config(SplitConfig).base == saved
+
+
+def test_a_base_behind_a_link_keeps_its_own_name(tmp_path: Path) -> None:
+    """As in the hub's cache, where a model's name leads to a file that is called by its hash."""
+    (tmp_path / "31e35c80").touch()
+    (tmp_path / "my-xl.safetensors").symlink_to(tmp_path / "31e35c80")
+    config = recipe(tmp_path / "cat", base=str(tmp_path / "my-xl.safetensors"))
+    assert RunFolder.create(config.out, config).config(SplitConfig).base == config.base
+    assert base_name(config) == "my-xl.safetensors"
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    create, config = RunFolder.create, recipe(tmp_path / "cat")
+
+    def twice(path: Path, ours: SplitConfig) -> RunFolder:
+        create(path, ours)
+        return create(path, ours.model_copy(update={"rank": 8}))  # nothing is learnt yet, so the folder is free
+
+    monkeypatch.setattr(RunFolder, "create", twice)
+    with pytest.raises(UserError, match="another process has begun a run here"):
+        in_run_folder(config, False, lambda _: pytest.fail("trained into another's run"))
 
 
 def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path) -> None:

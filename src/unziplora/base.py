@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,7 @@ def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | tor
         with quiet():
             pipe = _from_file(path, dtype) if path.is_file() else _from_folder(path, dtype)
         given = Path(source).expanduser()
-        name = given.resolve().stem if given.exists() and source != "bundled" else source
+        name = given.absolute().stem if given.exists() and source != "bundled" else source
         return _finish(pipe, name, device)
 
 
@@ -216,10 +216,14 @@ def _finish(pipe: StableDiffusionXLPipeline, name: str, device: str | torch.devi
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         part.eval().requires_grad_(False).to(device)
     pipe.set_progress_bar_config(disable=True)
-    size = pipe.unet.config.sample_size or SAMPLE_SIZE
-    side = size if isinstance(size, int) else max(size)
-    prediction = pipe.scheduler.config.get("prediction_type", "epsilon")
-    return Base(pipe, name, side * pipe.vae_scale_factor, prediction, pipe.unet.device)
+    side = latent_side(pipe.unet.config) * pipe.vae_scale_factor
+    return Base(pipe, name, side, pipe.scheduler.config.get("prediction_type", "epsilon"), pipe.unet.device)
+
+
+def latent_side(config: Mapping[str, Any]) -> int:
+    """The side of the latents that a UNet is made for; its configuration may have one for each direction, or none."""
+    size = config["sample_size"] or SAMPLE_SIZE
+    return int(size) if isinstance(size, int) else max(size)
 
 
 @contextmanager

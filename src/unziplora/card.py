@@ -15,6 +15,7 @@ import tomli_w
 from unziplora.base_hub import HUB_ID
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.kinds import KINDS
+from unziplora.resuming import whole
 from unziplora.run import RunFolder
 
 
@@ -87,7 +88,7 @@ def shared_settings(config: TrainingConfig) -> dict[str, Any]:
 def base_name(config: TrainingConfig) -> str:
     """The base as others may know it: of a path on this machine, the last part."""
     path = Path(config.base).expanduser()
-    return path.resolve().name if path.exists() else config.base
+    return whole(path).name if path.exists() else config.base
 
 
 def _head(config: TrainingConfig, about: About) -> str:
@@ -182,7 +183,7 @@ from diffusers import StableDiffusionXLPipeline
 pipe = StableDiffusionXLPipeline.{_loading(config)}, torch_dtype=torch.float16).to("cuda")
 {loads}
 pipe.set_adapters({json.dumps(list(titles))}, {[1.0] * len(titles)})
-pipe({_string(both)}, guidance_scale=5.0).images[0].save("picture.png")
+pipe({_string(both)}, guidance_scale={config.sample_guidance:g}).images[0].save("picture.png")
 ```
 
 **unziplora**:
@@ -199,7 +200,7 @@ def _together(run: RunFolder, about: About) -> str:
 
 Either works alone, with its own trigger words; both together restore the picture or show its content anew in its style.
 """
-    if about.separate:
+    if about.separate and any(run.samples.glob("*.png")):
         text += f"""The picture "together" in `samples` was made with a prompt for each LoRA. Other programs give both
 the same one, as `unziplora sample {folder_argument(run.path)} --mode direct` does.
 """

@@ -31,6 +31,7 @@ from unziplora.lora.metadata import metadata_for
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup
 from unziplora.progress import Callback, Progress
+from unziplora.resuming import differing
 from unziplora.run import RunFolder
 from unziplora.samples import sample_sheet
 from unziplora.train import StepReport, Trainer, train
@@ -76,6 +77,8 @@ def in_run_folder(config: TrainingConfig, resume: bool, work: Callable[[RunFolde
     """
     run = RunFolder.resume(config.out, config) if resume else RunFolder.create(config.out, config)
     with run.lock():
+        if differing(run.config(type(config)), config):  # another began here between these two lines
+            raise UserError(f"{run.path}: another process has begun a run here; choose another --out")
         if run.card.exists():  # the last file to be written
             raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
         work(run)
@@ -265,7 +268,7 @@ def make_accelerator(config: TrainingConfig, device: torch.device, dtype: torch.
 
 def _fetching(base: str) -> str:
     """What to say of a base that is not here yet: gigabytes may come before the next line."""
-    return " (it is fetched now; SDXL has 7 GB)" if must_be_fetched(base) else ""
+    return " (it is fetched now; SDXL has 7 GB, in fp32 twice that)" if must_be_fetched(base) else ""
 
 
 def flat(config: TrainingConfig) -> dict[str, Any]:

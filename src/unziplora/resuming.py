@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,18 +12,23 @@ from unziplora.lora.blocks import NAMED
 R = TypeVar("R", bound=Recipe)
 
 
+def whole(path: Path) -> Path:
+    """An absolute path whose links keep their names: in the hub's cache they lead to files without a suffix."""
+    return Path(os.path.abspath(path))
+
+
 def absolute(config: R) -> R:
     """The same configuration with absolute paths, so that it works from any folder."""
     paths: dict[str, Any] = {}
     for name, value in config:
         if isinstance(value, Path) and name != "out":
-            paths[name] = value.resolve()
+            paths[name] = whole(value)
         elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
-            paths[name] = [item.resolve() for item in value]
+            paths[name] = [whole(item) for item in value]
     for name in ("base", "blocks"):  # a file or folder, or a name that stays one, whatever files are called so
         value = getattr(config, name, None)
         if value is not None and value not in NAMED and Path(value).expanduser().exists():
-            paths[name] = str(Path(value).expanduser().resolve())
+            paths[name] = str(whole(Path(value).expanduser()))
     return config.model_copy(update=paths)
 
 
