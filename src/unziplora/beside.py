@@ -21,7 +21,7 @@ from unziplora.resuming import absolute
 def beside(config: SplitConfig, threads: int) -> Iterator[Callable[[], None]]:
     """Split a picture in another process; yield what waits for its end.
 
-    Where the context is left before that, the process is asked to stop, and saves what it has.
+    Where the context is left before that, the process is stopped.
 
     Args:
         config: the recipe.

@@ -102,6 +102,10 @@ class BenchConfig(Recipe):
             raise ValueError("--clip, --dino and --csd measure real pictures: give --pictures FOLDER too")
         if self.pictures is not None and (self.search or self.cases):
             raise ValueError("--pictures goes with neither --search nor --cases: there is no truth to choose by")
+        if self.pictures is not None and set(self.methods) == {"oracle"}:
+            raise ValueError(
+                "the oracle learns from the truth, and of real pictures there is none: name other --methods"
+            )
         return self
 
     def training_seeds(self, method: str) -> list[int]:

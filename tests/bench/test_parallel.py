@@ -1,6 +1,7 @@
 """Several processes do the same work, and never the same training at once."""
 
 import multiprocessing
+import os
 import time
 from concurrent.futures import Future
 from functools import partial
@@ -49,7 +50,7 @@ def slow_bench(folder: Path, config: BenchConfig) -> Any:
     """In a worker: a benchmark in which the first case takes no time, and every other one very long."""
 
     def evaluate(place: object, base: object, measures: object, method: object, cases: object, case: str, seed: int):
-        (folder / f"{case}-{seed}").touch()
+        (folder / f"{case}-{seed}").write_text(str(os.getsid(0)))
         time.sleep(0 if seed == 0 else 600)
 
     parallel.evaluate = evaluate  # type: ignore[assignment]
@@ -72,6 +73,9 @@ def test_a_stop_reaches_what_the_workers_have_been_given_already(tmp_path: Path,
     assert time.monotonic() - ended[0] < 60  # a case takes 600 seconds
     assert {path.name for path in tmp_path.iterdir()} <= {f"cat-{seed}" for seed in range(4)}
     assert multiprocessing.active_children() == []
+    assert str(os.getsid(0)) not in {
+        path.read_text() for path in tmp_path.iterdir()
+    }  # no worker gets the terminal's Ctrl-C
 
 
 def test_workers_open_the_configured_benchmark_and_no_other(config: BenchConfig) -> None:

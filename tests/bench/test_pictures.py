@@ -98,6 +98,7 @@ def test_what_cannot_be_used_is_named(photos: Path, words: str, message: str):
         ({"pictures": "photos", "clip": "a"}, "give --clip and --dino, or --csd"),
         ({"csd": "a"}, "give --pictures"),
         ({"pictures": "photos", "csd": "a", "search": 2}, "neither --search nor --cases"),
+        ({"pictures": "photos", "csd": "a", "methods": ["oracle"]}, "name other --methods"),
     ],
 )
 def test_settings_that_do_not_go_together(keys: dict[str, object], message: str):

@@ -98,6 +98,8 @@ def _open(open_bench: Callable[[], Bench], numbers: Queue[int], threads: int, gp
     """Load cases, measures and base in a worker process, which ends with the process that started it."""
     global _opened, _stop
     _stop = stop
+    if hasattr(os, "setsid"):
+        os.setsid()  # away from the terminal, whose Ctrl-C would be a training's second request to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     if gpus:

@@ -77,7 +77,7 @@ def _stoppable() -> Iterator[None]:
     """Tell of a stop what continues the benchmark, not the training that was stopped."""
     try:
         yield
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         raise Interrupted("stopped, everything done so far is kept; the same command continues") from None
 
 

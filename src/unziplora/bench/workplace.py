@@ -44,14 +44,12 @@ class Workplace:
         folder: absolute.
         overrides: settings by method; those of a method with several trainings in a table for each.
         homes: folders of methods whose runs are kept in another benchmark's.
-        progress: told what trainings tell.
     """
 
     config: BenchConfig
     folder: Path
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     homes: Mapping[str, Path] = field(default_factory=dict)
-    progress: Callback = lambda _: None
 
     def claim(self, base: Base) -> None:
         """Note the base's weights; what is here by other weights would be taken for theirs.
@@ -113,7 +111,7 @@ class Workplace:
             _check_same(run, config)
         if run.card.exists():
             return run
-        return job(config, run.latest() is not None, self.progress)
+        return job(config, run.latest() is not None)
 
 
 def plain(recipe: TrainingConfig) -> dict[str, Any]:
