@@ -115,6 +115,14 @@ def test_prompt_grid_shows_every_prompt_with_every_seed(shared_base: Base, tmp_p
     assert [cell.tobytes() for cell in shown] == [picture.tobytes() for picture in expected]
 
 
+def test_labels_tell_seeds_to_the_last_digit(shared_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told: list[list[str]] = []
+    monkeypatch.setattr("unziplora.grid.sheet", lambda pictures, down, across: told.append(across) or sheet(pictures))
+    seeds = [1234567, 1234568]
+    grid(GridConfig(prompts=["a cat"], seeds=seeds, steps=1, out=tmp_path / "g.png"), shared_base)
+    assert told == [["seed 1234567", "seed 1234568"]]
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

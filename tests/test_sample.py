@@ -388,6 +388,8 @@ def test_unwritable_folder_is_the_machines_fault(tiny_base: Base, cat: Path, tmp
         ({"content": "x", "content_blocks": ["up=much"]}, "write block=strength"),
         ({"content": "x", "content_strength": float("nan")}, "finite"),
         ({"content": "x", "mode": "separate"}, "give --content and --style"),
+        ({"content": "x", "content_prompt": "a cat"}, "content_prompt is for both LoRAs"),
+        ({"content": "x", "style": "y", "mode": "direct", "style_prompt": "ink"}, "style_prompt is for both LoRAs"),
         ({"prompts": ["x"], "stepps": 3}, "did you mean 'steps'"),
     ],
 )

@@ -114,7 +114,7 @@ def _label(axis: str, value: Any, session: Session) -> str:
     if axis == "prompt":
         prompts: Prompts = session.prompts[value]
         return prompts.full
-    return f"{axis.removesuffix('_strength')} {value:g}"
+    return f"{axis.removesuffix('_strength')} {value if axis == 'seed' else format(value, 'g')}"
 
 
 def _font(width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -104,7 +104,7 @@ class Mounted:
             self.turn(**before)
 
     def remove(self) -> None:
-        """Take these LoRAs out again; others stay."""
+        """Take these LoRAs out again; other branches stay, but what PEFT has put into the base goes with them."""
         if self._peft or self._told:
             self.base.pipe.unload_lora_weights()
         unet = self.base.unet

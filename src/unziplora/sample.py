@@ -14,6 +14,8 @@ from PIL import Image, PngImagePlugin
 
 from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
+from unziplora.base_files import read_json
+from unziplora.base_sizes import base_folder
 from unziplora.config_sample import GridConfig, SampleConfig, read_blocks
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
@@ -86,12 +88,14 @@ def find_sources(config: SampleConfig) -> list[Source]:
 
 
 def with_headers(config: SampleConfig, sources: list[Source]) -> list[Source]:
-    """The sources with their files' headers; that needs no base.
+    """The sources with their files' headers; of a base that is given no more than the configuration is read.
 
     Raises:
-        UserError: a file is no LoRA, or has no block of a name whose strength is configured.
+        UserError: a file is no LoRA, or has no block of a name whose strength is configured; no such base.
     """
-    loras = [read_lora(source.file) for source in sources]
+    folder = base_folder(config.base) if config.base else None
+    shape = read_json(folder / "unet" / "config.json") if folder else None
+    loras = [read_lora(source.file, shape) for source in sources]
     for source, lora in zip(sources, loras, strict=True):
         check_strengths(lora, blocks_of(config, source), str(source.file))
     return [with_metadata(source, lora.metadata) for source, lora in zip(sources, loras, strict=True)]
