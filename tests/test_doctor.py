@@ -15,7 +15,7 @@ import torch
 
 from unziplora import activations, cli, doctor
 from unziplora.activations import kept_bytes
-from unziplora.base import BUNDLED
+from unziplora.base import BUNDLED, load_base
 from unziplora.base_sizes import Sizes, inspect_base
 from unziplora.checks import warn_of_memory
 from unziplora.config_dreambooth import DreamBoothConfig
@@ -69,9 +69,11 @@ class TestDoctor:
     def test_the_drive_that_models_are_fetched_to_is_looked_at_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = namedtuple("usage", "total used free")
         free = {Path.cwd(): 50 * GIB}
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(GIB, GIB, free.get(path, 5 * GIB)))
-        found = {check.name: check.state for check in examine().checks}
-        assert (found["disk"], found["model cache"]) == ("ok", "note")
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(GIB, GIB, free.get(path, 12 * GIB)))
+        for name, state in (("cpu", "note"), ("cuda:0", "ok")):  # a CPU takes the files in fp32
+            monkeypatch.setattr(doctor, "find_devices", lambda name=name: [CARD.model_copy(update={"name": name})])
+            found = {check.name: check.state for check in examine().checks}
+            assert (found["disk"], found["model cache"]) == ("ok", state)
 
     def test_torch_without_cuda_is_named_where_there_is_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cpu = CARD.model_copy(update={"name": "cpu", "memory_total": 32 * GIB})
@@ -135,6 +137,15 @@ class TestSizes:
             assert sizes.resolution == tiny.SIDE
             assert not sizes.assumed
 
+    def test_a_side_for_each_direction_counts_as_the_longer_one(self, tiny_folder: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(tiny_folder, tmp_path / "pair")
+        config = json.loads((folder / "unet" / "config.json").read_text())
+        side = config["sample_size"]
+        (folder / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": [side, side // 2]}))
+        sizes, plain = inspect_base(str(folder)), inspect_base(str(tiny_folder))
+        assert (sizes.resolution, sizes.latent_scale) == (plain.resolution, plain.latent_scale)
+        assert load_base(str(folder)).resolution == plain.resolution
+
     def test_what_is_not_there_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no such file or folder"):
             inspect_base(str(tmp_path / "gone.safetensors"))
@@ -191,13 +202,15 @@ class TestMemory:
 
     def test_smaller_settings_come_to_an_end(self) -> None:
         told, changes = [], dict[str, Any](batch_size=2)
-        while (hint := smaller(recipe(**changes))) is not None:
+        while (hint := smaller(recipe(**changes), 1024)) is not None:
             told.append(hint.split(" (")[0])
             key, *value = told[-1].removeprefix("--").replace("-", "_").split()
             changes[key] = int(value[0]) if value else True
         assert told[0] == "--batch-size 1"
+        assert [hint for hint in told if "resolution" in hint] == ["--resolution 768", "--resolution 512"]
         assert "--gradient-checkpointing" in told
         assert told[-1] == "--rank 8"
+        assert smaller(recipe(gradient_checkpointing=True), 128) == "--rank 32"  # nothing larger than the base's own
 
     @pytest.fixture
     def on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,8 +236,8 @@ class TestMemory:
         config = recipe(precision="bf16", content_prior=1.0)  # two passes a step
         parts = {line.part: line.bytes for line in split_memory(config, inspect_base(SDXL)).lines}
         assert parts["CUDA graphs"] == 2 * parts["gradients"] + 2**28
-        assert smaller(config) == "--no-cuda-graphs (slower, the same result)"
-        assert "--gradient-checkpointing" in str(smaller(config.model_copy(update={"cuda_graphs": False})))
+        assert smaller(config, 1024) == "--no-cuda-graphs (slower, the same result)"
+        assert "--gradient-checkpointing" in str(smaller(config.model_copy(update={"cuda_graphs": False}), 1024))
 
     @pytest.mark.usefixtures("on_a_gpu")
     def test_trained_text_encoders_stay_on_the_gpu_and_are_counted(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from unziplora.base import BUNDLED, SAMPLE_SIZE, described
+from unziplora.base import BUNDLED, described, latent_side
 from unziplora.base_files import PARTS, check_folder, read_json
 from unziplora.base_hub import names_a_model
 from unziplora.errors import UserError, first_line
@@ -47,7 +47,7 @@ class Sizes(BaseModel):
 
     @property
     def latent_scale(self) -> int:
-        return self.resolution // int(self.unet_config["sample_size"] or SAMPLE_SIZE)
+        return self.resolution // latent_side(self.unet_config)
 
     @property
     def names(self) -> list[str]:
@@ -80,7 +80,7 @@ def inspect_base(source: str) -> Sizes:
     return Sizes(
         source=source,
         assumed=assumed,
-        resolution=(unet.config.sample_size or SAMPLE_SIZE) * scale,
+        resolution=latent_side(unet.config) * scale,
         unet=counts["unet"],
         vae=counts["vae"],
         text=counts["text_encoder"] + counts["text_encoder_2"],

@@ -128,7 +128,7 @@ def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[s
         resolution=_resolution(config, sizes),
         lines=lines,
         available=free_bytes(device),
-        advice=smaller(config),
+        advice=smaller(config, sizes.resolution),
     )
 
 
@@ -200,8 +200,12 @@ def free_bytes(device: torch.device) -> int | None:
     return psutil.virtual_memory().available
 
 
-def smaller(config: TrainingConfig) -> str | None:
-    """The next setting that needs less memory, as flags, the gentlest first; None if nothing is left."""
+def smaller(config: TrainingConfig, side: int) -> str | None:
+    """The next setting that needs less memory, as flags, the gentlest first; None if nothing is left.
+
+    Args:
+        side: pixels that the base is made for.
+    """
     if config.batch_size > 1:
         return f"--batch-size {max(1, config.batch_size // 2)}"
     device = pick_device(config.device)
@@ -213,8 +217,8 @@ def smaller(config: TrainingConfig) -> str | None:
         return "--precision bf16"
     if device.type == "cuda" and config.optimizer != "adamw8bit":
         return "--optimizer adamw8bit (first: pip install bitsandbytes)"
-    if config.resolution is None or config.resolution > 512:
-        return f"--resolution {768 if (config.resolution or 1024) > 768 else 512}"
+    if lower := next((pixels for pixels in (768, 512) if pixels < (config.resolution or side)), None):
+        return f"--resolution {lower}"
     if isinstance(config, PictureConfig) and config.rank > 8:
         return f"--rank {config.rank // 2}"
     return None

@@ -86,9 +86,10 @@ def memory_advice(config: TrainingConfig) -> Iterator[None]:
     except Exception as error:
         if not out_of_memory(error) or debugging():
             raise
+        from unziplora.base_sizes import inspect_base
         from unziplora.memory import smaller
 
-        advice = smaller(config)
+        advice = smaller(config, inspect_base(config.base).resolution)
         raise MachineError(
             f"not enough memory ({first_line(error)}). "
             + (f"Next smaller setting: {advice}" if advice else "Choose a smaller base, or a machine with more memory")
