@@ -267,6 +267,8 @@ def test_samples_are_computed_together_as_far_as_a_batch_of_the_training_goes(co
         ({"resolution": 72}, UserError, "multiple of 32"),
         ({"blocks": "nowhere.toml"}, UserError, "nowhere.toml"),
         ({"full_prompt": "a {thing}"}, UserError, "is not known here"),
+        ({"style_prompt": " "}, UserError, "the style prompt is empty"),
+        ({"style_prior": 1.0, "style_class_prompt": "a {thing}"}, UserError, "is not known here"),
         ({"base": "no/where/at all"}, UserError, "no such file or folder"),
         ({"precision": "fp16"}, UserError, "needs a GPU"),
         ({"trackers": ["trackio"]}, UserError, "not installed"),
@@ -279,6 +281,7 @@ def test_what_cannot_be_done_is_said_and_leaves_no_lora_behind(config, changes, 
     with pytest.raises(error, match=message):
         split(made)
     assert not list(made.out.glob("*.safetensors"))
+    assert not made.out.exists() or "prompt" not in str(changes)  # words are looked at first of all
 
 
 def test_a_missing_picture_is_told_before_a_folder_is_made(config, tmp_path):
@@ -301,7 +304,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
         with pytest.raises(MachineError, match=r"no room|full"):
             split(config(sample_seeds=[]))
     run = split(config(sample_seeds=[]), resume=True)
-    assert run.content.exists()
+    assert read_lora(run.content).modules.keys() == read_lora(run.style).modules.keys()
 
 
 def test_optimisers_and_their_absence(config, tmp_path, monkeypatch):

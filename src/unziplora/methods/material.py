@@ -87,13 +87,26 @@ def gather(config: SplitConfig, setup: Setup) -> Material:
     return Material(examples, alone, priors, text, pictures)
 
 
-def _priors(config: SplitConfig, setup: Setup) -> dict[str, Examples]:
+def check_prompts(config: SplitConfig) -> None:
+    """Fill in all prompts.
+
+    Raises:
+        UserError: one is not usable.
+    """
+    Prompts(**config.prompts())
+    _class_prompts(config)
+
+
+def _class_prompts(config: SplitConfig) -> dict[str, Prompts]:
+    """What the class pictures of each LoRA whose prior is preserved show."""
     templates = {"content": config.content_class_prompt, "style": config.style_class_prompt}
-    return {
-        name: class_examples(setup, config, _alike(config, config.fill(templates[name])), config.prior_images)
-        for name, weight in config.prior_weights().items()
-        if weight > 0
-    }
+    wanted = [name for name, weight in config.prior_weights().items() if weight > 0]
+    return {name: _alike(config, config.fill(templates[name])) for name in wanted}
+
+
+def _priors(config: SplitConfig, setup: Setup) -> dict[str, Examples]:
+    prompts = _class_prompts(config)
+    return {name: class_examples(setup, config, text, config.prior_images) for name, text in prompts.items()}
 
 
 def _alike(config: SplitConfig, text: str) -> Prompts:

@@ -33,7 +33,7 @@ from unziplora.methods.common import (
     new_branches,
     switched_off,
 )
-from unziplora.methods.material import Material, gather
+from unziplora.methods.material import Material, check_prompts, gather
 from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.prompts import Prompts
 
@@ -94,13 +94,13 @@ class UnZipLora(Method[SplitConfig]):
 
     @classmethod
     def check(cls, config: SplitConfig) -> None:
-        """Read the block map and fill in the prompts.
+        """Read the block map and fill in the prompts, those of class pictures too.
 
         Raises:
             UserError: either is not usable.
         """
         read_blocks(config.blocks)
-        config.prompts()
+        check_prompts(config)
 
     @classmethod
     def layers(cls, config: SplitConfig, paths: list[str]) -> dict[str, list[str]]:
