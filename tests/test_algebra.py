@@ -54,7 +54,7 @@ def test_a_mask_of_zero_leaves_an_output_untouched():
 @pytest.mark.parametrize("shapes", [LINEAR, CONV], ids=["linear", "conv"])
 def test_cat_is_the_weighted_sum(shapes):
     pairs = [pair(shapes, seed, rank) for seed, rank in enumerate((1, 4, 6))]
-    joined = algebra.cat(pairs, [1.0, -0.5, 2.0])
+    joined = algebra.cat([algebra.scale(p, w) for p, w in zip(pairs, [1.0, -0.5, 2.0], strict=True)])
     assert joined[0].shape[0] == joined[1].shape[1] == 11
     expected = sum(w * algebra.delta(p) for w, p in zip([1.0, -0.5, 2.0], pairs, strict=True))
     torch.testing.assert_close(algebra.delta(joined), expected, atol=1e-5, rtol=1e-5)

@@ -110,7 +110,7 @@ class TestHelp:
 
     def test_defaults_and_presets_are_shown(self, call: Call) -> None:
         text = " ".join(call("split", "--help").out.split())
-        assert "for SDXL its file has 2.9 MB per rank. [default: 64; bundled: 16]" in text
+        assert "all attentions of SDXL make 2.9 MB per rank. [default: 64; bundled: 16]" in text
         assert "[default: on]" in text
 
     def test_no_command_shows_the_help(self, call: Call) -> None:

@@ -1,6 +1,7 @@
 """Every kind of picture that people have, and every kind of file that is none."""
 
 import os
+import re
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -107,6 +108,10 @@ def test_damaged_exif_does_no_harm(tmp_path: Path) -> None:
 def test_colour_profiles_are_converted_and_damaged_ones_ignored(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert_red_and_blue(load_picture(save(PICTURE, tmp_path / "a.png", icc_profile=profile), 32), 3)
+    names = {b"rXYZ": b"bXYZ", b"bXYZ": b"rXYZ"}  # a profile whose red primary is blue, and the other way round
+    swapped = re.sub(b"|".join(names), lambda found: names[found[0]], profile)
+    left, right = halves(load_picture(save(PICTURE, tmp_path / "c.png", icc_profile=swapped), 32))
+    np.testing.assert_allclose((left, right), ((30, 30, 200), (200, 30, 30)), atol=3)
     assert_red_and_blue(load_picture(save(PICTURE, tmp_path / "b.png", icc_profile=b"garbage"), 32), 3)
 
 

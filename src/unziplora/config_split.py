@@ -96,7 +96,7 @@ class SplitConfig(PictureConfig):
     column_warmup: int = key(10, "Steps with all columns open before each choice.", "Method", ge=1)
     score_timesteps: int = key(8, "Noisy latents over which column scores are accumulated.", "Method", ge=1)
     column_score: Literal["importance", "threshold"] = key(
-        "importance", "Mean |ΔW ⊙ dL/dΔW| of a column, or Cone's share of entries above 1e-5.", "Method"
+        "importance", "Mean |ΔW ⊙ dL/dΔW| of a column, or Cones' share of entries above 1e-5.", "Method"
     )
     column_choice: Literal["exact", "strict"] = key(
         "exact", "Exactly k columns, or those strictly above the k-th score (none, if tied).", "Method"

@@ -165,13 +165,16 @@ class PictureConfig(TrainingConfig):
     """Common keys of the recipes that learn from pictures."""
 
     images: list[Path] = key(
-        ..., "Picture file, or several of one subject in one style.", "Input", min_length=1, private=True
+        ..., "Picture file, or several that share what is to be learnt.", "Input", min_length=1, private=True
     )
     masks: list[Path] = key([], "Subject masks, one per picture: white counts in the loss.", "Input", private=True)
     background_weight: float = key(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
 
     rank: int = key(
-        64, "Rank of the LoRA (of each, where there are two); for SDXL its file has 2.9 MB per rank.", "Training", ge=1
+        64,
+        "Rank of the LoRA (of each, where there are two); all attentions of SDXL make 2.9 MB per rank.",
+        "Training",
+        ge=1,
     )
     alpha: float | None = key(None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0)
     weight_decay: float = key(1e-4, "Decoupled weight decay of the LoRA matrices.", "Training", ge=0)

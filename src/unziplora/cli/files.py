@@ -100,7 +100,7 @@ inspect_command = click.Command(
     help="""Say what LoRA files hold and which programs load them.
 
     Layout, base, ranks, alphas, trigger words, the share of each block, metadata, and a verdict for
-    ComfyUI, Forge, A1111, InvokeAI and diffusers. Reads every layout; never opens pickled files.
+    ComfyUI, Forge, A1111, InvokeAI, sd-scripts and diffusers. Reads every layout; never opens pickled files.
 
     \b
       unziplora inspect runs/cat/style.safetensors

@@ -52,12 +52,9 @@ def fold_output(pair: Pair, columns: Tensor) -> Pair:
     return down.float(), up.float() * columns.float().reshape(-1, *[1] * (up.dim() - 1))
 
 
-def cat(pairs: Sequence[Pair], weights: Sequence[float] | None = None) -> Pair:
-    """The pair of Σ wᵢ ΔWᵢ, exactly: the factors joined along the rank, of rank Σ rᵢ."""
-    weights = [1.0] * len(pairs) if weights is None else weights
-    downs = [down.float() for down, _ in pairs]
-    ups = [up.float() * weight for (_, up), weight in zip(pairs, weights, strict=True)]
-    return torch.cat(downs, dim=0), torch.cat(ups, dim=1)
+def cat(pairs: Sequence[Pair]) -> Pair:
+    """The pair of Σ ΔWᵢ, exactly: the factors joined along the rank, of rank Σ rᵢ."""
+    return torch.cat([down.float() for down, _ in pairs], dim=0), torch.cat([up.float() for _, up in pairs], dim=1)
 
 
 def norm(pair: Pair) -> float:

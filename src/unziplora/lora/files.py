@@ -144,7 +144,8 @@ def write_lora(
         path: file to write or replace; folders above it are made.
         layout: "kohya" (sgm block names: what every program loads), "kohya-diffusers" (diffusers' block names)
             or "diffusers" (PEFT's names, for diffusers alone).
-        alpha: one for all modules; default: that of the file it was read from, else the highest rank.
+        alpha: one for all modules; default: in layout "diffusers" each module's rank, else that of the file it was read
+            from, or the highest rank.
         metadata: see `metadata_for`; default: that of the LoRA.
         dtype: "fp16", "bf16" or "fp32".
 
