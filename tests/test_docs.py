@@ -47,9 +47,8 @@ def parsed(words: list[str]) -> click.Context:
     command, context, rest = cli, None, words
     name = "unziplora"
     while isinstance(command, click.Group):
-        context = command.make_context(name, list(rest), parent=context)
-        rest = [*context._protected_args, *context.args]
-        name, command, rest = command.resolve_command(context, rest)
+        context = click.Context(command, parent=context, info_name=name)
+        name, command, rest = command.resolve_command(context, list(rest))
     return command.make_context(name, list(rest), parent=context)
 
 
