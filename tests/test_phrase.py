@@ -173,7 +173,7 @@ def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: 
     adapter = teach_encoders(phrase, config(rank=16, style=style))
     taught = embed(base, said).tokens
     wide = (goal - plain[:1]).square().mean()
-    assert (taught[:1] - goal).square().mean() < 0.08 * wide
+    assert (taught[:1] - goal).square().mean() < 0.05 * wide
     assert (taught[1:] - plain[1:]).square().mean() < 0.1 * wide
     with adapter.off():
         torch.testing.assert_close(embed(base, ["a tree"]).tokens, plain[1:2])
@@ -265,4 +265,7 @@ class TestSplit:
             given = {"content": run.path, "style": run.path, "mode": mode, "steps": 2, "guidance": 1}
             (path,) = sample(SampleConfig(**given, out=tmp_path / str(number)))
             made[mode] = Image.open(path).tobytes()
-        assert made["separate"] != made["direct"]
+        for kind in ("content", "style"):
+            (path,) = sample(SampleConfig(**{kind: run.path}, steps=2, guidance=1, out=tmp_path / kind))
+            made[kind] = Image.open(path).tobytes()
+        assert len(set(made.values())) == 4

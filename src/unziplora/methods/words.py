@@ -48,7 +48,7 @@ STYLES = (
 FIRST = 0.75
 """Share of the phrase's steps for the picture itself; the rest is for it and its variants alike."""
 
-TEACHING_STEPS, TEACHING_BATCH, TEACHING_RATE = 60, 8, 6e-3
+TEACHING_STEPS, TEACHING_BATCH, TEACHING_RATE = 80, 8, 6e-3
 LOSS_SCALE = 1024.0
 """Keeps fp16 gradients from underflow; Adam's steps do not depend on it."""
 
