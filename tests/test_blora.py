@@ -114,3 +114,9 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(config: Make, tmp
         one, two = read_lora(getattr(whole, file)).modules, read_lora(getattr(cut, file)).modules
         assert one.keys() == two.keys()
         assert all(torch.equal(a, b) for path in one for a, b in zip(one[path], two[path], strict=True))
+
+
+def test_an_empty_prompt_is_told_before_a_folder_is_made(config: Make, tmp_path: Path):
+    with pytest.raises(UserError, match="the full prompt is empty"):
+        run_job(BLora, config(out=tmp_path / "new", full_prompt=" "))
+    assert not (tmp_path / "new").exists()

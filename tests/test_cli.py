@@ -19,10 +19,12 @@ from pydantic import Field
 
 from unziplora import cli
 from unziplora.cli import flags
+from unziplora.cli.output import memory_advice
 from unziplora.cli.split import split_command
 from unziplora.config import Recipe, resolve
 from unziplora.config_sample import GridConfig, SampleConfig
 from unziplora.config_split import SplitConfig
+from unziplora.config_zip import ZipConfig
 from unziplora.errors import Interrupted, MachineError
 from unziplora.lora.files import Lora, read_lora, write_lora
 
@@ -395,6 +397,11 @@ class TestFaultsOfTheMachine:
         least = ["--gradient-checkpointing", "--resolution", "512", "--rank"]
         assert "--rank 32" in failing(error, *least, "64").err
         assert "smaller base" in failing(error, *least, "4").err
+
+    def test_a_sum_of_loras_of_a_base_that_is_not_here_runs_out_of_memory_too(self, tmp_path: Path) -> None:
+        keys = {"content_lora": "a", "style_lora": "b", "method": "direct", "base": "ponyXL", "out": tmp_path / "x"}
+        with pytest.raises(MachineError, match="not enough memory"), memory_advice(resolve(ZipConfig, keys)):
+            raise MemoryError
 
     def test_a_bug_is_told_in_one_line_unless_details_are_wanted(
         self, failing: Callable[..., Done], monkeypatch: pytest.MonkeyPatch

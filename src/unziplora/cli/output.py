@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from unziplora.errors import Interrupted, MachineError, UnziploraError, first_line, out_of_memory
+from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError, first_line, out_of_memory
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -89,7 +89,11 @@ def memory_advice(config: TrainingConfig) -> Iterator[None]:
         from unziplora.base_sizes import inspect_base
         from unziplora.memory import smaller
 
-        advice = smaller(config, inspect_base(config.base).resolution)
+        try:
+            side = inspect_base(config.base).resolution
+        except UserError:  # a plain sum of LoRAs needs no base, which may be a mere name
+            side = 1024
+        advice = smaller(config, side)
         raise MachineError(
             f"not enough memory ({first_line(error)}). "
             + (f"Next smaller setting: {advice}" if advice else "Choose a smaller base, or a machine with more memory")
