@@ -1,7 +1,7 @@
 # make demo   set up everything and split the two pictures that ship with the repository
 # make test   set up everything and run lint, type check and tests
 # make setup  only the environment in .venv, without what the tests need
-# make slow   the tests that take longer; with an NVIDIA card also: .venv/bin/pytest -m gpu
+# make gpu    the tests that need an NVIDIA card
 # make clean  remove .venv and what was built
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +12,7 @@ PIP    := $(BIN)/python -m pip install --quiet -c constraints.txt
 # gigabytes of CUDA libraries.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup tools demo test slow lint clean
+.PHONY: setup tools demo test gpu lint clean
 
 setup: $(VENV)/.ready
 
@@ -41,8 +41,8 @@ lint: tools
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: tools
-	$(BIN)/python -m pytest -m slow
+gpu: tools
+	$(BIN)/python -m pytest -m gpu
 
 clean:
 	rm -rf $(VENV) build dist
