@@ -21,7 +21,7 @@ from unziplora.lora.files import Lora, read_lora, write_lora
 from unziplora.lora.layer import adapted, add_lora, attention_linears
 from unziplora.lora.storage import body_hash, open_tensors
 from unziplora.prompts import Prompts
-from unziplora.sample import find_sources, open_session, sample, with_headers
+from unziplora.sample import find_sources, open_session, sample, shared_name, with_headers
 from unziplora.sources import choose_base, find_source, plan
 
 FAST = Settings(steps=2)
@@ -401,3 +401,9 @@ def test_configurations_that_cannot_be_are_refused(keys: dict, message: str):
 def test_scheduler_is_found_by_its_usual_names():
     assert SampleConfig(prompts=["x"], scheduler="DPM++ 2M Karras").scheduler == "dpm++_2m_karras"
     assert SampleConfig(prompts=["x"], scheduler="Euler a").scheduler == "euler_a"
+
+
+def test_a_lora_behind_a_link_is_told_by_the_links_name(tmp_path: Path):
+    (tmp_path / "31e35c80").touch()
+    (tmp_path / "ink.safetensors").symlink_to(tmp_path / "31e35c80")
+    assert shared_name(tmp_path / "ink.safetensors") == "ink"

@@ -20,6 +20,7 @@ from unziplora.config_training import SDXL
 from unziplora.device import flush_denormals
 from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.lora.storage import Header, read_header
+from unziplora.paths import whole
 from unziplora.quiet import quiet
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -109,7 +110,7 @@ def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | tor
         with quiet():
             pipe = _from_file(path, dtype) if path.is_file() else _from_folder(path, dtype)
         given = Path(source).expanduser()
-        name = given.absolute().stem if given.exists() and source != "bundled" else source
+        name = whole(given).stem if given.exists() and source != "bundled" else source
         return _finish(pipe, name, device)
 
 

@@ -15,7 +15,7 @@ import tomli_w
 from unziplora.base_hub import HUB_ID
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.kinds import KINDS
-from unziplora.resuming import whole
+from unziplora.paths import whole
 from unziplora.run import RunFolder
 
 
@@ -151,7 +151,7 @@ def _commands(run: RunFolder, config: TrainingConfig, about: About) -> str:
 
 
 def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
-    name = run.path.resolve().name
+    name = whole(run.path).name
     # A merged LoRA is its two parts already.
     titles = {file: f"{name}-{file}" for file in (["lora"] if "lora" in about.files else about.files)}
     both = about.prompt

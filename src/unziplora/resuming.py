@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 from unziplora.config import Recipe
 from unziplora.lora.blocks import NAMED
+from unziplora.paths import whole
 
 R = TypeVar("R", bound=Recipe)
-
-
-def whole(path: Path) -> Path:
-    """An absolute path whose links keep their names: in the hub's cache they lead to files without a suffix."""
-    return Path(os.path.abspath(path))
 
 
 def absolute(config: R) -> R:

@@ -24,6 +24,7 @@ from unziplora.kinds import KINDS
 from unziplora.lora.files import check_strengths, read_lora
 from unziplora.lora.storage import body_hash
 from unziplora.mount import Mounted, Part
+from unziplora.paths import whole
 from unziplora.prompts import Prompts
 from unziplora.run import MERGED
 from unziplora.sources import Source, choose_base, find_source, guidance, plan, with_metadata
@@ -196,7 +197,7 @@ def describe(
 
 def shared_name(file: Path) -> str:
     """A LoRA file as others may know it: its name, after that of its run if every run has a file of that name."""
-    path = file.resolve()
+    path = whole(file)
     return f"{path.parent.name}-{path.stem}" if path.stem in (*KINDS, MERGED) else path.stem
 
 
