@@ -116,7 +116,8 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(config: Make, tmp
         assert all(torch.equal(a, b) for path in one for a, b in zip(one[path], two[path], strict=True))
 
 
-def test_an_empty_prompt_is_told_before_a_folder_is_made(config: Make, tmp_path: Path):
-    with pytest.raises(UserError, match="the full prompt is empty"):
-        run_job(BLora, config(out=tmp_path / "new", full_prompt=" "))
+@pytest.mark.parametrize(("name", "text"), [("full", " "), ("full", ""), ("content", ""), ("style", "")])
+def test_an_empty_prompt_is_told_before_a_folder_is_made(config: Make, tmp_path: Path, name: str, text: str):
+    with pytest.raises(UserError, match=f"the {name} prompt is empty"):
+        run_job(BLora, config(out=tmp_path / "new", **{f"{name}_prompt": text}))
     assert not (tmp_path / "new").exists()

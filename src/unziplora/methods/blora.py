@@ -84,9 +84,7 @@ class BLora(Method[BLoraConfig]):
         blocks = read_blocks(config.blocks)
         if not (blocks.content and blocks.style):
             raise UserError(f"{config.blocks}: B-LoRA needs a block for the content and one for the style")
-        for text in config.filled_prompts().values():
-            Prompts(text)
-        cls.about(config)
+        Prompts(*map(config.fill, (config.full_prompt, config.content_prompt, config.style_prompt)))
 
     @classmethod
     def layers(cls, config: BLoraConfig, paths: list[str]) -> dict[str, list[str]]:
