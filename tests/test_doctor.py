@@ -66,14 +66,19 @@ class TestDoctor:
         report = json.loads(capsys.readouterr().out)
         assert [check["state"] for check in report["checks"] if check["name"] == "disk"] == ["problem"]
 
-    def test_the_drive_that_models_are_fetched_to_is_looked_at_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("device", "room", "state"),
+        [("cpu", 5, "note"), ("cuda:0", 5, "note"), ("cuda:0", 12, "ok"), ("cpu", 12, "note")],  # a CPU takes fp32
+    )
+    def test_the_drive_that_models_are_fetched_to_is_looked_at_too(
+        self, monkeypatch: pytest.MonkeyPatch, device: str, room: int, state: str
+    ) -> None:
         usage = namedtuple("usage", "total used free")
         free = {Path.cwd(): 50 * GIB}
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(GIB, GIB, free.get(path, 12 * GIB)))
-        for name, state in (("cpu", "note"), ("cuda:0", "ok")):  # a CPU takes the files in fp32
-            monkeypatch.setattr(doctor, "find_devices", lambda name=name: [CARD.model_copy(update={"name": name})])
-            found = {check.name: check.state for check in examine().checks}
-            assert (found["disk"], found["model cache"]) == ("ok", state)
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(GIB, GIB, free.get(path, room * GIB)))
+        monkeypatch.setattr(doctor, "find_devices", lambda: [CARD.model_copy(update={"name": device})])
+        found = {check.name: check.state for check in examine().checks}
+        assert (found["disk"], found["model cache"]) == ("ok", state)
 
     def test_torch_without_cuda_is_named_where_there_is_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cpu = CARD.model_copy(update={"name": "cpu", "memory_total": 32 * GIB})

@@ -25,8 +25,8 @@ EXTRAS = {
 }
 """Optional packages and what they are for."""
 
-SDXL_GB = {"fp16": 7, "fp32": 14}
-"""What of SDXL is fetched, in GB."""
+SDXL_GB, SDXL_GB_CPU = 7, 14
+"""What of SDXL is fetched: fp16, and for a CPU fp32."""
 
 HUB = "https://huggingface.co"
 
@@ -100,7 +100,7 @@ def examine(online: bool = False) -> Report:
         Check(name="packages", state="ok", text=", ".join(f"{name} {number}" for name, number in packages.items())),
         *(_device(device) for device in devices),
         _disk(disk),
-        _model_cache(Path(HF_HUB_CACHE), SDXL_GB["fp16" if devices[0].name != "cpu" else "fp32"]),
+        _model_cache(Path(HF_HUB_CACHE), SDXL_GB_CPU if devices[0].name == "cpu" else SDXL_GB),
         _bundled(bundled),
         *(_extra(name) for name in EXTRAS),
     ]
@@ -217,7 +217,7 @@ def _model_cache(folder: Path, wanted: int) -> Check:
     folder = _existing(folder)
     free = shutil.disk_usage(folder).free
     text = f"{size(free)} free in {folder}"
-    if free < (wanted + 2) * GIB:
+    if free < (wanted + 3) * GIB:
         advice = f"SDXL takes {wanted} GB to fetch; HF_HOME names another place"
         return Check(name="model cache", state="note", text=f"{text}: {advice}")
     return Check(name="model cache", state="ok", text=text)
