@@ -42,9 +42,6 @@ def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
     assert f"Load the checkpoint of the training, `{SDXL}`. Begin with strength 1, as trained, and CFG\n5;" in text
     assert "--mode direct` does" in text
     assert "--mode direct" not in written(run, full_size=True, prompt_separation=False)
-    (run.samples / "samples.png").rename(run.path / "samples.png")
-    assert "--mode direct" not in written(run, full_size=True)  # it tells of a picture
-    (run.path / "samples.png").rename(run.samples / "samples.png")
     assert '| `style.diffusers.safetensors` (diffusers layout) | the style | `in pencil "sketch" style` |' in text
     assert "![samples](samples/samples.png)" in text
     assert f"base_model: {SDXL}" in text
@@ -54,6 +51,11 @@ def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
     assert ast.unparse(ast.parse(python).body[-1]).startswith("pipe('a sks cat in pencil \"sketch\" style'")
     commands = text.split("```sh\n")[1].split("```")[0].splitlines()
     assert shlex.split(commands[-1])[-1] == 'a dog in pencil "sketch" style'
+
+
+def test_without_samples_no_picture_is_told_of(run: RunFolder) -> None:
+    (run.samples / "samples.png").unlink()
+    assert "--mode direct" not in written(run)
 
 
 def test_files_for_a_small_base_promise_nothing(run: RunFolder) -> None:

@@ -88,14 +88,13 @@ class SampleConfig(Recipe):
 
     @model_validator(mode="after")
     def _consistent(self) -> SampleConfig:
+        both = self.content is not None and self.style is not None
         for name in KINDS:
             if getattr(self, f"{name}_blocks") and getattr(self, name) is None:
                 raise ValueError(f"{name}_blocks without a {name} LoRA: give --{name} too")
-            if getattr(self, f"{name}_prompt") is not None and (
-                self.mode == "direct" or not self.content or not self.style
-            ):
+            if getattr(self, f"{name}_prompt") is not None and (self.mode == "direct" or not both):
                 raise ValueError(f"{name}_prompt is for both LoRAs with separate prompts: use --prompts")
-        if self.mode == "separate" and (self.content is None or self.style is None):
+        if self.mode == "separate" and not both:
             raise ValueError("mode separate is for both LoRAs together: give --content and --style")
         if any(not text.strip() for text in [*self.prompts, self.content_prompt or "-", self.style_prompt or "-"]):
             raise ValueError("a prompt is empty: say what the picture shall show")

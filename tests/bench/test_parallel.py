@@ -73,9 +73,8 @@ def test_a_stop_reaches_what_the_workers_have_been_given_already(tmp_path: Path,
     assert time.monotonic() - ended[0] < 60  # a case takes 600 seconds
     assert {path.name for path in tmp_path.iterdir()} <= {f"cat-{seed}" for seed in range(4)}
     assert multiprocessing.active_children() == []
-    assert str(os.getsid(0)) not in {
-        path.read_text() for path in tmp_path.iterdir()
-    }  # no worker gets the terminal's Ctrl-C
+    sessions = {path.read_text() for path in tmp_path.iterdir()}
+    assert str(os.getsid(0)) not in sessions  # so no worker gets the terminal's Ctrl-C
 
 
 def test_workers_open_the_configured_benchmark_and_no_other(config: BenchConfig) -> None:
