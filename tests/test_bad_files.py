@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 from test_files import KOHYA, kohya, make, store
 
-from unziplora import atomic
 from unziplora.base_files import read_header
 from unziplora.errors import MachineError, UserError
 from unziplora.lora.files import Lora, read_lora, write_lora
 from unziplora.lora.storage import open_tensors
+from unziplora.utils import files as atomic
 
 
 def refused(path, match):

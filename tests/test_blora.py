@@ -17,8 +17,8 @@ from unziplora.job import run_job
 from unziplora.lora.blocks import BLORA_BLOCKS, read_blocks
 from unziplora.lora.files import blocks, read_lora
 from unziplora.methods.blora import BLora
-from unziplora.progress import Progress
 from unziplora.sources import find_source, plan
+from unziplora.utils.progress import Progress
 
 Make = Callable[..., BLoraConfig]
 

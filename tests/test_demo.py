@@ -16,7 +16,7 @@ from unziplora.config import read_toml, resolve
 from unziplora.config_split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.images import load_picture
-from unziplora.progress import Progress
+from unziplora.utils.progress import Progress
 
 
 def test_makes_both_loras_and_a_strip_and_says_that_it_is_noise(

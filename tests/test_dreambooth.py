@@ -27,10 +27,10 @@ from unziplora.lora.layer import adapted, attention_linears, remove
 from unziplora.methods.common import Setup
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.objective import denoising_loss, generator
-from unziplora.progress import Progress
 from unziplora.prompts import Embeddings, embed
 from unziplora.sample import sample
 from unziplora.train import Trainer
+from unziplora.utils.progress import Progress
 
 Make = Callable[..., DreamBoothConfig]
 

@@ -25,10 +25,10 @@ from unziplora.methods.unziplora import UnZipLora
 from unziplora.methods.variants import FILTERS
 from unziplora.methods.words import learn_phrase, teach_encoders
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.progress import Progress
 from unziplora.prompts import Prompts, embed, encode_batch
 from unziplora.sample import sample
 from unziplora.split import split
+from unziplora.utils.progress import Progress
 
 Make = Callable[..., SplitConfig]
 SPOKEN = "a cat in ink wash style"

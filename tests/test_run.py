@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unziplora.atomic import atomic_folder, atomic_write
 from unziplora.card import base_name
 from unziplora.config_split import SplitConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.job import in_run_folder
 from unziplora.run import RunFolder, loras_of
 from unziplora.sources import find_source
+from unziplora.utils.files import atomic_folder, atomic_write
 
 
 def recipe(out: Path, **changes: object) -> SplitConfig:

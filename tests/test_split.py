@@ -20,10 +20,10 @@ from unziplora.errors import Interrupted, MachineError, OutOfMemory, UserError
 from unziplora.grid import GAP, LARGEST
 from unziplora.lora.files import read_lora
 from unziplora.methods.common import View
-from unziplora.progress import Progress
 from unziplora.prompts import Prompts
 from unziplora.samples import LONGEST, _visible, sample_sheet
 from unziplora.split import split
+from unziplora.utils.progress import Progress
 
 WORDS = {"content": "cat", "style": "ink"}
 SMALL = {

@@ -35,12 +35,12 @@ from unziplora.methods.zip_inputs import complete, merge, read_loras
 from unziplora.methods.ziplora import ZipLora, scale_input
 from unziplora.mount import Mounted, Part
 from unziplora.objective import generator
-from unziplora.progress import Progress
 from unziplora.prompts import embed
 from unziplora.run import loras_of
 from unziplora.sample import sample
 from unziplora.sources import find_source, plan
 from unziplora.train import Trainer
+from unziplora.utils.progress import Progress
 from unziplora.zip import zip_loras
 
 Make = Callable[..., ZipConfig]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from unziplora.kinds import KINDS
 from unziplora.lora.layer import STREAMS, add_lora, attention_linears
-from unziplora.quiet import quiet
+from unziplora.utils.logging import quiet
 
 TOKENS = 77
 

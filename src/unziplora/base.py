@@ -20,8 +20,8 @@ from unziplora.config_training import SDXL
 from unziplora.device import flush_denormals
 from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.lora.storage import Header, read_header
-from unziplora.paths import whole
-from unziplora.quiet import quiet
+from unziplora.utils.logging import quiet
+from unziplora.utils.paths import whole
 
 BUNDLED = Path(__file__).parent / "bundled"
 FINGERPRINTED = 16_384

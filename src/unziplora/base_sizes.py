@@ -15,8 +15,8 @@ from unziplora.base_files import PARTS, check_folder, read_json
 from unziplora.base_hub import names_a_model
 from unziplora.errors import UserError, first_line
 from unziplora.lora.layer import TARGETS, target_linears
-from unziplora.quiet import quiet
 from unziplora.text_lora import TARGETS as TEXT_TARGETS
+from unziplora.utils.logging import quiet
 
 FULL_SIZE = BUNDLED / "sdxl"
 """Configuration of SDXL itself, without weights."""

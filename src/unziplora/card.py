@@ -15,8 +15,8 @@ import tomli_w
 from unziplora.base_hub import HUB_ID
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.kinds import KINDS
-from unziplora.paths import whole
 from unziplora.run import RunFolder
+from unziplora.utils.paths import whole
 
 
 @dataclass(frozen=True)

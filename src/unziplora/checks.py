@@ -15,7 +15,7 @@ from unziplora.errors import UserError
 from unziplora.images import load_mask, load_picture
 from unziplora.methods.base import Method
 from unziplora.optim import find_optimizer
-from unziplora.progress import size
+from unziplora.utils.progress import size
 
 C = TypeVar("C", bound=TrainingConfig)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from unziplora.atomic import explain, write_png
 from unziplora.base import Base
 from unziplora.generate import Settings, decode, generate_latents
 from unziplora.images import load_picture
+from unziplora.utils.files import explain, write_png
 
 FIRST_SEED = 1_000_000
 """Class pictures have seeds of their own, far from those of samples."""

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from pydantic import BaseModel
 
-from unziplora.atomic import write_png
 from unziplora.base import BUNDLED, Base, load_base
 from unziplora.base_sizes import inspect_base
 from unziplora.beside import beside
@@ -24,10 +23,11 @@ from unziplora.generate import decode, generate_latents
 from unziplora.grid import sheet
 from unziplora.images import load_picture
 from unziplora.kinds import KINDS
-from unziplora.progress import Callback, Progress, duration
 from unziplora.sample import open_session
 from unziplora.split import split
 from unziplora.standin import save_standin
+from unziplora.utils.files import write_png
+from unziplora.utils.progress import Callback, Progress, duration
 
 DEMO = BUNDLED / "demo"
 READABLE = 256

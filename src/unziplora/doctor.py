@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from unziplora.progress import size
+from unziplora.utils.progress import size
 
 GIB = 2**30
 PACKAGES = ("unziplora", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow")

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
 from unziplora.base_sizes import must_be_fetched
 from unziplora.card import About, base_name, card, folder_argument, shared_settings
@@ -30,11 +29,12 @@ from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.metadata import metadata_for
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup
-from unziplora.progress import Callback, Progress
 from unziplora.resuming import differing
 from unziplora.run import RunFolder
 from unziplora.samples import sample_sheet
 from unziplora.train import StepReport, Trainer, train
+from unziplora.utils.files import atomic_write
+from unziplora.utils.progress import Callback, Progress
 
 C = TypeVar("C", bound=TrainingConfig)
 

@@ -11,7 +11,7 @@ from unziplora.base_sizes import Sizes
 from unziplora.config_training import PictureConfig, TrainingConfig
 from unziplora.cuda_graphs import graphs_wanted
 from unziplora.device import pick_device, pick_dtype
-from unziplora.progress import size
+from unziplora.utils.progress import size
 
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 """State per trained number: two moments in fp32, two in 8 bits, or two moments, a start and a sum."""

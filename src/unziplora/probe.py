@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.atomic import atomic_write, explain, write_png
 from unziplora.base import Base, load_base
 from unziplora.config_probe import ProbeConfig, WordPair
 from unziplora.device import pick_device, pick_dtype
@@ -29,6 +28,7 @@ from unziplora.probe_measures import Clip, Measure, Statistics
 from unziplora.probe_plot import picture_sheet, plot
 from unziplora.probe_table import ALL, Findings, judge, movement, plain, score_rows, to_toml
 from unziplora.prompts import Prompts
+from unziplora.utils.files import atomic_write, explain, write_png
 
 PARTS = ("down_blocks", "mid_block", "up_blocks")
 SHOWN = 2

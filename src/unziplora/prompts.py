@@ -12,8 +12,8 @@ from torch import Tensor
 from unziplora.base import Base
 from unziplora.errors import UserError
 from unziplora.objective import Conditioning
-from unziplora.quiet import quiet
 from unziplora.residency import reading
+from unziplora.utils.logging import quiet
 
 
 @dataclass(frozen=True)

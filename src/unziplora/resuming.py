@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from unziplora.config import Recipe
 from unziplora.lora.blocks import NAMED
-from unziplora.paths import whole
+from unziplora.utils.paths import whole
 
 R = TypeVar("R", bound=Recipe)
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from unziplora.atomic import atomic_folder, atomic_write, explain, lock_file, write_png
 from unziplora.config import Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
 from unziplora.kinds import KINDS
 from unziplora.resuming import absolute, differing
+from unziplora.utils.files import atomic_folder, atomic_write, explain, lock_file, write_png
 
 if TYPE_CHECKING:
     from PIL import Image

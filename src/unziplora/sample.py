@@ -12,7 +12,6 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
 from unziplora.base_files import read_json
 from unziplora.base_sizes import base_folder
@@ -24,10 +23,11 @@ from unziplora.kinds import KINDS
 from unziplora.lora.files import check_strengths, read_lora
 from unziplora.lora.storage import body_hash
 from unziplora.mount import Mounted, Part
-from unziplora.paths import whole
 from unziplora.prompts import Prompts
 from unziplora.run import MERGED
 from unziplora.sources import Source, choose_base, find_source, guidance, plan, with_metadata
+from unziplora.utils.files import atomic_write
+from unziplora.utils.paths import whole
 
 __all__ = ["Session", "Settings", "StepCallback", "decode", "generate", "generate_latents", "open_session", "sample"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from unziplora.config_split import SplitConfig
 from unziplora.job import run_job
 from unziplora.methods.unziplora import UnZipLora
-from unziplora.progress import Callback
 from unziplora.run import RunFolder
+from unziplora.utils.progress import Callback
 
 
 def split(config: SplitConfig, resume: bool = False, progress: Callback | None = None) -> RunFolder:

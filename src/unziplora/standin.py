@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from unziplora.base_checkpoint import clip_tokenizer
-from unziplora.quiet import quiet
+from unziplora.utils.logging import quiet
 
 SIDE = 64
 WIDTHS = (32, 48)

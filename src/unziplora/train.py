@@ -22,7 +22,7 @@ from unziplora.config_training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.methods.base import Trainable
 from unziplora.optim import make_optimizers, make_schedule
-from unziplora.signals import caught
+from unziplora.utils.signals import caught
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unziplora.errors import UserError, first_line
-from unziplora.quiet import quiet
+from unziplora.utils.logging import quiet
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from unziplora.lora.files import Lora
 from unziplora.lora.metadata import LAYERS_KEY
 from unziplora.methods.zip_inputs import complete, merge, read_loras
 from unziplora.methods.ziplora import ZipLora
-from unziplora.progress import Callback, Progress
 from unziplora.run import RunFolder
+from unziplora.utils.progress import Callback, Progress
 
 # What the headers of the merged files tell of their base, which is not opened for a plain sum.
 OF_THE_BASE = (

@@ -18,7 +18,7 @@ from unziplora.bench.run import bench
 from unziplora.bench.workplace import Workplace
 from unziplora.config_bench import BenchConfig
 from unziplora.errors import Interrupted
-from unziplora.progress import Progress
+from unziplora.utils.progress import Progress
 
 
 def test_partners_stay_together_and_seeds_apart() -> None:

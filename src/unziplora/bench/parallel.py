@@ -23,8 +23,8 @@ from unziplora.bench.protocol import evaluate
 from unziplora.bench.workplace import Workplace
 from unziplora.device import pick_device
 from unziplora.errors import Interrupted
-from unziplora.progress import Callback, Progress
-from unziplora.signals import caught
+from unziplora.utils.progress import Callback, Progress
+from unziplora.utils.signals import caught
 
 if TYPE_CHECKING:
     from unziplora.bench.run import Bench

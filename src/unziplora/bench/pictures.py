@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unziplora.atomic import atomic_write
 from unziplora.bench.cases import Case, Example
 from unziplora.bench.image_models import ImageModel
 from unziplora.bench.report import Report, summarise, table
@@ -23,6 +22,7 @@ from unziplora.config_bench import BenchConfig
 from unziplora.errors import UserError
 from unziplora.images import load_picture
 from unziplora.kinds import KINDS
+from unziplora.utils.files import atomic_write
 
 WORDS = "words.toml"
 STYLES = ("watercolor painting", "pencil sketch", "oil painting", "neon sign")

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from unziplora.atomic import atomic_write, write_png
 from unziplora.base import Base
 from unziplora.bench.adapters import Adapters, Contender
 from unziplora.bench.cases import Case
@@ -25,6 +24,7 @@ from unziplora.lora.files import Lora
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
 from unziplora.residency import gone
+from unziplora.utils.files import atomic_write, write_png
 
 Task = Literal["content", "style", "both", "mix"]
 SCORES, SAMPLES = "scores.json", "samples.json"

@@ -10,11 +10,11 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel
 
-from unziplora.atomic import atomic_write, write_png
 from unziplora.bench.cases import Case
 from unziplora.bench.scores import CONTENT, STYLE, Figures, headline, mean_figures, spread
 from unziplora.config_bench import ABLATION, BenchConfig
 from unziplora.grid import sheet
+from unziplora.utils.files import atomic_write, write_png
 
 ENLARGED = 2
 """Pictures on contact sheets are enlarged by this factor, for labels that can be read."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from unziplora.atomic import atomic_write
 from unziplora.base import Base, load_base
 from unziplora.bench.adapters import Contender
 from unziplora.bench.cases import Case, choose, load_cases
@@ -26,8 +25,9 @@ from unziplora.config import to_toml
 from unziplora.config_bench import BenchConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
-from unziplora.progress import Callback, Progress
 from unziplora.residency import gone
+from unziplora.utils.files import atomic_write
+from unziplora.utils.progress import Callback, Progress
 
 MEASURES: dict[str, Callable[[], Measure]] = {"trained": Trained, "plain": Plain, "published": Published}
 

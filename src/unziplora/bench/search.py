@@ -14,12 +14,12 @@ import tomli_w
 import torch
 from pydantic import BaseModel
 
-from unziplora.atomic import atomic_write
 from unziplora.bench.report import Report, summarise
 from unziplora.bench.run import Bench, open_bench
 from unziplora.config_bench import SEARCHED, BenchConfig
 from unziplora.errors import UserError
-from unziplora.progress import Callback
+from unziplora.utils.files import atomic_write
+from unziplora.utils.progress import Callback
 
 RATES = (3e-4, 1e-3, 2e-3, 4e-3)
 RATIOS = (0.25, 0.5, 1.0)

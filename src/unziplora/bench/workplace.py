@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from unziplora.atomic import atomic_write, write_png
 from unziplora.base import Base
 from unziplora.bench.cases import Case, Example
 from unziplora.config_bench import BenchConfig
 from unziplora.config_training import TrainingConfig
 from unziplora.errors import UserError
-from unziplora.progress import Callback
 from unziplora.resuming import differing
 from unziplora.run import RunFolder
+from unziplora.utils.files import atomic_write, write_png
+from unziplora.utils.progress import Callback
 
 WEIGHTS = "weights.txt"
 """Holds the fingerprint of the base's weights."""

@@ -11,7 +11,7 @@ from unziplora.cli.flags import RecipeCommand, layers, options
 from unziplora.cli.output import emit, stdout_kept
 from unziplora.config import resolve, to_toml
 from unziplora.config_bench import BenchConfig
-from unziplora.progress import show
+from unziplora.utils.progress import show
 
 if TYPE_CHECKING:
     from unziplora.bench.cases import Case

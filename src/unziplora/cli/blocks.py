@@ -9,7 +9,7 @@ from unziplora.cli.flags import RecipeCommand, layers, options
 from unziplora.cli.output import emit, stdout_kept
 from unziplora.config import resolve, to_toml
 from unziplora.config_probe import ProbeConfig
-from unziplora.progress import show
+from unziplora.utils.progress import show
 
 
 def run_blocks(ctx: click.Context, config_file: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:

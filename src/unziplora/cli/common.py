@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from unziplora.progress import Callback, Progress
+from unziplora.utils.progress import Callback, Progress
 
 
 def json_option() -> click.Option:

@@ -6,7 +6,7 @@ import click
 
 from unziplora.cli.common import json_option, quiet_option
 from unziplora.cli.output import emit, stdout_kept
-from unziplora.progress import show
+from unziplora.utils.progress import show
 
 
 def run_doctor(online: bool, as_json: bool) -> None:

@@ -12,8 +12,8 @@ from unziplora.cli.flags import RecipeCommand, layers, options
 from unziplora.cli.output import emit, stdout_kept
 from unziplora.config import resolve, to_toml
 from unziplora.config_sample import GridConfig, SampleConfig
-from unziplora.progress import show
 from unziplora.run import loras_of
+from unziplora.utils.progress import show
 
 
 def run_sample(

@@ -16,7 +16,7 @@ from unziplora.cli.output import emit, memory_advice, note, stdout_kept
 from unziplora.config import read_toml, resolve, to_toml
 from unziplora.config_training import PictureConfig
 from unziplora.errors import UserError
-from unziplora.progress import show
+from unziplora.utils.progress import show
 
 if TYPE_CHECKING:
     from unziplora.methods.base import Method

@@ -14,7 +14,7 @@ from unziplora.cli.training import run_layers, tell_result
 from unziplora.config import resolve, to_toml
 from unziplora.config_zip import ZipConfig
 from unziplora.errors import UserError
-from unziplora.progress import show
+from unziplora.utils.progress import show
 
 
 def run_zip(

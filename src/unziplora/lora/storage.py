@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from unziplora.atomic import atomic_write
 from unziplora.errors import MachineError, UserError
+from unziplora.utils.files import atomic_write
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 UNPICKLE = "a pickled file, which can run code when it is opened, so it never is; convert it to .safetensors"

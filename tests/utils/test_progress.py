@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from unziplora.progress import Lines, Progress, Rich, Silent, describe, duration, show, size
+from unziplora.utils.progress import Lines, Progress, Rich, Silent, describe, duration, show, size
 
 
 @pytest.mark.parametrize(
