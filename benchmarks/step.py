@@ -29,10 +29,10 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.profiler import ProfilerActivity
 
-from unziplora.config import resolve
-from unziplora.config_blora import BLoraConfig
-from unziplora.config_dreambooth import DreamBoothConfig
-from unziplora.config_split import SplitConfig
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.recipe import resolve
+from unziplora.config.split import SplitConfig
 from unziplora.cuda_graphs import FIRST, Recorder
 from unziplora.lora.blocks import BLORA_BLOCKS, SDXL_BLOCKS
 from unziplora.methods.blora import BLora

@@ -26,7 +26,7 @@ from PIL import Image
 from unziplora.base_checkpoint import clip_tokenizer
 from unziplora.base_files import PARTS, read_json
 from unziplora.base_sizes import FULL_SIZE, build_part, inspect_base
-from unziplora.config_split import SplitConfig
+from unziplora.config.split import SplitConfig
 from unziplora.memory import estimate
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.split import split

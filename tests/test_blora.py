@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unziplora.config import resolve
-from unziplora.config_blora import BLoraConfig
-from unziplora.config_sample import SampleConfig
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.recipe import resolve
+from unziplora.config.sample import SampleConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.job import run_job
 from unziplora.lora.blocks import BLORA_BLOCKS, read_blocks

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from unziplora.card import About, File, argument, card, folder_argument
-from unziplora.config import resolve
-from unziplora.config_split import SplitConfig
-from unziplora.config_training import SDXL
-from unziplora.config_zip import ZipConfig
+from unziplora.config.recipe import resolve
+from unziplora.config.split import SplitConfig
+from unziplora.config.training import SDXL
+from unziplora.config.zip import ZipConfig
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.run import RunFolder
 

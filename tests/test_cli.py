@@ -21,10 +21,10 @@ from unziplora import cli
 from unziplora.cli import flags
 from unziplora.cli.output import memory_advice
 from unziplora.cli.split import split_command
-from unziplora.config import Recipe, resolve
-from unziplora.config_sample import GridConfig, SampleConfig
-from unziplora.config_split import SplitConfig
-from unziplora.config_zip import ZipConfig
+from unziplora.config.recipe import Recipe, resolve
+from unziplora.config.sample import GridConfig, SampleConfig
+from unziplora.config.split import SplitConfig
+from unziplora.config.zip import ZipConfig
 from unziplora.errors import Interrupted, MachineError
 from unziplora.lora.files import Lora, read_lora, write_lora
 

@@ -5,8 +5,8 @@ import torch
 from accelerate import Accelerator
 from test_unziplora import build, examples, scheduler
 
-from unziplora.config import resolve
-from unziplora.config_dreambooth import DreamBoothConfig
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.recipe import resolve
 from unziplora.cuda_graphs import FIRST, Recorder, recording
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.train import Trainer

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from unziplora import demo
 from unziplora.beside import beside
-from unziplora.config import read_toml, resolve
-from unziplora.config_split import SplitConfig
+from unziplora.config.recipe import read_toml, resolve
+from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.images import load_picture
 from unziplora.utils.progress import Progress

@@ -11,8 +11,8 @@ import click
 import pytest
 
 from unziplora.cli import cli
-from unziplora.config import read_toml, resolve
-from unziplora.config_split import SplitConfig
+from unziplora.config.recipe import read_toml, resolve
+from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 
 ROOT = Path(__file__).parent.parent

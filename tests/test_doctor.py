@@ -18,9 +18,9 @@ from unziplora.activations import kept_bytes
 from unziplora.base import BUNDLED, load_base
 from unziplora.base_sizes import Sizes, inspect_base
 from unziplora.checks import warn_of_memory
-from unziplora.config_dreambooth import DreamBoothConfig
-from unziplora.config_split import SplitConfig
-from unziplora.config_training import SDXL
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.split import SplitConfig
+from unziplora.config.training import SDXL
 from unziplora.doctor import FITTING, GIB, Check, Device, Report, advice, examine
 from unziplora.errors import UserError
 from unziplora.lora.layer import add_lora, of_kinds

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from unziplora import text_lora
 from unziplora.base import Base
 from unziplora.class_pictures import class_pictures
-from unziplora.config import resolve
-from unziplora.config_dreambooth import DreamBoothConfig
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.recipe import resolve
 from unziplora.errors import Interrupted, UserError
 from unziplora.generate import Settings
 from unziplora.job import run_job
@@ -276,7 +276,7 @@ class TestTextEncoders:
         names = set(load_file(run.content))
         for encoder in ("te1", "te2"):  # kohya's names, which are all that ComfyUI looks for
             assert f"lora_{encoder}_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in names
-        from unziplora.config_sample import SampleConfig
+        from unziplora.config.sample import SampleConfig
 
         paths = sample(SampleConfig(content=run.path, out=tmp_path / "made", steps=1, guidance=1))
         assert [path.name for path in paths] == ["0.png"]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from unziplora.base import load_base
-from unziplora.config_split import SplitConfig
+from unziplora.config.split import SplitConfig
 from unziplora.lora.files import read_lora
 from unziplora.split import split
 

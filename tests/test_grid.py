@@ -6,8 +6,8 @@ import tiny
 from PIL import Image
 
 from unziplora.base import Base
-from unziplora.config import resolve
-from unziplora.config_sample import GridConfig
+from unziplora.config.recipe import resolve
+from unziplora.config.sample import GridConfig
 from unziplora.errors import UserError
 from unziplora.generate import Settings, generate
 from unziplora.grid import grid, sheet

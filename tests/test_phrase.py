@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from unziplora.base import Base, load_base
-from unziplora.config_sample import SampleConfig
-from unziplora.config_split import SplitConfig
+from unziplora.config.sample import SampleConfig
+from unziplora.config.split import SplitConfig
 from unziplora.encode import picture_conditioning
 from unziplora.errors import Interrupted, UserError
 from unziplora.lora.files import read_lora

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from unziplora.base import Base
-from unziplora.config_probe import ProbeConfig
+from unziplora.config.probe import ProbeConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.lora.blocks import check_blocks, read_blocks

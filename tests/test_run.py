@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from unziplora.card import base_name
-from unziplora.config_split import SplitConfig
+from unziplora.config.split import SplitConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.job import in_run_folder
 from unziplora.run import RunFolder, loras_of

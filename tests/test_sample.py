@@ -9,11 +9,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from unziplora.base import Base
-from unziplora.config import resolve, to_toml
-from unziplora.config_blora import BLoraConfig
-from unziplora.config_sample import SampleConfig
-from unziplora.config_split import SplitConfig
-from unziplora.config_training import SDXL
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.recipe import resolve, to_toml
+from unziplora.config.sample import SampleConfig
+from unziplora.config.split import SplitConfig
+from unziplora.config.training import SDXL
 from unziplora.errors import MachineError, UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import fold_output

@@ -5,8 +5,8 @@ import sdxl
 import torch
 from diffusers import DDPMScheduler
 
-from unziplora.config import resolve
-from unziplora.config_split import SplitConfig
+from unziplora.config.recipe import resolve
+from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.lora.layer import adapted
 from unziplora.methods.material import Material

@@ -14,8 +14,8 @@ from PIL import Image, ImageChops
 from safetensors import safe_open
 
 from unziplora import job
-from unziplora.config import resolve
-from unziplora.config_split import SplitConfig
+from unziplora.config.recipe import resolve
+from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, OutOfMemory, UserError
 from unziplora.grid import GAP, LARGEST
 from unziplora.lora.files import read_lora

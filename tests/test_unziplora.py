@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
-from unziplora.config import resolve
-from unziplora.config_split import SplitConfig
+from unziplora.config.recipe import resolve
+from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
 from unziplora.lora.layer import adapted, remove

@@ -20,10 +20,10 @@ from torch.func import functional_call
 from unziplora import job
 from unziplora.base import Base, load_base
 from unziplora.class_pictures import FIRST_SEED
-from unziplora.config import resolve, to_toml
-from unziplora.config_sample import SampleConfig
-from unziplora.config_split import SplitConfig
-from unziplora.config_zip import ZipConfig, joined_prompt
+from unziplora.config.recipe import resolve, to_toml
+from unziplora.config.sample import SampleConfig
+from unziplora.config.split import SplitConfig
+from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import Interrupted, UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import Pair, delta

@@ -1,6 +1,6 @@
 """Split one picture into a content LoRA and a style LoRA for SDXL, in files that every tool loads.
 
-    from unziplora.config_split import SplitConfig
+    from unziplora.config.split import SplitConfig
     from unziplora.split import split
 
     run = split(SplitConfig.make(images=["cat.jpg"], content="cat", style="pencil sketch", out="runs/cat"))

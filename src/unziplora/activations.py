@@ -13,7 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unziplora.kinds import KINDS
+from unziplora.config.kinds import KINDS
 from unziplora.lora.layer import STREAMS, add_lora, attention_linears
 from unziplora.utils.logging import quiet
 

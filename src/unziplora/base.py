@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 
 from unziplora import base_checkpoint, base_files
 from unziplora.base_hub import download, names_a_model
-from unziplora.config_training import SDXL
+from unziplora.config.training import SDXL
 from unziplora.device import flush_denormals
 from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.lora.storage import Header, read_header

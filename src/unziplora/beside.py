@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from unziplora.config import to_toml
-from unziplora.config_split import SplitConfig
+from unziplora.config.recipe import to_toml
+from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError
 from unziplora.resuming import absolute
 

@@ -13,8 +13,8 @@ from typing import Any
 import tomli_w
 
 from unziplora.base_hub import HUB_ID
-from unziplora.config_training import PictureConfig, TrainingConfig
-from unziplora.kinds import KINDS
+from unziplora.config.kinds import KINDS
+from unziplora.config.training import PictureConfig, TrainingConfig
 from unziplora.run import RunFolder
 from unziplora.utils.paths import whole
 

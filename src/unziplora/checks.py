@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from unziplora.base_sizes import base_folder, inspect_base, stored_bytes
-from unziplora.config_training import PictureConfig, TrainingConfig
+from unziplora.config.training import PictureConfig, TrainingConfig
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.images import load_mask, load_picture

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unziplora.config_training import TrainingConfig
+from unziplora.config.training import TrainingConfig
 from unziplora.errors import first_line
 from unziplora.lora.factors import JointFactors
 from unziplora.lora.layer import Branch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from unziplora.config import Precision
+from unziplora.config.recipe import Precision
 from unziplora.errors import UserError, first_line
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from unziplora.base import Base
-from unziplora.config_sample import GridConfig
+from unziplora.config.sample import GridConfig
 from unziplora.errors import UserError
 from unziplora.generate import StepCallback, decode, generate_latents, part
 from unziplora.prompts import Prompts

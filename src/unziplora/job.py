@@ -19,7 +19,7 @@ from unziplora.base import Base, load_base
 from unziplora.base_sizes import must_be_fetched
 from unziplora.card import About, base_name, card, folder_argument, shared_settings
 from unziplora.checks import check_job, check_resolution, warn_of_memory
-from unziplora.config_training import TrainingConfig
+from unziplora.config.training import TrainingConfig
 from unziplora.cuda_graphs import recording
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, OutOfMemory, UserError

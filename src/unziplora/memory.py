@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.base_sizes import Sizes
-from unziplora.config_training import PictureConfig, TrainingConfig
+from unziplora.config.training import PictureConfig, TrainingConfig
 from unziplora.cuda_graphs import graphs_wanted
 from unziplora.device import pick_device, pick_dtype
 from unziplora.utils.progress import size

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from unziplora.config_training import TrainingConfig
+from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 
 Groups = list[dict[str, Any]]

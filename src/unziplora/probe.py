@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unziplora.base import Base, load_base
-from unziplora.config_probe import ProbeConfig, WordPair
+from unziplora.config.kinds import KINDS
+from unziplora.config.probe import ProbeConfig, WordPair
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.generate import Settings, StepCallback, decode, generate_latents, part
-from unziplora.kinds import KINDS
 from unziplora.lora.blocks import block_of
 from unziplora.lora.layer import STREAMS
 from unziplora.probe_measures import Clip, Measure, Statistics

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from unziplora.config.kinds import KINDS
 from unziplora.grid import INK, PAPER, sheet
-from unziplora.kinds import KINDS
 from unziplora.probe_table import Findings, Score
 
 COLOURS = {"content": (0, 114, 178), "style": (230, 159, 0)}  # told apart by colour-blind eyes too (Okabe and Ito)

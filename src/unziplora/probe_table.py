@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from unziplora.config.kinds import KINDS
 from unziplora.errors import UserError
-from unziplora.kinds import KINDS
 from unziplora.lora.blocks import BlockMap
 
 ALL = "all blocks"

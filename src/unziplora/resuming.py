@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from unziplora.config import Recipe
+from unziplora.config.recipe import Recipe
 from unziplora.lora.blocks import NAMED
 from unziplora.utils.paths import whole
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from unziplora.config import Recipe, read_toml, resolve, to_toml
+from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
-from unziplora.kinds import KINDS
 from unziplora.resuming import absolute, differing
 from unziplora.utils.files import atomic_folder, atomic_write, explain, lock_file, write_png
 

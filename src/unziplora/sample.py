@@ -15,11 +15,11 @@ from PIL import Image, PngImagePlugin
 from unziplora.base import Base, load_base
 from unziplora.base_files import read_json
 from unziplora.base_sizes import base_folder
-from unziplora.config_sample import GridConfig, SampleConfig, read_blocks
+from unziplora.config.kinds import KINDS
+from unziplora.config.sample import GridConfig, SampleConfig, read_blocks
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.generate import Settings, StepCallback, decode, generate, generate_latents
-from unziplora.kinds import KINDS
 from unziplora.lora.files import check_strengths, read_lora
 from unziplora.lora.storage import body_hash
 from unziplora.mount import Mounted, Part

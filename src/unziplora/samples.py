@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from unziplora.base import Base
-from unziplora.config_training import TrainingConfig
+from unziplora.config.training import TrainingConfig
 from unziplora.generate import Settings, generate
 from unziplora.grid import GAP, LARGEST, sheet
 from unziplora.methods.base import Method

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from unziplora.base_hub import names_a_model
-from unziplora.config import read_toml
-from unziplora.config_sample import SampleConfig
-from unziplora.config_training import SDXL
-from unziplora.config_zip import joined_prompt
+from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import read_toml
+from unziplora.config.sample import SampleConfig
+from unziplora.config.templates import fill
+from unziplora.config.training import SDXL
+from unziplora.config.zip import joined_prompt
 from unziplora.errors import UserError
-from unziplora.kinds import KINDS
 from unziplora.lora.metadata import trigger_words
 from unziplora.prompts import Prompts
 from unziplora.run import MERGED, RunFolder
-from unziplora.templates import fill
 
 
 @dataclass(frozen=True)

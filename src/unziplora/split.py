@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unziplora.config_split import SplitConfig
+from unziplora.config.split import SplitConfig
 from unziplora.job import run_job
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.run import RunFolder

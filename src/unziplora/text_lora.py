@@ -17,7 +17,7 @@ from unziplora.objective import Conditioning, Examples, generator
 from unziplora.prompts import encode_each
 
 if TYPE_CHECKING:
-    from unziplora.config_training import PictureConfig
+    from unziplora.config.training import PictureConfig
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ENCODERS = ("text_encoder", "text_encoder_2")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unziplora.config_training import TrainingConfig
+from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.methods.base import Trainable
 from unziplora.optim import make_optimizers, make_schedule

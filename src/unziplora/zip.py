@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from unziplora.config_zip import ZipConfig
+from unziplora.config.kinds import KINDS
+from unziplora.config.zip import ZipConfig
 from unziplora.job import in_run_folder, run_job, write_card, write_loras
-from unziplora.kinds import KINDS
 from unziplora.lora.files import Lora
 from unziplora.lora.metadata import LAYERS_KEY
 from unziplora.methods.zip_inputs import complete, merge, read_loras

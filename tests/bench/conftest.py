@@ -10,7 +10,7 @@ from fakes import Fake, make_case
 from unziplora.base import Base
 from unziplora.bench.cases import Case
 from unziplora.bench.workplace import Workplace
-from unziplora.config_bench import BenchConfig
+from unziplora.config.bench import BenchConfig
 
 
 @pytest.fixture

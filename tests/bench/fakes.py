@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from unziplora.bench.adapters import Adapters
 from unziplora.bench.cases import Case, Example
 from unziplora.bench.workplace import Workplace
-from unziplora.config_training import TrainingConfig
+from unziplora.config.training import TrainingConfig
 from unziplora.lora.files import Lora
 
 

@@ -16,7 +16,7 @@ from unziplora.bench import parallel
 from unziplora.bench.parallel import _follow, fill, groups
 from unziplora.bench.run import bench
 from unziplora.bench.workplace import Workplace
-from unziplora.config_bench import BenchConfig
+from unziplora.config.bench import BenchConfig
 from unziplora.errors import Interrupted
 from unziplora.utils.progress import Progress
 

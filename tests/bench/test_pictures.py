@@ -16,8 +16,8 @@ from transformers import (
 from unziplora.base import Base
 from unziplora.bench.pictures import picture_cases, picture_measures, picture_table
 from unziplora.bench.run import bench
-from unziplora.config import resolve
-from unziplora.config_bench import BenchConfig
+from unziplora.config.bench import BenchConfig
+from unziplora.config.recipe import resolve
 from unziplora.errors import UserError
 
 Pictures = list[Image.Image]

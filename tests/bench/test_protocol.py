@@ -15,8 +15,8 @@ from unziplora.bench.cases import Case
 from unziplora.bench.methods import METHODS
 from unziplora.bench.protocol import Ask, asks, draw, evaluate, score
 from unziplora.bench.workplace import Workplace
-from unziplora.config_bench import ABLATION
-from unziplora.config_split import SplitConfig
+from unziplora.config.bench import ABLATION
+from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.lora.algebra import delta
 from unziplora.lora.files import Lora

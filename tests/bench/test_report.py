@@ -13,7 +13,7 @@ from unziplora.bench.cases import Case
 from unziplora.bench.methods import METHODS
 from unziplora.bench.report import Report, contact_sheet, markdown, summarise, table
 from unziplora.bench.run import bench
-from unziplora.config_bench import BenchConfig
+from unziplora.config.bench import BenchConfig
 from unziplora.errors import UserError
 
 Cases = dict[str, Case]

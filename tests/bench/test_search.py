@@ -13,13 +13,13 @@ from unziplora.bench.cases import Case
 from unziplora.bench.run import bench, open_bench
 from unziplora.bench.search import Setting, grid, search
 from unziplora.bench.workplace import Workplace
-from unziplora.config import read_toml
-from unziplora.config_bench import BenchConfig
-from unziplora.config_blora import BLoraConfig
-from unziplora.config_dreambooth import DreamBoothConfig
-from unziplora.config_split import SplitConfig
-from unziplora.config_training import TrainingConfig
-from unziplora.config_zip import ZipConfig
+from unziplora.config.bench import BenchConfig
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.recipe import read_toml
+from unziplora.config.split import SplitConfig
+from unziplora.config.training import TrainingConfig
+from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 
 Cases = dict[str, Case]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unziplora.bench import search
-from unziplora.config_bench import BenchConfig
+from unziplora.config.bench import BenchConfig
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = [

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unziplora.config import read_toml
-from unziplora.config_probe import ProbeConfig
+from unziplora.config.probe import ProbeConfig
+from unziplora.config.recipe import read_toml
 from unziplora.lora.blocks import read_blocks
 
 Call = Callable[..., tuple[int, str, str]]

@@ -10,8 +10,8 @@ import tiny
 from PIL import Image
 
 from unziplora.base import Base
-from unziplora.config import read_toml
-from unziplora.config_zip import ZipConfig
+from unziplora.config.recipe import read_toml
+from unziplora.config.zip import ZipConfig
 from unziplora.lora.files import Lora, read_lora, write_lora
 
 Call = Callable[..., tuple[int, str, str]]

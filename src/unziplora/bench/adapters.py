@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from unziplora.bench.cases import Case
 from unziplora.bench.workplace import Workplace
-from unziplora.config_training import TrainingConfig
+from unziplora.config.training import TrainingConfig
 from unziplora.lora.files import Lora
 
 

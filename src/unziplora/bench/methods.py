@@ -11,15 +11,15 @@ from typing import Any, ClassVar
 from unziplora.bench.adapters import Adapters, Contender, Paired
 from unziplora.bench.cases import Case
 from unziplora.bench.workplace import Workplace, fingerprint, plain
-from unziplora.config import read_toml
-from unziplora.config_blora import BLoraConfig
-from unziplora.config_dreambooth import DreamBoothConfig
-from unziplora.config_split import BUNDLED, PAPER, SplitConfig
-from unziplora.config_training import TrainingConfig
-from unziplora.config_zip import ZipConfig
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import read_toml
+from unziplora.config.split import BUNDLED, PAPER, SplitConfig
+from unziplora.config.training import TrainingConfig
+from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.job import run_job
-from unziplora.kinds import KINDS
 from unziplora.lora.files import read_lora
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth

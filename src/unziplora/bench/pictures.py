@@ -17,11 +17,11 @@ from torch import Tensor
 from unziplora.bench.cases import Case, Example
 from unziplora.bench.image_models import ImageModel
 from unziplora.bench.report import Report, summarise, table
-from unziplora.config import read_toml
-from unziplora.config_bench import BenchConfig
+from unziplora.config.bench import BenchConfig
+from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import read_toml
 from unziplora.errors import UserError
 from unziplora.images import load_picture
-from unziplora.kinds import KINDS
 from unziplora.utils.files import atomic_write
 
 WORDS = "words.toml"

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from unziplora.bench.cases import Case
 from unziplora.bench.scores import CONTENT, STYLE, Figures, headline, mean_figures, spread
-from unziplora.config_bench import ABLATION, BenchConfig
+from unziplora.config.bench import ABLATION, BenchConfig
 from unziplora.grid import sheet
 from unziplora.utils.files import atomic_write, write_png
 

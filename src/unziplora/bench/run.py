@@ -21,8 +21,8 @@ from unziplora.bench.pictures import picture_cases, picture_measures, picture_re
 from unziplora.bench.protocol import evaluate
 from unziplora.bench.report import Report, summarise, write_report
 from unziplora.bench.workplace import Workplace
-from unziplora.config import to_toml
-from unziplora.config_bench import BenchConfig
+from unziplora.config.bench import BenchConfig
+from unziplora.config.recipe import to_toml
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
 from unziplora.residency import gone

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from unziplora.bench.report import Report, summarise
 from unziplora.bench.run import Bench, open_bench
-from unziplora.config_bench import SEARCHED, BenchConfig
+from unziplora.config.bench import SEARCHED, BenchConfig
 from unziplora.errors import UserError
 from unziplora.utils.files import atomic_write
 from unziplora.utils.progress import Callback

@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 from unziplora.base import Base
 from unziplora.bench.cases import Case, Example
-from unziplora.config_bench import BenchConfig
-from unziplora.config_training import TrainingConfig
+from unziplora.config.bench import BenchConfig
+from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.resuming import differing
 from unziplora.run import RunFolder

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from unziplora.config import Recipe, group_of, read_toml
+from unziplora.config.recipe import Recipe, group_of, read_toml
 
 NONE = "none"
 """What is given to a flag to clear a list, or to leave a value to be chosen at run time."""

@@ -17,7 +17,7 @@ from unziplora.errors import Interrupted, MachineError, UnziploraError, UserErro
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from unziplora.config_training import TrainingConfig
+    from unziplora.config.training import TrainingConfig
 
 
 def debugging() -> bool:

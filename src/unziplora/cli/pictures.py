@@ -10,8 +10,8 @@ import click
 from unziplora.cli.common import config_option, counted, dry_run_option, json_option, quiet_option
 from unziplora.cli.flags import RecipeCommand, layers, options
 from unziplora.cli.output import emit, stdout_kept
-from unziplora.config import resolve, to_toml
-from unziplora.config_sample import GridConfig, SampleConfig
+from unziplora.config.recipe import resolve, to_toml
+from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.run import loras_of
 from unziplora.utils.progress import show
 

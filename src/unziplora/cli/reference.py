@@ -11,15 +11,15 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from unziplora.cli.flags import plain
-from unziplora.config import Recipe, group_of
-from unziplora.config_bench import BenchConfig
-from unziplora.config_blora import BLoraConfig
-from unziplora.config_dreambooth import DreamBoothConfig
-from unziplora.config_probe import ProbeConfig
-from unziplora.config_sample import GridConfig, SampleConfig
-from unziplora.config_split import SplitConfig
-from unziplora.config_training import PictureConfig, TrainingConfig
-from unziplora.config_zip import ZipConfig
+from unziplora.config.bench import BenchConfig
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.probe import ProbeConfig
+from unziplora.config.recipe import Recipe, group_of
+from unziplora.config.sample import GridConfig, SampleConfig
+from unziplora.config.split import SplitConfig
+from unziplora.config.training import PictureConfig, TrainingConfig
+from unziplora.config.zip import ZipConfig
 
 HEAD = """# Configuration
 

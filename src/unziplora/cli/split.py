@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from unziplora.cli.training import Training, training_command
-from unziplora.config_split import SplitConfig
+from unziplora.config.split import SplitConfig
 
 if TYPE_CHECKING:
     from unziplora.methods.unziplora import UnZipLora

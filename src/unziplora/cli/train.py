@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from unziplora.cli.training import Training, training_command
-from unziplora.config_blora import BLoraConfig
-from unziplora.config_dreambooth import DreamBoothConfig
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.dreambooth import DreamBoothConfig
 
 if TYPE_CHECKING:
     from unziplora.methods.blora import BLora

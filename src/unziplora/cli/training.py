@@ -13,8 +13,8 @@ import click
 from unziplora.cli.common import config_option, dry_run_option, json_option, quiet_option
 from unziplora.cli.flags import RecipeCommand, layers, options
 from unziplora.cli.output import emit, memory_advice, note, stdout_kept
-from unziplora.config import read_toml, resolve, to_toml
-from unziplora.config_training import PictureConfig
+from unziplora.config.recipe import read_toml, resolve, to_toml
+from unziplora.config.training import PictureConfig
 from unziplora.errors import UserError
 from unziplora.utils.progress import show
 

@@ -11,8 +11,8 @@ from unziplora.cli.common import config_option, dry_run_option, json_option, qui
 from unziplora.cli.flags import RecipeCommand, layers, options
 from unziplora.cli.output import emit, memory_advice, stdout_kept
 from unziplora.cli.training import run_layers, tell_result
-from unziplora.config import resolve, to_toml
-from unziplora.config_zip import ZipConfig
+from unziplora.config.recipe import resolve, to_toml
+from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.utils.progress import show
 

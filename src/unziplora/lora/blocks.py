@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from unziplora.config import read_toml
+from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import read_toml
 from unziplora.errors import UserError
-from unziplora.kinds import KINDS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from unziplora.kinds import KINDS
+from unziplora.config.kinds import KINDS
 from unziplora.lora.columns import Scores, choose, columns_held, orthogonality
 from unziplora.lora.layer import Branch
 

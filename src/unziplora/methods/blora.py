@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unziplora.card import About, File, picture_count
-from unziplora.config_blora import BLoraConfig
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.kinds import KINDS
 from unziplora.errors import UserError
-from unziplora.kinds import KINDS
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import attention_linears, of_kinds

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unziplora.base import Base
 from unziplora.class_pictures import class_pictures
-from unziplora.config_training import PictureConfig, TrainingConfig
+from unziplora.config.training import PictureConfig, TrainingConfig
 from unziplora.encode import encode_pictures, loss_weights, picture_conditioning, to_device
 from unziplora.generate import Settings
 from unziplora.images import load_mask, load_picture, to_tensor

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unziplora.card import About, File, picture_count
-from unziplora.config_dreambooth import DreamBoothConfig
+from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.lora.files import Lora
 from unziplora.lora.layer import of_kinds, target_linears
 from unziplora.methods.base import Method

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from PIL import Image
 from torch import Tensor
 
-from unziplora.config_split import SplitConfig
+from unziplora.config.split import SplitConfig
 from unziplora.encode import picture_conditioning, to_device
 from unziplora.methods.common import Setup, class_examples, load_pictures, picture_examples
 from unziplora.methods.words import learn_words

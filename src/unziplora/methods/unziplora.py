@@ -15,8 +15,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
 from unziplora.card import About, File, picture_count
-from unziplora.config_split import SplitConfig
-from unziplora.kinds import KINDS
+from unziplora.config.kinds import KINDS
+from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
 from unziplora.lora.files import Lora

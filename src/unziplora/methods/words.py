@@ -31,7 +31,7 @@ from unziplora.residency import visiting
 from unziplora.text_lora import TextLora
 
 if TYPE_CHECKING:
-    from unziplora.config_split import SplitConfig
+    from unziplora.config.split import SplitConfig
 
 THINGS = (
     *("cat", "dog", "house", "tree", "car", "flower", "boat", "bird", "apple", "chair", "mountain", "face", "fish"),

@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.class_pictures import FIRST_SEED
-from unziplora.config import resolve
-from unziplora.config_zip import ZipConfig, joined_prompt
+from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import resolve
+from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.encode import encode_pictures, picture_conditioning, to_device
 from unziplora.errors import UserError
 from unziplora.generate import Settings, generate_latents
 from unziplora.images import to_tensor
-from unziplora.kinds import KINDS
 from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.lora.files import Lora, format_shape, read_lora, text_tensors
 from unziplora.lora.storage import read_header

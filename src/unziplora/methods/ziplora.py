@@ -19,11 +19,11 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from unziplora.base_sizes import inspect_base
 from unziplora.card import About, File
-from unziplora.config_training import style_words
-from unziplora.config_zip import ZipConfig
+from unziplora.config.kinds import KINDS
+from unziplora.config.training import style_words
+from unziplora.config.zip import ZipConfig
 from unziplora.cuda_graphs import predict
 from unziplora.images import load_picture
-from unziplora.kinds import KINDS
 from unziplora.lora.columns import orthogonality
 from unziplora.lora.files import Lora, check_fits
 from unziplora.lora.layer import Branch, add_lora

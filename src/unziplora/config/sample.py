@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import Precision, Recipe, key, natural_seeds
-from unziplora.kinds import KINDS
+from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import Precision, Recipe, key, natural_seeds
 from unziplora.schedulers import SCHEDULER_NAMES, find_name
 
 Axis = Literal["auto", "prompt", "seed", "content_strength", "style_strength"]

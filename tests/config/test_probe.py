@@ -1,7 +1,7 @@
 import pytest
 
-from unziplora.config import resolve
-from unziplora.config_probe import ProbeConfig, WordPair
+from unziplora.config.probe import ProbeConfig, WordPair
+from unziplora.config.recipe import resolve
 from unziplora.errors import UserError
 
 WORDS = {"contents": ["cat", "dog", "fox"], "styles": ["ink", "oil paint"]}

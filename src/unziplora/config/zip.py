@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import key
-from unziplora.config_training import TrainingConfig, style_words
+from unziplora.config.recipe import key
+from unziplora.config.training import TrainingConfig, style_words
 from unziplora.errors import UserError
 
 

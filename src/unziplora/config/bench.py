@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import Precision, Recipe, key, natural_seeds
+from unziplora.config.recipe import Precision, Recipe, key, natural_seeds
 
 MethodName = Literal[
     "base",

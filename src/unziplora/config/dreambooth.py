@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from unziplora.config import key
-from unziplora.config_training import SMALL, PictureConfig
+from unziplora.config.recipe import key
+from unziplora.config.training import SMALL, PictureConfig
 
 Target = Literal["attention", "feed-forward", "projections"]
 

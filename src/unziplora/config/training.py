@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config import Precision, Recipe, key, natural_seeds
-from unziplora.templates import fill
+from unziplora.config.recipe import Precision, Recipe, key, natural_seeds
+from unziplora.config.templates import fill
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from unziplora.cli.reference import reference
-from unziplora.config import read_toml, resolve, to_toml
-from unziplora.config_blora import BLoraConfig
-from unziplora.config_dreambooth import DreamBoothConfig
-from unziplora.config_split import PRESETS, SplitConfig
-from unziplora.config_zip import ZipConfig
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.recipe import read_toml, resolve, to_toml
+from unziplora.config.split import PRESETS, SplitConfig
+from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 
 GIVEN: dict[str, Any] = {"images": ["cat.jpg"], "content": "cat", "style": "pencil sketch", "out": "runs/cat"}
@@ -158,7 +158,7 @@ def test_every_key_is_explained_and_grouped() -> None:
 
 
 def test_the_documentation_of_the_keys_is_up_to_date() -> None:
-    page = Path(__file__).parent.parent / "docs" / "configuration.md"
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert page.read_text(encoding="utf-8") == reference(), (
         "run: python -m unziplora.cli.reference > docs/configuration.md"
     )
