@@ -18,8 +18,8 @@ from test_files import KOHYA, kohya, make, store
 
 from unziplora.base_files import read_header
 from unziplora.errors import MachineError, UserError
-from unziplora.lora.files import Lora, read_lora, write_lora
-from unziplora.lora.storage import open_tensors
+from unziplora.formats.files import Lora, read_lora, write_lora
+from unziplora.formats.safetensors import open_tensors
 from unziplora.utils import files as atomic
 
 

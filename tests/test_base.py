@@ -16,8 +16,8 @@ from unziplora.base import BUNDLED, Base, load_base
 from unziplora.base_checkpoint import clip_tokenizer, is_full_size
 from unziplora.device import flush_denormals, pick_device, pick_dtype
 from unziplora.errors import MachineError, UserError
+from unziplora.formats.safetensors import Header, read_header
 from unziplora.generate import Settings, generate
-from unziplora.lora.storage import Header, read_header
 
 
 @pytest.fixture

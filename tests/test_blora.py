@@ -13,9 +13,9 @@ from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.errors import Interrupted, UserError
+from unziplora.formats.files import blocks, read_lora
 from unziplora.job import run_job
 from unziplora.lora.blocks import BLORA_BLOCKS, read_blocks
-from unziplora.lora.files import blocks, read_lora
 from unziplora.methods.blora import BLora
 from unziplora.sources import find_source, plan
 from unziplora.utils.progress import Progress

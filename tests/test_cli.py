@@ -26,7 +26,7 @@ from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import Interrupted, MachineError
-from unziplora.lora.files import Lora, read_lora, write_lora
+from unziplora.formats.files import Lora, read_lora, write_lora
 
 
 class Done(NamedTuple):
@@ -575,7 +575,7 @@ def test_libraries_warnings_are_kept_back(call: Call, monkeypatch: pytest.Monkey
         warn("unziplora.x", "told")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unziplora.lora.inspect.inspect", inspect)
+    monkeypatch.setattr("unziplora.formats.inspect.inspect", inspect)
     done = call("inspect", "a.safetensors")
     assert done.code == 130
     assert done.err.split("\n") == ["warning: told", "", "interrupted", ""]

@@ -15,7 +15,7 @@ from unziplora.beside import beside
 from unziplora.config.recipe import read_toml, resolve
 from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
-from unziplora.images import load_picture
+from unziplora.images.preprocess import load_picture
 from unziplora.utils.progress import Progress
 
 

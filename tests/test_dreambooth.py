@@ -20,9 +20,9 @@ from unziplora.class_pictures import class_pictures
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
 from unziplora.errors import Interrupted, UserError
+from unziplora.formats.files import read_lora
 from unziplora.generate import Settings
 from unziplora.job import run_job
-from unziplora.lora.files import read_lora
 from unziplora.lora.layer import adapted, attention_linears, remove
 from unziplora.methods.common import Setup
 from unziplora.methods.dreambooth import DreamBooth

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unziplora.encode import encode_pictures, loss_weights, picture_conditioning
 from unziplora.generate import decode
-from unziplora.images import to_tensor
+from unziplora.images.preprocess import to_tensor
 from unziplora.prompts import Prompts, embed
 
 

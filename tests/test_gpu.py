@@ -9,7 +9,7 @@ from PIL import Image
 
 from unziplora.base import load_base
 from unziplora.config.split import SplitConfig
-from unziplora.lora.files import read_lora
+from unziplora.formats.files import read_lora
 from unziplora.split import split
 
 pytestmark = [

@@ -9,9 +9,9 @@ from unziplora.base import Base
 from unziplora.config.recipe import resolve
 from unziplora.config.sample import GridConfig
 from unziplora.errors import UserError
+from unziplora.formats.files import Lora, write_lora
 from unziplora.generate import Settings, generate
 from unziplora.grid import grid, sheet
-from unziplora.lora.files import Lora, write_lora
 from unziplora.lora.layer import adapted, add_lora
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from unziplora.base import Base
 from unziplora.errors import UserError
+from unziplora.formats.files import Lora, text_tensors
 from unziplora.lora.algebra import Pair
-from unziplora.lora.files import Lora, text_tensors
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import encode_batch
 

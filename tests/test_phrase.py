@@ -18,11 +18,11 @@ from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.encode import picture_conditioning
 from unziplora.errors import Interrupted, UserError
-from unziplora.lora.files import read_lora
+from unziplora.formats.files import read_lora
+from unziplora.images.filters import FILTERS
 from unziplora.methods.common import Setup
 from unziplora.methods.phrase import Phrase, embeddings
 from unziplora.methods.unziplora import UnZipLora
-from unziplora.methods.variants import FILTERS
 from unziplora.methods.words import learn_phrase, teach_encoders
 from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.prompts import Prompts, embed, encode_batch

@@ -15,11 +15,11 @@ from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import SDXL
 from unziplora.errors import MachineError, UserError
+from unziplora.formats.files import Lora, read_lora, write_lora
+from unziplora.formats.safetensors import body_hash, open_tensors
 from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import fold_output
-from unziplora.lora.files import Lora, read_lora, write_lora
 from unziplora.lora.layer import adapted, add_lora, attention_linears
-from unziplora.lora.storage import body_hash, open_tensors
 from unziplora.prompts import Prompts
 from unziplora.sample import find_sources, open_session, sample, shared_name, with_headers
 from unziplora.sources import choose_base, find_source, plan

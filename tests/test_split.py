@@ -17,8 +17,8 @@ from unziplora import job
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, OutOfMemory, UserError
+from unziplora.formats.files import read_lora
 from unziplora.grid import GAP, LARGEST
-from unziplora.lora.files import read_lora
 from unziplora.methods.common import View
 from unziplora.prompts import Prompts
 from unziplora.samples import LONGEST, _visible, sample_sheet

@@ -25,11 +25,11 @@ from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import Interrupted, UserError
+from unziplora.formats.files import Lora, read_lora, text_tensors, write_lora
+from unziplora.formats.header import metadata_for
 from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import Pair, delta
-from unziplora.lora.files import Lora, read_lora, text_tensors, write_lora
 from unziplora.lora.layer import Branch, attention_linears, remove
-from unziplora.lora.metadata import metadata_for
 from unziplora.methods.common import Setup
 from unziplora.methods.zip_inputs import complete, merge, read_loras
 from unziplora.methods.ziplora import ZipLora, scale_input

@@ -19,7 +19,7 @@ from unziplora.base_hub import download, names_a_model
 from unziplora.config.training import SDXL
 from unziplora.device import flush_denormals
 from unziplora.errors import MachineError, UserError, first_line, out_of_memory
-from unziplora.lora.storage import Header, read_header
+from unziplora.formats.safetensors import Header, read_header
 from unziplora.utils.logging import quiet
 from unziplora.utils.paths import whole
 

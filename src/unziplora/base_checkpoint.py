@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from unziplora.base_files import other_family
 from unziplora.errors import UserError
-from unziplora.lora.storage import Header
+from unziplora.formats.safetensors import Header
 
 LDM = "model.diffusion_model."
 # What a checkpoint of another family holds, by a key that only it has. Prefixes count.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unziplora.errors import UserError
-from unziplora.lora.storage import PICKLES, UNPICKLE, read_header
+from unziplora.formats.safetensors import PICKLES, UNPICKLE, read_header
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")

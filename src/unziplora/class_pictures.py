@@ -14,7 +14,7 @@ from PIL import Image
 
 from unziplora.base import Base
 from unziplora.generate import Settings, decode, generate_latents
-from unziplora.images import load_picture
+from unziplora.images.preprocess import load_picture
 from unziplora.utils.files import explain, write_png
 
 FIRST_SEED = 1_000_000

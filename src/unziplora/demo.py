@@ -22,7 +22,7 @@ from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
 from unziplora.generate import decode, generate_latents
 from unziplora.grid import sheet
-from unziplora.images import load_picture
+from unziplora.images.preprocess import load_picture
 from unziplora.sample import open_session
 from unziplora.split import split
 from unziplora.standin import save_standin

@@ -23,10 +23,10 @@ from unziplora.config.training import TrainingConfig
 from unziplora.cuda_graphs import recording
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, OutOfMemory, UserError
+from unziplora.formats.families import sdxl_sized
+from unziplora.formats.files import Lora, write_lora
+from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import shape
-from unziplora.lora.families import sdxl_sized
-from unziplora.lora.files import Lora, write_lora
-from unziplora.lora.metadata import metadata_for
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup
 from unziplora.resuming import differing

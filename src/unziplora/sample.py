@@ -19,9 +19,9 @@ from unziplora.config.kinds import KINDS
 from unziplora.config.sample import GridConfig, SampleConfig, read_blocks
 from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
+from unziplora.formats.files import check_strengths, read_lora
+from unziplora.formats.safetensors import body_hash
 from unziplora.generate import Settings, StepCallback, decode, generate, generate_latents
-from unziplora.lora.files import check_strengths, read_lora
-from unziplora.lora.storage import body_hash
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
 from unziplora.run import MERGED

@@ -16,7 +16,7 @@ from unziplora.config.templates import fill
 from unziplora.config.training import SDXL
 from unziplora.config.zip import joined_prompt
 from unziplora.errors import UserError
-from unziplora.lora.metadata import trigger_words
+from unziplora.formats.header import trigger_words
 from unziplora.prompts import Prompts
 from unziplora.run import MERGED, RunFolder
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from unziplora.base import Base
-from unziplora.lora.keys import text_module
+from unziplora.formats.names import text_module
 from unziplora.objective import Conditioning, Examples, generator
 from unziplora.prompts import encode_each
 

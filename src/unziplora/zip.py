@@ -7,9 +7,9 @@ from pathlib import Path
 
 from unziplora.config.kinds import KINDS
 from unziplora.config.zip import ZipConfig
+from unziplora.formats.files import Lora
+from unziplora.formats.header import LAYERS_KEY
 from unziplora.job import in_run_folder, run_job, write_card, write_loras
-from unziplora.lora.files import Lora
-from unziplora.lora.metadata import LAYERS_KEY
 from unziplora.methods.zip_inputs import complete, merge, read_loras
 from unziplora.methods.ziplora import ZipLora
 from unziplora.run import RunFolder

@@ -15,7 +15,7 @@ from unziplora.bench.adapters import Adapters
 from unziplora.bench.cases import Case, Example
 from unziplora.bench.workplace import Workplace
 from unziplora.config.training import TrainingConfig
-from unziplora.lora.files import Lora
+from unziplora.formats.files import Lora
 
 
 def picture(red: int, green: int, blue: int = 0) -> Image.Image:

@@ -18,8 +18,8 @@ from unziplora.bench.workplace import Workplace
 from unziplora.config.bench import ABLATION
 from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
+from unziplora.formats.files import Lora
 from unziplora.lora.algebra import delta
-from unziplora.lora.files import Lora
 from unziplora.lora.layer import adapted
 from unziplora.prompts import Prompts
 from unziplora.run import RunFolder

@@ -12,7 +12,7 @@ from PIL import Image
 from unziplora.base import Base
 from unziplora.config.recipe import read_toml
 from unziplora.config.zip import ZipConfig
-from unziplora.lora.files import Lora, read_lora, write_lora
+from unziplora.formats.files import Lora, read_lora, write_lora
 
 Call = Callable[..., tuple[int, str, str]]
 PROMPTS = ["--content-prompt", "a sks cat", "--style-prompt", "an image in ink style"]

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 from unziplora.bench.cases import Case
 from unziplora.bench.workplace import Workplace
 from unziplora.config.training import TrainingConfig
-from unziplora.lora.files import Lora
+from unziplora.formats.files import Lora
 
 
 @dataclass(frozen=True)

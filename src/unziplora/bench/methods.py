@@ -19,8 +19,8 @@ from unziplora.config.split import BUNDLED, PAPER, SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
+from unziplora.formats.files import read_lora
 from unziplora.job import run_job
-from unziplora.lora.files import read_lora
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.methods.zip_inputs import complete

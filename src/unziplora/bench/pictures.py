@@ -21,7 +21,7 @@ from unziplora.config.bench import BenchConfig
 from unziplora.config.kinds import KINDS
 from unziplora.config.recipe import read_toml
 from unziplora.errors import UserError
-from unziplora.images import load_picture
+from unziplora.images.preprocess import load_picture
 from unziplora.utils.files import atomic_write
 
 WORDS = "words.toml"

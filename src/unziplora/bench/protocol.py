@@ -19,8 +19,8 @@ from unziplora.bench.cases import Case
 from unziplora.bench.measures import Measure
 from unziplora.bench.scores import leak, product, similarity
 from unziplora.bench.workplace import Workplace, fingerprint, plain
+from unziplora.formats.files import Lora
 from unziplora.generate import Settings, generate
-from unziplora.lora.files import Lora
 from unziplora.mount import Mounted, Part
 from unziplora.prompts import Prompts
 from unziplora.residency import gone

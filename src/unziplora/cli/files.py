@@ -12,7 +12,7 @@ from unziplora.cli.output import emit, stdout_kept
 from unziplora.errors import UserError
 
 if TYPE_CHECKING:
-    from unziplora.lora.inspect import Inspection
+    from unziplora.formats.inspect import Inspection
 
 _LAYOUT = click.Option(
     ["--layout"],
@@ -31,7 +31,7 @@ _FORCE = click.Option(["--force", "-f"], is_flag=True, help="Replace the output 
 def run_inspect(files: tuple[str, ...], as_json: bool) -> None:
     """Carry out `inspect`."""
     with stdout_kept():
-        from unziplora.lora.inspect import inspect
+        from unziplora.formats.inspect import inspect
 
         paths = [path for file in files for path in _loras(Path(file))]
         found: list[Inspection | UserError] = []
@@ -60,7 +60,7 @@ def _loras(path: Path) -> list[Path]:
 def run_convert(source: str, target: str, layout: str, dtype: str | None, force: bool, as_json: bool) -> None:
     """Carry out `convert`."""
     with stdout_kept():
-        from unziplora.lora.inspect import convert
+        from unziplora.formats.inspect import convert
 
         lora = convert(source, target, layout, dtype=dtype, overwrite=force)
     size = Path(target).stat().st_size
@@ -82,7 +82,7 @@ def run_resize(
     if rank is None and energy is None:
         raise UserError("say to what to resize: --rank 16, or --energy 0.95")
     with stdout_kept():
-        from unziplora.lora.inspect import resize_file
+        from unziplora.formats.inspect import resize_file
 
         done = resize_file(source, target, rank, energy, layout, dtype, overwrite=force)
     low, high = min(done.ranks), max(done.ranks)

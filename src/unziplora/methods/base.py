@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.card import About
-from unziplora.lora.files import Lora
+from unziplora.formats.files import Lora
 from unziplora.methods.common import Setup, View
 
 C = TypeVar("C")

@@ -14,8 +14,8 @@ from unziplora.card import About, File, picture_count
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.kinds import KINDS
 from unziplora.errors import UserError
+from unziplora.formats.files import Lora
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
-from unziplora.lora.files import Lora
 from unziplora.lora.layer import attention_linears, of_kinds
 from unziplora.methods.base import Method
 from unziplora.methods.common import (

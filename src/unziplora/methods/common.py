@@ -18,7 +18,7 @@ from unziplora.class_pictures import class_pictures
 from unziplora.config.training import PictureConfig, TrainingConfig
 from unziplora.encode import encode_pictures, loss_weights, picture_conditioning, to_device
 from unziplora.generate import Settings
-from unziplora.images import load_mask, load_picture, to_tensor
+from unziplora.images.preprocess import load_mask, load_picture, to_tensor
 from unziplora.lora.algebra import Pair, fold_output
 from unziplora.lora.layer import Branch, add_lora, inject
 from unziplora.objective import Examples, generator

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unziplora.card import About, File, picture_count
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.lora.files import Lora
+from unziplora.formats.files import Lora
 from unziplora.lora.layer import of_kinds, target_linears
 from unziplora.methods.base import Method
 from unziplora.methods.common import (

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from unziplora.card import About, File, picture_count
 from unziplora.config.kinds import KINDS
 from unziplora.config.split import SplitConfig
+from unziplora.formats.files import Lora
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
-from unziplora.lora.files import Lora
 from unziplora.lora.layer import attention_linears, of_kinds
 from unziplora.lora.separation import ColumnSeparation
 from unziplora.methods.base import Method

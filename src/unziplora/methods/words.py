@@ -20,10 +20,10 @@ from torch import Tensor
 from unziplora.base import Base
 from unziplora.cuda_graphs import recording
 from unziplora.encode import encode_pictures, to_device
-from unziplora.images import to_tensor
+from unziplora.images.filters import filtered
+from unziplora.images.preprocess import to_tensor
 from unziplora.methods.common import Setup
 from unziplora.methods.phrase import Phrase
-from unziplora.methods.variants import filtered
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
 from unziplora.optim import make_schedule
 from unziplora.prompts import encode_batch, join_streams

@@ -17,11 +17,11 @@ from unziplora.config.recipe import resolve
 from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.encode import encode_pictures, picture_conditioning, to_device
 from unziplora.errors import UserError
+from unziplora.formats.files import Lora, format_shape, read_lora, text_tensors
+from unziplora.formats.safetensors import read_header
 from unziplora.generate import Settings, generate_latents
-from unziplora.images import to_tensor
+from unziplora.images.preprocess import to_tensor
 from unziplora.lora.algebra import Pair, cat, scale, shape
-from unziplora.lora.files import Lora, format_shape, read_lora, text_tensors
-from unziplora.lora.storage import read_header
 from unziplora.methods.common import Setup
 from unziplora.mount import Mounted, Part
 from unziplora.objective import Examples

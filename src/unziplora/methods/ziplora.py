@@ -23,9 +23,9 @@ from unziplora.config.kinds import KINDS
 from unziplora.config.training import style_words
 from unziplora.config.zip import ZipConfig
 from unziplora.cuda_graphs import predict
-from unziplora.images import load_picture
+from unziplora.formats.files import Lora, check_fits
+from unziplora.images.preprocess import load_picture
 from unziplora.lora.columns import orthogonality
-from unziplora.lora.files import Lora, check_fits
 from unziplora.lora.layer import Branch, add_lora
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup, View, folded, switched_off

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from unziplora.methods.variants import FILTERS, filtered
+from unziplora.images.filters import FILTERS, filtered
 
 
 def drawing(ground: int, square: int, size: int = 128) -> Image.Image:

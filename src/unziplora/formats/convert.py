@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from unziplora.errors import UserError
+from unziplora.formats.files import DTYPES, Lora, read_lora, text_tensors, write_lora
 from unziplora.lora import algebra
 from unziplora.lora.algebra import Pair
-from unziplora.lora.files import DTYPES, Lora, read_lora, text_tensors, write_lora
 
 T = TypeVar("T")
 

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from unziplora.errors import UserError
-from unziplora.lora import keys
+from unziplora.formats import names as keys
+from unziplora.formats.writers import ADAPTER_METADATA
 from unziplora.lora.algebra import Pair
-from unziplora.lora.layouts import ADAPTER_METADATA
 
 PEFT_PREFIX = "base_model.model."
 

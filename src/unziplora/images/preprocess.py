@@ -12,7 +12,7 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from unziplora.errors import UserError
-from unziplora.picture_files import open_upright
+from unziplora.images.files import open_upright
 
 _SQUARE_LOSS = 2.0
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from test_files import TEXT, header_of, kohya, make, same, store
 
 from unziplora.errors import UserError
-from unziplora.lora import keys
+from unziplora.formats import names as keys
+from unziplora.formats.files import LAYOUTS, Lora, read_lora, text_tensors, write_lora
+from unziplora.formats.header import metadata_for
+from unziplora.formats.inspect import convert, inspect, resize_file
+from unziplora.formats.programs import PROGRAMS
 from unziplora.lora.algebra import delta
-from unziplora.lora.files import LAYOUTS, Lora, read_lora, text_tensors, write_lora
-from unziplora.lora.inspect import convert, inspect, resize_file
-from unziplora.lora.metadata import metadata_for
-from unziplora.lora.programs import PROGRAMS
 
 
 def full(only=""):

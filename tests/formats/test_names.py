@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import nn
 
-from unziplora.lora import keys
+from unziplora.formats import names as keys
 from unziplora.lora.layer import attention_linears
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from unziplora import picture_files
 from unziplora.errors import MachineError, UserError
-from unziplora.images import load_mask, load_picture, to_tensor
+from unziplora.images import files as picture_files
+from unziplora.images.preprocess import load_mask, load_picture, to_tensor
 
 # left half red, right half blue, 60 wide and 40 high
 PICTURE = Image.new("RGB", (60, 40), (200, 30, 30))

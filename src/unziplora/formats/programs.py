@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from unziplora.lora.grouping import Grouped
-from unziplora.lora.layouts import ADAPTER_METADATA
-from unziplora.lora.metadata import says_sdxl
+from unziplora.formats.header import says_sdxl
+from unziplora.formats.readers import Grouped
+from unziplora.formats.writers import ADAPTER_METADATA
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 

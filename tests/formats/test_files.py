@@ -13,9 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unziplora.errors import UserError
-from unziplora.lora import keys
-from unziplora.lora.algebra import delta
-from unziplora.lora.files import (
+from unziplora.formats import names as keys
+from unziplora.formats.files import (
     LAYOUTS,
     Lora,
     blocks,
@@ -25,8 +24,9 @@ from unziplora.lora.files import (
     text_tensors,
     write_lora,
 )
+from unziplora.formats.header import metadata_for
+from unziplora.lora.algebra import delta
 from unziplora.lora.layer import attention_linears, inject, remove
-from unziplora.lora.metadata import metadata_for
 
 Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"

@@ -9,14 +9,15 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from unziplora.lora import algebra, families
+from unziplora.formats import families
+from unziplora.formats.convert import Resized, convert, counted, dtype_name, resize_file
+from unziplora.formats.files import understand
+from unziplora.formats.header import trigger_words
+from unziplora.formats.programs import Verdict, loads_in
+from unziplora.formats.readers import Factors, Grouped
+from unziplora.formats.safetensors import open_tensors
+from unziplora.lora import algebra
 from unziplora.lora.blocks import block_of
-from unziplora.lora.convert import Resized, convert, counted, dtype_name, resize_file
-from unziplora.lora.files import understand
-from unziplora.lora.grouping import Factors, Grouped
-from unziplora.lora.metadata import trigger_words
-from unziplora.lora.programs import Verdict, loads_in
-from unziplora.lora.storage import open_tensors
 
 __all__ = ["Block", "Inspection", "Resized", "Verdict", "convert", "inspect", "resize_file"]
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from unziplora.errors import UserError
-from unziplora.lora import families, keys, layouts
+from unziplora.formats import families
+from unziplora.formats import names as keys
+from unziplora.formats import writers as layouts
+from unziplora.formats.header import LAYERS_KEY, header
+from unziplora.formats.readers import PEFT_PREFIX, Grouped, group
+from unziplora.formats.safetensors import open_tensors, write_safetensors
 from unziplora.lora.algebra import Pair, balanced, scale, shape
 from unziplora.lora.blocks import block_of, inside
-from unziplora.lora.grouping import PEFT_PREFIX, Grouped, group
-from unziplora.lora.metadata import LAYERS_KEY, header
-from unziplora.lora.storage import open_tensors, write_safetensors
 
 Layout = Literal["kohya", "kohya-diffusers", "diffusers"]
 LAYOUTS: tuple[Layout, ...] = ("kohya", "kohya-diffusers", "diffusers")

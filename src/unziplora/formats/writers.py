@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unziplora.lora import keys
+from unziplora.formats import names as keys
 from unziplora.lora.algebra import Pair
 
 ADAPTER_METADATA = "lora_adapter_metadata"
