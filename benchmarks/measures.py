@@ -17,7 +17,7 @@ from unziplora.bench.cases import Case, Example, load_cases
 from unziplora.bench.measures import Measure
 from unziplora.bench.protocol import Ask, score
 from unziplora.bench.run import MEASURES
-from unziplora.prompts import Prompts
+from unziplora.models.text import Prompts
 
 Control = tuple[str, Literal["content", "style"], Example, Image.Image]
 

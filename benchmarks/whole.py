@@ -23,12 +23,12 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
-from unziplora.base_checkpoint import clip_tokenizer
-from unziplora.base_files import PARTS, read_json
-from unziplora.base_sizes import FULL_SIZE, build_part, inspect_base
 from unziplora.config.split import SplitConfig
 from unziplora.memory import estimate
 from unziplora.methods.unziplora import UnZipLora
+from unziplora.models.checkpoint import clip_tokenizer
+from unziplora.models.folder import PARTS, read_json
+from unziplora.models.sizes import FULL_SIZE, build_part, inspect_base
 from unziplora.split import split
 
 CHECKPOINTING = {"gradient_checkpointing": True}

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from unziplora.base import Base, load_base
+from unziplora.models.base import Base, load_base
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 from test_files import KOHYA, kohya, make, store
 
-from unziplora.base_files import read_header
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.files import Lora, read_lora, write_lora
 from unziplora.formats.safetensors import open_tensors
+from unziplora.models.folder import read_header
 from unziplora.utils import files as atomic
 
 

@@ -15,8 +15,6 @@ import torch
 
 from unziplora import activations, cli, doctor
 from unziplora.activations import kept_bytes
-from unziplora.base import BUNDLED, load_base
-from unziplora.base_sizes import Sizes, inspect_base
 from unziplora.checks import warn_of_memory
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig
@@ -26,6 +24,8 @@ from unziplora.errors import UserError
 from unziplora.lora.layer import add_lora, of_kinds
 from unziplora.memory import Memory, estimate, smaller
 from unziplora.methods.unziplora import UnZipLora
+from unziplora.models.base import BUNDLED, load_base
+from unziplora.models.sizes import Sizes, inspect_base
 
 ROOT = Path(__file__).parents[1]
 

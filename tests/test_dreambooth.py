@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from unziplora import text_lora
-from unziplora.base import Base
 from unziplora.class_pictures import class_pictures
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
@@ -26,8 +25,9 @@ from unziplora.job import run_job
 from unziplora.lora.layer import adapted, attention_linears, remove
 from unziplora.methods.common import Setup
 from unziplora.methods.dreambooth import DreamBooth
+from unziplora.models.base import Base
+from unziplora.models.text import Embeddings, embed
 from unziplora.objective import denoising_loss, generator
-from unziplora.prompts import Embeddings, embed
 from unziplora.sample import sample
 from unziplora.train import Trainer
 from unziplora.utils.progress import Progress
@@ -228,7 +228,7 @@ class TestTextEncoders:
     def test_only_adapters_train_and_the_file_gives_the_trained_embedding_back(
         self, tiny_folder: Path, config: Make, tmp_path: Path
     ):
-        from unziplora.base import load_base
+        from unziplora.models.base import load_base
 
         base = load_base(str(tiny_folder))
         before = embed(base, ["a sks cat"])
@@ -248,7 +248,7 @@ class TestTextEncoders:
     def test_a_step_reads_the_prompts_that_it_draws_and_no_others(
         self, tiny_folder: Path, config: Make, monkeypatch: pytest.MonkeyPatch
     ):
-        from unziplora.base import load_base
+        from unziplora.models.base import load_base
 
         base, prompts = load_base(str(tiny_folder)), ["a sks cat", "a sks cat at night"]
         method = build(base, config(text_encoders=True, prompts=prompts, batch_size=1))

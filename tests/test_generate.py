@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 from tiny import random_lora
 
-from unziplora.base import Base
 from unziplora.errors import MachineError, OutOfMemory, UserError
 from unziplora.generate import Settings, decode, generate, generate_latents
 from unziplora.lora.layer import BranchedLinear, adapted, add_lora, attention_linears
-from unziplora.prompts import Prompts
+from unziplora.models.base import Base
+from unziplora.models.text import Prompts
 from unziplora.schedulers import SCHEDULERS, make_scheduler
 
 FAST = Settings(steps=2)

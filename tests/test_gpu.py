@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unziplora.base import load_base
 from unziplora.config.split import SplitConfig
 from unziplora.formats.files import read_lora
+from unziplora.models.base import load_base
 from unziplora.split import split
 
 pytestmark = [

@@ -5,7 +5,6 @@ import pytest
 import tiny
 from PIL import Image
 
-from unziplora.base import Base
 from unziplora.config.recipe import resolve
 from unziplora.config.sample import GridConfig
 from unziplora.errors import UserError
@@ -13,6 +12,7 @@ from unziplora.formats.files import Lora, write_lora
 from unziplora.generate import Settings, generate
 from unziplora.grid import grid, sheet
 from unziplora.lora.layer import adapted, add_lora
+from unziplora.models.base import Base
 
 
 def tile(red: int, side: int = 32) -> Image.Image:

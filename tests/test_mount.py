@@ -8,12 +8,12 @@ import tiny
 import torch
 from torch import Tensor
 
-from unziplora.base import Base
 from unziplora.errors import UserError
 from unziplora.formats.files import Lora, text_tensors
 from unziplora.lora.algebra import Pair
+from unziplora.models.base import Base
+from unziplora.models.text import encode_batch
 from unziplora.mount import Mounted, Part
-from unziplora.prompts import encode_batch
 
 LAYER = "text_encoder.text_model.encoder.layers.0"
 LAYER_2 = "text_encoder_2.text_model.encoder.layers.0"

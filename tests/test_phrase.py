@@ -13,10 +13,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from unziplora.base import Base, load_base
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
-from unziplora.encode import picture_conditioning
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora
 from unziplora.images.filters import FILTERS
@@ -24,8 +22,10 @@ from unziplora.methods.common import Setup
 from unziplora.methods.phrase import Phrase, embeddings
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.methods.words import learn_phrase, teach_encoders
+from unziplora.models.base import Base, load_base
+from unziplora.models.text import Prompts, embed, encode_batch
+from unziplora.models.vae import picture_conditioning
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.prompts import Prompts, embed, encode_batch
 from unziplora.sample import sample
 from unziplora.split import split
 from unziplora.utils.progress import Progress

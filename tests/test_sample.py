@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from unziplora.base import Base
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.config.sample import SampleConfig
@@ -20,7 +19,8 @@ from unziplora.formats.safetensors import body_hash, open_tensors
 from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import fold_output
 from unziplora.lora.layer import adapted, add_lora, attention_linears
-from unziplora.prompts import Prompts
+from unziplora.models.base import Base
+from unziplora.models.text import Prompts
 from unziplora.sample import find_sources, open_session, sample, shared_name, with_headers
 from unziplora.sources import choose_base, find_source, plan
 

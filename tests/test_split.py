@@ -20,7 +20,7 @@ from unziplora.errors import Interrupted, MachineError, OutOfMemory, UserError
 from unziplora.formats.files import read_lora
 from unziplora.grid import GAP, LARGEST
 from unziplora.methods.common import View
-from unziplora.prompts import Prompts
+from unziplora.models.text import Prompts
 from unziplora.samples import LONGEST, _visible, sample_sheet
 from unziplora.split import split
 from unziplora.utils.progress import Progress

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from unziplora import job
-from unziplora.base import Base, load_base
 from unziplora.class_pictures import FIRST_SEED
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.config.sample import SampleConfig
@@ -33,9 +32,10 @@ from unziplora.lora.layer import Branch, attention_linears, remove
 from unziplora.methods.common import Setup
 from unziplora.methods.zip_inputs import complete, merge, read_loras
 from unziplora.methods.ziplora import ZipLora, scale_input
+from unziplora.models.base import Base, load_base
+from unziplora.models.text import embed
 from unziplora.mount import Mounted, Part
 from unziplora.objective import generator
-from unziplora.prompts import embed
 from unziplora.run import loras_of
 from unziplora.sample import sample
 from unziplora.sources import find_source, plan

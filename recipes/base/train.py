@@ -10,7 +10,7 @@ import torch
 
 from recipes.base.config import Recipe
 from recipes.base.loop import Stage, Stop, train
-from unziplora.device import flush_denormals
+from unziplora.models.device import flush_denormals
 
 
 def _vae(recipe: Recipe, init: Path | None) -> Stage:

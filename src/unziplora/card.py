@@ -12,9 +12,9 @@ from typing import Any
 
 import tomli_w
 
-from unziplora.base_hub import HUB_ID
 from unziplora.config.kinds import KINDS
 from unziplora.config.training import PictureConfig, TrainingConfig
+from unziplora.models.hub import HUB_ID
 from unziplora.run import RunFolder
 from unziplora.utils.paths import whole
 

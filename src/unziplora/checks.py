@@ -8,12 +8,12 @@ from typing import TypeVar
 
 import torch
 
-from unziplora.base_sizes import base_folder, inspect_base, stored_bytes
 from unziplora.config.training import PictureConfig, TrainingConfig
-from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.images.preprocess import load_mask, load_picture
 from unziplora.methods.base import Method
+from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.sizes import base_folder, inspect_base, stored_bytes
 from unziplora.optim import find_optimizer
 from unziplora.utils.progress import size
 

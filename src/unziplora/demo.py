@@ -11,21 +11,21 @@ import torch
 from PIL import Image
 from pydantic import BaseModel
 
-from unziplora.base import BUNDLED, Base, load_base
-from unziplora.base_sizes import inspect_base
 from unziplora.beside import beside
 from unziplora.config.kinds import KINDS
 from unziplora.config.recipe import read_toml, resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
-from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
 from unziplora.generate import decode, generate_latents
 from unziplora.grid import sheet
 from unziplora.images.preprocess import load_picture
+from unziplora.models.base import BUNDLED, Base, load_base
+from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.sizes import inspect_base
+from unziplora.models.tiny_base import save_standin
 from unziplora.sample import open_session
 from unziplora.split import split
-from unziplora.standin import save_standin
 from unziplora.utils.files import write_png
 from unziplora.utils.progress import Callback, Progress, duration
 

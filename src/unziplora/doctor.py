@@ -88,7 +88,7 @@ def examine(online: bool = False) -> Report:
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from unziplora.base import BUNDLED
+    from unziplora.models.base import BUNDLED
 
     devices = find_devices()
     packages = {name: found for name in PACKAGES if (found := installed(name)) is not None}

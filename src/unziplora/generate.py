@@ -12,12 +12,12 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
-from unziplora.base import Base
-from unziplora.encode import unscale_latents
 from unziplora.errors import OutOfMemory, UserError, first_line, out_of_memory
 from unziplora.lora.layer import BranchedLinear, inject, unwrap
-from unziplora.prompts import Embeddings, Prompts, embed_negative, embed_prompts, join_rows
-from unziplora.residency import reading, visiting
+from unziplora.models.base import Base
+from unziplora.models.offload import reading, visiting
+from unziplora.models.text import Embeddings, Prompts, embed_negative, embed_prompts, join_rows
+from unziplora.models.vae import unscale_latents
 from unziplora.schedulers import make_scheduler
 
 StepCallback = Callable[[int, int], None]

@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from unziplora.base import Base
 from unziplora.config.sample import GridConfig
 from unziplora.errors import UserError
 from unziplora.generate import StepCallback, decode, generate_latents, part
-from unziplora.prompts import Prompts
+from unziplora.models.base import Base
+from unziplora.models.text import Prompts
 from unziplora.sample import Session, describe, open_session, write_picture
 
 INK, PAPER = (32, 32, 32), (255, 255, 255)

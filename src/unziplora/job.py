@@ -15,13 +15,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from unziplora.base import Base, load_base
-from unziplora.base_sizes import must_be_fetched
 from unziplora.card import About, base_name, card, folder_argument, shared_settings
 from unziplora.checks import check_job, check_resolution, warn_of_memory
 from unziplora.config.training import TrainingConfig
 from unziplora.cuda_graphs import recording
-from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, OutOfMemory, UserError
 from unziplora.formats.families import sdxl_sized
 from unziplora.formats.files import Lora, write_lora
@@ -29,6 +26,9 @@ from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import shape
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup
+from unziplora.models.base import Base, load_base
+from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.sizes import must_be_fetched
 from unziplora.resuming import differing
 from unziplora.run import RunFolder
 from unziplora.samples import sample_sheet

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from pydantic import BaseModel
 
-from unziplora.base_sizes import Sizes
 from unziplora.config.training import PictureConfig, TrainingConfig
 from unziplora.cuda_graphs import graphs_wanted
-from unziplora.device import pick_device, pick_dtype
+from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.sizes import Sizes
 from unziplora.utils.progress import size
 
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}

@@ -12,18 +12,18 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from unziplora.base import Base, load_base
-from unziplora.base_files import read_json
-from unziplora.base_sizes import base_folder
 from unziplora.config.kinds import KINDS
 from unziplora.config.sample import GridConfig, SampleConfig, read_blocks
-from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import UserError
 from unziplora.formats.files import check_strengths, read_lora
 from unziplora.formats.safetensors import body_hash
 from unziplora.generate import Settings, StepCallback, decode, generate, generate_latents
+from unziplora.models.base import Base, load_base
+from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.folder import read_json
+from unziplora.models.sizes import base_folder
+from unziplora.models.text import Prompts
 from unziplora.mount import Mounted, Part
-from unziplora.prompts import Prompts
 from unziplora.run import MERGED
 from unziplora.sources import Source, choose_base, find_source, guidance, plan, with_metadata
 from unziplora.utils.files import atomic_write

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unziplora.errors import UserError
 
 if TYPE_CHECKING:
-    from unziplora.base import Base
+    from unziplora.models.base import Base
 
 # name → diffusers class and what to change in its configuration. Latents are never clipped to −1…1.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {

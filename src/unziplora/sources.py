@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from unziplora.base_hub import names_a_model
 from unziplora.config.kinds import KINDS
 from unziplora.config.recipe import read_toml
 from unziplora.config.sample import SampleConfig
@@ -17,7 +16,8 @@ from unziplora.config.training import SDXL
 from unziplora.config.zip import joined_prompt
 from unziplora.errors import UserError
 from unziplora.formats.header import trigger_words
-from unziplora.prompts import Prompts
+from unziplora.models.hub import names_a_model
+from unziplora.models.text import Prompts
 from unziplora.run import MERGED, RunFolder
 
 

@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from unziplora.base import Base
 from unziplora.formats.names import text_module
+from unziplora.models.base import Base
+from unziplora.models.text import encode_each
 from unziplora.objective import Conditioning, Examples, generator
-from unziplora.prompts import encode_each
 
 if TYPE_CHECKING:
     from unziplora.config.training import PictureConfig

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fakes import Fake, make_case
 
-from unziplora.base import Base
 from unziplora.bench.cases import Case
 from unziplora.bench.workplace import Workplace
 from unziplora.config.bench import BenchConfig
+from unziplora.models.base import Base
 
 
 @pytest.fixture

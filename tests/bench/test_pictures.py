@@ -13,12 +13,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from unziplora.base import Base
 from unziplora.bench.pictures import picture_cases, picture_measures, picture_table
 from unziplora.bench.run import bench
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import resolve
 from unziplora.errors import UserError
+from unziplora.models.base import Base
 
 Pictures = list[Image.Image]
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from fakes import Colours, Fake, picture
 
-from unziplora.base import Base
 from unziplora.bench import protocol
 from unziplora.bench.adapters import Adapters
 from unziplora.bench.cases import Case
@@ -21,7 +20,8 @@ from unziplora.errors import UserError
 from unziplora.formats.files import Lora
 from unziplora.lora.algebra import delta
 from unziplora.lora.layer import adapted
-from unziplora.prompts import Prompts
+from unziplora.models.base import Base
+from unziplora.models.text import Prompts
 from unziplora.run import RunFolder
 
 Cases = dict[str, Case]

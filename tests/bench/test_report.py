@@ -8,13 +8,13 @@ import pytest
 import torch
 from fakes import Colours, Fake
 
-from unziplora.base import Base
 from unziplora.bench.cases import Case
 from unziplora.bench.methods import METHODS
 from unziplora.bench.report import Report, contact_sheet, markdown, summarise, table
 from unziplora.bench.run import bench
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import UserError
+from unziplora.models.base import Base
 
 Cases = dict[str, Case]
 

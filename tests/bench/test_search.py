@@ -7,7 +7,6 @@ import pytest
 import torch
 from fakes import Colours
 
-from unziplora.base import Base
 from unziplora.bench.adapters import Adapters, Paired
 from unziplora.bench.cases import Case
 from unziplora.bench.run import bench, open_bench
@@ -21,6 +20,7 @@ from unziplora.config.split import SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
+from unziplora.models.base import Base
 
 Cases = dict[str, Case]
 

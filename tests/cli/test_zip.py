@@ -9,10 +9,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from unziplora.base import Base
 from unziplora.config.recipe import read_toml
 from unziplora.config.zip import ZipConfig
 from unziplora.formats.files import Lora, read_lora, write_lora
+from unziplora.models.base import Base
 
 Call = Callable[..., tuple[int, str, str]]
 PROMPTS = ["--content-prompt", "a sks cat", "--style-prompt", "an image in ink style"]

@@ -21,8 +21,8 @@ import torch
 from unziplora.bench.cases import Case
 from unziplora.bench.protocol import evaluate
 from unziplora.bench.workplace import Workplace
-from unziplora.device import pick_device
 from unziplora.errors import Interrupted
+from unziplora.models.device import pick_device
 from unziplora.utils.progress import Callback, Progress
 from unziplora.utils.signals import caught
 

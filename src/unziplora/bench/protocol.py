@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from unziplora.base import Base
 from unziplora.bench.adapters import Adapters, Contender
 from unziplora.bench.cases import Case
 from unziplora.bench.measures import Measure
@@ -21,9 +20,10 @@ from unziplora.bench.scores import leak, product, similarity
 from unziplora.bench.workplace import Workplace, fingerprint, plain
 from unziplora.formats.files import Lora
 from unziplora.generate import Settings, generate
+from unziplora.models.base import Base
+from unziplora.models.offload import gone
+from unziplora.models.text import Prompts
 from unziplora.mount import Mounted, Part
-from unziplora.prompts import Prompts
-from unziplora.residency import gone
 from unziplora.utils.files import atomic_write, write_png
 
 Task = Literal["content", "style", "both", "mix"]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from unziplora.base import Base, load_base
 from unziplora.bench.adapters import Contender
 from unziplora.bench.cases import Case, choose, load_cases
 from unziplora.bench.measures import Measure, Plain, Published, Trained
@@ -23,9 +22,10 @@ from unziplora.bench.report import Report, summarise, write_report
 from unziplora.bench.workplace import Workplace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import to_toml
-from unziplora.device import pick_device, pick_dtype
 from unziplora.errors import Interrupted, UserError
-from unziplora.residency import gone
+from unziplora.models.base import Base, load_base
+from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.offload import gone
 from unziplora.utils.files import atomic_write
 from unziplora.utils.progress import Callback, Progress
 

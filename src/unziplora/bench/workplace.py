@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from unziplora.base import Base
 from unziplora.bench.cases import Case, Example
 from unziplora.config.bench import BenchConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
+from unziplora.models.base import Base
 from unziplora.resuming import differing
 from unziplora.run import RunFolder
 from unziplora.utils.files import atomic_write, write_png

@@ -30,7 +30,7 @@ def run_blocks(ctx: click.Context, config_file: str | None, dry_run: bool, as_js
 def _plan(config: ProbeConfig, as_json: bool) -> None:
     """Show the settings and the words of every pair; no weights of the base are read."""
     with stdout_kept():
-        from unziplora.base_sizes import inspect_base
+        from unziplora.models.sizes import inspect_base
 
         inspect_base(config.base)
     pairs = config.word_pairs()

@@ -54,8 +54,8 @@ def _layers(ctx: click.Context, run: str | None, config_file: str | None) -> lis
 def _plan(config: SampleConfig, as_json: bool) -> None:
     """Show the settings, and what follows from the LoRAs: base, guidance and prompts; no weights of a base are read."""
     with stdout_kept():
-        from unziplora.base_sizes import inspect_base
-        from unziplora.device import pick_device
+        from unziplora.models.device import pick_device
+        from unziplora.models.sizes import inspect_base
         from unziplora.sample import check_out, find_sources, with_headers
         from unziplora.sources import choose_base, guidance, plan
 

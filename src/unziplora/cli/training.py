@@ -76,9 +76,9 @@ class Training:
     def _plan(self, config: PictureConfig, as_json: bool) -> None:
         """Show the resolved settings, the prompts and the memory estimate; pictures and masks are opened."""
         with stdout_kept():
-            from unziplora.base_sizes import inspect_base
             from unziplora.checks import check_job
             from unziplora.memory import estimate
+            from unziplora.models.sizes import inspect_base
 
             method, sizes = self.method(), inspect_base(config.base)
             check_job(method, config, config.resolution or sizes.resolution)

@@ -30,8 +30,8 @@ from unziplora.methods.common import (
     picture_examples,
     switched_off,
 )
+from unziplora.models.text import Prompts
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.prompts import Prompts
 
 
 class BLora(Method[BLoraConfig]):

@@ -13,16 +13,16 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.base import Base
 from unziplora.class_pictures import class_pictures
 from unziplora.config.training import PictureConfig, TrainingConfig
-from unziplora.encode import encode_pictures, loss_weights, picture_conditioning, to_device
 from unziplora.generate import Settings
 from unziplora.images.preprocess import load_mask, load_picture, to_tensor
 from unziplora.lora.algebra import Pair, fold_output
 from unziplora.lora.layer import Branch, add_lora, inject
+from unziplora.models.base import Base
+from unziplora.models.text import Prompts, embed, time_ids
+from unziplora.models.vae import encode_pictures, loss_weights, picture_conditioning, to_device
 from unziplora.objective import Examples, generator
-from unziplora.prompts import Prompts, embed, time_ids
 
 Branches = dict[str, Branch]
 """The branches of one LoRA by module path."""

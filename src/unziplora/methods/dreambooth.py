@@ -29,8 +29,8 @@ from unziplora.methods.common import (
     picture_examples,
     switched_off,
 )
+from unziplora.models.text import Prompts
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.prompts import Prompts
 from unziplora.text_lora import TextLora
 
 GIVES = {"content": "the content", "style": "the style", "lora": "content and style in one"}

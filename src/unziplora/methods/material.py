@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.config.split import SplitConfig
-from unziplora.encode import picture_conditioning, to_device
 from unziplora.methods.common import Setup, class_examples, load_pictures, picture_examples
 from unziplora.methods.words import learn_words
+from unziplora.models.text import Prompts
+from unziplora.models.vae import picture_conditioning, to_device
 from unziplora.objective import Conditioning, Examples
-from unziplora.prompts import Prompts
 from unziplora.text_lora import TextLora
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from unziplora.base import Base
 from unziplora.errors import UserError
+from unziplora.models.base import Base
 
 
 class Phrase:

@@ -34,8 +34,8 @@ from unziplora.methods.common import (
     switched_off,
 )
 from unziplora.methods.material import Material, check_prompts, gather
+from unziplora.models.text import Prompts
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.prompts import Prompts
 
 FP16_SCALE = 2.0**16
 """What torch's gradient scaler begins with."""

@@ -17,17 +17,17 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
-from unziplora.base import Base
 from unziplora.cuda_graphs import recording
-from unziplora.encode import encode_pictures, to_device
 from unziplora.images.filters import filtered
 from unziplora.images.preprocess import to_tensor
 from unziplora.methods.common import Setup
 from unziplora.methods.phrase import Phrase
+from unziplora.models.base import Base
+from unziplora.models.offload import visiting
+from unziplora.models.text import encode_batch, join_streams
+from unziplora.models.vae import encode_pictures, to_device
 from unziplora.objective import Conditioning, Examples, denoising_loss, generator
 from unziplora.optim import make_schedule
-from unziplora.prompts import encode_batch, join_streams
-from unziplora.residency import visiting
 from unziplora.text_lora import TextLora
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from unziplora.base_sizes import inspect_base
 from unziplora.card import About, File
 from unziplora.config.kinds import KINDS
 from unziplora.config.training import style_words
@@ -30,8 +29,9 @@ from unziplora.lora.layer import Branch, add_lora
 from unziplora.methods.base import Method
 from unziplora.methods.common import Setup, View, folded, switched_off
 from unziplora.methods.zip_inputs import Learnt, check_zippable, learnt, merge, read_loras, shared_layers
+from unziplora.models.sizes import inspect_base
+from unziplora.models.text import Prompts
 from unziplora.objective import generator, noised, snr_weights
-from unziplora.prompts import Prompts
 
 SCALES = "scales"
 """What is switched off, by this name, for the plain sum of both LoRAs."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from unziplora import base_files
 from unziplora.errors import MachineError, UserError, first_line
+from unziplora.models import folder as base_files
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

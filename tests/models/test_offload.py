@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from unziplora.residency import away, gone, reading, visiting
+from unziplora.models.offload import away, gone, reading, visiting
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -26,7 +26,7 @@ class Traveller(torch.nn.Linear):
 
 @pytest.fixture(autouse=True)
 def places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unziplora.residency._device", lambda module: module.place)
+    monkeypatch.setattr("unziplora.models.offload._device", lambda module: module.place)
 
 
 def base(unet: torch.device, encoders: torch.device) -> Any:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from unziplora.base import Base
+from unziplora.models.base import Base
 
 
 @contextmanager

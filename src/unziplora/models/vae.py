@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unziplora.base import Base
+from unziplora.models.base import Base
+from unziplora.models.offload import away
+from unziplora.models.text import Prompts, embed_prompts, time_ids
 from unziplora.objective import Conditioning, Examples
-from unziplora.prompts import Prompts, embed_prompts, time_ids
-from unziplora.residency import away
 
 
 @torch.no_grad()

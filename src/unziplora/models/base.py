@@ -14,16 +14,17 @@ from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionXLPipeline, 
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from unziplora import base_checkpoint, base_files
-from unziplora.base_hub import download, names_a_model
 from unziplora.config.training import SDXL
-from unziplora.device import flush_denormals
 from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.formats.safetensors import Header, read_header
+from unziplora.models import checkpoint as base_checkpoint
+from unziplora.models import folder as base_files
+from unziplora.models.device import flush_denormals
+from unziplora.models.hub import download, names_a_model
 from unziplora.utils.logging import quiet
 from unziplora.utils.paths import whole
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parents[1] / "bundled"
 FINGERPRINTED = 16_384
 """Tensors of up to twice as many numbers count in full: of SDXL's UNet, the first and the last layer among others."""
 

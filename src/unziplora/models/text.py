@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unziplora.base import Base
 from unziplora.errors import UserError
+from unziplora.models.base import Base
+from unziplora.models.offload import reading
 from unziplora.objective import Conditioning
-from unziplora.residency import reading
 from unziplora.utils.logging import quiet
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from unziplora.base import BUNDLED, described, latent_side
-from unziplora.base_files import PARTS, check_folder, read_json
-from unziplora.base_hub import names_a_model
 from unziplora.errors import UserError, first_line
 from unziplora.lora.layer import TARGETS, target_linears
+from unziplora.models.base import BUNDLED, described, latent_side
+from unziplora.models.folder import PARTS, check_folder, read_json
+from unziplora.models.hub import names_a_model
 from unziplora.text_lora import TARGETS as TEXT_TARGETS
 from unziplora.utils.logging import quiet
 

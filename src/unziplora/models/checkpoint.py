@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import CLIPTokenizer
 
-from unziplora.base_files import other_family
 from unziplora.errors import UserError
 from unziplora.formats.safetensors import Header
+from unziplora.models.folder import other_family
 
 LDM = "model.diffusion_model."
 # What a checkpoint of another family holds, by a key that only it has. Prefixes count.
@@ -88,7 +88,7 @@ def marked_schedule(header: Header) -> dict[str, Any]:
 
 def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
     """CLIP's tokenizer, from its merges alone; SDXL pads with the end marker and, for the second encoder, '!'."""
-    path = Path(__file__).parent / "bundled" / "sdxl" / "tokenizer" / "merges.txt.gz"
+    path = Path(__file__).parents[1] / "bundled" / "sdxl" / "tokenizer" / "merges.txt.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         merges = file.read().splitlines()
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -11,13 +11,13 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from unziplora import base_hub
-from unziplora.base import BUNDLED, Base, load_base
-from unziplora.base_checkpoint import clip_tokenizer, is_full_size
-from unziplora.device import flush_denormals, pick_device, pick_dtype
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.safetensors import Header, read_header
 from unziplora.generate import Settings, generate
+from unziplora.models import hub as base_hub
+from unziplora.models.base import BUNDLED, Base, load_base
+from unziplora.models.checkpoint import clip_tokenizer, is_full_size
+from unziplora.models.device import flush_denormals, pick_device, pick_dtype
 
 
 @pytest.fixture
@@ -318,7 +318,7 @@ def test_full_memory_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch, tiny
     def full(*args: object, **options: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setattr("unziplora.base.StableDiffusionXLPipeline.from_pretrained", full)
+    monkeypatch.setattr("unziplora.models.base.StableDiffusionXLPipeline.from_pretrained", full)
     with pytest.raises(MachineError, match="not enough memory"):
         load_base(str(tiny_folder))
 

@@ -3,9 +3,9 @@ import warnings
 import pytest
 import torch
 
-from unziplora.base import Base
 from unziplora.errors import UserError
-from unziplora.prompts import Prompts, cut, embed, embed_negative, embed_prompts, join_streams, time_ids
+from unziplora.models.base import Base
+from unziplora.models.text import Prompts, cut, embed, embed_negative, embed_prompts, join_streams, time_ids
 
 
 def test_embeddings_are_the_pipelines_own(shared_base: Base):

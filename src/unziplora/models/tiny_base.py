@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from unziplora.base_checkpoint import clip_tokenizer
+from unziplora.models.checkpoint import clip_tokenizer
 from unziplora.utils.logging import quiet
 
 SIDE = 64
