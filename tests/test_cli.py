@@ -293,7 +293,7 @@ class TestSplit:
         assert ".py" not in done.err
 
     def test_resume_takes_up_the_configuration_of_the_run(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-        from unziplora.run import RunFolder
+        from unziplora.runs.folder import RunFolder
 
         config = resolve(SplitConfig, {"images": ["cat.png"], "content": "cat", "style": "x", "out": "r", "rank": 5})
         RunFolder.create(Path("r"), config)

@@ -36,7 +36,7 @@ from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
 from unziplora.mount import Mounted, Part
 from unziplora.objective import generator
-from unziplora.run import loras_of
+from unziplora.runs.folder import loras_of
 from unziplora.sample import sample
 from unziplora.sources import find_source, plan
 from unziplora.train import Trainer

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from unziplora.card import About, base_name, card, folder_argument, shared_settings
 from unziplora.checks import check_job, check_resolution, warn_of_memory
 from unziplora.config.training import TrainingConfig
 from unziplora.cuda_graphs import recording
@@ -29,8 +28,9 @@ from unziplora.methods.common import Setup
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import must_be_fetched
-from unziplora.resuming import differing
-from unziplora.run import RunFolder
+from unziplora.runs.folder import RunFolder
+from unziplora.runs.model_card import About, base_name, card, folder_argument, shared_settings
+from unziplora.runs.resuming import differing
 from unziplora.samples import sample_sheet
 from unziplora.train import StepReport, Trainer, train
 from unziplora.utils.files import atomic_write

@@ -24,7 +24,7 @@ from unziplora.models.folder import read_json
 from unziplora.models.sizes import base_folder
 from unziplora.models.text import Prompts
 from unziplora.mount import Mounted, Part
-from unziplora.run import MERGED
+from unziplora.runs.folder import MERGED
 from unziplora.sources import Source, choose_base, find_source, guidance, plan, with_metadata
 from unziplora.utils.files import atomic_write
 from unziplora.utils.paths import whole

@@ -18,7 +18,7 @@ from unziplora.errors import UserError
 from unziplora.formats.header import trigger_words
 from unziplora.models.hub import names_a_model
 from unziplora.models.text import Prompts
-from unziplora.run import MERGED, RunFolder
+from unziplora.runs.folder import MERGED, RunFolder
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from unziplora.config.split import SplitConfig
 from unziplora.job import run_job
 from unziplora.methods.unziplora import UnZipLora
-from unziplora.run import RunFolder
+from unziplora.runs.folder import RunFolder
 from unziplora.utils.progress import Callback
 
 

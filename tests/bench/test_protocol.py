@@ -22,7 +22,7 @@ from unziplora.lora.algebra import delta
 from unziplora.lora.layer import adapted
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
-from unziplora.run import RunFolder
+from unziplora.runs.folder import RunFolder
 
 Cases = dict[str, Case]
 SMALL = {"steps": 2, "rank": 2, "batch_size": 1, "column_periods": 1, "column_warmup": 1, "score_timesteps": 1}

@@ -12,7 +12,7 @@ from unziplora.cli.flags import RecipeCommand, layers, options
 from unziplora.cli.output import emit, stdout_kept
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.config.sample import GridConfig, SampleConfig
-from unziplora.run import loras_of
+from unziplora.runs.folder import loras_of
 from unziplora.utils.progress import show
 
 

@@ -20,7 +20,7 @@ from unziplora.utils.progress import show
 
 if TYPE_CHECKING:
     from unziplora.methods.base import Method
-    from unziplora.run import RunFolder
+    from unziplora.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 from PIL import Image
 from torch import Tensor
 
-from unziplora.card import About
 from unziplora.formats.files import Lora
 from unziplora.methods.common import Setup, View
+from unziplora.runs.model_card import About
 
 C = TypeVar("C")
 

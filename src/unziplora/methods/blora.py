@@ -10,7 +10,6 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.card import About, File, picture_count
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.kinds import KINDS
 from unziplora.errors import UserError
@@ -32,6 +31,7 @@ from unziplora.methods.common import (
 )
 from unziplora.models.text import Prompts
 from unziplora.objective import Examples, denoising_loss, generator
+from unziplora.runs.model_card import About, File, picture_count
 
 
 class BLora(Method[BLoraConfig]):

@@ -11,7 +11,6 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.card import About, File, picture_count
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.formats.files import Lora
 from unziplora.lora.layer import of_kinds, target_linears
@@ -31,6 +30,7 @@ from unziplora.methods.common import (
 )
 from unziplora.models.text import Prompts
 from unziplora.objective import Examples, denoising_loss, generator
+from unziplora.runs.model_card import About, File, picture_count
 from unziplora.text_lora import TextLora
 
 GIVES = {"content": "the content", "style": "the style", "lora": "content and style in one"}

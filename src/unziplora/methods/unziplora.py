@@ -14,7 +14,6 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from unziplora.card import About, File, picture_count
 from unziplora.config.kinds import KINDS
 from unziplora.config.split import SplitConfig
 from unziplora.formats.files import Lora
@@ -36,6 +35,7 @@ from unziplora.methods.common import (
 from unziplora.methods.material import Material, check_prompts, gather
 from unziplora.models.text import Prompts
 from unziplora.objective import Examples, denoising_loss, generator
+from unziplora.runs.model_card import About, File, picture_count
 
 FP16_SCALE = 2.0**16
 """What torch's gradient scaler begins with."""

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from unziplora.card import About, File
 from unziplora.config.kinds import KINDS
 from unziplora.config.training import style_words
 from unziplora.config.zip import ZipConfig
@@ -32,6 +31,7 @@ from unziplora.methods.zip_inputs import Learnt, check_zippable, learnt, merge, 
 from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Prompts
 from unziplora.objective import generator, noised, snr_weights
+from unziplora.runs.model_card import About, File
 
 SCALES = "scales"
 """What is switched off, by this name, for the plain sum of both LoRAs."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from unziplora.config.kinds import KINDS
 from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
-from unziplora.resuming import absolute, differing
+from unziplora.runs.resuming import absolute, differing
 from unziplora.utils.files import atomic_folder, atomic_write, explain, lock_file, write_png
 
 if TYPE_CHECKING:

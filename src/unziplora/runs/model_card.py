@@ -15,7 +15,7 @@ import tomli_w
 from unziplora.config.kinds import KINDS
 from unziplora.config.training import PictureConfig, TrainingConfig
 from unziplora.models.hub import HUB_ID
-from unziplora.run import RunFolder
+from unziplora.runs.folder import RunFolder
 from unziplora.utils.paths import whole
 
 

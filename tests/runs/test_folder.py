@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unziplora.card import base_name
 from unziplora.config.split import SplitConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.job import in_run_folder
-from unziplora.run import RunFolder, loras_of
+from unziplora.runs.folder import RunFolder, loras_of
+from unziplora.runs.model_card import base_name
 from unziplora.sources import find_source
 from unziplora.utils.files import atomic_folder, atomic_write
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(run: RunFolder, monkeypat
 def test_a_process_killed_while_it_writes_leaves_no_false_checkpoint(run: RunFolder) -> None:
     run.checkpoint(200, fill)
     code = (
-        "import os, signal, pathlib, unziplora.run as r\n"
+        "import os, signal, pathlib, unziplora.runs.folder as r\n"
         f"run = r.RunFolder(pathlib.Path({str(run.path)!r}))\n"
         "def fill(folder):\n"
         "    (folder / 'a.bin').write_bytes(b'half')\n"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from unziplora.card import About, File, argument, card, folder_argument
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import SDXL
 from unziplora.config.zip import ZipConfig
 from unziplora.methods.unziplora import UnZipLora
-from unziplora.run import RunFolder
+from unziplora.runs.folder import RunFolder
+from unziplora.runs.model_card import About, File, argument, card, folder_argument
 
 
 @pytest.fixture
