@@ -17,7 +17,7 @@ from unziplora.formats.files import blocks, read_lora
 from unziplora.job import run_job
 from unziplora.lora.blocks import BLORA_BLOCKS, read_blocks
 from unziplora.methods.blora import BLora
-from unziplora.sources import find_source, plan
+from unziplora.sampling.sources import find_source, plan
 from unziplora.utils.progress import Progress
 
 Make = Callable[..., BLoraConfig]

@@ -20,7 +20,6 @@ from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora
-from unziplora.generate import Settings
 from unziplora.job import run_job
 from unziplora.lora.layer import adapted, attention_linears, remove
 from unziplora.methods.common import Setup
@@ -28,7 +27,8 @@ from unziplora.methods.dreambooth import DreamBooth
 from unziplora.models.base import Base
 from unziplora.models.text import Embeddings, embed
 from unziplora.objective import denoising_loss, generator
-from unziplora.sample import sample
+from unziplora.sampling.pipeline import Settings
+from unziplora.sampling.sample import sample
 from unziplora.train import Trainer
 from unziplora.utils.progress import Progress
 

@@ -26,7 +26,7 @@ from unziplora.models.base import Base, load_base
 from unziplora.models.text import Prompts, embed, encode_batch
 from unziplora.models.vae import picture_conditioning
 from unziplora.objective import Examples, denoising_loss, generator
-from unziplora.sample import sample
+from unziplora.sampling.sample import sample
 from unziplora.split import split
 from unziplora.utils.progress import Progress
 

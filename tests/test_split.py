@@ -18,10 +18,10 @@ from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, OutOfMemory, UserError
 from unziplora.formats.files import read_lora
-from unziplora.grid import GAP, LARGEST
 from unziplora.methods.common import View
 from unziplora.models.text import Prompts
 from unziplora.samples import LONGEST, _visible, sample_sheet
+from unziplora.sampling.grid import GAP, LARGEST
 from unziplora.split import split
 from unziplora.utils.progress import Progress
 

@@ -26,7 +26,6 @@ from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import Lora, read_lora, text_tensors, write_lora
 from unziplora.formats.header import metadata_for
-from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import Pair, delta
 from unziplora.lora.layer import Branch, attention_linears, remove
 from unziplora.methods.common import Setup
@@ -34,11 +33,12 @@ from unziplora.methods.zip_inputs import complete, merge, read_loras
 from unziplora.methods.ziplora import ZipLora, scale_input
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
-from unziplora.mount import Mounted, Part
 from unziplora.objective import generator
 from unziplora.runs.folder import loras_of
-from unziplora.sample import sample
-from unziplora.sources import find_source, plan
+from unziplora.sampling.adapters import Mounted, Part
+from unziplora.sampling.pipeline import Settings, generate_latents
+from unziplora.sampling.sample import sample
+from unziplora.sampling.sources import find_source, plan
 from unziplora.train import Trainer
 from unziplora.utils.progress import Progress
 from unziplora.zip import zip_loras

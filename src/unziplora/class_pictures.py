@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from unziplora.generate import Settings, decode, generate_latents
 from unziplora.images.preprocess import load_picture
 from unziplora.models.base import Base
+from unziplora.sampling.pipeline import Settings, decode, generate_latents
 from unziplora.utils.files import explain, write_png
 
 FIRST_SEED = 1_000_000

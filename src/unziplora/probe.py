@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from unziplora.config.kinds import KINDS
 from unziplora.config.probe import ProbeConfig, WordPair
 from unziplora.errors import UserError
-from unziplora.generate import Settings, StepCallback, decode, generate_latents, part
 from unziplora.lora.blocks import block_of
 from unziplora.lora.layer import STREAMS
 from unziplora.models.base import Base, load_base
@@ -28,6 +27,7 @@ from unziplora.models.text import Prompts
 from unziplora.probe_measures import Clip, Measure, Statistics
 from unziplora.probe_plot import picture_sheet, plot
 from unziplora.probe_table import ALL, Findings, judge, movement, plain, score_rows, to_toml
+from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate_latents, part
 from unziplora.utils.files import atomic_write, explain, write_png
 
 PARTS = ("down_blocks", "mid_block", "up_blocks")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from unziplora.config.kinds import KINDS
-from unziplora.grid import INK, PAPER, sheet
 from unziplora.probe_table import Findings, Score
+from unziplora.sampling.grid import INK, PAPER, sheet
 
 COLOURS = {"content": (0, 114, 178), "style": (230, 159, 0)}  # told apart by colour-blind eyes too (Okabe and Ito)
 FAINT = (224, 224, 224)

@@ -13,11 +13,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.safetensors import Header, read_header
-from unziplora.generate import Settings, generate
 from unziplora.models import hub as base_hub
 from unziplora.models.base import BUNDLED, Base, load_base
 from unziplora.models.checkpoint import clip_tokenizer, is_full_size
 from unziplora.models.device import flush_denormals, pick_device, pick_dtype
+from unziplora.sampling.pipeline import Settings, generate
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
 
-from unziplora.generate import decode
 from unziplora.images.preprocess import to_tensor
 from unziplora.models.text import Prompts, embed
 from unziplora.models.vae import encode_pictures, loss_weights, picture_conditioning
+from unziplora.sampling.pipeline import decode
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from unziplora.bench.measures import Measure
 from unziplora.bench.scores import leak, product, similarity
 from unziplora.bench.workplace import Workplace, fingerprint, plain
 from unziplora.formats.files import Lora
-from unziplora.generate import Settings, generate
 from unziplora.models.base import Base
 from unziplora.models.offload import gone
 from unziplora.models.text import Prompts
-from unziplora.mount import Mounted, Part
+from unziplora.sampling.adapters import Mounted, Part
+from unziplora.sampling.pipeline import Settings, generate
 from unziplora.utils.files import atomic_write, write_png
 
 Task = Literal["content", "style", "both", "mix"]

@@ -24,7 +24,7 @@ def run_sample(
     if dry_run:
         return _plan(config, as_json)
     with stdout_kept(), show(quiet) as view:
-        from unziplora.sample import sample
+        from unziplora.sampling.sample import sample
 
         paths = sample(config, progress=counted(view))
     emit({"pictures": [str(path) for path in paths]}, "\n".join(str(path) for path in paths), as_json)
@@ -38,7 +38,7 @@ def run_grid(
     if dry_run:
         return _plan(config, as_json)
     with stdout_kept(), show(quiet) as view:
-        from unziplora.grid import grid
+        from unziplora.sampling.grid import grid
 
         path = grid(config, progress=counted(view))
     emit({"picture": str(path)}, str(path), as_json)
@@ -56,8 +56,8 @@ def _plan(config: SampleConfig, as_json: bool) -> None:
     with stdout_kept():
         from unziplora.models.device import pick_device
         from unziplora.models.sizes import inspect_base
-        from unziplora.sample import check_out, find_sources, with_headers
-        from unziplora.sources import choose_base, guidance, plan
+        from unziplora.sampling.sample import check_out, find_sources, with_headers
+        from unziplora.sampling.sources import choose_base, guidance, plan
 
         check_out(config)
         pick_device(config.device)

@@ -10,7 +10,7 @@ from pydantic import field_validator, model_validator
 
 from unziplora.config.kinds import KINDS
 from unziplora.config.recipe import Precision, Recipe, key, natural_seeds
-from unziplora.schedulers import SCHEDULER_NAMES, find_name
+from unziplora.sampling.schedulers import SCHEDULER_NAMES, find_name
 
 Axis = Literal["auto", "prompt", "seed", "content_strength", "style_strength"]
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from unziplora.class_pictures import class_pictures
 from unziplora.config.training import PictureConfig, TrainingConfig
-from unziplora.generate import Settings
 from unziplora.images.preprocess import load_mask, load_picture, to_tensor
 from unziplora.lora.algebra import Pair, fold_output
 from unziplora.lora.layer import Branch, add_lora, inject
@@ -23,6 +22,7 @@ from unziplora.models.base import Base
 from unziplora.models.text import Prompts, embed, time_ids
 from unziplora.models.vae import encode_pictures, loss_weights, picture_conditioning, to_device
 from unziplora.objective import Examples, generator
+from unziplora.sampling.pipeline import Settings
 
 Branches = dict[str, Branch]
 """The branches of one LoRA by module path."""

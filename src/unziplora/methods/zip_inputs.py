@@ -18,15 +18,15 @@ from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import UserError
 from unziplora.formats.files import Lora, format_shape, read_lora, text_tensors
 from unziplora.formats.safetensors import read_header
-from unziplora.generate import Settings, generate_latents
 from unziplora.images.preprocess import to_tensor
 from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.methods.common import Setup
 from unziplora.models.text import Prompts
 from unziplora.models.vae import encode_pictures, picture_conditioning, to_device
-from unziplora.mount import Mounted, Part
 from unziplora.objective import Examples
-from unziplora.sources import Source, at_hand, common_base, find_source, with_metadata
+from unziplora.sampling.adapters import Mounted, Part
+from unziplora.sampling.pipeline import Settings, generate_latents
+from unziplora.sampling.sources import Source, at_hand, common_base, find_source, with_metadata
 
 
 def complete(config: ZipConfig) -> ZipConfig:

@@ -13,7 +13,7 @@ from unziplora.formats.files import Lora, text_tensors
 from unziplora.lora.algebra import Pair
 from unziplora.models.base import Base
 from unziplora.models.text import encode_batch
-from unziplora.mount import Mounted, Part
+from unziplora.sampling.adapters import Mounted, Part
 
 LAYER = "text_encoder.text_model.encoder.layers.0"
 LAYER_2 = "text_encoder_2.text_model.encoder.layers.0"

@@ -9,10 +9,10 @@ from unziplora.config.recipe import resolve
 from unziplora.config.sample import GridConfig
 from unziplora.errors import UserError
 from unziplora.formats.files import Lora, write_lora
-from unziplora.generate import Settings, generate
-from unziplora.grid import grid, sheet
 from unziplora.lora.layer import adapted, add_lora
 from unziplora.models.base import Base
+from unziplora.sampling.grid import grid, sheet
+from unziplora.sampling.pipeline import Settings, generate
 
 
 def tile(red: int, side: int = 32) -> Image.Image:
@@ -117,7 +117,9 @@ def test_prompt_grid_shows_every_prompt_with_every_seed(shared_base: Base, tmp_p
 
 def test_labels_tell_seeds_to_the_last_digit(shared_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     told: list[list[str]] = []
-    monkeypatch.setattr("unziplora.grid.sheet", lambda pictures, down, across: told.append(across) or sheet(pictures))
+    monkeypatch.setattr(
+        "unziplora.sampling.grid.sheet", lambda pictures, down, across: told.append(across) or sheet(pictures)
+    )
     seeds = [1234567, 1234568]
     grid(GridConfig(prompts=["a cat"], seeds=seeds, steps=1, out=tmp_path / "g.png"), shared_base)
     assert told == [["seed 1234567", "seed 1234568"]]

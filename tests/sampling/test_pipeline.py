@@ -7,11 +7,11 @@ from PIL import Image
 from tiny import random_lora
 
 from unziplora.errors import MachineError, OutOfMemory, UserError
-from unziplora.generate import Settings, decode, generate, generate_latents
 from unziplora.lora.layer import BranchedLinear, adapted, add_lora, attention_linears
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
-from unziplora.schedulers import SCHEDULERS, make_scheduler
+from unziplora.sampling.pipeline import Settings, decode, generate, generate_latents
+from unziplora.sampling.schedulers import SCHEDULERS, make_scheduler
 
 FAST = Settings(steps=2)
 CAT = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")

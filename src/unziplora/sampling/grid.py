@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unziplora.config.sample import GridConfig
 from unziplora.errors import UserError
-from unziplora.generate import StepCallback, decode, generate_latents, part
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
-from unziplora.sample import Session, describe, open_session, write_picture
+from unziplora.sampling.pipeline import StepCallback, decode, generate_latents, part
+from unziplora.sampling.sample import Session, describe, open_session, write_picture
 
 INK, PAPER = (32, 32, 32), (255, 255, 255)
 GAP = 4

@@ -16,13 +16,13 @@ from unziplora.config.training import SDXL
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.files import Lora, read_lora, write_lora
 from unziplora.formats.safetensors import body_hash, open_tensors
-from unziplora.generate import Settings, generate_latents
 from unziplora.lora.algebra import fold_output
 from unziplora.lora.layer import adapted, add_lora, attention_linears
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
-from unziplora.sample import find_sources, open_session, sample, shared_name, with_headers
-from unziplora.sources import choose_base, find_source, plan
+from unziplora.sampling.pipeline import Settings, generate_latents
+from unziplora.sampling.sample import find_sources, open_session, sample, shared_name, with_headers
+from unziplora.sampling.sources import choose_base, find_source, plan
 
 FAST = Settings(steps=2)
 

@@ -17,15 +17,15 @@ from unziplora.config.sample import GridConfig, SampleConfig, read_blocks
 from unziplora.errors import UserError
 from unziplora.formats.files import check_strengths, read_lora
 from unziplora.formats.safetensors import body_hash
-from unziplora.generate import Settings, StepCallback, decode, generate, generate_latents
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.folder import read_json
 from unziplora.models.sizes import base_folder
 from unziplora.models.text import Prompts
-from unziplora.mount import Mounted, Part
 from unziplora.runs.folder import MERGED
-from unziplora.sources import Source, choose_base, find_source, guidance, plan, with_metadata
+from unziplora.sampling.adapters import Mounted, Part
+from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate, generate_latents
+from unziplora.sampling.sources import Source, choose_base, find_source, guidance, plan, with_metadata
 from unziplora.utils.files import atomic_write
 from unziplora.utils.paths import whole
 

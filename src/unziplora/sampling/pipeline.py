@@ -18,7 +18,7 @@ from unziplora.models.base import Base
 from unziplora.models.offload import reading, visiting
 from unziplora.models.text import Embeddings, Prompts, embed_negative, embed_prompts, join_rows
 from unziplora.models.vae import unscale_latents
-from unziplora.schedulers import make_scheduler
+from unziplora.sampling.schedulers import make_scheduler
 
 StepCallback = Callable[[int, int], None]
 """Called with (denoising steps done, steps in all), over all pictures."""
