@@ -33,14 +33,14 @@ from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
-from unziplora.cuda_graphs import FIRST, Recorder
 from unziplora.lora.blocks import BLORA_BLOCKS, SDXL_BLOCKS
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.methods.material import Material
 from unziplora.methods.unziplora import UnZipLora
-from unziplora.objective import Conditioning, Examples, denoising_loss, generator
-from unziplora.train import Trainer
+from unziplora.training.cuda_graphs import FIRST, Recorder
+from unziplora.training.loss import Conditioning, Examples, denoising_loss, generator
+from unziplora.training.trainer import Trainer
 
 SIZES: dict[str, dict[str, Any]] = {
     "small": {

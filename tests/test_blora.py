@@ -14,10 +14,10 @@ from unziplora.config.recipe import resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import blocks, read_lora
-from unziplora.job import run_job
 from unziplora.lora.blocks import BLORA_BLOCKS, read_blocks
 from unziplora.methods.blora import BLora
 from unziplora.sampling.sources import find_source, plan
+from unziplora.training.runner import run_job
 from unziplora.utils.progress import Progress
 
 Make = Callable[..., BLoraConfig]

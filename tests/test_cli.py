@@ -279,7 +279,7 @@ class TestSplit:
         message: str,
         dry: list[str],
     ) -> None:
-        monkeypatch.setattr("unziplora.job.load_base", None)
+        monkeypatch.setattr("unziplora.training.runner.load_base", None)
         monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
         done = call(*SPLIT, "--base", tiny_folder, "--device", "cpu", *args, *dry)
         assert done.code == 2
@@ -303,7 +303,7 @@ class TestSplit:
             seen.update(rank=config.rank, device=config.device, resume=resume, images=config.images)
             return RunFolder(config.out)
 
-        monkeypatch.setattr("unziplora.job.run_job", run_job)
+        monkeypatch.setattr("unziplora.training.runner.run_job", run_job)
         assert call("split", "--resume", "--out", "r", "--device", "cpu").code == 0
         assert seen == {"rank": 5, "device": "cpu", "resume": True, "images": [Path("cat.png").resolve()]}
 
@@ -361,7 +361,7 @@ class TestFaultsOfTheMachine:
             def run_job(*_: object, **__: object) -> None:
                 raise error
 
-            monkeypatch.setattr("unziplora.job.run_job", run_job)
+            monkeypatch.setattr("unziplora.training.runner.run_job", run_job)
             return call(*SPLIT, *args)
 
         return run

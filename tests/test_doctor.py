@@ -13,19 +13,20 @@ import pytest
 import tiny
 import torch
 
-from unziplora import activations, cli, doctor
-from unziplora.activations import kept_bytes
-from unziplora.checks import warn_of_memory
+from unziplora import cli, doctor
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import SDXL
 from unziplora.doctor import FITTING, GIB, Check, Device, Report, advice, examine
 from unziplora.errors import UserError
 from unziplora.lora.layer import add_lora, of_kinds
-from unziplora.memory import Memory, estimate, smaller
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.models.base import BUNDLED, load_base
 from unziplora.models.sizes import Sizes, inspect_base
+from unziplora.training import activations
+from unziplora.training.activations import kept_bytes
+from unziplora.training.memory import Memory, estimate, smaller
+from unziplora.training.preflight import warn_of_memory
 
 ROOT = Path(__file__).parents[1]
 
@@ -219,8 +220,8 @@ class TestMemory:
 
     @pytest.fixture
     def on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("unziplora.memory.pick_device", lambda _: torch.device("cuda"))
-        monkeypatch.setattr("unziplora.memory.free_bytes", lambda _: None)
+        monkeypatch.setattr("unziplora.training.memory.pick_device", lambda _: torch.device("cuda"))
+        monkeypatch.setattr("unziplora.training.memory.free_bytes", lambda _: None)
 
     @pytest.mark.usefixtures("on_a_gpu")
     def test_sdxl_fits_the_cards_that_the_doctor_says(self) -> None:
@@ -271,7 +272,7 @@ class TestMemory:
     def test_a_run_that_a_cpu_has_no_memory_for_is_told(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, warned: bool
     ) -> None:
-        monkeypatch.setattr("unziplora.memory.free_bytes", lambda _: free)
+        monkeypatch.setattr("unziplora.training.memory.free_bytes", lambda _: free)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             warn_of_memory(UnZipLora, recipe(base=str(tiny_folder), device="cpu", batch_size=4))

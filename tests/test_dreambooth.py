@@ -14,22 +14,22 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from unziplora import text_lora
 from unziplora.class_pictures import class_pictures
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora
-from unziplora.job import run_job
 from unziplora.lora.layer import adapted, attention_linears, remove
 from unziplora.methods.common import Setup
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.models.base import Base
 from unziplora.models.text import Embeddings, embed
-from unziplora.objective import denoising_loss, generator
 from unziplora.sampling.pipeline import Settings
 from unziplora.sampling.sample import sample
-from unziplora.train import Trainer
+from unziplora.training import text_encoder_lora as text_lora
+from unziplora.training.loss import denoising_loss, generator
+from unziplora.training.runner import run_job
+from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
 
 Make = Callable[..., DreamBoothConfig]

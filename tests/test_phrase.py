@@ -25,9 +25,9 @@ from unziplora.methods.words import learn_phrase, teach_encoders
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import Prompts, embed, encode_batch
 from unziplora.models.vae import picture_conditioning
-from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.sampling.sample import sample
 from unziplora.split import split
+from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.utils.progress import Progress
 
 Make = Callable[..., SplitConfig]

@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from PIL import Image, ImageChops
 from safetensors import safe_open
 
-from unziplora import job
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, OutOfMemory, UserError
 from unziplora.formats.files import read_lora
 from unziplora.methods.common import View
 from unziplora.models.text import Prompts
-from unziplora.samples import LONGEST, _visible, sample_sheet
 from unziplora.sampling.grid import GAP, LARGEST
 from unziplora.split import split
+from unziplora.training import runner as job
+from unziplora.training.sample_sheet import LONGEST, _visible, sample_sheet
 from unziplora.utils.progress import Progress
 
 WORDS = {"content": "cat", "style": "ink"}
@@ -175,7 +175,7 @@ def test_a_run_whose_samples_do_not_fit_in_memory_is_finished_all_the_same(confi
     def full(*_: object) -> None:
         raise OutOfMemory("out of memory (decoding a picture)")
 
-    monkeypatch.setattr("unziplora.job.sample_sheet", full)
+    monkeypatch.setattr("unziplora.training.runner.sample_sheet", full)
     with pytest.warns(UserWarning, match=r"no samples: out of memory(.|\n)*LoRAs are complete; try `unziplora sample"):
         run = split(config())
     assert run.card.is_file()
@@ -331,7 +331,7 @@ def test_optimisers_and_their_absence(config, tmp_path, monkeypatch):
 
 def test_prodigy_refuses_fp16(config, monkeypatch):
     """accelerate lets a scaler serve one optimiser: it would unscale the gradients of a second one twice."""
-    monkeypatch.setattr("unziplora.checks.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("unziplora.training.preflight.pick_device", lambda _: torch.device("cuda"))
     with pytest.raises(UserError, match="does not go with fp16"):
         split(
             config(optimizer="prodigy", precision="fp16", content_learning_rate=1.0, style_learning_rate=1.0),

@@ -14,8 +14,8 @@ from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
 from unziplora.lora.layer import adapted, remove
 from unziplora.methods.material import Material
 from unziplora.methods.unziplora import UnZipLora
-from unziplora.objective import Conditioning, Examples, denoising_loss, generator, shifted, snr_weights
-from unziplora.train import Trainer, train
+from unziplora.training.loss import Conditioning, Examples, denoising_loss, generator, shifted, snr_weights
+from unziplora.training.trainer import Trainer, train
 
 TINY = {"rank": 2, "steps": 9, "column_periods": 3, "column_warmup": 1, "score_timesteps": 2, "checkpoint_every": 0}
 

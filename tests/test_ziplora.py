@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from unziplora import job
 from unziplora.class_pictures import FIRST_SEED
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.config.sample import SampleConfig
@@ -33,13 +32,14 @@ from unziplora.methods.zip_inputs import complete, merge, read_loras
 from unziplora.methods.ziplora import ZipLora, scale_input
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
-from unziplora.objective import generator
 from unziplora.runs.folder import loras_of
 from unziplora.sampling.adapters import Mounted, Part
 from unziplora.sampling.pipeline import Settings, generate_latents
 from unziplora.sampling.sample import sample
 from unziplora.sampling.sources import find_source, plan
-from unziplora.train import Trainer
+from unziplora.training import runner as job
+from unziplora.training.loss import generator
+from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
 from unziplora.zip import zip_loras
 

@@ -16,7 +16,7 @@ from recipes.base.config import UnetSettings
 from recipes.base.dataset import Pictures
 from recipes.base.text import token_ids
 from recipes.base.world import Item, World
-from unziplora.objective import towards_noise
+from unziplora.training.loss import towards_noise
 
 
 class Pool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from unziplora.config.split import SplitConfig
-from unziplora.job import run_job
 from unziplora.methods.unziplora import UnZipLora
 from unziplora.runs.folder import RunFolder
+from unziplora.training.runner import run_job
 from unziplora.utils.progress import Callback
 
 

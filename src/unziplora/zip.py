@@ -9,10 +9,10 @@ from unziplora.config.kinds import KINDS
 from unziplora.config.zip import ZipConfig
 from unziplora.formats.files import Lora
 from unziplora.formats.header import LAYERS_KEY
-from unziplora.job import in_run_folder, run_job, write_card, write_loras
 from unziplora.methods.zip_inputs import complete, merge, read_loras
 from unziplora.methods.ziplora import ZipLora
 from unziplora.runs.folder import RunFolder
+from unziplora.training.runner import in_run_folder, run_job, write_card, write_loras
 from unziplora.utils.progress import Callback, Progress
 
 # What the headers of the merged files tell of their base, which is not opened for a plain sum.

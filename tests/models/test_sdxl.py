@@ -11,7 +11,7 @@ from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.lora.layer import adapted
 from unziplora.methods.material import Material
 from unziplora.methods.unziplora import UnZipLora
-from unziplora.objective import Conditioning, Examples
+from unziplora.training.loss import Conditioning, Examples
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from PIL import Image
 
 from unziplora.config.split import SplitConfig
 from unziplora.errors import MachineError, UserError
-from unziplora.job import in_run_folder
 from unziplora.runs.folder import RunFolder, loras_of
 from unziplora.runs.model_card import base_name
 from unziplora.sampling.sources import find_source
+from unziplora.training.runner import in_run_folder
 from unziplora.utils.files import atomic_folder, atomic_write
 
 

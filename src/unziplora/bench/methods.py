@@ -20,11 +20,11 @@ from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
-from unziplora.job import run_job
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.methods.zip_inputs import complete
 from unziplora.split import split
+from unziplora.training.runner import run_job
 from unziplora.zip import zip_loras
 
 ORACLE_TIMES = 3

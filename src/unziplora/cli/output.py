@@ -86,8 +86,8 @@ def memory_advice(config: TrainingConfig) -> Iterator[None]:
     except Exception as error:
         if not out_of_memory(error) or debugging():
             raise
-        from unziplora.memory import smaller
         from unziplora.models.sizes import inspect_base
+        from unziplora.training.memory import smaller
 
         try:
             side = inspect_base(config.base).resolution

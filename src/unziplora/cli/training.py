@@ -19,8 +19,8 @@ from unziplora.errors import UserError
 from unziplora.utils.progress import show
 
 if TYPE_CHECKING:
-    from unziplora.methods.base import Method
     from unziplora.runs.folder import RunFolder
+    from unziplora.training.method import Method
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Training:
             self._plan(config, as_json)
             return
         with stdout_kept(), memory_advice(config), show(quiet) as progress:
-            from unziplora.job import run_job
+            from unziplora.training.runner import run_job
 
             run = run_job(self.method(), config, resume=resume, progress=progress)
         tell_result(run, as_json)
@@ -76,9 +76,9 @@ class Training:
     def _plan(self, config: PictureConfig, as_json: bool) -> None:
         """Show the resolved settings, the prompts and the memory estimate; pictures and masks are opened."""
         with stdout_kept():
-            from unziplora.checks import check_job
-            from unziplora.memory import estimate
             from unziplora.models.sizes import inspect_base
+            from unziplora.training.memory import estimate
+            from unziplora.training.preflight import check_job
 
             method, sizes = self.method(), inspect_base(config.base)
             check_job(method, config, config.resolution or sizes.resolution)

@@ -62,9 +62,9 @@ def _name(lora: Path) -> str:
 def _plan(config: ZipConfig, as_json: bool) -> None:
     """Show the resolved settings and the prompts; LoRAs and pictures are opened."""
     with stdout_kept():
-        from unziplora.checks import check_job
         from unziplora.methods.zip_inputs import complete
         from unziplora.methods.ziplora import ZipLora
+        from unziplora.training.preflight import check_job
 
         config = complete(config)
         if config.method == "zip":

@@ -16,7 +16,6 @@ from unziplora.errors import UserError
 from unziplora.formats.files import Lora
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.layer import attention_linears, of_kinds
-from unziplora.methods.base import Method
 from unziplora.methods.common import (
     Setup,
     View,
@@ -30,8 +29,9 @@ from unziplora.methods.common import (
     switched_off,
 )
 from unziplora.models.text import Prompts
-from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.runs.model_card import About, File, picture_count
+from unziplora.training.loss import Examples, denoising_loss, generator
+from unziplora.training.method import Method
 
 
 class BLora(Method[BLoraConfig]):

@@ -21,8 +21,8 @@ from unziplora.lora.layer import Branch, add_lora, inject
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts, embed, time_ids
 from unziplora.models.vae import encode_pictures, loss_weights, picture_conditioning, to_device
-from unziplora.objective import Examples, generator
 from unziplora.sampling.pipeline import Settings
+from unziplora.training.loss import Examples, generator
 
 Branches = dict[str, Branch]
 """The branches of one LoRA by module path."""

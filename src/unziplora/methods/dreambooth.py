@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.formats.files import Lora
 from unziplora.lora.layer import of_kinds, target_linears
-from unziplora.methods.base import Method
 from unziplora.methods.common import (
     Setup,
     View,
@@ -29,9 +28,10 @@ from unziplora.methods.common import (
     switched_off,
 )
 from unziplora.models.text import Prompts
-from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.runs.model_card import About, File, picture_count
-from unziplora.text_lora import TextLora
+from unziplora.training.loss import Examples, denoising_loss, generator
+from unziplora.training.method import Method
+from unziplora.training.text_encoder_lora import TextLora
 
 GIVES = {"content": "the content", "style": "the style", "lora": "content and style in one"}
 

@@ -13,8 +13,8 @@ from unziplora.methods.common import Setup, class_examples, load_pictures, pictu
 from unziplora.methods.words import learn_words
 from unziplora.models.text import Prompts
 from unziplora.models.vae import picture_conditioning, to_device
-from unziplora.objective import Conditioning, Examples
-from unziplora.text_lora import TextLora
+from unziplora.training.loss import Conditioning, Examples
+from unziplora.training.text_encoder_lora import TextLora
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.columns import Phase, phase
 from unziplora.lora.layer import attention_linears, of_kinds
 from unziplora.lora.separation import ColumnSeparation
-from unziplora.methods.base import Method
 from unziplora.methods.common import (
     Setup,
     View,
@@ -34,8 +33,9 @@ from unziplora.methods.common import (
 )
 from unziplora.methods.material import Material, check_prompts, gather
 from unziplora.models.text import Prompts
-from unziplora.objective import Examples, denoising_loss, generator
 from unziplora.runs.model_card import About, File, picture_count
+from unziplora.training.loss import Examples, denoising_loss, generator
+from unziplora.training.method import Method
 
 FP16_SCALE = 2.0**16
 """What torch's gradient scaler begins with."""

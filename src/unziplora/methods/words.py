@@ -17,7 +17,6 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
-from unziplora.cuda_graphs import recording
 from unziplora.images.filters import filtered
 from unziplora.images.preprocess import to_tensor
 from unziplora.methods.common import Setup
@@ -26,9 +25,10 @@ from unziplora.models.base import Base
 from unziplora.models.offload import visiting
 from unziplora.models.text import encode_batch, join_streams
 from unziplora.models.vae import encode_pictures, to_device
-from unziplora.objective import Conditioning, Examples, denoising_loss, generator
-from unziplora.optim import make_schedule
-from unziplora.text_lora import TextLora
+from unziplora.training.cuda_graphs import recording
+from unziplora.training.loss import Conditioning, Examples, denoising_loss, generator
+from unziplora.training.optimizers import make_schedule
+from unziplora.training.text_encoder_lora import TextLora
 
 if TYPE_CHECKING:
     from unziplora.config.split import SplitConfig

@@ -23,10 +23,10 @@ from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.methods.common import Setup
 from unziplora.models.text import Prompts
 from unziplora.models.vae import encode_pictures, picture_conditioning, to_device
-from unziplora.objective import Examples
 from unziplora.sampling.adapters import Mounted, Part
 from unziplora.sampling.pipeline import Settings, generate_latents
 from unziplora.sampling.sources import Source, at_hand, common_base, find_source, with_metadata
+from unziplora.training.loss import Examples
 
 
 def complete(config: ZipConfig) -> ZipConfig:

@@ -20,18 +20,18 @@ from torch.nn.utils.parametrize import register_parametrization
 from unziplora.config.kinds import KINDS
 from unziplora.config.training import style_words
 from unziplora.config.zip import ZipConfig
-from unziplora.cuda_graphs import predict
 from unziplora.formats.files import Lora, check_fits
 from unziplora.images.preprocess import load_picture
 from unziplora.lora.columns import orthogonality
 from unziplora.lora.layer import Branch, add_lora
-from unziplora.methods.base import Method
 from unziplora.methods.common import Setup, View, folded, switched_off
 from unziplora.methods.zip_inputs import Learnt, check_zippable, learnt, merge, read_loras, shared_layers
 from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Prompts
-from unziplora.objective import generator, noised, snr_weights
 from unziplora.runs.model_card import About, File
+from unziplora.training.cuda_graphs import predict
+from unziplora.training.loss import generator, noised, snr_weights
+from unziplora.training.method import Method
 
 SCALES = "scales"
 """What is switched off, by this name, for the plain sum of both LoRAs."""

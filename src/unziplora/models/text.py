@@ -12,7 +12,7 @@ from torch import Tensor
 from unziplora.errors import UserError
 from unziplora.models.base import Base
 from unziplora.models.offload import reading
-from unziplora.objective import Conditioning
+from unziplora.training.loss import Conditioning
 from unziplora.utils.logging import quiet
 
 

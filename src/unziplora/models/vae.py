@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from unziplora.models.base import Base
 from unziplora.models.offload import away
 from unziplora.models.text import Prompts, embed_prompts, time_ids
-from unziplora.objective import Conditioning, Examples
+from unziplora.training.loss import Conditioning, Examples
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from unziplora.errors import UserError, first_line
 from unziplora.formats.files import Lora, check_fits, check_shape, misfit, scale_blocks
 from unziplora.lora.layer import STREAMS, Branch, add_lora, unwrap
 from unziplora.models.base import Base
-from unziplora.text_lora import ENCODERS
+from unziplora.training.text_encoder_lora import ENCODERS
 from unziplora.utils.logging import quiet
 
 

@@ -11,7 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from unziplora.cuda_graphs import predict
+from unziplora.training.cuda_graphs import predict
 
 ArrayT = TypeVar("ArrayT", Tensor, "np.ndarray[Any, Any]")
 

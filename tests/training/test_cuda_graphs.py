@@ -7,9 +7,9 @@ from test_unziplora import build, examples, scheduler
 
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
-from unziplora.cuda_graphs import FIRST, Recorder, recording
 from unziplora.methods.dreambooth import DreamBooth
-from unziplora.train import Trainer
+from unziplora.training.cuda_graphs import FIRST, Recorder, recording
+from unziplora.training.trainer import Trainer
 
 
 class Replays:

@@ -9,10 +9,10 @@ from typing import Any
 from PIL import Image
 
 from unziplora.config.training import TrainingConfig
-from unziplora.methods.base import Method
 from unziplora.models.base import Base
 from unziplora.sampling.grid import GAP, LARGEST, sheet
 from unziplora.sampling.pipeline import Settings, generate
+from unziplora.training.method import Method
 
 SMALLEST = 128
 """Pictures of a small base are enlarged to this side, in pixels, so that they can be looked at."""

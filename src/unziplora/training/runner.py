@@ -15,15 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from unziplora.checks import check_job, check_resolution, warn_of_memory
 from unziplora.config.training import TrainingConfig
-from unziplora.cuda_graphs import recording
 from unziplora.errors import Interrupted, OutOfMemory, UserError
 from unziplora.formats.families import sdxl_sized
 from unziplora.formats.files import Lora, write_lora
 from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import shape
-from unziplora.methods.base import Method
 from unziplora.methods.common import Setup
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
@@ -31,8 +28,11 @@ from unziplora.models.sizes import must_be_fetched
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, base_name, card, folder_argument, shared_settings
 from unziplora.runs.resuming import differing
-from unziplora.samples import sample_sheet
-from unziplora.train import StepReport, Trainer, train
+from unziplora.training.cuda_graphs import recording
+from unziplora.training.method import Method
+from unziplora.training.preflight import check_job, check_resolution, warn_of_memory
+from unziplora.training.sample_sheet import sample_sheet
+from unziplora.training.trainer import StepReport, Trainer, train
 from unziplora.utils.files import atomic_write
 from unziplora.utils.progress import Callback, Progress
 

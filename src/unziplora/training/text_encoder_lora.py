@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unziplora.formats.names import text_module
 from unziplora.models.base import Base
 from unziplora.models.text import encode_each
-from unziplora.objective import Conditioning, Examples, generator
+from unziplora.training.loss import Conditioning, Examples, generator
 
 if TYPE_CHECKING:
     from unziplora.config.training import PictureConfig

@@ -11,10 +11,10 @@ import torch
 from unziplora.config.training import PictureConfig, TrainingConfig
 from unziplora.errors import UserError
 from unziplora.images.preprocess import load_mask, load_picture
-from unziplora.methods.base import Method
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import base_folder, inspect_base, stored_bytes
-from unziplora.optim import find_optimizer
+from unziplora.training.method import Method
+from unziplora.training.optimizers import find_optimizer
 from unziplora.utils.progress import size
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -58,7 +58,7 @@ def warn_of_memory(kind: type[Method[C]], config: C) -> None:
     device = pick_device(config.device)
     if device.type != "cpu" or not isinstance(config, PictureConfig):
         return
-    from unziplora.memory import estimate, free_bytes
+    from unziplora.training.memory import estimate, free_bytes
 
     free, stored = free_bytes(device) or 0, stored_bytes(config.base)
     if stored is not None and 2 * stored * (8 + 4 * config.batch_size) < free:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
-from unziplora.methods.base import Trainable
-from unziplora.optim import make_optimizers, make_schedule
+from unziplora.training.method import Trainable
+from unziplora.training.optimizers import make_optimizers, make_schedule
 from unziplora.utils.signals import caught
 
 

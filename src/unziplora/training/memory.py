@@ -8,9 +8,9 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.config.training import PictureConfig, TrainingConfig
-from unziplora.cuda_graphs import graphs_wanted
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import Sizes
+from unziplora.training.cuda_graphs import graphs_wanted
 from unziplora.utils.progress import size
 
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
@@ -158,7 +158,7 @@ def _exact(
 
 def _activations(config: PictureConfig, sizes: Sizes, each: int, gpu: bool) -> dict[str, int]:
     """Estimated bytes that a step needs beside them."""
-    from unziplora.activations import kept_bytes
+    from unziplora.training.activations import kept_bytes
 
     kept = kept_bytes(
         sizes.unet_config,
