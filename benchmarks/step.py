@@ -36,8 +36,8 @@ from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import BLORA_BLOCKS, SDXL_BLOCKS
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
-from unziplora.methods.material import Material
-from unziplora.methods.unziplora import UnZipLora
+from unziplora.methods.unziplora.data import Material
+from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.training.cuda_graphs import FIRST, Recorder
 from unziplora.training.loss import Conditioning, Examples, denoising_loss, generator
 from unziplora.training.trainer import Trainer

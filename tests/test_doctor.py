@@ -20,7 +20,7 @@ from unziplora.config.training import SDXL
 from unziplora.doctor import FITTING, GIB, Check, Device, Report, advice, examine
 from unziplora.errors import UserError
 from unziplora.lora.layer import add_lora, of_kinds
-from unziplora.methods.unziplora import UnZipLora
+from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.base import BUNDLED, load_base
 from unziplora.models.sizes import Sizes, inspect_base
 from unziplora.training import activations

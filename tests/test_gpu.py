@@ -9,8 +9,8 @@ from PIL import Image
 
 from unziplora.config.split import SplitConfig
 from unziplora.formats.files import read_lora
+from unziplora.methods.unziplora.split import split
 from unziplora.models.base import load_base
-from unziplora.split import split
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,7 +1,7 @@
 """Split one picture into a content LoRA and a style LoRA for SDXL, in files that every tool loads.
 
     from unziplora.config.split import SplitConfig
-    from unziplora.split import split
+    from unziplora.methods.unziplora.split import split
 
     run = split(SplitConfig.make(images=["cat.jpg"], content="cat", style="pencil sketch", out="runs/cat"))
     print(run.content, run.style)

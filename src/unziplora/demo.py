@@ -18,6 +18,7 @@ from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.images.preprocess import load_picture
+from unziplora.methods.unziplora.split import split
 from unziplora.models.base import BUNDLED, Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import inspect_base
@@ -25,7 +26,6 @@ from unziplora.models.tiny_base import save_standin
 from unziplora.sampling.grid import sheet
 from unziplora.sampling.pipeline import decode, generate_latents
 from unziplora.sampling.sample import open_session
-from unziplora.split import split
 from unziplora.utils.files import write_png
 from unziplora.utils.progress import Callback, Progress, duration
 

@@ -9,8 +9,8 @@ from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.lora.layer import adapted
-from unziplora.methods.material import Material
-from unziplora.methods.unziplora import UnZipLora
+from unziplora.methods.unziplora.data import Material
+from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.training.loss import Conditioning, Examples
 
 

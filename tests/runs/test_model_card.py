@@ -10,7 +10,7 @@ from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import SDXL
 from unziplora.config.zip import ZipConfig
-from unziplora.methods.unziplora import UnZipLora
+from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, File, argument, card, folder_argument
 

@@ -22,10 +22,10 @@ from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
-from unziplora.methods.zip_inputs import complete
-from unziplora.split import split
+from unziplora.methods.unziplora.split import split
+from unziplora.methods.ziplora.inputs import complete
+from unziplora.methods.ziplora.zip import zip_loras
 from unziplora.training.runner import run_job
-from unziplora.zip import zip_loras
 
 ORACLE_TIMES = 3
 """The oracle trains for this multiple of DreamBooth's steps."""

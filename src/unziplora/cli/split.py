@@ -8,7 +8,7 @@ from unziplora.cli.training import Training, training_command
 from unziplora.config.split import SplitConfig
 
 if TYPE_CHECKING:
-    from unziplora.methods.unziplora import UnZipLora
+    from unziplora.methods.unziplora.method import UnZipLora
 
 HELP = """Split a picture into a content LoRA and a style LoRA.
 
@@ -27,7 +27,7 @@ Settings come from, later ones winning: the preset, the file of --config, the fl
 
 
 def _method() -> type[UnZipLora]:
-    from unziplora.methods.unziplora import UnZipLora
+    from unziplora.methods.unziplora.method import UnZipLora
 
     return UnZipLora
 

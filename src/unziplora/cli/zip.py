@@ -34,7 +34,7 @@ def run_zip(
         _plan(config, as_json)
         return
     with stdout_kept(), memory_advice(config), show(quiet) as progress:
-        from unziplora.zip import zip_loras
+        from unziplora.methods.ziplora.zip import zip_loras
 
         run = zip_loras(config, resume=resume, progress=progress)
     tell_result(run, as_json)
@@ -62,8 +62,8 @@ def _name(lora: Path) -> str:
 def _plan(config: ZipConfig, as_json: bool) -> None:
     """Show the resolved settings and the prompts; LoRAs and pictures are opened."""
     with stdout_kept():
-        from unziplora.methods.zip_inputs import complete
-        from unziplora.methods.ziplora import ZipLora
+        from unziplora.methods.ziplora.inputs import complete
+        from unziplora.methods.ziplora.method import ZipLora
         from unziplora.training.preflight import check_job
 
         config = complete(config)

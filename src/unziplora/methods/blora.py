@@ -16,7 +16,7 @@ from unziplora.errors import UserError
 from unziplora.formats.files import Lora
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.layer import attention_linears, of_kinds
-from unziplora.methods.common import (
+from unziplora.methods.adapters import (
     Setup,
     View,
     branch_state,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.formats.files import Lora
 from unziplora.lora.layer import of_kinds, target_linears
-from unziplora.methods.common import (
+from unziplora.methods.adapters import (
     Setup,
     View,
     branch_state,

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.formats.files import Lora
-from unziplora.methods.common import Setup, View
+from unziplora.methods.adapters import Setup, View
 from unziplora.runs.model_card import About
 
 C = TypeVar("C")

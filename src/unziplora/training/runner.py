@@ -21,7 +21,7 @@ from unziplora.formats.families import sdxl_sized
 from unziplora.formats.files import Lora, write_lora
 from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import shape
-from unziplora.methods.common import Setup
+from unziplora.methods.adapters import Setup
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import must_be_fetched

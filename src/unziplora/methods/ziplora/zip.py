@@ -9,8 +9,8 @@ from unziplora.config.kinds import KINDS
 from unziplora.config.zip import ZipConfig
 from unziplora.formats.files import Lora
 from unziplora.formats.header import LAYERS_KEY
-from unziplora.methods.zip_inputs import complete, merge, read_loras
-from unziplora.methods.ziplora import ZipLora
+from unziplora.methods.ziplora.inputs import complete, merge, read_loras
+from unziplora.methods.ziplora.method import ZipLora
 from unziplora.runs.folder import RunFolder
 from unziplora.training.runner import in_run_folder, run_job, write_card, write_loras
 from unziplora.utils.progress import Callback, Progress

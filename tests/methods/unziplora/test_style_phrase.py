@@ -18,15 +18,15 @@ from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora
 from unziplora.images.filters import FILTERS
-from unziplora.methods.common import Setup
-from unziplora.methods.phrase import Phrase, embeddings
-from unziplora.methods.unziplora import UnZipLora
-from unziplora.methods.words import learn_phrase, teach_encoders
+from unziplora.methods.adapters import Setup
+from unziplora.methods.unziplora.method import UnZipLora
+from unziplora.methods.unziplora.split import split
+from unziplora.methods.unziplora.style_phrase import learn_phrase, teach_encoders
+from unziplora.methods.unziplora.textual_inversion import Phrase, embeddings
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import Prompts, embed, encode_batch
 from unziplora.models.vae import picture_conditioning
 from unziplora.sampling.sample import sample
-from unziplora.split import split
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.utils.progress import Progress
 
@@ -185,7 +185,7 @@ def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: 
 class TestSplit:
     @pytest.fixture(autouse=True)
     def _short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("unziplora.methods.words.TEACHING_STEPS", 2)
+        monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.TEACHING_STEPS", 2)
 
     def test_the_style_file_has_the_text_encoders_part_and_the_content_file_has_none(self, config: Make):
         run = split(config())
@@ -213,7 +213,7 @@ class TestSplit:
             checkpointed.append(phrase.base.unet.is_gradient_checkpointing)
             learn_phrase(phrase, *rest)
 
-        monkeypatch.setattr("unziplora.methods.words.learn_phrase", spy)
+        monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.learn_phrase", spy)
         made = []
         for saving in (True, False):
             recipe = config(gradient_checkpointing=saving, phrase_steps=2, phrase_learning_rate=0.1)
@@ -245,8 +245,8 @@ class TestSplit:
 
         with pytest.raises(Interrupted):
             split(config(out=tmp_path / "cut", **more), progress=interrupt)
-        monkeypatch.delattr("unziplora.methods.words.learn_phrase")
-        monkeypatch.delattr("unziplora.methods.words.teach_encoders")
+        monkeypatch.delattr("unziplora.methods.unziplora.style_phrase.learn_phrase")
+        monkeypatch.delattr("unziplora.methods.unziplora.style_phrase.teach_encoders")
         cut = split(config(out=tmp_path / "cut", **more), resume=True)
         for name in ("content", "style"):
             one, two = (load_file(getattr(run, name)) for run in (whole, cut))

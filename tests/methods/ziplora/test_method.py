@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from unziplora.class_pictures import FIRST_SEED
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
@@ -27,9 +26,11 @@ from unziplora.formats.files import Lora, read_lora, text_tensors, write_lora
 from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import Pair, delta
 from unziplora.lora.layer import Branch, attention_linears, remove
-from unziplora.methods.common import Setup
-from unziplora.methods.zip_inputs import complete, merge, read_loras
-from unziplora.methods.ziplora import ZipLora, scale_input
+from unziplora.methods.adapters import Setup
+from unziplora.methods.class_images import FIRST_SEED
+from unziplora.methods.ziplora.inputs import complete, merge, read_loras
+from unziplora.methods.ziplora.method import ZipLora, scale_input
+from unziplora.methods.ziplora.zip import zip_loras
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
 from unziplora.runs.folder import loras_of
@@ -41,7 +42,6 @@ from unziplora.training import runner as job
 from unziplora.training.loss import generator
 from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
-from unziplora.zip import zip_loras
 
 Make = Callable[..., ZipConfig]
 FEED = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"

@@ -18,10 +18,8 @@ from unziplora.config.kinds import KINDS
 from unziplora.config.split import SplitConfig
 from unziplora.formats.files import Lora
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
-from unziplora.lora.columns import Phase, phase
 from unziplora.lora.layer import attention_linears, of_kinds
-from unziplora.lora.separation import ColumnSeparation
-from unziplora.methods.common import (
+from unziplora.methods.adapters import (
     Setup,
     View,
     branch_state,
@@ -31,7 +29,9 @@ from unziplora.methods.common import (
     new_branches,
     switched_off,
 )
-from unziplora.methods.material import Material, check_prompts, gather
+from unziplora.methods.unziplora.columns import Phase, phase
+from unziplora.methods.unziplora.data import Material, check_prompts, gather
+from unziplora.methods.unziplora.separation import ColumnSeparation
 from unziplora.models.text import Prompts
 from unziplora.runs.model_card import About, File, picture_count
 from unziplora.training.loss import Examples, denoising_loss, generator

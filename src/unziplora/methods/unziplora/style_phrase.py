@@ -19,8 +19,8 @@ from torch import Tensor
 
 from unziplora.images.filters import filtered
 from unziplora.images.preprocess import to_tensor
-from unziplora.methods.common import Setup
-from unziplora.methods.phrase import Phrase
+from unziplora.methods.adapters import Setup
+from unziplora.methods.unziplora.textual_inversion import Phrase
 from unziplora.models.base import Base
 from unziplora.models.offload import visiting
 from unziplora.models.text import encode_batch, join_streams

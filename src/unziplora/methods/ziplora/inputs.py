@@ -11,7 +11,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from unziplora.class_pictures import FIRST_SEED
 from unziplora.config.kinds import KINDS
 from unziplora.config.recipe import resolve
 from unziplora.config.zip import ZipConfig, joined_prompt
@@ -20,7 +19,8 @@ from unziplora.formats.files import Lora, format_shape, read_lora, text_tensors
 from unziplora.formats.safetensors import read_header
 from unziplora.images.preprocess import to_tensor
 from unziplora.lora.algebra import Pair, cat, scale, shape
-from unziplora.methods.common import Setup
+from unziplora.methods.adapters import Setup
+from unziplora.methods.class_images import FIRST_SEED
 from unziplora.models.text import Prompts
 from unziplora.models.vae import encode_pictures, picture_conditioning, to_device
 from unziplora.sampling.adapters import Mounted, Part

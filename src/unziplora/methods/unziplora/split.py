@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unziplora.config.split import SplitConfig
-from unziplora.methods.unziplora import UnZipLora
+from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.runs.folder import RunFolder
 from unziplora.training.runner import run_job
 from unziplora.utils.progress import Callback

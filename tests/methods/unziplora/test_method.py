@@ -12,8 +12,8 @@ from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
 from unziplora.lora.layer import adapted, remove
-from unziplora.methods.material import Material
-from unziplora.methods.unziplora import UnZipLora
+from unziplora.methods.unziplora.data import Material
+from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.training.loss import Conditioning, Examples, denoising_loss, generator, shifted, snr_weights
 from unziplora.training.trainer import Trainer, train
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unziplora.lora.columns import Scores, choose, columns_held, orthogonality, phase
+from unziplora.methods.unziplora.columns import Scores, choose, columns_held, orthogonality, phase
 
 
 def mask(*bits: int) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unziplora.config.kinds import KINDS
-from unziplora.lora.columns import Scores, choose, columns_held, orthogonality
 from unziplora.lora.layer import Branch
+from unziplora.methods.unziplora.columns import Scores, choose, columns_held, orthogonality
 
 LoraBranches = Mapping[str, Mapping[str, Branch]]
 """Branches by LoRA name and module path."""

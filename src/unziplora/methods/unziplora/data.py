@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.config.split import SplitConfig
-from unziplora.methods.common import Setup, class_examples, load_pictures, picture_examples
-from unziplora.methods.words import learn_words
+from unziplora.methods.adapters import Setup, class_examples, load_pictures, picture_examples
+from unziplora.methods.unziplora.style_phrase import learn_words
 from unziplora.models.text import Prompts
 from unziplora.models.vae import picture_conditioning, to_device
 from unziplora.training.loss import Conditioning, Examples

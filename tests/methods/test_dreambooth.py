@@ -14,13 +14,13 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from unziplora.class_pictures import class_pictures
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora
 from unziplora.lora.layer import adapted, attention_linears, remove
-from unziplora.methods.common import Setup
+from unziplora.methods.adapters import Setup
+from unziplora.methods.class_images import class_pictures
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.models.base import Base
 from unziplora.models.text import Embeddings, embed

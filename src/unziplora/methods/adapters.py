@@ -13,11 +13,11 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.class_pictures import class_pictures
 from unziplora.config.training import PictureConfig, TrainingConfig
 from unziplora.images.preprocess import load_mask, load_picture, to_tensor
 from unziplora.lora.algebra import Pair, fold_output
 from unziplora.lora.layer import Branch, add_lora, inject
+from unziplora.methods.class_images import class_pictures
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts, embed, time_ids
 from unziplora.models.vae import encode_pictures, loss_weights, picture_conditioning, to_device

@@ -22,10 +22,10 @@ from unziplora.config.training import style_words
 from unziplora.config.zip import ZipConfig
 from unziplora.formats.files import Lora, check_fits
 from unziplora.images.preprocess import load_picture
-from unziplora.lora.columns import orthogonality
 from unziplora.lora.layer import Branch, add_lora
-from unziplora.methods.common import Setup, View, folded, switched_off
-from unziplora.methods.zip_inputs import Learnt, check_zippable, learnt, merge, read_loras, shared_layers
+from unziplora.methods.adapters import Setup, View, folded, switched_off
+from unziplora.methods.unziplora.columns import orthogonality
+from unziplora.methods.ziplora.inputs import Learnt, check_zippable, learnt, merge, read_loras, shared_layers
 from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Prompts
 from unziplora.runs.model_card import About, File
