@@ -14,9 +14,9 @@ from typing import Literal
 from PIL import Image
 
 from unziplora.bench.cases import Case, Example, load_cases
-from unziplora.bench.measures import Measure
 from unziplora.bench.protocol import Ask, score
 from unziplora.bench.run import MEASURES
+from unziplora.metrics.measures import Measure
 from unziplora.models.text import Prompts
 
 Control = tuple[str, Literal["content", "style"], Example, Image.Image]

@@ -23,7 +23,7 @@ from recipes.base.filters.common import Picture
 from recipes.base.sheets import to_pixels
 from recipes.base.vae import to_tensor
 from recipes.base.world import FREE_LICENCES, NEVER_FILTERS, NEVER_SETS, Item, World
-from unziplora.bench.measures import fingerprint_of
+from unziplora.metrics.measures import fingerprint_of
 
 VARIANTS = 3
 """Fixed random states per filter: the same for every drawing, as paper and ink are the same for a series."""

@@ -22,7 +22,7 @@ from recipes.base.filters import FILTERS
 from recipes.base.grades import Grade
 from recipes.base.identity_data import open_world, render
 from recipes.base.world import NEVER_FILTERS, Item, World, held_out_concepts
-from unziplora.bench.measures import WEIGHTS, Measure, Plain, Published, Trained
+from unziplora.metrics.measures import WEIGHTS, Measure, Plain, Published, Trained
 
 UNSEEN = ("fxemoji", "noto-v1")
 OTHERS = ("noto", "twemoji")

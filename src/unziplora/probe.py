@@ -21,10 +21,10 @@ from unziplora.config.probe import ProbeConfig, WordPair
 from unziplora.errors import UserError
 from unziplora.lora.blocks import block_of
 from unziplora.lora.layer import STREAMS
+from unziplora.metrics.statistics import Clip, Measure, Statistics
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.text import Prompts
-from unziplora.probe_measures import Clip, Measure, Statistics
 from unziplora.probe_plot import picture_sheet, plot
 from unziplora.probe_table import ALL, Findings, judge, movement, plain, score_rows, to_toml
 from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate_latents, part

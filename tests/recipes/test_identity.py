@@ -21,7 +21,7 @@ from recipes.base.identity_data import disturb, natural_and_filtered, natural_se
 from recipes.base.identity_report import Shown, Trials, auc, judge
 from recipes.base.loop import train
 from recipes.base.world import NEVER_FILTERS, NEVER_SETS, held_out_concepts
-from unziplora.bench.networks import ShapeNet
+from unziplora.metrics.networks import ShapeNet
 
 FEW = {"steps": 4, "warmup": 1, "log_every": 2, "width": 8}
 

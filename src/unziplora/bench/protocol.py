@@ -15,10 +15,10 @@ from PIL import Image
 
 from unziplora.bench.adapters import Adapters, Contender
 from unziplora.bench.cases import Case
-from unziplora.bench.measures import Measure
 from unziplora.bench.scores import leak, product, similarity
 from unziplora.bench.workplace import Workplace, fingerprint, plain
 from unziplora.formats.files import Lora
+from unziplora.metrics.measures import Measure
 from unziplora.models.base import Base
 from unziplora.models.offload import gone
 from unziplora.models.text import Prompts

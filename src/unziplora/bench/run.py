@@ -13,7 +13,6 @@ import torch
 
 from unziplora.bench.adapters import Contender
 from unziplora.bench.cases import Case, choose, load_cases
-from unziplora.bench.measures import Measure, Plain, Published, Trained
 from unziplora.bench.methods import METHODS, read_settings
 from unziplora.bench.parallel import fill
 from unziplora.bench.pictures import picture_cases, picture_measures, picture_report, write_picture_report
@@ -23,6 +22,7 @@ from unziplora.bench.workplace import Workplace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import to_toml
 from unziplora.errors import Interrupted, UserError
+from unziplora.metrics.measures import Measure, Plain, Published, Trained
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.offload import gone

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unziplora.bench.efficientnet import EfficientNetLite0, load
-from unziplora.bench.networks import SIDE, ShapeNet, StyleNet
 from unziplora.errors import UserError, first_line
-from unziplora.probe_measures import Statistics, unit_tensor
+from unziplora.metrics.efficientnet import EfficientNetLite0, load
+from unziplora.metrics.networks import SIDE, ShapeNet, StyleNet
+from unziplora.metrics.statistics import Statistics, unit_tensor
 
 if TYPE_CHECKING:
     from types import ModuleType

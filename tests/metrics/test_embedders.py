@@ -19,8 +19,8 @@ from transformers import (
     ViTModel,
 )
 
-from unziplora.bench.image_models import ImageModel
 from unziplora.errors import UserError
+from unziplora.metrics.embedders import ImageModel
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 PICTURES = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.new("RGB", (40, 40), "red")]

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from unziplora.vision import CLIP, Wanted, open_vision
+from unziplora.metrics.vision_models import CLIP, Wanted, open_vision
 
 Pictures = Sequence[Image.Image]
 Kind = Literal["clip", "dino", "csd"]

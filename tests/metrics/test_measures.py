@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from unziplora.bench.measures import WEIGHTS, Plain, Published, Trained, load_efficientnet
 from unziplora.errors import UserError
+from unziplora.metrics.measures import WEIGHTS, Plain, Published, Trained, load_efficientnet
 
 DATA = Path(__file__).parents[1] / "data" / "bench"
 DEMO = Path(__file__).parents[2] / "src" / "unziplora" / "bundled" / "demo"

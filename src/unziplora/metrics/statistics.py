@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from unziplora.vision import CLIP, open_vision
+from unziplora.metrics.vision_models import CLIP, open_vision
 
 Pictures = Sequence[Image.Image]
 

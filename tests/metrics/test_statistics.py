@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from unziplora.errors import UserError
-from unziplora.probe_measures import Clip, Statistics
+from unziplora.metrics.statistics import Clip, Statistics
 
 Shape = Callable[[ImageDraw.ImageDraw, str], None]
 
