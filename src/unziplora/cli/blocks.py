@@ -19,8 +19,8 @@ def run_blocks(ctx: click.Context, config_file: str | None, dry_run: bool, as_js
         _plan(config, as_json)
         return
     with stdout_kept(), show(quiet) as view:
-        from unziplora.probe import probe
-        from unziplora.probe_table import table
+        from unziplora.probe.probe import probe
+        from unziplora.probe.scores import table
 
         findings = probe(config, progress=counted(view))
         text = "\n".join([table(findings), "", *(f"{name:<9} {path}" for name, path in findings.files.items())])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from unziplora.config.kinds import KINDS
-from unziplora.probe_table import Findings, Score
+from unziplora.probe.scores import Findings, Score
 from unziplora.sampling.grid import INK, PAPER, sheet
 
 COLOURS = {"content": (0, 114, 178), "style": (230, 159, 0)}  # told apart by colour-blind eyes too (Okabe and Ito)

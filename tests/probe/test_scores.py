@@ -5,7 +5,7 @@ import torch
 
 from unziplora.errors import UserError
 from unziplora.lora.blocks import BlockMap, read_blocks
-from unziplora.probe_table import (
+from unziplora.probe.scores import (
     ALL,
     Row,
     Score,

@@ -1,7 +1,7 @@
 from PIL import Image
 
-from unziplora.probe_plot import COLOURS, LEFT, ROW, TOP, WIDE, picture_sheet, plot
-from unziplora.probe_table import ALL, Row, Score, judge
+from unziplora.probe.plot import COLOURS, LEFT, ROW, TOP, WIDE, picture_sheet, plot
+from unziplora.probe.scores import ALL, Row, Score, judge
 
 
 def row(content: float, style: float, error: float | None = None) -> Row:

@@ -25,8 +25,8 @@ from unziplora.metrics.statistics import Clip, Measure, Statistics
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.text import Prompts
-from unziplora.probe_plot import picture_sheet, plot
-from unziplora.probe_table import ALL, Findings, judge, movement, plain, score_rows, to_toml
+from unziplora.probe.plot import picture_sheet, plot
+from unziplora.probe.scores import ALL, Findings, judge, movement, plain, score_rows, to_toml
 from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate_latents, part
 from unziplora.utils.files import atomic_write, explain, write_png
 

@@ -14,7 +14,7 @@ from unziplora.lora.layer import adapted, attention_linears
 from unziplora.metrics.statistics import Statistics
 from unziplora.models.base import Base
 from unziplora.models.text import embed, embed_negative
-from unziplora.probe import attention_blocks, draw, movements, probe, swap, swapped
+from unziplora.probe.probe import attention_blocks, draw, movements, probe, swap, swapped
 from unziplora.sampling.pipeline import Settings, generate_latents
 
 P, Q = "a cat in ink style", "a dog in ink style"
