@@ -14,8 +14,8 @@ from typing import Literal
 from PIL import Image
 
 from unziplora.bench.cases import Case, Example, load_cases
-from unziplora.bench.protocol import Ask, score
-from unziplora.bench.run import MEASURES
+from unziplora.bench.evaluate import Ask, score
+from unziplora.bench.session import MEASURES
 from unziplora.metrics.measures import Measure
 from unziplora.models.text import Prompts
 

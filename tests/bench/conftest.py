@@ -8,7 +8,7 @@ import pytest
 from fakes import Fake, make_case
 
 from unziplora.bench.cases import Case
-from unziplora.bench.workplace import Workplace
+from unziplora.bench.workspace import Workplace
 from unziplora.config.bench import BenchConfig
 from unziplora.models.base import Base
 

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from unziplora.bench.adapters import Adapters
 from unziplora.bench.cases import Case, Example
-from unziplora.bench.workplace import Workplace
+from unziplora.bench.contender import Adapters
+from unziplora.bench.workspace import Workplace
 from unziplora.config.training import TrainingConfig
 from unziplora.formats.files import Lora
 

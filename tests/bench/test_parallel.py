@@ -14,8 +14,8 @@ from fakes import make_case
 
 from unziplora.bench import parallel
 from unziplora.bench.parallel import _follow, fill, groups
-from unziplora.bench.run import bench
-from unziplora.bench.workplace import Workplace
+from unziplora.bench.session import bench
+from unziplora.bench.workspace import Workplace
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import Interrupted
 from unziplora.utils.progress import Progress

@@ -9,9 +9,9 @@ import torch
 from fakes import Colours, Fake
 
 from unziplora.bench.cases import Case
-from unziplora.bench.methods import METHODS
+from unziplora.bench.contenders import METHODS
 from unziplora.bench.report import Report, contact_sheet, markdown, summarise, table
-from unziplora.bench.run import bench
+from unziplora.bench.session import bench
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base

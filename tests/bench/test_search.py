@@ -7,11 +7,11 @@ import pytest
 import torch
 from fakes import Colours
 
-from unziplora.bench.adapters import Adapters, Paired
 from unziplora.bench.cases import Case
-from unziplora.bench.run import bench, open_bench
+from unziplora.bench.contender import Adapters, Paired
 from unziplora.bench.search import Setting, grid, search
-from unziplora.bench.workplace import Workplace
+from unziplora.bench.session import bench, open_bench
+from unziplora.bench.workspace import Workplace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
@@ -87,7 +87,7 @@ def painted(monkeypatch: pytest.MonkeyPatch, cases: Cases) -> Cases:
 
     from fakes import picture
 
-    from unziplora.bench import protocol
+    from unziplora.bench import evaluate as protocol
 
     real = protocol._drawn
 

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unziplora.bench.cases import Case
-from unziplora.bench.protocol import evaluate
-from unziplora.bench.workplace import Workplace
+from unziplora.bench.evaluate import evaluate
+from unziplora.bench.workspace import Workplace
 from unziplora.errors import Interrupted
 from unziplora.models.device import pick_device
 from unziplora.utils.progress import Callback, Progress
 from unziplora.utils.signals import caught
 
 if TYPE_CHECKING:
-    from unziplora.bench.run import Bench
+    from unziplora.bench.session import Bench
 
 Unit = tuple[str, str, int]
 """A method, a case's slug and a training seed."""

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.bench.report import Report, summarise
-from unziplora.bench.run import Bench, open_bench
+from unziplora.bench.session import Bench, open_bench
 from unziplora.config.bench import SEARCHED, BenchConfig
 from unziplora.errors import UserError
 from unziplora.utils.files import atomic_write

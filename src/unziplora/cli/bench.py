@@ -31,8 +31,8 @@ def run_bench(ctx: click.Context, config_file: str | None, dry_run: bool, as_jso
             text = str(found)
             result = found.model_dump(mode="json")
         else:
-            from unziplora.bench.pictures import picture_table
-            from unziplora.bench.run import bench
+            from unziplora.bench.published import picture_table
+            from unziplora.bench.session import bench
 
             report = bench(config, view)
             shown = picture_table(report) if config.pictures else str(report)
@@ -45,8 +45,8 @@ def _plan(config: BenchConfig, as_json: bool) -> None:
     """Show the settings and the cases."""
     with stdout_kept():
         from unziplora.bench.cases import choose, load_cases
-        from unziplora.bench.methods import read_settings
-        from unziplora.bench.pictures import picture_cases
+        from unziplora.bench.contenders import read_settings
+        from unziplora.bench.published import picture_cases
 
         known = picture_cases(config.pictures, 64) if config.pictures else load_cases(config.split)
         cases = choose(known, config.cases, config.quick)

@@ -13,8 +13,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from unziplora.bench.pictures import picture_cases, picture_measures, picture_table
-from unziplora.bench.run import bench
+from unziplora.bench.published import picture_cases, picture_measures, picture_table
+from unziplora.bench.session import bench
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import resolve
 from unziplora.errors import UserError
@@ -123,7 +123,7 @@ def test_the_table_has_a_row_per_method_without_the_oracle(config: BenchConfig, 
 
 
 def test_dino_sees_contents_clip_styles_and_csd_both(config: BenchConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("unziplora.bench.pictures.ImageModel", lambda kind, source, device: (kind, source))
+    monkeypatch.setattr("unziplora.bench.published.ImageModel", lambda kind, source, device: (kind, source))
     first, second = picture_measures(config.model_copy(update={"clip": "b", "dino": "c", "csd": "a"}), "cpu")
     assert (first.contents, first.styles) == (("dino", "c"), ("clip", "b"))
     assert (second.contents, second.styles) == (("csd", "a"), ("csd", "a"))

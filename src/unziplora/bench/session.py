@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from unziplora.bench.adapters import Contender
 from unziplora.bench.cases import Case, choose, load_cases
-from unziplora.bench.methods import METHODS, read_settings
+from unziplora.bench.contender import Contender
+from unziplora.bench.contenders import METHODS, read_settings
+from unziplora.bench.evaluate import evaluate
 from unziplora.bench.parallel import fill
-from unziplora.bench.pictures import picture_cases, picture_measures, picture_report, write_picture_report
-from unziplora.bench.protocol import evaluate
+from unziplora.bench.published import picture_cases, picture_measures, picture_report, write_picture_report
 from unziplora.bench.report import Report, summarise, write_report
-from unziplora.bench.workplace import Workplace
+from unziplora.bench.workspace import Workplace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import to_toml
 from unziplora.errors import Interrupted, UserError

@@ -8,12 +8,12 @@ import pytest
 import torch
 from fakes import Colours, Fake, picture
 
-from unziplora.bench import protocol
-from unziplora.bench.adapters import Adapters
+from unziplora.bench import evaluate as protocol
 from unziplora.bench.cases import Case
-from unziplora.bench.methods import METHODS
-from unziplora.bench.protocol import Ask, asks, draw, evaluate, score
-from unziplora.bench.workplace import Workplace
+from unziplora.bench.contender import Adapters
+from unziplora.bench.contenders import METHODS
+from unziplora.bench.evaluate import Ask, asks, draw, evaluate, score
+from unziplora.bench.workspace import Workplace
 from unziplora.config.bench import ABLATION
 from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from unziplora.bench.cases import Case
-from unziplora.bench.workplace import Workplace
+from unziplora.bench.workspace import Workplace
 from unziplora.config.training import TrainingConfig
 from unziplora.formats.files import Lora
 

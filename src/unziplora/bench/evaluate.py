@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from unziplora.bench.adapters import Adapters, Contender
 from unziplora.bench.cases import Case
+from unziplora.bench.contender import Adapters, Contender
 from unziplora.bench.scores import leak, product, similarity
-from unziplora.bench.workplace import Workplace, fingerprint, plain
+from unziplora.bench.workspace import Workplace, fingerprint, plain
 from unziplora.formats.files import Lora
 from unziplora.metrics.measures import Measure
 from unziplora.models.base import Base

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unziplora.bench.adapters import Adapters, Contender, Paired
 from unziplora.bench.cases import Case
-from unziplora.bench.workplace import Workplace, fingerprint, plain
+from unziplora.bench.contender import Adapters, Contender, Paired
+from unziplora.bench.workspace import Workplace, fingerprint, plain
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.kinds import KINDS
