@@ -19,15 +19,15 @@ COMMANDS = {
     "split": "unziplora.cli.split",
     "train": "unziplora.cli.train",
     "zip": "unziplora.cli.zip",
-    "sample": "unziplora.cli.pictures",
-    "grid": "unziplora.cli.pictures",
+    "sample": "unziplora.cli.sample",
+    "grid": "unziplora.cli.sample",
     "blocks": "unziplora.cli.blocks",
     "bench": "unziplora.cli.bench",
-    "inspect": "unziplora.cli.files",
-    "convert": "unziplora.cli.files",
-    "resize": "unziplora.cli.files",
-    "doctor": "unziplora.cli.machine",
-    "demo": "unziplora.cli.machine",
+    "inspect": "unziplora.cli.inspect",
+    "convert": "unziplora.cli.inspect",
+    "resize": "unziplora.cli.inspect",
+    "doctor": "unziplora.cli.demo",
+    "demo": "unziplora.cli.demo",
 }
 """Commands in the order of the help, and the module that defines each: only the one that runs is imported."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from unziplora.cli.flags import plain
+from unziplora.cli.options import plain
 from unziplora.config.bench import BenchConfig
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig

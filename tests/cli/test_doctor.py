@@ -28,7 +28,7 @@ from unziplora.training.activations import kept_bytes
 from unziplora.training.memory import Memory, estimate, smaller
 from unziplora.training.preflight import warn_of_memory
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CARD = Device(name="cuda:0", model="Card", memory_free=23 * GIB, memory_total=24 * GIB, bf16=True)
 

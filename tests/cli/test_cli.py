@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import Field
 
 from unziplora import cli
-from unziplora.cli import flags
+from unziplora.cli import options as flags
 from unziplora.cli.output import memory_advice
 from unziplora.cli.split import split_command
 from unziplora.config.recipe import Recipe, resolve
