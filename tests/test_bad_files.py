@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from test_files import KOHYA, kohya, make, store
 
 from unziplora.errors import MachineError, UserError
-from unziplora.formats.files import Lora, read_lora, write_lora
+from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.safetensors import open_tensors
+from unziplora.lora.weights import Lora
 from unziplora.models.folder import read_header
 from unziplora.utils import files as atomic
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from unziplora.lora.layer import attention_linears
+from unziplora.lora.inject import attention_linears
 
 WIDTHS = (16, 24)  # of the two text encoders; single-file loading tells them apart by width
 SIDE = 64  # pixels

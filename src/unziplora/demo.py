@@ -12,18 +12,17 @@ from PIL import Image
 from pydantic import BaseModel
 
 from unziplora.beside import beside
-from unziplora.config.kinds import KINDS
-from unziplora.config.recipe import read_toml, resolve
+from unziplora.config.recipe import KINDS, read_toml, resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.images.preprocess import load_picture
+from unziplora.images.sheet import sheet
 from unziplora.methods.unziplora.split import split
 from unziplora.models.base import BUNDLED, Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import inspect_base
 from unziplora.models.tiny_base import save_standin
-from unziplora.sampling.grid import sheet
 from unziplora.sampling.pipeline import decode, generate_latents
 from unziplora.sampling.sample import open_session
 from unziplora.utils.files import write_png

@@ -15,7 +15,7 @@ from unziplora.bench.cases import Case, Example
 from unziplora.bench.contender import Adapters
 from unziplora.bench.workspace import Workplace
 from unziplora.config.training import TrainingConfig
-from unziplora.formats.files import Lora
+from unziplora.lora.weights import Lora
 
 
 def picture(red: int, green: int, blue: int = 0) -> Image.Image:

@@ -17,9 +17,9 @@ from unziplora.bench.workspace import Workplace
 from unziplora.config.bench import ABLATION
 from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
-from unziplora.formats.files import Lora
 from unziplora.lora.algebra import delta
-from unziplora.lora.layer import adapted
+from unziplora.lora.inject import adapted
+from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder

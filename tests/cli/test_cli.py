@@ -26,7 +26,8 @@ from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import Interrupted, MachineError
-from unziplora.formats.files import Lora, read_lora, write_lora
+from unziplora.formats.files import read_lora, write_lora
+from unziplora.lora.weights import Lora
 
 
 class Done(NamedTuple):

@@ -19,7 +19,7 @@ from unziplora.config.split import SplitConfig
 from unziplora.config.training import SDXL
 from unziplora.doctor import FITTING, GIB, Check, Device, Report, advice, examine
 from unziplora.errors import UserError
-from unziplora.lora.layer import add_lora, of_kinds
+from unziplora.lora.inject import add_lora, of_kinds
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.base import BUNDLED, load_base
 from unziplora.models.sizes import Sizes, inspect_base

@@ -11,7 +11,8 @@ from PIL import Image
 
 from unziplora.config.recipe import read_toml
 from unziplora.config.zip import ZipConfig
-from unziplora.formats.files import Lora, read_lora, write_lora
+from unziplora.formats.files import read_lora, write_lora
+from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 
 Call = Callable[..., tuple[int, str, str]]

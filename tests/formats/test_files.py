@@ -14,19 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from unziplora.errors import UserError
 from unziplora.formats import names as keys
-from unziplora.formats.files import (
-    LAYOUTS,
-    Lora,
-    blocks,
-    check_fits,
-    read_lora,
-    scale_blocks,
-    text_tensors,
-    write_lora,
-)
+from unziplora.formats.files import LAYOUTS, read_lora, write_lora
 from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import delta
-from unziplora.lora.layer import attention_linears, inject, remove
+from unziplora.lora.inject import attention_linears, inject, remove
+from unziplora.lora.weights import Lora, blocks, check_fits, scale_blocks, text_tensors
 
 Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"

@@ -10,11 +10,12 @@ from test_files import TEXT, header_of, kohya, make, same, store
 
 from unziplora.errors import UserError
 from unziplora.formats import names as keys
-from unziplora.formats.files import LAYOUTS, Lora, read_lora, text_tensors, write_lora
+from unziplora.formats.files import LAYOUTS, read_lora, write_lora
 from unziplora.formats.header import metadata_for
 from unziplora.formats.inspect import convert, inspect, resize_file
 from unziplora.formats.programs import PROGRAMS
 from unziplora.lora.algebra import delta
+from unziplora.lora.weights import Lora, text_tensors
 
 
 def full(only=""):

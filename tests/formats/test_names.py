@@ -11,7 +11,7 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import nn
 
 from unziplora.formats import names as keys
-from unziplora.lora.layer import attention_linears
+from unziplora.lora.inject import attention_linears
 
 
 def linears(unet):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from unziplora.lora.factors import joint_factors
-from unziplora.lora.layer import Branch, BranchedLinear, adapted, add_lora, attention_linears, remove
+from unziplora.lora.inject import adapted, add_lora, attention_linears, remove
+from unziplora.lora.layer import Branch, BranchedLinear
 
 RANK = 3
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unziplora.lora.layer import BranchedLinear, adapted, add_lora, attention_linears, inject, remove
+from unziplora.lora.inject import adapted, add_lora, attention_linears, inject, remove
+from unziplora.lora.layer import BranchedLinear
 
 RANK, IN, OUT = 3, 8, 6
 

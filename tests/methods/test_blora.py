@@ -13,8 +13,9 @@ from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.errors import Interrupted, UserError
-from unziplora.formats.files import blocks, read_lora
+from unziplora.formats.files import read_lora
 from unziplora.lora.blocks import BLORA_BLOCKS, read_blocks
+from unziplora.lora.weights import blocks
 from unziplora.methods.blora import BLora
 from unziplora.sampling.sources import find_source, plan
 from unziplora.training.runner import run_job

@@ -18,7 +18,7 @@ from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora
-from unziplora.lora.layer import adapted, attention_linears, remove
+from unziplora.lora.inject import adapted, attention_linears, remove
 from unziplora.methods.adapters import Setup
 from unziplora.methods.class_images import class_pictures
 from unziplora.methods.dreambooth import DreamBooth

@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import SDXL_BLOCKS
-from unziplora.lora.layer import adapted
+from unziplora.lora.inject import adapted
 from unziplora.methods.unziplora.data import Material
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.training.loss import Conditioning, Examples

@@ -10,7 +10,7 @@ from PIL import Image
 from unziplora.config.probe import ProbeConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.lora.blocks import check_blocks, read_blocks
-from unziplora.lora.layer import adapted, attention_linears
+from unziplora.lora.inject import adapted, attention_linears
 from unziplora.metrics.statistics import Statistics
 from unziplora.models.base import Base
 from unziplora.models.text import embed, embed_negative

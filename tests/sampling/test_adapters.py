@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unziplora.errors import UserError
-from unziplora.formats.files import Lora, text_tensors
 from unziplora.lora.algebra import Pair
+from unziplora.lora.weights import Lora, text_tensors
 from unziplora.models.base import Base
 from unziplora.models.text import encode_batch
 from unziplora.sampling.adapters import Mounted, Part

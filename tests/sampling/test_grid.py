@@ -8,10 +8,12 @@ from PIL import Image
 from unziplora.config.recipe import resolve
 from unziplora.config.sample import GridConfig
 from unziplora.errors import UserError
-from unziplora.formats.files import Lora, write_lora
-from unziplora.lora.layer import adapted, add_lora
+from unziplora.formats.files import write_lora
+from unziplora.images.sheet import sheet
+from unziplora.lora.inject import adapted, add_lora
+from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
-from unziplora.sampling.grid import grid, sheet
+from unziplora.sampling.grid import grid
 from unziplora.sampling.pipeline import Settings, generate
 
 
@@ -118,7 +120,7 @@ def test_prompt_grid_shows_every_prompt_with_every_seed(shared_base: Base, tmp_p
 def test_labels_tell_seeds_to_the_last_digit(shared_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     told: list[list[str]] = []
     monkeypatch.setattr(
-        "unziplora.sampling.grid.sheet", lambda pictures, down, across: told.append(across) or sheet(pictures)
+        "unziplora.images.sheet.sheet", lambda pictures, down, across: told.append(across) or sheet(pictures)
     )
     seeds = [1234567, 1234568]
     grid(GridConfig(prompts=["a cat"], seeds=seeds, steps=1, out=tmp_path / "g.png"), shared_base)

@@ -6,12 +6,14 @@ import torch
 from PIL import Image
 from tiny import random_lora
 
+from unziplora.config.sample import SCHEDULERS
 from unziplora.errors import MachineError, OutOfMemory, UserError
-from unziplora.lora.layer import BranchedLinear, adapted, add_lora, attention_linears
+from unziplora.lora.inject import adapted, add_lora, attention_linears
+from unziplora.lora.layer import BranchedLinear
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import Settings, decode, generate, generate_latents
-from unziplora.sampling.schedulers import SCHEDULERS, make_scheduler
+from unziplora.sampling.schedulers import make_scheduler
 
 FAST = Settings(steps=2)
 CAT = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")

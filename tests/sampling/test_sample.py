@@ -14,10 +14,11 @@ from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import SDXL
 from unziplora.errors import MachineError, UserError
-from unziplora.formats.files import Lora, read_lora, write_lora
+from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.safetensors import body_hash, open_tensors
 from unziplora.lora.algebra import fold_output
-from unziplora.lora.layer import adapted, add_lora, attention_linears
+from unziplora.lora.inject import adapted, add_lora, attention_linears
+from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import Settings, generate_latents

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 from unziplora.bench.cases import Case
 from unziplora.bench.workspace import Workplace
 from unziplora.config.training import TrainingConfig
-from unziplora.formats.files import Lora
+from unziplora.lora.weights import Lora
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from unziplora.bench.contender import Adapters, Contender, Paired
 from unziplora.bench.workspace import Workplace, fingerprint, plain
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.config.kinds import KINDS
-from unziplora.config.recipe import read_toml
+from unziplora.config.recipe import KINDS, read_toml
 from unziplora.config.split import BUNDLED, PAPER, SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig

@@ -17,7 +17,7 @@ from unziplora.bench.cases import Case
 from unziplora.bench.contender import Adapters, Contender
 from unziplora.bench.scores import leak, product, similarity
 from unziplora.bench.workspace import Workplace, fingerprint, plain
-from unziplora.formats.files import Lora
+from unziplora.lora.weights import Lora
 from unziplora.metrics.measures import Measure
 from unziplora.models.base import Base
 from unziplora.models.offload import gone

@@ -17,8 +17,7 @@ from torch import Tensor
 from unziplora.bench.cases import Case, Example
 from unziplora.bench.report import Report, summarise, table
 from unziplora.config.bench import BenchConfig
-from unziplora.config.kinds import KINDS
-from unziplora.config.recipe import read_toml
+from unziplora.config.recipe import KINDS, read_toml
 from unziplora.errors import UserError
 from unziplora.images.preprocess import load_picture
 from unziplora.metrics.embedders import ImageModel

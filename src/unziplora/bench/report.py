@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from unziplora.bench.cases import Case
 from unziplora.bench.scores import CONTENT, STYLE, Figures, headline, mean_figures, spread
 from unziplora.config.bench import ABLATION, BenchConfig
-from unziplora.sampling.grid import sheet
+from unziplora.images.sheet import sheet
 from unziplora.utils.files import atomic_write, write_png
 
 ENLARGED = 2

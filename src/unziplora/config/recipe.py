@@ -12,6 +12,10 @@ from pydantic.fields import FieldInfo
 
 from unziplora.errors import UserError
 
+KINDS = ("content", "style")
+"""By name, in the order in which they choose columns."""
+
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:

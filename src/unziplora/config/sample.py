@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import math
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config.kinds import KINDS
-from unziplora.config.recipe import Precision, Recipe, key, natural_seeds
-from unziplora.sampling.schedulers import SCHEDULER_NAMES, find_name
+from unziplora.config.recipe import KINDS, Precision, Recipe, key, natural_seeds
+
+# name → diffusers class and what to change in its configuration. Latents are never clipped to −1…1.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++_2m_sde_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+}
+
+SCHEDULER_NAMES = ("base", *SCHEDULERS)
 
 Axis = Literal["auto", "prompt", "seed", "content_strength", "style_strength"]
 
@@ -181,3 +199,17 @@ def read_blocks(entries: list[str]) -> dict[str, float]:
             raise ValueError(f"{entry!r}: write block=strength, such as up_blocks.0.attentions.1=0.5")
         blocks[name.strip().strip(".")] = strength
     return blocks
+
+
+def find_name(name: str) -> str:
+    """The key of `SCHEDULERS` (or 'base') that a user means by a name such as 'DPM++ 2M Karras'.
+
+    Raises:
+        ValueError: there is none.
+    """
+    key = name.strip().lower().replace(" ", "_").replace("-", "_")
+    if key not in SCHEDULER_NAMES:
+        near = get_close_matches(key, SCHEDULER_NAMES, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown; {hint}Known are {', '.join(SCHEDULER_NAMES)}")
+    return key

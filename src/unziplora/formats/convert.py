@@ -12,9 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from unziplora.errors import UserError
-from unziplora.formats.files import DTYPES, Lora, read_lora, text_tensors, write_lora
+from unziplora.formats.files import DTYPES, read_lora, write_lora
 from unziplora.lora import algebra
 from unziplora.lora.algebra import Pair
+from unziplora.lora.weights import Lora, text_tensors
 
 T = TypeVar("T")
 

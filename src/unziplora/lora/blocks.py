@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from unziplora.config.kinds import KINDS
-from unziplora.config.recipe import read_toml
+from unziplora.config.recipe import KINDS, read_toml
 from unziplora.errors import UserError
 
 

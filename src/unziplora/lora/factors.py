@@ -7,16 +7,12 @@ backwards. For SDXL's 560 layers it is these that a GPU waits for. Of layers of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from unziplora.lora.layer import Branch, BranchedLinear
-
-Factors = tuple[Tensor, Tensor]
-"""A [R, in] and diag(columns) B [out, R] of LoRAs that read the same input, R the sum of their ranks."""
+from unziplora.lora.layer import Branch, BranchedLinear, Factors, own_factors
 
 
 class _ScaledRows(torch.autograd.Function):
@@ -33,12 +29,6 @@ class _ScaledRows(torch.autograd.Function):
         (grad,) = grads
         wanted = (grad * torch.stack(ups)).sum(-1) if ctx.needs_input_grad[0] else None
         return wanted, *(grad * columns[..., None]).unbind()
-
-
-def own_factors(branches: Sequence[Branch]) -> Factors:
-    """The factors of one layer, whose branches may have any ranks and strengths."""
-    down = torch.cat([branch.down for branch in branches])
-    return down, torch.cat([branch.columns()[:, None] * branch.up for branch in branches], dim=1)
 
 
 def joint_factors(layers: Sequence[Sequence[Branch]], dtype: torch.dtype) -> list[Factors]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unziplora.lora.factors import Factors, JointFactors, own_factors
+Factors = tuple[Tensor, Tensor]
+"""A [R, in] and diag(columns) B [out, R] of LoRAs that read the same input, R the sum of their ranks."""
 
 Observer = Callable[[Tensor, Tensor], None]
 
@@ -152,105 +153,7 @@ class _Observed(torch.autograd.Function):
         return grad @ up.to(grad.dtype) @ down.to(grad.dtype), None, None, None, None
 
 
-def adapted(unet: nn.Module) -> dict[str, BranchedLinear]:
-    """The adapted layers of a UNet by module path, such as `mid_block…attn1.to_q`."""
-    return {name: module for name, module in unet.named_modules() if isinstance(module, BranchedLinear)}
-
-
-def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
-    """Wrap the named linear layers of a UNet in place and return the adapted layers by path.
-
-    Layers that are adapted already are kept, so that several LoRAs can be added one after the other.
-
-    Raises:
-        ValueError: a path names no linear layer of this UNet.
-    """
-    layers = {}
-    for path in paths:
-        try:
-            module = unet.get_submodule(path)
-        except AttributeError:
-            raise ValueError(f"the UNet has no layer {path!r}") from None
-        if isinstance(module, nn.Linear):
-            module = BranchedLinear(module)
-            _replace(unet, path, module)
-        if not isinstance(module, BranchedLinear):
-            raise ValueError(f"{path!r} is a {type(module).__name__}, not a linear layer")
-        layers[path] = _joint_factors(unet).layers[path] = module
-    return layers
-
-
-def _joint_factors(unet: nn.Module) -> JointFactors:
-    """What computes the factors of a UNet's adapted layers together; made with the first of them."""
-    hooks = getattr(unet, "joint_factors", None)
-    if not isinstance(hooks, JointFactors):
-        hooks = JointFactors(unet)
-        unet.joint_factors = hooks  # type: ignore[assignment]
-    return hooks
-
-
-def add_lora(
-    unet: nn.Module,
-    name: str,
-    modules: Mapping[str, tuple[Tensor, Tensor]],
-    strength: float = 1.0,
-    stream: str = "full",
-) -> dict[str, Branch]:
-    """Add a LoRA given as module path → (down [r, in], up [out, r]); return its branches by path."""
-    branches = {}
-    for path, layer in inject(unet, modules).items():
-        down, up = modules[path]
-        weight = layer.base.weight
-        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
-            raise ValueError(f"{path}: the LoRA is {up.shape[0]}×{down.shape[1]}, the layer {tuple(weight.shape)}")
-        branch = Branch(down.to(weight.device), up.to(weight.device), strength, stream)
-        layer.branches[name] = branches[path] = branch
-    return branches
-
-
-def unwrap(unet: nn.Module, path: str) -> None:
-    """Put the frozen linear layer of one adapted layer back in its place."""
-    layer = unet.get_submodule(path)
-    assert isinstance(layer, BranchedLinear), f"{path} is not adapted"
-    _replace(unet, path, layer.base)
-    hooks = _joint_factors(unet)
-    hooks.layers.pop(path, None)
-    if not hooks.layers:
-        hooks.detach()
-        del unet.joint_factors
-
-
-def _replace(unet: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(unet.get_submodule(parent), child, module)
-
-
-def remove(unet: nn.Module) -> None:
-    """Take all LoRA branches off and put the frozen linear layers back, exactly as they were."""
-    for path in adapted(unet):
-        unwrap(unet, path)
-
-
-TARGETS = {
-    "attention": (".to_q", ".to_k", ".to_v", ".to_out.0"),
-    "feed-forward": (".ff.net.0.proj", ".ff.net.2"),
-    "projections": (".proj_in", ".proj_out"),
-}
-"""Kinds of linear layers in a UNet's transformers, by how their paths end."""
-
-
-def target_linears(unet: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Paths of the linear layers of some kinds (`TARGETS`) in a UNet's transformers, in module order."""
-    linears = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, BranchedLinear))]
-    return of_kinds([name for name in linears if ".attentions." in name], targets)
-
-
-def of_kinds(paths: Iterable[str], targets: Iterable[str]) -> list[str]:
-    """Those of the paths that lead to layers of some kinds (`TARGETS`)."""
-    ends = tuple(end for target in targets for end in TARGETS[target])
-    return [path for path in paths if path.endswith(ends)]
-
-
-def attention_linears(unet: nn.Module) -> list[str]:
-    """Paths of q, k, v, out of every attention of an SDXL-topology UNet, in module order (560 for SDXL)."""
-    return target_linears(unet, ["attention"])
+def own_factors(branches: Sequence[Branch]) -> Factors:
+    """The factors of one layer, whose branches may have any ranks and strengths."""
+    down = torch.cat([branch.down for branch in branches])
+    return down, torch.cat([branch.columns()[:, None] * branch.up for branch in branches], dim=1)

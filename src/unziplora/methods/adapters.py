@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from unziplora.config.training import PictureConfig, TrainingConfig
 from unziplora.images.preprocess import load_mask, load_picture, to_tensor
 from unziplora.lora.algebra import Pair, fold_output
-from unziplora.lora.layer import Branch, add_lora, inject
+from unziplora.lora.inject import add_lora, inject
+from unziplora.lora.layer import Branch
 from unziplora.methods.class_images import class_pictures
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts, embed, time_ids

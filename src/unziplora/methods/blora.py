@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unziplora.config.blora import BLoraConfig
-from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import KINDS
 from unziplora.errors import UserError
-from unziplora.formats.files import Lora
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
-from unziplora.lora.layer import attention_linears, of_kinds
+from unziplora.lora.inject import attention_linears, of_kinds
+from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import (
     Setup,
     View,

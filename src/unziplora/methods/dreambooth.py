@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.formats.files import Lora
-from unziplora.lora.layer import of_kinds, target_linears
+from unziplora.lora.inject import of_kinds, target_linears
+from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import (
     Setup,
     View,

@@ -21,8 +21,8 @@ from unziplora.models import checkpoint as base_checkpoint
 from unziplora.models import folder as base_files
 from unziplora.models.device import flush_denormals
 from unziplora.models.hub import download, names_a_model
+from unziplora.utils.files import whole
 from unziplora.utils.logging import quiet
-from unziplora.utils.paths import whole
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 FINGERPRINTED = 16_384

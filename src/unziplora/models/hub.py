@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from unziplora.config.training import HUB_ID
 from unziplora.errors import MachineError, UserError, first_line
 from unziplora.models import folder as base_files
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def names_a_model(source: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.errors import UserError, first_line
-from unziplora.lora.layer import TARGETS, target_linears
+from unziplora.lora.inject import TARGETS, target_linears
 from unziplora.models.base import BUNDLED, described, latent_side
 from unziplora.models.folder import PARTS, check_folder, read_json
 from unziplora.models.hub import names_a_model

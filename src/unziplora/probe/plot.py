@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import KINDS
+from unziplora.images.sheet import INK, PAPER, sheet
 from unziplora.probe.scores import Findings, Score
-from unziplora.sampling.grid import INK, PAPER, sheet
 
 COLOURS = {"content": (0, 114, 178), "style": (230, 159, 0)}  # told apart by colour-blind eyes too (Okabe and Ito)
 FAINT = (224, 224, 224)

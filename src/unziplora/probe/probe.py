@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.config.kinds import KINDS
 from unziplora.config.probe import ProbeConfig, WordPair
+from unziplora.config.recipe import KINDS
 from unziplora.errors import UserError
 from unziplora.lora.blocks import block_of
 from unziplora.lora.layer import STREAMS

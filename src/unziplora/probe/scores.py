@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import KINDS
 from unziplora.errors import UserError
 from unziplora.lora.blocks import BlockMap
 

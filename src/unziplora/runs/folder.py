@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from unziplora.config.kinds import KINDS
-from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
+from unziplora.config.recipe import KINDS, Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
 from unziplora.runs.resuming import absolute, differing
 from unziplora.utils.files import atomic_folder, atomic_write, explain, lock_file, write_png

@@ -12,11 +12,10 @@ from typing import Any
 
 import tomli_w
 
-from unziplora.config.kinds import KINDS
-from unziplora.config.training import PictureConfig, TrainingConfig
-from unziplora.models.hub import HUB_ID
+from unziplora.config.recipe import KINDS
+from unziplora.config.training import HUB_ID, PictureConfig, TrainingConfig
 from unziplora.runs.folder import RunFolder
-from unziplora.utils.paths import whole
+from unziplora.utils.files import whole
 
 
 @dataclass(frozen=True)

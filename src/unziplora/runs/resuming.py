@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from unziplora.config.recipe import Recipe
 from unziplora.lora.blocks import NAMED
-from unziplora.utils.paths import whole
+from unziplora.utils.files import whole
 
 R = TypeVar("R", bound=Recipe)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unziplora.errors import UserError, first_line
-from unziplora.formats.files import Lora, check_fits, check_shape, misfit, scale_blocks
-from unziplora.lora.layer import STREAMS, Branch, add_lora, unwrap
+from unziplora.lora.inject import add_lora, unwrap
+from unziplora.lora.layer import STREAMS, Branch
+from unziplora.lora.weights import Lora, check_fits, check_shape, misfit, scale_blocks
 from unziplora.models.base import Base
 from unziplora.training.text_encoder_lora import ENCODERS
 from unziplora.utils.logging import quiet

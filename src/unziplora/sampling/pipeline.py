@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.errors import OutOfMemory, UserError, first_line, out_of_memory
-from unziplora.lora.layer import BranchedLinear, inject, unwrap
+from unziplora.lora.inject import inject, unwrap
+from unziplora.lora.layer import BranchedLinear
 from unziplora.models.base import Base
 from unziplora.models.offload import reading, visiting
 from unziplora.models.text import Embeddings, Prompts, embed_negative, embed_prompts, join_rows

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import KINDS
 from unziplora.config.sample import GridConfig, SampleConfig, read_blocks
 from unziplora.errors import UserError
-from unziplora.formats.files import check_strengths, read_lora
+from unziplora.formats.files import read_lora
 from unziplora.formats.safetensors import body_hash
+from unziplora.lora.weights import check_strengths
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.folder import read_json
@@ -26,8 +27,7 @@ from unziplora.runs.folder import MERGED
 from unziplora.sampling.adapters import Mounted, Part
 from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate, generate_latents
 from unziplora.sampling.sources import Source, choose_base, find_source, guidance, plan, with_metadata
-from unziplora.utils.files import atomic_write
-from unziplora.utils.paths import whole
+from unziplora.utils.files import atomic_write, whole
 
 __all__ = ["Session", "Settings", "StepCallback", "decode", "generate", "generate_latents", "open_session", "sample"]
 

@@ -3,45 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from unziplora.config.sample import SCHEDULERS, find_name
 from unziplora.errors import UserError
 
 if TYPE_CHECKING:
     from unziplora.models.base import Base
-
-# name → diffusers class and what to change in its configuration. Latents are never clipped to −1…1.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "dpm++_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm++_2m_sde_karras": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-    ),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-}
-SCHEDULER_NAMES = ("base", *SCHEDULERS)
-
-
-def find_name(name: str) -> str:
-    """The key of `SCHEDULERS` (or 'base') that a user means by a name such as 'DPM++ 2M Karras'.
-
-    Raises:
-        ValueError: there is none.
-    """
-    key = name.strip().lower().replace(" ", "_").replace("-", "_")
-    if key not in SCHEDULER_NAMES:
-        near = get_close_matches(key, SCHEDULER_NAMES, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown; {hint}Known are {', '.join(SCHEDULER_NAMES)}")
-    return key
 
 
 def make_scheduler(base: Base, name: str = "base") -> Any:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from unziplora.config.kinds import KINDS
-from unziplora.config.recipe import read_toml
+from unziplora.config.recipe import KINDS, read_toml
 from unziplora.config.sample import SampleConfig
 from unziplora.config.templates import fill
 from unziplora.config.training import SDXL

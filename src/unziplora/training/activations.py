@@ -13,8 +13,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unziplora.config.kinds import KINDS
-from unziplora.lora.layer import STREAMS, add_lora, attention_linears
+from unziplora.config.recipe import KINDS
+from unziplora.lora.inject import add_lora, attention_linears
+from unziplora.lora.layer import STREAMS
 from unziplora.utils.logging import quiet
 
 TOKENS = 77

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from PIL import Image
 from torch import Tensor
 
-from unziplora.formats.files import Lora
+from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import Setup, View
 from unziplora.runs.model_card import About
 

@@ -18,9 +18,10 @@ from accelerate.state import AcceleratorState
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import Interrupted, OutOfMemory, UserError
 from unziplora.formats.families import sdxl_sized
-from unziplora.formats.files import Lora, write_lora
+from unziplora.formats.files import write_lora
 from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import shape
+from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import Setup
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype

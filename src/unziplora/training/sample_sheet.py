@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 from unziplora.config.training import TrainingConfig
+from unziplora.images.sheet import GAP, LARGEST, sheet
 from unziplora.models.base import Base
-from unziplora.sampling.grid import GAP, LARGEST, sheet
 from unziplora.sampling.pipeline import Settings, generate
 from unziplora.training.method import Method
 

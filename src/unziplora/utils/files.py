@@ -129,3 +129,8 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def whole(path: Path) -> Path:
+    """An absolute path whose links keep their names: in the hub's cache they lead to files without a suffix."""
+    return Path(os.path.abspath(path))

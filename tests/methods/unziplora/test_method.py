@@ -11,7 +11,7 @@ from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
-from unziplora.lora.layer import adapted, remove
+from unziplora.lora.inject import adapted, remove
 from unziplora.methods.unziplora.data import Material
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.training.loss import Conditioning, Examples, denoising_loss, generator, shifted, snr_weights
@@ -228,7 +228,7 @@ def test_paper_preset_reproduces_the_published_start(tiny_base):
 
 
 def test_export_is_what_the_run_computes(fresh_base):
-    from unziplora.lora.layer import add_lora
+    from unziplora.lora.inject import add_lora
 
     base = fresh_base()
     method = build(base, alpha=1.0)

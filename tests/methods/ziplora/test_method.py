@@ -22,10 +22,12 @@ from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import Interrupted, UserError
-from unziplora.formats.files import Lora, read_lora, text_tensors, write_lora
+from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import Pair, delta
-from unziplora.lora.layer import Branch, attention_linears, remove
+from unziplora.lora.inject import attention_linears, remove
+from unziplora.lora.layer import Branch
+from unziplora.lora.weights import Lora, text_tensors
 from unziplora.methods.adapters import Setup
 from unziplora.methods.class_images import FIRST_SEED
 from unziplora.methods.ziplora.inputs import complete, merge, read_loras

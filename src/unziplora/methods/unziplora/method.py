@@ -14,11 +14,11 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 
-from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import KINDS
 from unziplora.config.split import SplitConfig
-from unziplora.formats.files import Lora
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
-from unziplora.lora.layer import attention_linears, of_kinds
+from unziplora.lora.inject import attention_linears, of_kinds
+from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import (
     Setup,
     View,

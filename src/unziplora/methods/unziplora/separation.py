@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import KINDS
 from unziplora.lora.layer import Branch
 from unziplora.methods.unziplora.columns import Scores, choose, columns_held, orthogonality
 

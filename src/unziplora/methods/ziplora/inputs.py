@@ -11,14 +11,14 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from unziplora.config.kinds import KINDS
-from unziplora.config.recipe import resolve
+from unziplora.config.recipe import KINDS, resolve
 from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import UserError
-from unziplora.formats.files import Lora, format_shape, read_lora, text_tensors
+from unziplora.formats.files import read_lora
 from unziplora.formats.safetensors import read_header
 from unziplora.images.preprocess import to_tensor
 from unziplora.lora.algebra import Pair, cat, scale, shape
+from unziplora.lora.weights import Lora, format_shape, text_tensors
 from unziplora.methods.adapters import Setup
 from unziplora.methods.class_images import FIRST_SEED
 from unziplora.models.text import Prompts

@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import KINDS
 from unziplora.config.training import style_words
 from unziplora.config.zip import ZipConfig
-from unziplora.formats.files import Lora, check_fits
 from unziplora.images.preprocess import load_picture
-from unziplora.lora.layer import Branch, add_lora
+from unziplora.lora.inject import add_lora
+from unziplora.lora.layer import Branch
+from unziplora.lora.weights import Lora, check_fits
 from unziplora.methods.adapters import Setup, View, folded, switched_off
 from unziplora.methods.unziplora.columns import orthogonality
 from unziplora.methods.ziplora.inputs import Learnt, check_zippable, learnt, merge, read_loras, shared_layers

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from unziplora.config.kinds import KINDS
+from unziplora.config.recipe import KINDS
 from unziplora.config.zip import ZipConfig
-from unziplora.formats.files import Lora
 from unziplora.formats.header import LAYERS_KEY
+from unziplora.lora.weights import Lora
 from unziplora.methods.ziplora.inputs import complete, merge, read_loras
 from unziplora.methods.ziplora.method import ZipLora
 from unziplora.runs.folder import RunFolder
