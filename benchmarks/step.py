@@ -38,8 +38,9 @@ from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.methods.unziplora.data import Material
 from unziplora.methods.unziplora.method import UnZipLora
+from unziplora.models.text import Conditioning
 from unziplora.training.cuda_graphs import FIRST, Recorder
-from unziplora.training.loss import Conditioning, Examples, denoising_loss, generator
+from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.trainer import Trainer
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -24,8 +24,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
 from unziplora.config.split import SplitConfig
-from unziplora.methods.unziplora.method import UnZipLora
-from unziplora.methods.unziplora.split import split
+from unziplora.methods.unziplora.method import UnZipLora, split
 from unziplora.models.checkpoint import clip_tokenizer
 from unziplora.models.folder import PARTS, read_json
 from unziplora.models.sizes import FULL_SIZE, build_part, inspect_base

@@ -9,7 +9,7 @@ from PIL import Image
 
 from unziplora.config.split import SplitConfig
 from unziplora.formats.files import read_lora
-from unziplora.methods.unziplora.split import split
+from unziplora.methods.unziplora.method import split
 from unziplora.models.base import load_base
 
 pytestmark = [

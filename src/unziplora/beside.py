@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from unziplora.config.recipe import to_toml
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError
-from unziplora.runs.resuming import absolute
+from unziplora.runs.folder import absolute
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from unziplora.config.split import PRESETS, SplitConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.images.preprocess import load_picture
 from unziplora.images.sheet import sheet
-from unziplora.methods.unziplora.split import split
+from unziplora.methods.unziplora.method import split
 from unziplora.models.base import BUNDLED, Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import inspect_base

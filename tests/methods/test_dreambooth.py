@@ -19,7 +19,6 @@ from unziplora.config.recipe import resolve
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora
 from unziplora.lora.inject import adapted, attention_linears, remove
-from unziplora.methods.adapters import Setup
 from unziplora.methods.class_images import class_pictures
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.models.base import Base
@@ -28,6 +27,7 @@ from unziplora.sampling.pipeline import Settings
 from unziplora.sampling.sample import sample
 from unziplora.training import text_encoder_lora as text_lora
 from unziplora.training.loss import denoising_loss, generator
+from unziplora.training.method import Setup
 from unziplora.training.runner import run_job
 from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress

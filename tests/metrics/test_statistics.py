@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from unziplora.errors import UserError
-from unziplora.metrics.statistics import Clip, Statistics
+from unziplora.metrics.clip import Clip
+from unziplora.metrics.statistics import Statistics
 
 Shape = Callable[[ImageDraw.ImageDraw, str], None]
 

@@ -11,7 +11,8 @@ from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.lora.inject import adapted
 from unziplora.methods.unziplora.data import Material
 from unziplora.methods.unziplora.method import UnZipLora
-from unziplora.training.loss import Conditioning, Examples
+from unziplora.models.text import Conditioning
+from unziplora.training.loss import Examples
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from unziplora.images.preprocess import to_tensor
-from unziplora.models.text import Prompts, embed
-from unziplora.models.vae import encode_pictures, loss_weights, picture_conditioning
+from unziplora.models.text import Prompts, embed, picture_conditioning
+from unziplora.models.vae import encode_pictures
 from unziplora.sampling.pipeline import decode
+from unziplora.training.loss import loss_weights
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
-from unziplora.methods.unziplora.split import split
+from unziplora.methods.unziplora.method import split
 from unziplora.methods.ziplora.inputs import complete
-from unziplora.methods.ziplora.zip import zip_loras
+from unziplora.methods.ziplora.method import zip_loras
 from unziplora.training.runner import run_job
 
 ORACLE_TIMES = 3

@@ -14,8 +14,7 @@ from unziplora.config.bench import BenchConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base
-from unziplora.runs.folder import RunFolder
-from unziplora.runs.resuming import differing
+from unziplora.runs.folder import RunFolder, differing
 from unziplora.utils.files import atomic_write, write_png
 from unziplora.utils.progress import Callback
 

@@ -34,7 +34,7 @@ def run_zip(
         _plan(config, as_json)
         return
     with stdout_kept(), memory_advice(config), show(quiet) as progress:
-        from unziplora.methods.ziplora.zip import zip_loras
+        from unziplora.methods.ziplora.method import zip_loras
 
         run = zip_loras(config, resume=resume, progress=progress)
     tell_result(run, as_json)

@@ -3,105 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from PIL import Image
 from torch import Tensor, nn
 
-from unziplora.config.training import PictureConfig, TrainingConfig
-from unziplora.images.preprocess import load_mask, load_picture, to_tensor
+from unziplora.config.training import PictureConfig
 from unziplora.lora.algebra import Pair, fold_output
 from unziplora.lora.inject import add_lora, inject
 from unziplora.lora.layer import Branch
-from unziplora.methods.class_images import class_pictures
-from unziplora.models.base import Base
-from unziplora.models.text import Prompts, embed, time_ids
-from unziplora.models.vae import encode_pictures, loss_weights, picture_conditioning, to_device
-from unziplora.sampling.pipeline import Settings
-from unziplora.training.loss import Examples, generator
+from unziplora.training.loss import generator
 
 Branches = dict[str, Branch]
 """The branches of one LoRA by module path."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a method is built with.
-
-    Attributes:
-        base: frozen, without LoRAs.
-        size: side of the training pictures in pixels.
-        autocast: context of the forward passes.
-        report: tells the user something worth a line.
-        resumed: a checkpoint will be loaded next, with all that was learnt before it.
-    """
-
-    base: Base
-    size: int
-    autocast: Callable[[], AbstractContextManager[object]]
-    report: Callable[[str], None]
-    resumed: bool = False
-
-    def noise_schedule(self) -> DDPMScheduler:
-        """How the base was trained to see noise."""
-        return DDPMScheduler.from_config(self.base.scheduler.config)
-
-    def make_room(self, config: TrainingConfig, keep_text: bool = False) -> None:
-        """Make room for training the UNet, once all pictures are encoded: the encoders go to the CPU.
-
-        The text encoders stay where they are needed in every step (`keep_text`). Gradient checkpointing begins here,
-        if the recipe asks for it.
-        """
-        for module in (self.base.vae, *(() if keep_text else self.base.text_encoders)):
-            module.to("cpu")
-        if config.gradient_checkpointing:
-            self.base.unet.enable_gradient_checkpointing()
-
-
-@dataclass(frozen=True)
-class View:
-    """A column of the sample sheet: prompts, and the LoRAs (by name) that are switched off for it."""
-
-    title: str
-    prompts: Prompts
-    off: tuple[str, ...] = field(default=())
-
-
-def load_pictures(config: PictureConfig, size: int) -> list[Image.Image]:
-    """The configured pictures, square, of a side in pixels."""
-    return [load_picture(path, size) for path in config.images]
-
-
-def picture_examples(
-    setup: Setup, config: PictureConfig, pictures: list[Image.Image], prompts: Prompts | list[str]
-) -> Examples:
-    """The pictures as latents, the prompts (for all, or one each) as conditioning, masks as weights of the loss."""
-    latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
-    masks = [load_mask(m, setup.size, picture=p) for m, p in zip(config.masks, config.images, strict=False)]
-    weights = loss_weights(masks, latents, config.background_weight)
-    if isinstance(prompts, Prompts):
-        seen = picture_conditioning(setup.base, prompts, setup.size, len(pictures))
-    else:
-        seen = embed(setup.base, prompts).with_time_ids(time_ids(setup.size, setup.size, len(pictures)))
-    return to_device(Examples(latents, seen, weights), setup.base)
-
-
-def class_examples(
-    setup: Setup, config: TrainingConfig, prompts: Prompts, count: int, folder: Path | None = None
-) -> Examples:
-    """Class pictures by the base itself, as latents, for prior preservation (DreamBooth, arXiv 2208.12242)."""
-    size = setup.size
-    settings = Settings.square(
-        size, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.batch_size
-    )
-    pictures = class_pictures(setup.base, prompts.full, count, settings, setup.report, folder)
-    latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
-    return to_device(Examples(latents, picture_conditioning(setup.base, prompts, size, count)), setup.base)
 
 
 def new_branches(

@@ -16,22 +16,12 @@ from unziplora.errors import UserError
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, of_kinds
 from unziplora.lora.weights import Lora
-from unziplora.methods.adapters import (
-    Setup,
-    View,
-    branch_state,
-    folded,
-    load_branch_state,
-    load_pictures,
-    matrices,
-    new_branches,
-    picture_examples,
-    switched_off,
-)
+from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
+from unziplora.methods.data import load_pictures, picture_examples
 from unziplora.models.text import Prompts
 from unziplora.runs.model_card import About, File, picture_count
 from unziplora.training.loss import Examples, denoising_loss, generator
-from unziplora.training.method import Method
+from unziplora.training.method import Method, Setup, View
 
 
 class BLora(Method[BLoraConfig]):

@@ -14,23 +14,12 @@ from torch import Tensor, nn
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.lora.inject import of_kinds, target_linears
 from unziplora.lora.weights import Lora
-from unziplora.methods.adapters import (
-    Setup,
-    View,
-    branch_state,
-    class_examples,
-    folded,
-    load_branch_state,
-    load_pictures,
-    matrices,
-    new_branches,
-    picture_examples,
-    switched_off,
-)
+from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
+from unziplora.methods.data import class_examples, load_pictures, picture_examples
 from unziplora.models.text import Prompts
 from unziplora.runs.model_card import About, File, picture_count
 from unziplora.training.loss import Examples, denoising_loss, generator
-from unziplora.training.method import Method
+from unziplora.training.method import Method, Setup, View
 from unziplora.training.text_encoder_lora import TextLora
 
 GIVES = {"content": "the content", "style": "the style", "lora": "content and style in one"}

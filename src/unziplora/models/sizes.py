@@ -15,7 +15,7 @@ from unziplora.lora.inject import TARGETS, target_linears
 from unziplora.models.base import BUNDLED, described, latent_side
 from unziplora.models.folder import PARTS, check_folder, read_json
 from unziplora.models.hub import names_a_model
-from unziplora.training.text_encoder_lora import TARGETS as TEXT_TARGETS
+from unziplora.models.text import TARGETS as TEXT_TARGETS
 from unziplora.utils.logging import quiet
 
 FULL_SIZE = BUNDLED / "sdxl"

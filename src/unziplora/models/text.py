@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch import Tensor
 from unziplora.errors import UserError
 from unziplora.models.base import Base
 from unziplora.models.offload import reading
-from unziplora.training.loss import Conditioning
 from unziplora.utils.logging import quiet
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -140,3 +143,38 @@ def _warn_if_cut(base: Base, text: str) -> None:
     if lost := cut(base, text):
         limit = base.tokenizers[0].model_max_length - 2
         warnings.warn(f"prompt {text[:40]!r}…: CLIP reads {limit} tokens; not read: {lost!r}", stacklevel=4)
+
+
+class ConditioningSource(Protocol):
+    """The conditioning of pictures, as far as a step asks for it."""
+
+    def take(self, index: Tensor) -> Conditioning:
+        """The rows at these indices."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told about B pictures.
+
+    Attributes:
+        tokens: token embeddings [B, T, D], or three joined on the feature axis [B, T, 3·D].
+        pooled: pooled embedding of the full prompt, [B, P].
+        time_ids: original size, crop and target size, [B, 6].
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+
+    def take(self, index: Tensor) -> Conditioning:
+        """The rows at these indices."""
+        return Conditioning(self.tokens[index], self.pooled[index], self.time_ids[index])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
+        """The same on another device and in another number format."""
+        return Conditioning(*(x.to(device, dtype) for x in (self.tokens, self.pooled, self.time_ids)))
+
+
+def picture_conditioning(base: Base, prompts: Prompts, resolution: int, count: int) -> Conditioning:
+    """Conditioning of `count` uncropped square pictures of a side in pixels that share the prompts."""
+    return embed_prompts(base, prompts).repeat(count).with_time_ids(time_ids(resolution, resolution, count))

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from unziplora.models.base import Base
 from unziplora.models.offload import away
-from unziplora.models.text import Prompts, embed_prompts, time_ids
-from unziplora.training.loss import Conditioning, Examples
 
 
 @torch.no_grad()
@@ -53,26 +50,3 @@ def _statistics(base: Base, latents: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     mean, std = (latents.new_tensor(value).view(1, -1, 1, 1) for value in values)
     return mean, std
-
-
-def picture_conditioning(base: Base, prompts: Prompts, resolution: int, count: int) -> Conditioning:
-    """Conditioning of `count` uncropped square pictures of a side in pixels that share the prompts."""
-    return embed_prompts(base, prompts).repeat(count).with_time_ids(time_ids(resolution, resolution, count))
-
-
-def loss_weights(masks: Sequence[Tensor], latents: Tensor, background: float) -> Tensor | None:
-    """Weights of the loss from subject masks, N × [1, H, W] in 0…1 → [N, 1, h, w], or None without masks."""
-    if not masks:
-        return None
-    small = F.interpolate(torch.stack(list(masks)).float(), latents.shape[-2:], mode="area")
-    return background + (1 - background) * small
-
-
-def to_device(examples: Examples, base: Base) -> Examples:
-    """The examples where the UNet is, in its number format; latents stay in fp32."""
-    weights = None if examples.weights is None else examples.weights.to(base.device)
-    return Examples(
-        examples.latents.to(base.device, torch.float32),
-        examples.conditioning.to(base.device, base.dtype),
-        weights,
-    )

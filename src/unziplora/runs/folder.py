@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from unziplora.config.recipe import KINDS, Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
-from unziplora.runs.resuming import absolute, differing
-from unziplora.utils.files import atomic_folder, atomic_write, explain, lock_file, write_png
+from unziplora.lora.blocks import NAMED
+from unziplora.utils.files import atomic_folder, atomic_write, explain, lock_file, whole, write_png
 
 if TYPE_CHECKING:
     from PIL import Image
+
+R = TypeVar("R", bound=Recipe)
 
 R = TypeVar("R", bound=Recipe)
 
@@ -273,3 +275,25 @@ def loras_of(run: Path) -> dict[str, Path]:
         return {"content": merged}
     found = {kind: run for kind in KINDS if (folder / f"{kind}.safetensors").is_file()}
     return found if found and not RunFolder(folder).unfinished else dict.fromkeys(KINDS, run)
+
+
+def absolute(config: R) -> R:
+    """The same configuration with absolute paths, so that it works from any folder."""
+    paths: dict[str, Any] = {}
+    for name, value in config:
+        if isinstance(value, Path) and name != "out":
+            paths[name] = whole(value)
+        elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
+            paths[name] = [whole(item) for item in value]
+    for name in ("base", "blocks"):  # a file or folder, or a name that stays one, whatever files are called so
+        value = getattr(config, name, None)
+        if value is not None and value not in NAMED and Path(value).expanduser().exists():
+            paths[name] = str(whole(Path(value).expanduser()))
+    return config.model_copy(update=paths)
+
+
+def differing(saved: R, config: R) -> list[str]:
+    """Names of the keys in which two recipes of a kind say something else of what is learnt."""
+    one, two = absolute(saved), absolute(config)
+    skipped = two.marked("may_change")
+    return [name for name, value in two if name not in skipped and value != getattr(one, name)]

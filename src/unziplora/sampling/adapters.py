@@ -16,7 +16,7 @@ from unziplora.lora.inject import add_lora, unwrap
 from unziplora.lora.layer import STREAMS, Branch
 from unziplora.lora.weights import Lora, check_fits, check_shape, misfit, scale_blocks
 from unziplora.models.base import Base
-from unziplora.training.text_encoder_lora import ENCODERS
+from unziplora.models.text import ENCODERS
 from unziplora.utils.logging import quiet
 
 

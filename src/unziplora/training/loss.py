@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from unziplora.models.base import Base
+from unziplora.models.text import Conditioning, ConditioningSource
 from unziplora.training.cuda_graphs import predict
 
 ArrayT = TypeVar("ArrayT", Tensor, "np.ndarray[Any, Any]")
-
-
-class ConditioningSource(Protocol):
-    """The conditioning of pictures, as far as a step asks for it."""
-
-    def take(self, index: Tensor) -> Conditioning:
-        """The rows at these indices."""
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told about B pictures.
-
-    Attributes:
-        tokens: token embeddings [B, T, D], or three joined on the feature axis [B, T, 3·D].
-        pooled: pooled embedding of the full prompt, [B, P].
-        time_ids: original size, crop and target size, [B, 6].
-    """
-
-    tokens: Tensor
-    pooled: Tensor
-    time_ids: Tensor
-
-    def take(self, index: Tensor) -> Conditioning:
-        """The rows at these indices."""
-        return Conditioning(self.tokens[index], self.pooled[index], self.time_ids[index])
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
-        """The same on another device and in another number format."""
-        return Conditioning(*(x.to(device, dtype) for x in (self.tokens, self.pooled, self.time_ids)))
 
 
 @dataclass(frozen=True)
@@ -189,3 +163,35 @@ def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Te
     if kind == "epsilon":
         return (gamma / snr).clamp(max=1)  # min(SNR, γ) / SNR, also where zero terminal SNR divides by zero
     return snr.clamp(max=gamma) / (snr + 1 if kind == "v_prediction" else 1)
+
+
+def loss_weights(masks: Sequence[Tensor], latents: Tensor, background: float) -> Tensor | None:
+    """Weights of the loss from subject masks, N × [1, H, W] in 0…1 → [N, 1, h, w], or None without masks."""
+    if not masks:
+        return None
+    small = F.interpolate(torch.stack(list(masks)).float(), latents.shape[-2:], mode="area")
+    return background + (1 - background) * small
+
+
+def to_device(examples: Examples, base: Base) -> Examples:
+    """The examples where the UNet is, in its number format; latents stay in fp32."""
+    weights = None if examples.weights is None else examples.weights.to(base.device)
+    return Examples(
+        examples.latents.to(base.device, torch.float32),
+        examples.conditioning.to(base.device, base.dtype),
+        weights,
+    )
+
+
+def orthogonality(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """L⊥, the mean over layers of mean_i |m_c^i · m_s^i| (arXiv 2412.04465; means as in the code).
+
+    Args:
+        pairs: per layer, the effective scales mask ⊙ scale of the content and the style LoRA, [out] each.
+    """
+    by_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for pair in pairs:
+        by_width.setdefault(len(pair[0]), []).append(pair)
+    # Layers of a width together: SDXL has hundreds, and their kernels would cost more than their arithmetic.
+    stacks = [map(torch.stack, zip(*alike, strict=True)) for alike in by_width.values()]
+    return torch.cat([(content * style).abs().mean(1) for content, style in stacks]).mean()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
+from unziplora.config.training import TrainingConfig
 from unziplora.lora.weights import Lora
-from unziplora.methods.adapters import Setup, View
+from unziplora.models.base import Base
+from unziplora.models.text import Prompts
 from unziplora.runs.model_card import About
 
 C = TypeVar("C")
@@ -91,3 +95,46 @@ class Method(Trainable, Generic[C]):
     @abstractmethod
     def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
         """Have LoRAs of these names switched off for a while."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is built with.
+
+    Attributes:
+        base: frozen, without LoRAs.
+        size: side of the training pictures in pixels.
+        autocast: context of the forward passes.
+        report: tells the user something worth a line.
+        resumed: a checkpoint will be loaded next, with all that was learnt before it.
+    """
+
+    base: Base
+    size: int
+    autocast: Callable[[], AbstractContextManager[object]]
+    report: Callable[[str], None]
+    resumed: bool = False
+
+    def noise_schedule(self) -> DDPMScheduler:
+        """How the base was trained to see noise."""
+        return DDPMScheduler.from_config(self.base.scheduler.config)
+
+    def make_room(self, config: TrainingConfig, keep_text: bool = False) -> None:
+        """Make room for training the UNet, once all pictures are encoded: the encoders go to the CPU.
+
+        The text encoders stay where they are needed in every step (`keep_text`). Gradient checkpointing begins here,
+        if the recipe asks for it.
+        """
+        for module in (self.base.vae, *(() if keep_text else self.base.text_encoders)):
+            module.to("cpu")
+        if config.gradient_checkpointing:
+            self.base.unet.enable_gradient_checkpointing()
+
+
+@dataclass(frozen=True)
+class View:
+    """A column of the sample sheet: prompts, and the LoRAs (by name) that are switched off for it."""
+
+    title: str
+    prompts: Prompts
+    off: tuple[str, ...] = field(default=())

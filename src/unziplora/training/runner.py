@@ -22,15 +22,13 @@ from unziplora.formats.files import write_lora
 from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import shape
 from unziplora.lora.weights import Lora
-from unziplora.methods.adapters import Setup
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import must_be_fetched
-from unziplora.runs.folder import RunFolder
+from unziplora.runs.folder import RunFolder, differing
 from unziplora.runs.model_card import About, base_name, card, folder_argument, shared_settings
-from unziplora.runs.resuming import differing
 from unziplora.training.cuda_graphs import recording
-from unziplora.training.method import Method
+from unziplora.training.method import Method, Setup
 from unziplora.training.preflight import check_job, check_resolution, warn_of_memory
 from unziplora.training.sample_sheet import sample_sheet
 from unziplora.training.trainer import StepReport, Trainer, train

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from unziplora.formats.names import text_module
 from unziplora.models.base import Base
-from unziplora.models.text import encode_each
-from unziplora.training.loss import Conditioning, Examples, generator
+from unziplora.models.text import ENCODERS, TARGETS, Conditioning, encode_each
+from unziplora.training.loss import Examples, generator
 
 if TYPE_CHECKING:
     from unziplora.config.training import PictureConfig
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)

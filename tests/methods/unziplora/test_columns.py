@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from unziplora.methods.unziplora.columns import Scores, choose, columns_held, orthogonality, phase
+from unziplora.methods.unziplora.columns import Scores, choose, columns_held, phase
+from unziplora.training.loss import orthogonality
 
 
 def mask(*bits: int) -> torch.Tensor:

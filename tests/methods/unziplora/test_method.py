@@ -14,7 +14,8 @@ from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
 from unziplora.lora.inject import adapted, remove
 from unziplora.methods.unziplora.data import Material
 from unziplora.methods.unziplora.method import UnZipLora
-from unziplora.training.loss import Conditioning, Examples, denoising_loss, generator, shifted, snr_weights
+from unziplora.models.text import Conditioning
+from unziplora.training.loss import Examples, denoising_loss, generator, shifted, snr_weights
 from unziplora.training.trainer import Trainer, train
 
 TINY = {"rank": 2, "steps": 9, "column_periods": 3, "column_warmup": 1, "score_timesteps": 2, "checkpoint_every": 0}

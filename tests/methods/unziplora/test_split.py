@@ -18,10 +18,10 @@ from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, OutOfMemory, UserError
 from unziplora.formats.files import read_lora
 from unziplora.images.sheet import GAP, LARGEST
-from unziplora.methods.adapters import View
-from unziplora.methods.unziplora.split import split
+from unziplora.methods.unziplora.method import split
 from unziplora.models.text import Prompts
 from unziplora.training import runner as job
+from unziplora.training.method import View
 from unziplora.training.sample_sheet import LONGEST, _visible, sample_sheet
 from unziplora.utils.progress import Progress
 

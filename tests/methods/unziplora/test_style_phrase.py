@@ -18,16 +18,14 @@ from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora
 from unziplora.images.filters import FILTERS
-from unziplora.methods.adapters import Setup
-from unziplora.methods.unziplora.method import UnZipLora
-from unziplora.methods.unziplora.split import split
+from unziplora.methods.unziplora.method import UnZipLora, split
 from unziplora.methods.unziplora.style_phrase import learn_phrase, teach_encoders
 from unziplora.methods.unziplora.textual_inversion import Phrase, embeddings
 from unziplora.models.base import Base, load_base
-from unziplora.models.text import Prompts, embed, encode_batch
-from unziplora.models.vae import picture_conditioning
+from unziplora.models.text import Prompts, embed, encode_batch, picture_conditioning
 from unziplora.sampling.sample import sample
 from unziplora.training.loss import Examples, denoising_loss, generator
+from unziplora.training.method import Setup
 from unziplora.utils.progress import Progress
 
 Make = Callable[..., SplitConfig]

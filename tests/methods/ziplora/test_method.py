@@ -28,11 +28,9 @@ from unziplora.lora.algebra import Pair, delta
 from unziplora.lora.inject import attention_linears, remove
 from unziplora.lora.layer import Branch
 from unziplora.lora.weights import Lora, text_tensors
-from unziplora.methods.adapters import Setup
 from unziplora.methods.class_images import FIRST_SEED
 from unziplora.methods.ziplora.inputs import complete, merge, read_loras
-from unziplora.methods.ziplora.method import ZipLora, scale_input
-from unziplora.methods.ziplora.zip import zip_loras
+from unziplora.methods.ziplora.method import ZipLora, scale_input, zip_loras
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
 from unziplora.runs.folder import loras_of
@@ -42,6 +40,7 @@ from unziplora.sampling.sample import sample
 from unziplora.sampling.sources import find_source, plan
 from unziplora.training import runner as job
 from unziplora.training.loss import generator
+from unziplora.training.method import Setup
 from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
 

@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.config.split import SplitConfig
-from unziplora.methods.adapters import Setup, class_examples, load_pictures, picture_examples
+from unziplora.methods.data import class_examples, load_pictures, picture_examples
 from unziplora.methods.unziplora.style_phrase import learn_words
-from unziplora.models.text import Prompts
-from unziplora.models.vae import picture_conditioning, to_device
-from unziplora.training.loss import Conditioning, Examples
+from unziplora.models.text import Conditioning, Prompts, picture_conditioning
+from unziplora.training.loss import Examples, to_device
+from unziplora.training.method import Setup
 from unziplora.training.text_encoder_lora import TextLora
 
 

@@ -19,23 +19,16 @@ from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, of_kinds
 from unziplora.lora.weights import Lora
-from unziplora.methods.adapters import (
-    Setup,
-    View,
-    branch_state,
-    folded,
-    load_branch_state,
-    matrices,
-    new_branches,
-    switched_off,
-)
-from unziplora.methods.unziplora.columns import Phase, phase
+from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
+from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
 from unziplora.methods.unziplora.data import Material, check_prompts, gather
-from unziplora.methods.unziplora.separation import ColumnSeparation
 from unziplora.models.text import Prompts
+from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, File, picture_count
 from unziplora.training.loss import Examples, denoising_loss, generator
-from unziplora.training.method import Method
+from unziplora.training.method import Method, Setup, View
+from unziplora.training.runner import run_job
+from unziplora.utils.progress import Callback
 
 FP16_SCALE = 2.0**16
 """What torch's gradient scaler begins with."""
@@ -277,3 +270,11 @@ class UnZipLora(Method[SplitConfig]):
             View(f"content, {style}", Prompts(f"{words['content']} in {style} style"), off=("style",)),
             View(f"style, {subject}", Prompts(config.fill(f"a {subject} in {{style}} style")), off=("content",)),
         ]
+
+
+def split(config: SplitConfig, resume: bool = False, progress: Callback | None = None) -> RunFolder:
+    """Train a content and a style LoRA on the configured picture and write them into a run folder.
+
+    Arguments and errors are those of `run_job`.
+    """
+    return run_job(UnZipLora, config, resume, progress)

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from unziplora.images.filters import filtered
 from unziplora.images.preprocess import to_tensor
-from unziplora.methods.adapters import Setup
 from unziplora.methods.unziplora.textual_inversion import Phrase
 from unziplora.models.base import Base
 from unziplora.models.offload import visiting
-from unziplora.models.text import encode_batch, join_streams
-from unziplora.models.vae import encode_pictures, to_device
+from unziplora.models.text import Conditioning, encode_batch, join_streams
+from unziplora.models.vae import encode_pictures
 from unziplora.training.cuda_graphs import recording
-from unziplora.training.loss import Conditioning, Examples, denoising_loss, generator
+from unziplora.training.loss import Examples, denoising_loss, generator, to_device
+from unziplora.training.method import Setup
 from unziplora.training.optimizers import make_schedule
 from unziplora.training.text_encoder_lora import TextLora
 

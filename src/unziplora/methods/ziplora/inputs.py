@@ -19,14 +19,14 @@ from unziplora.formats.safetensors import read_header
 from unziplora.images.preprocess import to_tensor
 from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.lora.weights import Lora, format_shape, text_tensors
-from unziplora.methods.adapters import Setup
 from unziplora.methods.class_images import FIRST_SEED
-from unziplora.models.text import Prompts
-from unziplora.models.vae import encode_pictures, picture_conditioning, to_device
+from unziplora.models.text import Prompts, picture_conditioning
+from unziplora.models.vae import encode_pictures
 from unziplora.sampling.adapters import Mounted, Part
 from unziplora.sampling.pipeline import Settings, generate_latents
 from unziplora.sampling.sources import Source, at_hand, common_base, find_source, with_metadata
-from unziplora.training.loss import Examples
+from unziplora.training.loss import Examples, to_device
+from unziplora.training.method import Setup
 
 
 def complete(config: ZipConfig) -> ZipConfig:

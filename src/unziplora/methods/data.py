@@ -1,0 +1,48 @@
+"""Images and prompts encoded once, as examples to learn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from unziplora.config.training import PictureConfig, TrainingConfig
+from unziplora.images.preprocess import load_mask, load_picture, to_tensor
+from unziplora.methods.class_images import class_pictures
+from unziplora.models.text import Prompts, embed, picture_conditioning, time_ids
+from unziplora.models.vae import encode_pictures
+from unziplora.sampling.pipeline import Settings
+from unziplora.training.loss import Examples, loss_weights, to_device
+from unziplora.training.method import Setup
+
+
+def load_pictures(config: PictureConfig, size: int) -> list[Image.Image]:
+    """The configured pictures, square, of a side in pixels."""
+    return [load_picture(path, size) for path in config.images]
+
+
+def picture_examples(
+    setup: Setup, config: PictureConfig, pictures: list[Image.Image], prompts: Prompts | list[str]
+) -> Examples:
+    """The pictures as latents, the prompts (for all, or one each) as conditioning, masks as weights of the loss."""
+    latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
+    masks = [load_mask(m, setup.size, picture=p) for m, p in zip(config.masks, config.images, strict=False)]
+    weights = loss_weights(masks, latents, config.background_weight)
+    if isinstance(prompts, Prompts):
+        seen = picture_conditioning(setup.base, prompts, setup.size, len(pictures))
+    else:
+        seen = embed(setup.base, prompts).with_time_ids(time_ids(setup.size, setup.size, len(pictures)))
+    return to_device(Examples(latents, seen, weights), setup.base)
+
+
+def class_examples(
+    setup: Setup, config: TrainingConfig, prompts: Prompts, count: int, folder: Path | None = None
+) -> Examples:
+    """Class pictures by the base itself, as latents, for prior preservation (DreamBooth, arXiv 2208.12242)."""
+    size = setup.size
+    settings = Settings.square(
+        size, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.batch_size
+    )
+    pictures = class_pictures(setup.base, prompts.full, count, settings, setup.report, folder)
+    latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
+    return to_device(Examples(latents, picture_conditioning(setup.base, prompts, size, count)), setup.base)
