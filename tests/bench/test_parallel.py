@@ -13,8 +13,8 @@ import pytest
 from fakes import make_case
 
 from unziplora.bench import parallel
+from unziplora.bench.bench import bench
 from unziplora.bench.parallel import _follow, fill, groups
-from unziplora.bench.session import bench
 from unziplora.bench.workspace import Workplace
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import Interrupted

@@ -13,8 +13,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from unziplora.bench.bench import bench
 from unziplora.bench.published import picture_cases, picture_measures, picture_table
-from unziplora.bench.session import bench
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import resolve
 from unziplora.errors import UserError

@@ -8,10 +8,10 @@ import pytest
 import torch
 from fakes import Colours, Fake
 
+from unziplora.bench.bench import bench
 from unziplora.bench.cases import Case
 from unziplora.bench.contenders import METHODS
 from unziplora.bench.report import Report, contact_sheet, markdown, summarise, table
-from unziplora.bench.session import bench
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base

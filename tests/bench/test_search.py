@@ -7,10 +7,11 @@ import pytest
 import torch
 from fakes import Colours
 
+from unziplora.bench.bench import bench
 from unziplora.bench.cases import Case
 from unziplora.bench.contender import Adapters, Paired
 from unziplora.bench.search import Setting, grid, search
-from unziplora.bench.session import bench, open_bench
+from unziplora.bench.session import open_bench
 from unziplora.bench.workspace import Workplace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.blora import BLoraConfig

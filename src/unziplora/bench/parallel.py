@@ -14,20 +14,18 @@ from dataclasses import replace
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from unziplora.bench.cases import Case
 from unziplora.bench.evaluate import evaluate
+from unziplora.bench.session import Bench
 from unziplora.bench.workspace import Workplace
 from unziplora.errors import Interrupted
 from unziplora.models.device import pick_device
 from unziplora.utils.progress import Callback, Progress
 from unziplora.utils.signals import caught
-
-if TYPE_CHECKING:
-    from unziplora.bench.session import Bench
 
 Unit = tuple[str, str, int]
 """A method, a case's slug and a training seed."""

@@ -14,6 +14,7 @@ import tomli_w
 import torch
 from pydantic import BaseModel
 
+from unziplora.bench.bench import measure
 from unziplora.bench.report import Report, summarise
 from unziplora.bench.session import Bench, open_bench
 from unziplora.config.bench import SEARCHED, BenchConfig
@@ -114,7 +115,7 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
     """
     settings = grid(config.search)
     bench = bench or open_bench(config, progress)
-    ends = bench.measure(["base", "oracle"])
+    ends = measure(bench, ["base", "oracle"])
     names: list[str] = [name for name in SEARCHED if name in config.methods and name in bench.methods]
     scores: dict[str, list[float]] = {}
     means: dict[str, list[float]] = {}
@@ -128,7 +129,7 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
         for folder, those in zip(folders, keys, strict=True):
             overrides = {**given, **best, name: those}
             place = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
-            results = replace(bench, place=place).measure([name])
+            results = measure(replace(bench, place=place), [name])
             found.append(_score(summarise(config, [*ends, *results], [bench.measures[0].name]), name))
         winner = found.index(max(found))
         scores[name], means[name] = [score for score, _ in found], [mean for _, mean in found]

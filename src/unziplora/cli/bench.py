@@ -31,8 +31,8 @@ def run_bench(ctx: click.Context, config_file: str | None, dry_run: bool, as_jso
             text = str(found)
             result = found.model_dump(mode="json")
         else:
+            from unziplora.bench.bench import bench
             from unziplora.bench.published import picture_table
-            from unziplora.bench.session import bench
 
             report = bench(config, view)
             shown = picture_table(report) if config.pictures else str(report)
