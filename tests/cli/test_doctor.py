@@ -14,10 +14,10 @@ import tiny
 import torch
 
 from unziplora import cli, doctor
+from unziplora.cli.doctor import FITTING, GIB, Check, Device, Report, advice, examine
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import SDXL
-from unziplora.doctor import FITTING, GIB, Check, Device, Report, advice, examine
 from unziplora.errors import UserError
 from unziplora.lora.inject import add_lora, of_kinds
 from unziplora.methods.unziplora.method import UnZipLora

@@ -26,7 +26,7 @@ COMMANDS = {
     "inspect": "unziplora.cli.inspect",
     "convert": "unziplora.cli.inspect",
     "resize": "unziplora.cli.inspect",
-    "doctor": "unziplora.cli.demo",
+    "doctor": "unziplora.cli.doctor",
     "demo": "unziplora.cli.demo",
 }
 """Commands in the order of the help, and the module that defines each: only the one that runs is imported."""

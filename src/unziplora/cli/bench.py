@@ -6,8 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unziplora.cli.common import config_option, dry_run_option, json_option, quiet_option
-from unziplora.cli.options import RecipeCommand, layers, options
+from unziplora.cli.options import (
+    RecipeCommand,
+    config_option,
+    dry_run_option,
+    json_option,
+    layers,
+    options,
+    quiet_option,
+)
 from unziplora.cli.output import emit, stdout_kept
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import resolve, to_toml

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import click
 
-from unziplora.cli.common import config_option, counted, dry_run_option, json_option, quiet_option
-from unziplora.cli.options import RecipeCommand, layers, options
-from unziplora.cli.output import emit, stdout_kept
+from unziplora.cli.options import (
+    RecipeCommand,
+    config_option,
+    dry_run_option,
+    json_option,
+    layers,
+    options,
+    quiet_option,
+)
+from unziplora.cli.output import counted, emit, stdout_kept
 from unziplora.config.probe import ProbeConfig
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.utils.progress import show

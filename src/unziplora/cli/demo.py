@@ -1,23 +1,12 @@
-"""`unziplora doctor` and `demo`: is this machine ready, and does it work?"""
+"""`unziplora demo`: split the images that ship with the package."""
 
 from __future__ import annotations
 
 import click
 
-from unziplora.cli.common import json_option, quiet_option
+from unziplora.cli.options import json_option, quiet_option
 from unziplora.cli.output import emit, stdout_kept
 from unziplora.utils.progress import show
-
-
-def run_doctor(online: bool, as_json: bool) -> None:
-    """Carry out `doctor`."""
-    with stdout_kept():
-        from unziplora.doctor import examine
-
-        report = examine(online=online)
-    emit(report, lambda: str(report), as_json)
-    if not report.ready:
-        raise click.exceptions.Exit(1)
 
 
 def run_demo(out: str, base: str, steps: int | None, as_json: bool, quiet: bool) -> None:
@@ -28,24 +17,6 @@ def run_demo(out: str, base: str, steps: int | None, as_json: bool, quiet: bool)
         result = demo(out, base=base, steps=steps, progress=view)
     emit(result, lambda: str(result), as_json)
 
-
-doctor_command = click.Command(
-    "doctor",
-    callback=run_doctor,
-    help="""Check whether this machine is ready, and say which settings fit it.
-
-    Versions, devices, memory, disk, optional packages, the bundled base. Nothing is sent anywhere
-    unless --online asks whether the model hub can be reached.
-
-    \b
-      unziplora doctor
-    """,
-    short_help="Check whether this machine is ready, and which settings fit it.",
-    params=[
-        click.Option(["--online"], is_flag=True, help="Also try to reach huggingface.co."),
-        json_option(),
-    ],
-)
 
 demo_command = click.Command(
     "demo",

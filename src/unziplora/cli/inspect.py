@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unziplora.cli.common import json_option
+from unziplora.cli.options import json_option
 from unziplora.cli.output import emit, stdout_kept
 from unziplora.errors import UserError
 

@@ -179,3 +179,19 @@ def _value(param: KeyOption, value: Any) -> Any:
 def layers(ctx: click.Context, config: str | None) -> list[dict[str, Any]]:
     """The keys of the TOML file, if one is named, and above them those of the command line."""
     return [read_toml(Path(config)) if config else {}, given(ctx)]
+
+
+def json_option() -> click.Option:
+    return click.Option(["--json", "as_json"], is_flag=True, help="Print the result as one JSON document.")
+
+
+def quiet_option() -> click.Option:
+    return click.Option(["--quiet", "-q"], is_flag=True, help="Show no progress and no warnings.")
+
+
+def config_option() -> click.Option:
+    return click.Option(["--config", "config_file"], metavar="FILE", help="TOML file with settings; flags win over it.")
+
+
+def dry_run_option(does: str) -> click.Option:
+    return click.Option(["--dry-run"], is_flag=True, help=f"Show all settings; {does}.")

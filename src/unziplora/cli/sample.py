@@ -7,9 +7,16 @@ from pathlib import Path
 
 import click
 
-from unziplora.cli.common import config_option, counted, dry_run_option, json_option, quiet_option
-from unziplora.cli.options import RecipeCommand, layers, options
-from unziplora.cli.output import emit, stdout_kept
+from unziplora.cli.options import (
+    RecipeCommand,
+    config_option,
+    dry_run_option,
+    json_option,
+    layers,
+    options,
+    quiet_option,
+)
+from unziplora.cli.output import counted, emit, stdout_kept
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.runs.folder import loras_of

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unziplora.cli.common import config_option, dry_run_option, json_option, quiet_option
-from unziplora.cli.options import RecipeCommand, layers, options
+from unziplora.cli.options import (
+    RecipeCommand,
+    config_option,
+    dry_run_option,
+    json_option,
+    layers,
+    options,
+    quiet_option,
+)
 from unziplora.cli.output import emit, memory_advice, note, stdout_kept
 from unziplora.config.recipe import read_toml, resolve, to_toml
 from unziplora.config.training import PictureConfig

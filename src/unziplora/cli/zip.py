@@ -7,8 +7,15 @@ from typing import Any
 
 import click
 
-from unziplora.cli.common import config_option, dry_run_option, json_option, quiet_option
-from unziplora.cli.options import RecipeCommand, layers, options
+from unziplora.cli.options import (
+    RecipeCommand,
+    config_option,
+    dry_run_option,
+    json_option,
+    layers,
+    options,
+    quiet_option,
+)
 from unziplora.cli.output import emit, memory_advice, stdout_kept
 from unziplora.cli.training import run_layers, tell_result
 from unziplora.config.recipe import resolve, to_toml

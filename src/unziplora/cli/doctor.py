@@ -1,4 +1,4 @@
-"""Is this machine ready, and which settings fit it?"""
+"""`unziplora doctor`: is this machine ready, and which settings fit it?"""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import click
 from pydantic import BaseModel
 
+from unziplora.cli.options import json_option
+from unziplora.cli.output import emit, stdout_kept
 from unziplora.utils.progress import size
 
 GIB = 2**30
@@ -29,6 +32,20 @@ SDXL_GB, SDXL_GB_CPU = 7, 14
 """What of SDXL is fetched: fp16, and for a CPU fp32."""
 
 HUB = "https://huggingface.co"
+FITTING: list[tuple[float, str]] = [
+    (19.5, ""),
+    (11.5, "--gradient-checkpointing"),
+    (9.5, "--gradient-checkpointing --optimizer adamw8bit"),
+    (7.5, "--gradient-checkpointing --optimizer adamw8bit --resolution 512"),
+]
+"""Least memory of a card in GiB, and the flags with which SDXL trains in it."""
+
+FITTING_CPU: list[tuple[float, str]] = [
+    (36, ""),
+    (21, "with --gradient-checkpointing "),
+    (13, "with --gradient-checkpointing --precision bf16 "),
+]
+"""The same of a machine's memory, of which the system takes a part."""
 
 
 class Check(BaseModel):
@@ -165,22 +182,6 @@ def advice(device: Device, bundled: bool, eight_bit: bool) -> str:
     return f"{device.model}, {gib:.0f} GiB: unziplora split PICTURE --content WORD --style WORDS {flags}".rstrip()
 
 
-FITTING: list[tuple[float, str]] = [
-    (19.5, ""),
-    (11.5, "--gradient-checkpointing"),
-    (9.5, "--gradient-checkpointing --optimizer adamw8bit"),
-    (7.5, "--gradient-checkpointing --optimizer adamw8bit --resolution 512"),
-]
-"""Least memory of a card in GiB, and the flags with which SDXL trains in it."""
-
-FITTING_CPU: list[tuple[float, str]] = [
-    (36, ""),
-    (21, "with --gradient-checkpointing "),
-    (13, "with --gradient-checkpointing --precision bf16 "),
-]
-"""The same of a machine's memory, of which the system takes a part."""
-
-
 def _python() -> Check:
     state: Literal["ok", "problem"] = "ok" if sys.version_info >= (3, 10) else "problem"
     text = f"{platform.python_version()} on {platform.platform(terse=True)}"
@@ -249,3 +250,31 @@ def _hub() -> Check:
             state="note",
             text=f"{HUB} does not answer ({error}): give --base a folder or file on this machine",
         )
+
+
+def run_doctor(online: bool, as_json: bool) -> None:
+    """Carry out `doctor`."""
+    with stdout_kept():
+        report = examine(online=online)
+    emit(report, lambda: str(report), as_json)
+    if not report.ready:
+        raise click.exceptions.Exit(1)
+
+
+doctor_command = click.Command(
+    "doctor",
+    callback=run_doctor,
+    help="""Check whether this machine is ready, and say which settings fit it.
+
+    Versions, devices, memory, disk, optional packages, the bundled base. Nothing is sent anywhere
+    unless --online asks whether the model hub can be reached.
+
+    \b
+      unziplora doctor
+    """,
+    short_help="Check whether this machine is ready, and which settings fit it.",
+    params=[
+        click.Option(["--online"], is_flag=True, help="Also try to reach huggingface.co."),
+        json_option(),
+    ],
+)
