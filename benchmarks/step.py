@@ -36,7 +36,7 @@ from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import BLORA_BLOCKS, SDXL_BLOCKS
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
-from unziplora.methods.unziplora.data import Material
+from unziplora.methods.unziplora.data import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
 from unziplora.training.cuda_graphs import FIRST, Recorder
@@ -120,7 +120,7 @@ def bare(
 def make_split(unet: UNet2DConditionModel, options: argparse.Namespace, accelerator: Accelerator) -> Trainer:
     """`split` with all three separations, past the first choice of columns."""
     config = resolve(SplitConfig, {**PLACE, **words(options), "column_periods": 1})
-    material = Material(make_examples(unet, options.latent_side, joined=True))
+    material = TrainingData(make_examples(unet, options.latent_side, joined=True))
     method = UnZipLora(unet, DDPMScheduler(), material, config, SDXL_BLOCKS, autocast=accelerator.autocast)
     trainer = Trainer(method, config, accelerator)
     for step in (config.column_warmup - 1, config.column_warmup):  # the second one scores and chooses columns

@@ -15,7 +15,7 @@ from unziplora.beside import beside
 from unziplora.config.recipe import read_toml, resolve
 from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
-from unziplora.images.preprocess import load_picture
+from unziplora.images.preprocess import load_image
 from unziplora.utils.progress import Progress
 
 
@@ -43,7 +43,7 @@ def test_the_pictures_ship_with_their_words() -> None:
     assert list(words) == ["first", "second"]
     for name, keys in words.items():
         config = resolve(SplitConfig, {"images": [demo.DEMO / f"{name}.png"], "out": "runs/x"}, keys)
-        assert load_picture(config.images[0], 64).size == (64, 64)
+        assert load_image(config.images[0], 64).size == (64, 64)
 
 
 @contextmanager

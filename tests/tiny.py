@@ -1,4 +1,4 @@
-"""A randomly initialised pipeline of SDXL's topology, small enough for tests, and its checkpoint layouts."""
+"""A randomly initialized pipeline of SDXL's topology, small enough for tests, and its checkpoint layouts."""
 
 import re
 from pathlib import Path

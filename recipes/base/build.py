@@ -160,7 +160,7 @@ def source(key: str) -> Callable[[str, dict, Path], Iterator[tuple[str, Draw]]]:
 
 
 def fit(drawing: Picture, share: float = 0.9) -> Picture | None:
-    """Crop to the drawing, centre it on a square whose share it fills, average down to 128 pixels."""
+    """Crop to the drawing, center it on a square whose share it fills, average down to 128 pixels."""
     ys, xs = np.where(drawing[..., 3] > 8)
     if len(ys) < 20:
         return None

@@ -87,7 +87,7 @@ class Stage(ABC):
         """The loss of a step and figures to log."""
 
     def after_step(self, step: int) -> None:  # noqa: B027
-        """Called after each optimiser step (averages of weights)."""
+        """Called after each optimizer step (averages of weights)."""
 
     def report(self, step: int) -> None:  # noqa: B027
         """Write sheets of samples."""
@@ -120,7 +120,7 @@ def rate(step: int, settings: StageSettings) -> float:
 
 
 def save_checkpoint(stage: Stage, step: int) -> None:
-    """Write weights and optimiser atomically to `checkpoint.pt`."""
+    """Write weights and optimizer atomically to `checkpoint.pt`."""
     state = {"step": step, "optimizer": stage.optimizer.state_dict()}
     state["modules"] = {name: module.state_dict() for name, module in stage.modules.items()}
     stage.folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ class Log:
 
 
 def update(stage: Stage, step: int) -> Figures:
-    """One optimiser step; returns the figures of the stage."""
+    """One optimizer step; returns the figures of the stage."""
     for group in stage.optimizer.param_groups:
         group.setdefault("full_lr", group["lr"])
         group["lr"] = group["full_lr"] * rate(step, stage.settings)

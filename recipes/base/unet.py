@@ -98,7 +98,7 @@ def trained_pipeline(recipe: Recipe) -> tuple[StableDiffusionXLPipeline, int]:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderTiny, pixels: np.ndarray, device: torch.device) -> Tensor:
+def encode_images(vae: AutoencoderTiny, pixels: np.ndarray, device: torch.device) -> Tensor:
     """Scaled latents [N, C, h, w] of pictures uint8 [N, R, R, 3]."""
     parts = [pixels[i : i + 64] for i in range(0, len(pixels), 64)]
     latents = torch.cat([vae.encode(to_tensor(part, device)).latents for part in parts])
@@ -138,11 +138,11 @@ class UnetStage(Stage):
         self.tokens = (recipe.world.resolution // 8 // 2) ** 2  # attention starts at the second level
         own = training_pictures(recipe)
         pictures = broad_pictures(recipe) if s.broad else own
-        self.latents = encode_pictures(self.vae, pictures.pixels, self.device)
+        self.latents = encode_images(self.vae, pictures.pixels, self.device)
         papers: list[str] = []
         if s.graded:
             graded, papers = grade_all(pictures.pixels, recipe.seed, recipe.threads)
-            self.latents = torch.cat([self.latents, encode_pictures(self.vae, graded, self.device)])
+            self.latents = torch.cat([self.latents, encode_images(self.vae, graded, self.device)])
         deck = Deck(pictures, self.world, s, papers, len(own))
         self.batches = Batches(deck, s, recipe.seed, self.text.tokenizers)
 

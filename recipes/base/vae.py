@@ -49,7 +49,7 @@ def to_tensor(pixels: np.ndarray, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderTiny, real: Tensor, first: int = 0) -> None:
+def standardize(vae: AutoencoderTiny, real: Tensor, first: int = 0) -> None:
     """Rescale the encoder's last layer so that latent channels of `real`, from `first` on, have mean 0, variance 1."""
     latents = vae.encode(real).latents.float()[:, first:]
     mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -90,7 +90,7 @@ def latent_penalty(latents: Tensor, spread: Tensor) -> Tensor:
 
 
 def edge_loss(a: Tensor, b: Tensor) -> Tensor:
-    """L1 between differences of neighbours: thin lines weigh as much as areas."""
+    """L1 between differences of neighbors: thin lines weigh as much as areas."""
     return sum(((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for d in (2, 3)), torch.zeros((), device=a.device))
 
 
@@ -160,7 +160,7 @@ class VaeStage(Stage):
         if recipe.vae.start == "pca" and not init:
             self.spread = start_as_pca(self.vae, self.pixels[::40]).to(self.device)
         elif len(self.spread):
-            standardise(self.vae, to_tensor(self.pixels[::100], self.device), self.kept)
+            standardize(self.vae, to_tensor(self.pixels[::100], self.device), self.kept)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         s, rng = self.settings, self.draw(step)

@@ -85,7 +85,7 @@ class Look:
 
     @classmethod
     def known(cls, style: str) -> Look:
-        """A style as the base has learnt it."""
+        """A style as the base has learned it."""
         return cls(style, style, STYLE_WORDS[style][0])
 
     def alike(self, other: Look) -> bool:

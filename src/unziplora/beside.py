@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from unziplora.config.recipe import to_toml
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError
-from unziplora.runs.folder import absolute
+from unziplora.runs.folder import with_absolute_paths
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def beside(config: SplitConfig, threads: int) -> Iterator[Callable[[], None]]:
     """
     with TemporaryDirectory() as place:
         recipe, said = Path(place) / "split.toml", Path(place) / "said"
-        recipe.write_text(to_toml(absolute(config)), encoding="utf-8")
+        recipe.write_text(to_toml(with_absolute_paths(config)), encoding="utf-8")
         command = [sys.executable, "-m", "unziplora", "split", "--quiet", "--json", "--config", str(recipe)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with said.open("wb") as stream:

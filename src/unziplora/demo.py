@@ -16,7 +16,7 @@ from unziplora.config.recipe import KINDS, read_toml, resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
 from unziplora.errors import Interrupted, UserError
-from unziplora.images.preprocess import load_picture
+from unziplora.images.preprocess import load_image
 from unziplora.images.sheet import sheet
 from unziplora.methods.unziplora.method import split
 from unziplora.models.base import BUNDLED, Base, load_base
@@ -133,7 +133,7 @@ def make_strip(config: SplitConfig, other: SplitConfig) -> Image.Image:
     content = f"{config.fill('a {token} {content}')} in {config.sample_style} style"
     style = config.fill(f"a {config.sample_subject} in {{style}} style")
     pictures = {
-        "input": load_picture(config.images[0], base.resolution),
+        "input": load_image(config.images[0], base.resolution),
         f"this {config.content}, {config.sample_style}": picture(
             base, config, SampleConfig(content=config.out, prompts=[content])
         ),
@@ -141,7 +141,7 @@ def make_strip(config: SplitConfig, other: SplitConfig) -> Image.Image:
             base, config, SampleConfig(style=config.out, prompts=[style])
         ),
         "both together": picture(base, config, SampleConfig(content=config.out, style=config.out)),
-        "another picture": load_picture(other.images[0], base.resolution),
+        "another picture": load_image(other.images[0], base.resolution),
         f"its {other.content} in this style": picture(base, config, SampleConfig(content=other.out, style=config.out)),
     }
     side = base.resolution * -(-READABLE // base.resolution)  # a whole multiple: small pictures, large labels

@@ -8,7 +8,7 @@ import pytest
 from fakes import Fake, make_case
 
 from unziplora.bench.cases import Case
-from unziplora.bench.workspace import Workplace
+from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import BenchConfig
 from unziplora.models.base import Base
 
@@ -35,9 +35,9 @@ def config(tmp_path: Path, tiny_folder: Path) -> BenchConfig:
 
 
 @pytest.fixture
-def place(config: BenchConfig) -> Workplace:
+def place(config: BenchConfig) -> Workspace:
     """The folder of a benchmark."""
-    return Workplace(config, config.out)
+    return Workspace(config, config.out)
 
 
 @pytest.fixture

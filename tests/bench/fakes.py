@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from unziplora.bench.cases import Case, Example
 from unziplora.bench.contender import Adapters
-from unziplora.bench.workspace import Workplace
+from unziplora.bench.workspace import Workspace
 from unziplora.config.training import TrainingConfig
 from unziplora.lora.weights import Lora
 
@@ -43,10 +43,10 @@ def make_case(slug: str, partner: str, hue: int) -> Case:
     )
 
 
-class Colours:
+class Colors:
     """Content and concept from the mean of red, style from the mean of green, as angles."""
 
-    def __init__(self, name: str = "colours") -> None:
+    def __init__(self, name: str = "colors") -> None:
         self.name, self.asked = name, 0
 
     def content(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -76,14 +76,14 @@ class Fake:
     steps: int = 1
     trained: list[tuple[str, int]] = field(default_factory=list)
 
-    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
         return [TrainingConfig(out=place.run_folder(self.name, case, seed), steps=self.steps, seed=seed)]
 
-    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         self.trained.append((case.slug, seed))
         content, style = (Lora(tiny.random_lora(self.unet, 2 * seed + n)) for n in (0, 1))
         return Adapters(content, style, prompts=("a {token} {content}", "an image in {style} style"))
 
-    def mix(self, place: Workplace, case: Case, partner: Case, seed: int) -> Adapters:
+    def mix(self, place: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
         mine = self.train(place, case, seed)
         return Adapters(mine.content, mine.style, prompts=mine.prompts)

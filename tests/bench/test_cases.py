@@ -45,11 +45,11 @@ def test_every_case_has_its_truths(case: Case):
 
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.slug)
 def test_the_oracle_sees_no_truth(case: Case):
-    learnt = [p for e in (*case.oracle_content, *case.oracle_style) for p in e.pictures]
+    learned = [p for e in (*case.oracle_content, *case.oracle_style) for p in e.pictures]
     truths = [case.picture, case.mix, *(p for e in (*case.targets, *case.others) for p in e.pictures)]
     assert len(case.oracle_content) >= 6
     assert len(case.oracle_style) == 12
-    assert len({picture.tobytes() for picture in (*learnt, *truths)}) == len(learnt) + len(truths)
+    assert len({picture.tobytes() for picture in (*learned, *truths)}) == len(learned) + len(truths)
     assert case.style not in {example.word for example in case.oracle_content}
     assert not {example.word for example in case.oracle_style} & words(case)
 
@@ -78,7 +78,7 @@ def test_the_file_is_small_and_tells_whose_drawings_it_holds():
     assert CASES.stat().st_size < 4_000_000
     with zipfile.ZipFile(CASES) as archive:
         notice, told = archive.read("NOTICE").decode(), json.loads(archive.read("cases.json"))
-    assert {entry["key"]: entry["licence"] for entry in told["attributions"]} == {
+    assert {entry["key"]: entry["license"] for entry in told["attributions"]} == {
         "noto-v1": "Apache-2.0",
         "fxemoji": "CC-BY-4.0",
     }

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import Colours, Fake, picture
+from fakes import Colors, Fake, picture
 
 from unziplora.bench import evaluate as protocol
 from unziplora.bench.cases import Case
 from unziplora.bench.contender import Adapters
 from unziplora.bench.contenders import METHODS
 from unziplora.bench.evaluate import Ask, asks, draw, evaluate, score
-from unziplora.bench.workspace import Workplace
+from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import ABLATION
 from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
@@ -63,7 +63,7 @@ class TestScore:
         cat = cases["cat"]
         truth, copy, ignored = cat.targets[1].pictures[0], cat.picture, picture(0, 160)
         ask = Ask("content", "oil", Prompts("x"), {}, (truth,))
-        right, copied, plain = score(Colours(), cat, ask, [truth, copy, ignored])
+        right, copied, plain = score(Colors(), cat, ask, [truth, copy, ignored])
         turn = np.cos((160 - 40) / 255 * np.pi / 2)  # between the truth's style and the picture's
         assert right == pytest.approx({"content": 1.0, "style": 1.0, "score": 1.0, "leak": 0.0}, abs=1e-5)
         assert copied == pytest.approx({"content": 1.0, "style": turn, "score": turn**0.5, "leak": 1 - turn}, abs=1e-5)
@@ -74,7 +74,7 @@ class TestScore:
     def test_style_alone_is_held_against_other_concepts_in_that_style(self, cases: Cases):
         cat = cases["cat"]
         ask = Ask("style", "key", Prompts("x"), {}, (picture(0, 40, 10), picture(0, 40, 30)))
-        (row,) = score(Colours(), cat, ask, [picture(200, 40, 20)])
+        (row,) = score(Colors(), cat, ask, [picture(200, 40, 20)])
         kind = np.cos(10 / 255 * np.pi / 2)
         assert row["style"] == pytest.approx(1.0, abs=1e-5)
         assert row["content"] == pytest.approx(kind, abs=1e-5)
@@ -83,11 +83,11 @@ class TestScore:
 
     def test_both_together_have_no_leak(self, cases: Cases):
         ask = Ask("both", "cat", Prompts("x"), {}, (cases["cat"].picture,))
-        assert score(Colours(), cases["cat"], ask, [cases["cat"].picture])[0].keys() == {"content", "style", "score"}
+        assert score(Colors(), cases["cat"], ask, [cases["cat"].picture])[0].keys() == {"content", "style", "score"}
 
 
 def test_drawing_uses_the_loras_and_leaves_the_base_as_it_was(
-    tiny_base: Base, fake: Fake, place: Workplace, cases: Cases
+    tiny_base: Base, fake: Fake, place: Workspace, cases: Cases
 ):
     made = fake.train(place, cases["cat"], 0)
     plain, content, both = (
@@ -102,10 +102,10 @@ def test_drawing_uses_the_loras_and_leaves_the_base_as_it_was(
 
 
 class TestEvaluate:
-    def run(self, place: Workplace, base: Base, fake: Fake, cases: Cases, *measures: Colours) -> dict[str, Any]:
-        return evaluate(place, base, measures or (Colours(),), fake, cases, cases["cat"], 0)
+    def run(self, place: Workspace, base: Base, fake: Fake, cases: Cases, *measures: Colors) -> dict[str, Any]:
+        return evaluate(place, base, measures or (Colors(),), fake, cases, cases["cat"], 0)
 
-    def test_writes_scores_of_every_picture(self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases):
+    def test_writes_scores_of_every_picture(self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases):
         found = self.run(place, tiny_base, fake, cases)
         folder = place.run_folder("fake", cases["cat"], 0)
         assert json.loads((folder / "scores.json").read_text()) == found
@@ -115,27 +115,27 @@ class TestEvaluate:
         assert all((folder / row["file"]).is_file() for row in found["pictures"])
         assert not list(folder.glob(".*"))
 
-    def test_what_is_there_is_kept(self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases):
+    def test_what_is_there_is_kept(self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases):
         first, trained = self.run(place, tiny_base, fake, cases), list(fake.trained)
         assert self.run(place, tiny_base, fake, cases) == first
         assert fake.trained == trained
 
     def test_another_measure_scores_the_same_pictures(
-        self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+        self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
         first = self.run(place, tiny_base, fake, cases)
         monkeypatch.setattr(protocol, "generate", None)
-        again = self.run(place, tiny_base, fake, cases, Colours("one"), Colours("two"))
+        again = self.run(place, tiny_base, fake, cases, Colors("one"), Colors("two"))
         assert again["measures"] == ["one", "two"]
         assert again["seconds"] == first["seconds"]
         values = [row["values"] for row in again["pictures"]]
-        assert [v["one"] for v in values] == [row["values"]["colours"] for row in first["pictures"]]
+        assert [v["one"] for v in values] == [row["values"]["colors"] for row in first["pictures"]]
 
     def test_a_measure_with_other_weights_scores_anew(
-        self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+        self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
         def asked(mark: str) -> int:
-            measure = Colours()
+            measure = Colors()
             measure.mark = mark
             self.run(place, tiny_base, fake, cases, measure)
             return measure.asked
@@ -147,17 +147,17 @@ class TestEvaluate:
         assert asked("new") == 0
 
     def test_some_of_the_measures_are_there_already(
-        self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+        self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
-        both = self.run(place, tiny_base, fake, cases, Colours("one"), Colours("two"))
+        both = self.run(place, tiny_base, fake, cases, Colors("one"), Colors("two"))
         monkeypatch.setattr(protocol, "generate", None)
         trained = list(fake.trained)
-        assert self.run(place, tiny_base, fake, cases, Colours("two")) == both
+        assert self.run(place, tiny_base, fake, cases, Colors("two")) == both
         assert fake.trained == trained
 
     @pytest.mark.parametrize("change", ["steps", "sampling", "picture"])
     def test_other_settings_are_evaluated_anew(
-        self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, change: str
+        self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases, change: str
     ):
         first = self.run(place, tiny_base, fake, cases)
         if change == "steps":
@@ -171,7 +171,7 @@ class TestEvaluate:
         assert len(fake.trained) > count
 
     def test_pictures_of_an_interrupted_sampling_are_not_taken_for_whole(
-        self, place: Workplace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+        self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
         first = self.run(place, tiny_base, fake, cases)
         fake.steps, real, calls = 2, protocol.generate, []
@@ -194,7 +194,7 @@ class TestEvaluate:
 
 class TestMethods:
     @pytest.fixture
-    def place(self, place: Workplace) -> Workplace:
+    def place(self, place: Workspace) -> Workspace:
         pair = {"steps": 2, "rank": 2, "batch_size": 1}
         told = {**pair, "sample_guidance": 3.0}  # which a merger takes over
         overrides = {"unziplora": SMALL, "blora": pair, "ziplora": {"steps": 2}} | {
@@ -202,7 +202,7 @@ class TestMethods:
         }
         return replace(place, overrides=overrides)
 
-    def test_ablation_adds_one_separation_at_a_time_to_the_same_settings(self, place: Workplace, cases: Cases):
+    def test_ablation_adds_one_separation_at_a_time_to_the_same_settings(self, place: Workspace, cases: Cases):
         more = {"phrase_steps": 3, "content_alone": 0.5, "content_variants": True, "style_alone": 0.1}
         place = replace(place, overrides={"unziplora": {**SMALL, **more}})
         seen, told = [], []
@@ -215,7 +215,7 @@ class TestMethods:
         assert seen[:4] == [(False,) * 3, (True, False, False), (True, True, False), (True,) * 3]
         assert told == [*[(0, 0.0, False, 0.0)] * 4, (3, 0.0, False, 0.0), (3, 0.5, True, 0.1)]
 
-    def test_paper_keeps_what_is_published_and_takes_the_size_from_the_base(self, place: Workplace, cases: Cases):
+    def test_paper_keeps_what_is_published_and_takes_the_size_from_the_base(self, place: Workspace, cases: Cases):
         bundled = replace(place, config=place.config.model_copy(update={"base": "bundled"}))
         (small,), (large,) = (METHODS["paper"].recipes(one, cases["cat"], 0) for one in (bundled, place))
         assert isinstance(small, SplitConfig)
@@ -230,7 +230,7 @@ class TestMethods:
         assert (small.rank, small.content_learning_rate, small.steps) == (16, 2e-3, 240)
         assert (large.rank, large.content_learning_rate, large.steps) == (64, 5e-5, 600)
 
-    def test_oracle_learns_its_pictures_with_a_prompt_each_and_longer(self, place: Workplace, cases: Cases):
+    def test_oracle_learns_its_pictures_with_a_prompt_each_and_longer(self, place: Workspace, cases: Cases):
         searched = {"dreambooth": {"content": {"steps": 7, "rank": 2}}}
         content, style = METHODS["oracle"].recipes(replace(place, overrides=searched), cases["cat"], 0)
         assert content.picture_prompts() == ["a sks cat in oil style"]
@@ -242,7 +242,7 @@ class TestMethods:
         assert [path.is_file() for path in style.images] == [True, True]
 
     @pytest.mark.parametrize("name", ["unziplora", "blora", "dreambooth", "oracle"])
-    def test_trains_once_and_gives_two_loras(self, place: Workplace, cases: Cases, name: str):
+    def test_trains_once_and_gives_two_loras(self, place: Workspace, cases: Cases, name: str):
         made = METHODS[name].train(place, cases["cat"], 0)
         files = {path: path.stat().st_mtime_ns for path in place.folder.rglob("*.safetensors")}
         assert len(files) == 2
@@ -253,7 +253,7 @@ class TestMethods:
         assert made.content.modules.keys() == again.content.modules.keys()
         assert not list(place.folder.rglob("samples/*.png"))
 
-    def test_zip_and_sum_are_made_of_the_same_dreambooth_loras(self, place: Workplace, cases: Cases):
+    def test_zip_and_sum_are_made_of_the_same_dreambooth_loras(self, place: Workspace, cases: Cases):
         cat, dog = cases["cat"], cases["dog"]
         pair = METHODS["dreambooth"].train(place, cat, 0)
         direct, zipped = (METHODS[name].train(place, cat, 0) for name in ("direct", "ziplora"))
@@ -267,13 +267,13 @@ class TestMethods:
         assert len(list(place.run_folder("ziplora", cat, 0).glob("zip-dog-*/lora.safetensors"))) == 1
         assert not (place.run_folder("dreambooth", dog, 0) / "content").exists()
 
-    def test_a_merger_of_other_loras_is_another(self, place: Workplace, cases: Cases):
+    def test_a_merger_of_other_loras_is_another(self, place: Workspace, cases: Cases):
         now = replace(place, overrides={"dreambooth": {"style": {"learning_rate": 0.5}}})
         before, after = (METHODS["ziplora"].recipes(one, cases["cat"], 0)[-1] for one in (place, now))
         assert before.out != after.out
         assert METHODS["ziplora"].recipes(place, cases["cat"], 0)[-1].out == before.out
 
-    def test_mix_takes_the_content_of_one_and_the_style_of_the_other(self, place: Workplace, cases: Cases):
+    def test_mix_takes_the_content_of_one_and_the_style_of_the_other(self, place: Workspace, cases: Cases):
         cat, dog = cases["cat"], cases["dog"]
         mixed = METHODS["unziplora"].mix(place, cat, dog, 0)
         mine, other = (METHODS["unziplora"].train(place, case, 0) for case in (cat, dog))
@@ -281,19 +281,19 @@ class TestMethods:
         assert torch.equal(mixed.content.modules[path][0], mine.content.modules[path][0])
         assert torch.equal(mixed.style.modules[path][1], other.style.modules[path][1])
 
-    def test_a_run_with_other_settings_is_not_taken_over(self, place: Workplace, cases: Cases):
+    def test_a_run_with_other_settings_is_not_taken_over(self, place: Workspace, cases: Cases):
         METHODS["unziplora"].train(place, cases["cat"], 0)
         other = replace(place, overrides={"unziplora": {**SMALL, "rank": 4}})
         with pytest.raises(UserError, match="this run was made with rank 2, not 4"):
             METHODS["unziplora"].train(other, cases["cat"], 0)
 
-    def test_a_run_of_another_picture_is_not_taken_over(self, place: Workplace, cases: Cases):
+    def test_a_run_of_another_picture_is_not_taken_over(self, place: Workspace, cases: Cases):
         METHODS["unziplora"].train(place, cases["cat"], 0)
         changed = replace(cases["cat"], picture=picture(1, 2))
         with pytest.raises(UserError, match="this run was made with images"):
             METHODS["unziplora"].train(place, changed, 0)
 
-    def test_an_interrupted_run_is_resumed(self, place: Workplace, cases: Cases):
+    def test_an_interrupted_run_is_resumed(self, place: Workspace, cases: Cases):
         (recipe,) = METHODS["unziplora"].recipes(place, cases["cat"], 0)
         asked: list[bool] = []
 

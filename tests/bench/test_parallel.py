@@ -15,7 +15,7 @@ from fakes import make_case
 from unziplora.bench import parallel
 from unziplora.bench.bench import bench
 from unziplora.bench.parallel import _follow, fill, groups
-from unziplora.bench.workspace import Workplace
+from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import Interrupted
 from unziplora.utils.progress import Progress
@@ -55,7 +55,7 @@ def slow_bench(folder: Path, config: BenchConfig) -> Any:
 
     parallel.evaluate = evaluate  # type: ignore[assignment]
     same = {"cat": "cat", "dog": "dog"}
-    return SimpleNamespace(place=Workplace(config, folder), base=None, measures=[], methods={"base": None}, cases=same)
+    return SimpleNamespace(place=Workspace(config, folder), base=None, measures=[], methods={"base": None}, cases=same)
 
 
 def test_a_stop_reaches_what_the_workers_have_been_given_already(tmp_path: Path, config: BenchConfig) -> None:
@@ -66,7 +66,7 @@ def test_a_stop_reaches_what_the_workers_have_been_given_already(tmp_path: Path,
         ended.append(time.monotonic())
         raise KeyboardInterrupt
 
-    bench: Any = SimpleNamespace(cases=cases, place=Workplace(config, tmp_path), progress=stop)
+    bench: Any = SimpleNamespace(cases=cases, place=Workspace(config, tmp_path), progress=stop)
     units = [("base", "cat", seed) for seed in range(6)]
     with pytest.raises(KeyboardInterrupt):
         fill(partial(slow_bench, tmp_path, config), bench, units, 2)

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from unziplora.bench.bench import bench
-from unziplora.bench.published import picture_cases, picture_measures, picture_table
+from unziplora.bench.published import published_cases, published_measures, published_table
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import resolve
 from unziplora.errors import UserError
@@ -27,8 +27,8 @@ Pictures = list[Image.Image]
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for name, colour in (("cat.jpg", "red"), ("fox.png", "blue")):
-        Image.new("RGB", (100, 80), colour).save(folder / name)
+    for name, color in (("cat.jpg", "red"), ("fox.png", "blue")):
+        Image.new("RGB", (100, 80), color).save(folder / name)
     (folder / "words.toml").write_text(
         '["cat.jpg"]\ncontent = "cat"\nstyle = "pencil sketch"\n["fox.png"]\ncontent = "house"\nstyle = "chalk"\n'
     )
@@ -62,7 +62,7 @@ class Redness:
 
 
 def test_cases_hold_the_picture_as_their_truth_and_ask_for_other_words(photos: Path):
-    cases = picture_cases(photos, 64)
+    cases = published_cases(photos, 64)
     assert list(cases) == ["cat", "fox"]
     cat = cases["cat"]
     assert (cat.content, cat.style, cat.partner) == ("cat", "pencil sketch", "cat")
@@ -88,7 +88,7 @@ def test_cases_hold_the_picture_as_their_truth_and_ask_for_other_words(photos: P
 def test_what_cannot_be_used_is_named(photos: Path, words: str, message: str):
     (photos / "words.toml").write_text(words)
     with pytest.raises(UserError, match=message):
-        picture_cases(photos, 64)
+        published_cases(photos, 64)
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ def test_the_table_has_a_row_per_method_without_the_oracle(config: BenchConfig, 
     alone = [bench(config.model_copy(update=keys), base=tiny_base, measures=[one]).rows[0].seeds[0] for one in both]
     assert [set(part) for part in alone] == [{"style CLIP-I", "content DINO"}, {"style CSD", "content CSD"}]
     assert figures == {**alone[0], **alone[1]}
-    assert picture_table(report) in text
+    assert published_table(report) in text
     assert "| method | style CLIP-I | content DINO | style CSD | content CSD |" in text
 
 
 def test_dino_sees_contents_clip_styles_and_csd_both(config: BenchConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("unziplora.bench.published.ImageModel", lambda kind, source, device: (kind, source))
-    first, second = picture_measures(config.model_copy(update={"clip": "b", "dino": "c", "csd": "a"}), "cpu")
+    first, second = published_measures(config.model_copy(update={"clip": "b", "dino": "c", "csd": "a"}), "cpu")
     assert (first.contents, first.styles) == (("dino", "c"), ("clip", "b"))
     assert (second.contents, second.styles) == (("csd", "a"), ("csd", "a"))
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import Colours, Fake
+from fakes import Colors, Fake
 
 from unziplora.bench.bench import bench
 from unziplora.bench.cases import Case
 from unziplora.bench.contenders import METHODS
-from unziplora.bench.report import Report, contact_sheet, markdown, summarise, table
+from unziplora.bench.report import Report, contact_sheet, markdown, summarize, table
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base
@@ -45,7 +45,7 @@ RESULTS = [
 
 @pytest.fixture
 def report(config: BenchConfig) -> Report:
-    return summarise(config, RESULTS, ["m"])
+    return summarize(config, RESULTS, ["m"])
 
 
 class TestSummarise:
@@ -69,12 +69,12 @@ class TestSummarise:
 
     def test_the_oracle_is_the_mean_over_its_seeds(self, config: BenchConfig):
         more = [*RESULTS, *(result("oracle", case, 1, 1.0, 0.9) for case in ("cat", "dog"))]
-        oracle = summarise(config, more, ["m"]).of("m")[1]
+        oracle = summarize(config, more, ["m"]).of("m")[1]
         assert [oracle.seeds[seed]["content.scaled"] for seed in (0, 1)] == pytest.approx([2 / 3, 4 / 3])
 
     @pytest.mark.parametrize("missing", ["base", "oracle"])
     def test_without_both_ends_there_is_no_scale(self, config: BenchConfig, missing: str):
-        rows = summarise(config, [r for r in RESULTS if r["method"] != missing], ["m"]).of("m")
+        rows = summarize(config, [r for r in RESULTS if r["method"] != missing], ["m"]).of("m")
         assert rows[-1].formatted("headline") == "–"
         assert rows[-1].formatted("content.score") == "0.450 ± 0.212"
 
@@ -85,7 +85,7 @@ def test_markdown_has_headline_ablation_measures_and_cases(report: Report, confi
     assert "| dog | 0.20 / 0.10 | 0.60 / 0.50 | 0.50 / 0.55 |" in text
     assert "Ablation" not in text
     steps = [result(name, "cat", 0, 0.3, 0.3) for name in ("block", "joint")]
-    text = markdown(summarise(config, [*RESULTS, *steps], ["m"]))
+    text = markdown(summarize(config, [*RESULTS, *steps], ["m"]))
     part = text[text.index("## Ablation") : text.index("## Measured")]
     assert part.index("| joint |") < part.index("| block |")
 
@@ -96,13 +96,13 @@ class TestBench:
         methods = {"base": METHODS["base"], "unziplora": fake}
         config = config.model_copy(update={"methods": ["base", "unziplora"], "seeds": [0, 1]})
         fake.name = "unziplora"
-        return bench(config, base=tiny_base, measures=[Colours(), Colours("second")], cases=cases, methods=methods)
+        return bench(config, base=tiny_base, measures=[Colors(), Colors("second")], cases=cases, methods=methods)
 
     def test_measures_every_method_case_and_seed(self, made: Report, fake: Fake):
         rows = {(row.method, row.measure): sorted(row.seeds) for row in made.rows}
         assert rows == {
-            ("base", "colours"): [0],  # no seed changes it
-            ("unziplora", "colours"): [0, 1],
+            ("base", "colors"): [0],  # no seed changes it
+            ("unziplora", "colors"): [0, 1],
             ("base", "second"): [0],
             ("unziplora", "second"): [0, 1],
         }
@@ -116,7 +116,7 @@ class TestBench:
         told = {"methods": ["base", "unziplora", "oracle"], "seeds": [4, 2], "oracle_seeds": 1}
         methods = {"base": METHODS["base"], "unziplora": other, "oracle": fake}
         config = config.model_copy(update=told)
-        report = bench(config, base=tiny_base, measures=[Colours()], cases=cases, methods=methods)
+        report = bench(config, base=tiny_base, measures=[Colors()], cases=cases, methods=methods)
         assert {row.method: sorted(row.seeds) for row in report.rows} == {
             "base": [4],
             "unziplora": [2, 4],
@@ -127,7 +127,7 @@ class TestBench:
     def test_writes_report_and_contact_sheets(self, made: Report, config: BenchConfig):
         names = {path.name for path in config.out.iterdir()}
         assert names == {"bench.toml", "weights.txt", "runs", "sheets", "report.json", "report.md"}
-        assert json.loads((config.out / "report.json").read_text())["measures"] == ["colours", "second"]
+        assert json.loads((config.out / "report.json").read_text())["measures"] == ["colors", "second"]
         assert "![dog](sheets/dog.png)" in (config.out / "report.md").read_text()
         assert "| unziplora |" in str(made)
 
@@ -150,7 +150,7 @@ class TestBench:
         config = config.model_copy(update={"methods": ["base"]})
 
         def run() -> Report:
-            return bench(config, base=tiny_base, measures=[Colours()], cases=cases)
+            return bench(config, base=tiny_base, measures=[Colors()], cases=cases)
 
         first = run()
         for picture in config.out.rglob("samples/*.png"):
@@ -165,11 +165,11 @@ class TestBench:
         self, made: Report, config: BenchConfig, fresh_base: Callable[[], Base], cases: Cases
     ):
         other = fresh_base()
-        assert bench(config, base=other, measures=[Colours()], cases=cases).rows
+        assert bench(config, base=other, measures=[Colors()], cases=cases).rows
         with torch.no_grad():
             other.unet.conv_in.weight += 1
         with pytest.raises(UserError, match=f"these are {other.fingerprint()}.*: choose another --out"):
-            bench(config, base=other, measures=[Colours()], cases=cases)
+            bench(config, base=other, measures=[Colors()], cases=cases)
 
     def test_progress_tells_every_unit(self, config: BenchConfig, tiny_base: Base, cases: Cases):
         told: list[tuple[int, int]] = []
@@ -177,7 +177,7 @@ class TestBench:
             config,
             lambda event: told.append((event.step, event.steps)),
             base=tiny_base,
-            measures=[Colours()],
+            measures=[Colors()],
             cases=cases,
         )
         assert told == [(0, 2), (1, 2), (2, 2)]

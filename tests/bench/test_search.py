@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import Colours
+from fakes import Colors
 
 from unziplora.bench.bench import bench
 from unziplora.bench.cases import Case
 from unziplora.bench.contender import Adapters, Paired
 from unziplora.bench.search import Setting, grid, search
 from unziplora.bench.session import open_bench
-from unziplora.bench.workspace import Workplace
+from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
@@ -61,17 +61,17 @@ class TestGrid:
 class Painter(Paired):
     """A method whose pictures are as good as its settings say; no LoRA is needed for that."""
 
-    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
         return [TrainingConfig(out="run", steps=self.quality(place.settings(self.name)))]
 
     def quality(self, settings: Mapping[str, Any]) -> int:
         return int(settings.get("steps", {"base": 1, "oracle": 1000}.get(self.name, 2)))
 
-    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         return Adapters()
 
 
-class Steps(Colours):
+class Steps(Colors):
     """Knows how good a picture is from the steps written into its red channel."""
 
     def content(self, pictures: Any) -> torch.Tensor:
@@ -92,7 +92,7 @@ def painted(monkeypatch: pytest.MonkeyPatch, cases: Cases) -> Cases:
 
     real = protocol._drawn
 
-    def drawn(place: Workplace, base: Base, ask: Any, seeds: Any, files: Any) -> Any:
+    def drawn(place: Workspace, base: Base, ask: Any, seeds: Any, files: Any) -> Any:
         name = files[0].parents[3].name
         red = round(Painter(name).quality(place.settings(name)) * 254 / 1000)
         monkeypatch.setattr(protocol, "draw", lambda *_: [picture(red, 0) for _ in seeds])
@@ -101,13 +101,13 @@ def painted(monkeypatch: pytest.MonkeyPatch, cases: Cases) -> Cases:
     monkeypatch.setattr(protocol, "_drawn", drawn)
     red = (picture(255, 0),)
 
-    def whole(case: Case) -> Case:
+    def absolute(case: Case) -> Case:
         examples = {
             name: tuple(replace(e, pictures=red) for e in getattr(case, name)) for name in ("targets", "others")
         }
         return replace(case, mix=red[0], picture=red[0], **examples)
 
-    return {slug: whole(case) for slug, case in cases.items()}
+    return {slug: absolute(case) for slug, case in cases.items()}
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_takes_the_best_of_the_same_settings_for_every_method(searching: BenchCo
 
     final = searching.model_copy(update={"search": 0, "settings": found.file, "methods": ["base", "blora", "oracle"]})
     report = bench(final, base=tiny_base, measures=[Steps()], cases=painted, methods=methods)
-    assert report.of("colours")[1].seeds[0]["headline"] == pytest.approx(max(found.scores["blora"]))
+    assert report.of("colors")[1].seeds[0]["headline"] == pytest.approx(max(found.scores["blora"]))
 
 
 def test_what_a_search_does_not_try_is_kept_as_given(searching: BenchConfig, tiny_base: Base, painted: Cases):

@@ -300,11 +300,11 @@ class TestSplit:
         RunFolder.create(Path("r"), config)
         seen = {}
 
-        def run_job(kind: object, config: SplitConfig, resume: bool, progress: object) -> RunFolder:
+        def run_training(kind: object, config: SplitConfig, resume: bool, progress: object) -> RunFolder:
             seen.update(rank=config.rank, device=config.device, resume=resume, images=config.images)
             return RunFolder(config.out)
 
-        monkeypatch.setattr("unziplora.training.runner.run_job", run_job)
+        monkeypatch.setattr("unziplora.training.runner.run_training", run_training)
         assert call("split", "--resume", "--out", "r", "--device", "cpu").code == 0
         assert seen == {"rank": 5, "device": "cpu", "resume": True, "images": [Path("cat.png").resolve()]}
 
@@ -359,10 +359,10 @@ class TestFaultsOfTheMachine:
     @pytest.fixture
     def failing(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
         def run(error: BaseException, *args: object) -> Done:
-            def run_job(*_: object, **__: object) -> None:
+            def run_training(*_: object, **__: object) -> None:
                 raise error
 
-            monkeypatch.setattr("unziplora.training.runner.run_job", run_job)
+            monkeypatch.setattr("unziplora.training.runner.run_training", run_training)
             return call(*SPLIT, *args)
 
         return run

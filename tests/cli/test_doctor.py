@@ -176,8 +176,8 @@ class TestMemory:
         columns = 2 * sum(o for _, o in attention)
         assert parts["UNet"].bytes == 4 * sizes.unet
         assert parts["gradients"].bytes == 4 * (trained + columns)
-        assert parts["optimiser"].bytes == 8 * (trained + columns)
-        assert all(parts[name].exact for name in ("UNet", "LoRAs, scales and masks", "gradients", "optimiser"))
+        assert parts["optimizer"].bytes == 8 * (trained + columns)
+        assert all(parts[name].exact for name in ("UNet", "LoRAs, scales and masks", "gradients", "optimizer"))
         assert not parts["activations"].exact
 
     @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def drawing(ground: int, square: int, size: int = 128) -> Image.Image:
     return picture
 
 
-def grey(picture: Image.Image) -> np.ndarray:
+def gray(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.convert("L"), dtype=np.float64)
 
 
@@ -32,11 +32,11 @@ def test_variants_are_the_picture_and_others_of_its_size_all_different():
 
 @pytest.mark.parametrize(("ground", "square"), [(250, 20), (20, 250), (120, 140)])
 def test_edges_are_the_outline_however_faint_and_never_the_frame(ground: int, square: int):
-    edges = grey(FILTERS["edges"](drawing(ground, square)))
+    edges = gray(FILTERS["edges"](drawing(ground, square)))
     assert edges[32, 48:80].min() > 200  # on the outline
     assert edges[64, 64] < 20  # inside
     assert edges[:8].max() < 20  # the picture's own frame
-    inverted = grey(FILTERS["edges inverted"](drawing(ground, square)))
+    inverted = gray(FILTERS["edges inverted"](drawing(ground, square)))
     assert np.array_equal(inverted, 255 - edges)
 
 
@@ -44,6 +44,6 @@ def test_a_wide_picture_is_smoothed_at_a_smaller_width_and_comes_back_in_its_own
     wide = drawing(240, 40, size=600)
     for name in ("smoothed", "edges", "edges inverted"):
         assert FILTERS[name](wide).size == (600, 600)
-    smoothed = grey(FILTERS["smoothed"](wide))
+    smoothed = gray(FILTERS["smoothed"](wide))
     assert smoothed[300, 300] == pytest.approx(40, abs=2)
     assert smoothed[40, 40] == pytest.approx(240, abs=2)

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from unziplora.errors import MachineError, UserError
 from unziplora.images import files as picture_files
-from unziplora.images.preprocess import load_mask, load_picture, to_tensor
+from unziplora.images.preprocess import load_image, load_mask, to_tensor
 
 # left half red, right half blue, 60 wide and 40 high
 PICTURE = Image.new("RGB", (60, 40), (200, 30, 30))
@@ -41,20 +41,20 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
     path = save(PICTURE, tmp_path / f"a.{suffix}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = load_picture(path, 32)
+        picture = load_image(path, 32)
     assert picture.mode == "RGB"
     assert picture.size == (32, 32)
     assert_red_and_blue(picture, 20)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "LAB"])
-def test_colour_modes(tmp_path: Path, mode: str) -> None:
+def test_color_modes(tmp_path: Path, mode: str) -> None:
     suffix = {"CMYK": "jpg", "LAB": "tiff"}.get(mode, "png")
     picture = PICTURE.quantize(8) if mode == "P" else PICTURE.convert(mode)
-    assert_red_and_blue(load_picture(save(picture, tmp_path / f"a.{suffix}"), 32), 16)
+    assert_red_and_blue(load_image(save(picture, tmp_path / f"a.{suffix}"), 32), 16)
 
 
-def test_grey_of_any_depth_becomes_the_same_grey(tmp_path: Path) -> None:
+def test_gray_of_any_depth_becomes_the_same_gray(tmp_path: Path) -> None:
     values = np.full((40, 40), 100, dtype=np.uint8)
     eight = save(Image.fromarray(values), tmp_path / "8.png")
     sixteen = save(Image.fromarray(values.astype(np.uint16) * 257), tmp_path / "16.png")
@@ -63,11 +63,11 @@ def test_grey_of_any_depth_becomes_the_same_grey(tmp_path: Path) -> None:
     real = save(Image.fromarray((values / 255).astype(np.float32)), tmp_path / "f.tiff")
     with_alpha = save(Image.fromarray(values).convert("LA"), tmp_path / "la.png")
     for path in (eight, sixteen, tiff, whole, real, with_alpha):
-        assert load_picture(path, 32).getpixel((5, 5)) == (100, 100, 100), path
+        assert load_image(path, 32).getpixel((5, 5)) == (100, 100, 100), path
 
 
 def test_bits_become_black_and_white(tmp_path: Path) -> None:
-    assert load_picture(save(Image.new("1", (40, 40), 1), tmp_path / "a.png"), 32).getpixel((0, 0)) == (255,) * 3
+    assert load_image(save(Image.new("1", (40, 40), 1), tmp_path / "a.png"), 32).getpixel((0, 0)) == (255,) * 3
 
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
@@ -75,14 +75,14 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     picture.paste((200, 30, 30, 255), (0, 0, 20, 40))
     picture.paste((0, 0, 0, 128), (20, 20, 40, 40))
     for path in (save(picture, tmp_path / "a.png"), save(picture, tmp_path / "a.webp", lossless=True)):
-        result = load_picture(path, 40)
+        result = load_image(path, 40)
         assert result.getpixel((5, 5)) == (200, 30, 30)
         assert result.getpixel((35, 5)) == (255, 255, 255)
         assert result.getpixel((35, 35)) == pytest.approx((127, 127, 127), abs=2)
     palette = Image.new("P", (40, 40), 0)
     palette.putpalette([10, 20, 30, 200, 30, 30])
     palette.paste(1, (0, 0, 20, 40))
-    result = load_picture(save(palette, tmp_path / "p.png", transparency=0), 40)
+    result = load_image(save(palette, tmp_path / "p.png", transparency=0), 40)
     assert result.getpixel((35, 5)) == (255, 255, 255)
     assert result.getpixel((5, 5)) == (200, 30, 30)
 
@@ -95,30 +95,30 @@ def test_exif_rotation(tmp_path: Path, orientation: int, suffix: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(stored, tmp_path / f"a.{suffix}", exif=exif)
-    assert_red_and_blue(load_picture(path, 32))
+    assert_red_and_blue(load_image(path, 32))
     mask = load_mask(path, (8, 8), picture=save(PICTURE, tmp_path / "upright.png"))
     assert mask.shape == (1, 8, 8)
 
 
 def test_damaged_exif_does_no_harm(tmp_path: Path) -> None:
     path = save(PICTURE, tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
-    assert_red_and_blue(load_picture(path, 32))
+    assert_red_and_blue(load_image(path, 32))
 
 
-def test_colour_profiles_are_converted_and_damaged_ones_ignored(tmp_path: Path) -> None:
+def test_color_profiles_are_converted_and_damaged_ones_ignored(tmp_path: Path) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert_red_and_blue(load_picture(save(PICTURE, tmp_path / "a.png", icc_profile=profile), 32), 3)
+    assert_red_and_blue(load_image(save(PICTURE, tmp_path / "a.png", icc_profile=profile), 32), 3)
     names = {b"rXYZ": b"bXYZ", b"bXYZ": b"rXYZ"}  # a profile whose red primary is blue, and the other way round
     swapped = re.sub(b"|".join(names), lambda found: names[found[0]], profile)
-    left, right = halves(load_picture(save(PICTURE, tmp_path / "c.png", icc_profile=swapped), 32))
+    left, right = halves(load_image(save(PICTURE, tmp_path / "c.png", icc_profile=swapped), 32))
     np.testing.assert_allclose((left, right), ((30, 30, 200), (200, 30, 30)), atol=3)
-    assert_red_and_blue(load_picture(save(PICTURE, tmp_path / "b.png", icc_profile=b"garbage"), 32), 3)
+    assert_red_and_blue(load_image(save(PICTURE, tmp_path / "b.png", icc_profile=b"garbage"), 32), 3)
 
 
 def test_the_crop_is_the_middle(tmp_path: Path) -> None:
     wide = Image.new("RGB", (90, 50), "black")
     wide.paste("white", (20, 0, 70, 50))
-    result = load_picture(save(wide, tmp_path / "a.png"), 50)
+    result = load_image(save(wide, tmp_path / "a.png"), 50)
     assert np.asarray(result).min() == 255
 
 
@@ -127,25 +127,25 @@ def test_of_an_animation_the_first_frame_is_used_with_a_warning(tmp_path: Path, 
     other = Image.new("RGB", PICTURE.size, "lime")
     path = save(PICTURE, tmp_path / f"a.{suffix}", save_all=True, append_images=[other], duration=100)
     with pytest.warns(UserWarning, match="only the first is used") as caught:
-        picture = load_picture(path, 32)
+        picture = load_image(path, 32)
     assert len(caught) == 1
     assert_red_and_blue(picture, 20)
 
 
 def test_small_pictures_are_enlarged_with_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="only 60×40 pixels and was enlarged to 64×64"):
-        assert load_picture(save(PICTURE, tmp_path / "a.png"), 64).size == (64, 64)
+        assert load_image(save(PICTURE, tmp_path / "a.png"), 64).size == (64, 64)
 
 
 def test_narrow_pictures_are_cropped_with_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="200×40: only the square in its middle"):
-        load_picture(save(Image.new("RGB", (200, 40)), tmp_path / "a.png"), 32)
+        load_image(save(Image.new("RGB", (200, 40)), tmp_path / "a.png"), 32)
 
 
 @pytest.mark.parametrize(("suffix", "mode"), [("jpg", "RGB"), ("jpg", "CMYK"), ("png", "RGBA"), ("png", "L")])
 def test_large_pictures_come_out_like_small_ones(tmp_path: Path, suffix: str, mode: str) -> None:
     ramp = Image.linear_gradient("L").resize((1500, 1200), Image.Resampling.BICUBIC).convert(mode)
-    small = load_picture(save(ramp, tmp_path / f"a.{suffix}", quality=95), 64)
+    small = load_image(save(ramp, tmp_path / f"a.{suffix}", quality=95), 64)
     expected = np.linspace(0, 255, 64)
     np.testing.assert_allclose(np.asarray(small.convert("L"))[:, 32], expected, atol=8)
 
@@ -156,7 +156,7 @@ def test_missing_empty_folders_and_other_files(tmp_path: Path) -> None:
         if data is not None:
             path.write_bytes(data)
         with pytest.raises(UserError) as caught:
-            load_picture(path, 32)
+            load_image(path, 32)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
         return str(caught.value)
@@ -189,7 +189,7 @@ def test_truncated_pictures(tmp_path: Path, kind: str, share: float) -> None:
     path = tmp_path / "a"
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(UserError, match=r"damaged or cut off|not a picture"):
-        load_picture(path, 32)
+        load_image(path, 32)
 
 
 def test_damaged_bytes_never_raise_anything_else(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path: Path) -> None:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    load_picture(path, 32)
+                    load_image(path, 32)
             except (UserError, MachineError):
                 pass
 
@@ -213,10 +213,10 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path: Path) -> None:
 def test_huge_pictures_are_refused_with_their_size(tmp_path: Path) -> None:
     path = save(Image.new("1", (20_000, 8_000)), tmp_path / "a.png")
     with pytest.raises(UserError, match=r"too large \(20000×8000; at most 150 megapixels\)"):
-        load_picture(path, 32)
+        load_image(path, 32)
     bomb = save(Image.new("1", (40_000, 40_000)), tmp_path / "bomb.png")
     with pytest.raises(UserError, match="too large"):
-        load_picture(bomb, 32)
+        load_image(bomb, 32)
 
 
 def test_faults_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,12 +230,12 @@ def test_faults_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Image, "open", raising(PermissionError(13, "Permission denied")))
     with pytest.raises(MachineError, match="no permission"):
-        load_picture(path, 32)
+        load_image(path, 32)
     monkeypatch.setattr(Image, "open", raising(MemoryError()))
     with pytest.raises(MachineError, match="not enough memory"):
-        load_picture(path, 32)
+        load_image(path, 32)
     with pytest.raises(MachineError, match="cannot be read"):
-        load_picture(tmp_path / ("long" * 200), 32)
+        load_image(tmp_path / ("long" * 200), 32)
 
 
 def test_to_tensor() -> None:
@@ -288,5 +288,5 @@ def test_nothing_stays_open(tmp_path: Path) -> None:
     path = save(PICTURE, tmp_path / "a.tiff")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        load_picture(path, 32)
+        load_image(path, 32)
     assert len(os.listdir("/proc/self/fd")) == before

@@ -18,7 +18,7 @@ from unziplora.lora.blocks import BLORA_BLOCKS, read_blocks
 from unziplora.lora.weights import blocks
 from unziplora.methods.blora import BLora
 from unziplora.sampling.sources import find_source, plan
-from unziplora.training.runner import run_job
+from unziplora.training.runner import run_training
 from unziplora.utils.progress import Progress
 
 Make = Callable[..., BLoraConfig]
@@ -49,7 +49,7 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
 
 
 def test_each_half_trains_in_its_own_block_and_nowhere_else(config: Make):
-    run = run_job(BLora, config())
+    run = run_training(BLora, config())
     for file, own in ((run.content, BLORA_BLOCKS.content), (run.style, BLORA_BLOCKS.style)):
         lora = read_lora(file)
         assert blocks(lora) == list(own)
@@ -58,12 +58,12 @@ def test_each_half_trains_in_its_own_block_and_nowhere_else(config: Make):
 
 def test_a_map_of_ones_own_says_the_blocks(config: Make, tmp_path: Path):
     (tmp_path / "map.toml").write_text('content = ["mid_block.attentions.0"]\nstyle = ["down_blocks.1"]\n')
-    run = run_job(BLora, config(blocks=str(tmp_path / "map.toml")))
+    run = run_training(BLora, config(blocks=str(tmp_path / "map.toml")))
     assert blocks(read_lora(run.content)) == ["mid_block.attentions.0"]
     assert blocks(read_lora(run.style)) == ["down_blocks.1.attentions.0", "down_blocks.1.attentions.1"]
     (tmp_path / "wrong.toml").write_text('content = ["up_blocks.7"]\nstyle = ["mid_block"]\n')
     with pytest.raises(UserError, match=r"up_blocks\.7"):
-        run_job(BLora, config(blocks=str(tmp_path / "wrong.toml"), out=tmp_path / "other"))
+        run_training(BLora, config(blocks=str(tmp_path / "wrong.toml"), out=tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_map_that_leaves_a_lora_without_a_block_is_refused_at_once(
 ):
     (tmp_path / "map.toml").write_text(text)
     with pytest.raises(UserError, match=match):
-        run_job(BLora, config(blocks=str(tmp_path / "map.toml"), out=tmp_path / "other"))
+        run_training(BLora, config(blocks=str(tmp_path / "map.toml"), out=tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 
@@ -90,7 +90,7 @@ def test_the_published_map():
 
 def test_the_card_and_sampling_know_its_words(config: Make, tmp_path: Path):
     assert BLora.about(config(style_prompt="a drawing by {token}")).files["style"].trigger == "a drawing by sks"
-    run = run_job(BLora, config(sample_seeds=[0], token="v7", sample_guidance=2))
+    run = run_training(BLora, config(sample_seeds=[0], token="v7", sample_guidance=2))
     assert read_lora(run.content).metadata["modelspec.trigger_phrase"] == "A v7"
     assert read_lora(run.style).metadata["modelspec.trigger_phrase"] == "in v7 style"
     assert "B-LoRA" in run.card.read_text()
@@ -102,15 +102,15 @@ def test_the_card_and_sampling_know_its_words(config: Make, tmp_path: Path):
 
 
 def test_a_run_that_was_interrupted_ends_like_one_that_was_not(config: Make, tmp_path: Path):
-    whole = run_job(BLora, config(out=tmp_path / "whole"))
+    whole = run_training(BLora, config(out=tmp_path / "whole"))
 
     def interrupt(event: Progress) -> None:
         if event.step == 3 and event.loss == event.loss:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="unziplora train blora --resume"):
-        run_job(BLora, config(out=tmp_path / "cut"), progress=interrupt)
-    cut = run_job(BLora, config(out=tmp_path / "cut"), resume=True)
+        run_training(BLora, config(out=tmp_path / "cut"), progress=interrupt)
+    cut = run_training(BLora, config(out=tmp_path / "cut"), resume=True)
     for file in ("content", "style"):
         one, two = read_lora(getattr(whole, file)).modules, read_lora(getattr(cut, file)).modules
         assert one.keys() == two.keys()
@@ -120,5 +120,5 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(config: Make, tmp
 @pytest.mark.parametrize(("name", "text"), [("full", " "), ("full", ""), ("content", ""), ("style", "")])
 def test_an_empty_prompt_is_told_before_a_folder_is_made(config: Make, tmp_path: Path, name: str, text: str):
     with pytest.raises(UserError, match=f"the {name} prompt is empty"):
-        run_job(BLora, config(out=tmp_path / "new", **{f"{name}_prompt": text}))
+        run_training(BLora, config(out=tmp_path / "new", **{f"{name}_prompt": text}))
     assert not (tmp_path / "new").exists()

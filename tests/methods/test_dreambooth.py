@@ -19,7 +19,7 @@ from unziplora.config.recipe import resolve
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora
 from unziplora.lora.inject import adapted, attention_linears, remove
-from unziplora.methods.class_images import class_pictures
+from unziplora.methods.class_images import class_images
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.models.base import Base
 from unziplora.models.text import Embeddings, embed
@@ -28,7 +28,7 @@ from unziplora.sampling.sample import sample
 from unziplora.training import text_encoder_lora as text_lora
 from unziplora.training.loss import denoising_loss, generator
 from unziplora.training.method import Setup
-from unziplora.training.runner import run_job
+from unziplora.training.runner import run_training
 from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
 
@@ -188,15 +188,15 @@ class TestPrior:
     def test_class_pictures_are_made_once_kept_and_used_again(self, tiny_base: Base, tmp_path: Path):
         told: list[str] = []
         settings = Settings(steps=1, guidance=1.0, width=64, height=64, batch_size=2)
-        first = class_pictures(tiny_base, "a cat", 3, settings, told.append)
+        first = class_images(tiny_base, "a cat", 3, settings, told.append)
         (folder,) = (tmp_path / "cache" / "class-pictures").iterdir()
         assert len(list(folder.glob("*.png"))) == 3
-        again = class_pictures(tiny_base, "a cat", 4, settings, told.append)
+        again = class_images(tiny_base, "a cat", 4, settings, told.append)
         assert [message.split()[1] for message in told] == ["3", "1"]
         assert [p.tobytes() for p in again[:3]] == [p.tobytes() for p in first]
-        assert class_pictures(tiny_base, "a cat", 2, settings, told.append)[0].tobytes() == first[0].tobytes()
+        assert class_images(tiny_base, "a cat", 2, settings, told.append)[0].tobytes() == first[0].tobytes()
         assert len(told) == 2
-        class_pictures(tiny_base, "a dog", 1, settings, told.append)
+        class_images(tiny_base, "a dog", 1, settings, told.append)
         assert len(told) == 3
 
     def test_another_base_has_pictures_of_its_own(self, fresh_base: Callable[[], Base]):
@@ -210,18 +210,18 @@ class TestPrior:
         own = tmp_path / "cats"
         own.mkdir()
         Image.new("RGB", (100, 70), "red").save(own / "mine.jpg")
-        pictures = class_pictures(tiny_base, "a cat", 1, Settings(steps=1, guidance=1.0, width=64), [].append, own)
+        pictures = class_images(tiny_base, "a cat", 1, Settings(steps=1, guidance=1.0, width=64), [].append, own)
         assert [picture.size for picture in pictures] == [(64, 64)]
         settings = Settings(steps=1, guidance=1.0, width=64)
-        made = class_pictures(tiny_base, "a cat", 3, settings, [].append, own)
-        again = class_pictures(tiny_base, "a cat", 3, settings, [].append, own)
+        made = class_images(tiny_base, "a cat", 3, settings, [].append, own)
+        again = class_images(tiny_base, "a cat", 3, settings, [].append, own)
         assert [p.tobytes() for p in made] == [p.tobytes() for p in again]
         assert made[2].tobytes() == pictures[0].tobytes()  # 1000001.png, 1000002.png, mine.jpg
         (own / "1000001.png").unlink()
-        assert len(class_pictures(tiny_base, "a cat", 3, settings, [].append, own)) == 3
+        assert len(class_images(tiny_base, "a cat", 3, settings, [].append, own)) == 3
         (own / "broken.png").write_bytes(b"no picture")
         with pytest.raises(UserError, match=r"broken\.png"):
-            class_pictures(tiny_base, "a cat", 4, settings, [].append, own)
+            class_images(tiny_base, "a cat", 4, settings, [].append, own)
 
 
 class TestTextEncoders:
@@ -272,7 +272,7 @@ class TestTextEncoders:
         assert set(read) == set(prompts)
 
     def test_a_run_writes_and_samples_them(self, config: Make, tmp_path: Path):
-        run = run_job(DreamBooth, config(text_encoders=True))
+        run = run_training(DreamBooth, config(text_encoders=True))
         names = set(load_file(run.content))
         for encoder in ("te1", "te2"):  # kohya's names, which are all that ComfyUI looks for
             assert f"lora_{encoder}_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in names
@@ -284,7 +284,9 @@ class TestTextEncoders:
 
 class TestRun:
     def test_leaves_one_lora_a_card_and_samples(self, config: Make):
-        run = run_job(DreamBooth, config(content=None, style="ink", sample_seeds=[0], formats=["kohya", "diffusers"]))
+        run = run_training(
+            DreamBooth, config(content=None, style="ink", sample_seeds=[0], formats=["kohya", "diffusers"])
+        )
         assert sorted(path.name for path in run.path.glob("*.safetensors")) == [
             "style.diffusers.safetensors",
             "style.safetensors",
@@ -300,15 +302,15 @@ class TestRun:
     @pytest.mark.parametrize("text", [False, True])
     def test_a_run_that_was_interrupted_ends_like_one_that_was_not(self, config: Make, tmp_path: Path, text: bool):
         keys = {"text_encoders": text, "prior": 1.0}
-        whole = run_job(DreamBooth, config(out=tmp_path / "whole", **keys))
+        whole = run_training(DreamBooth, config(out=tmp_path / "whole", **keys))
 
         def interrupt(event: Progress) -> None:
             if event.step == 3 and event.loss == event.loss:
                 os.kill(os.getpid(), signal.SIGINT)
 
         with pytest.raises(Interrupted, match="unziplora train dreambooth --resume"):
-            run_job(DreamBooth, config(out=tmp_path / "cut", **keys), progress=interrupt)
-        cut = run_job(DreamBooth, config(out=tmp_path / "cut", **keys), resume=True)
+            run_training(DreamBooth, config(out=tmp_path / "cut", **keys), progress=interrupt)
+        cut = run_training(DreamBooth, config(out=tmp_path / "cut", **keys), resume=True)
         one, two = read_lora(whole.content), read_lora(cut.content)
         assert one.modules.keys() == two.modules.keys()
         assert all(torch.equal(a, b) for m in one.modules for a, b in zip(one.modules[m], two.modules[m], strict=True))

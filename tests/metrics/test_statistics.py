@@ -27,7 +27,7 @@ def bars(draw: ImageDraw.ImageDraw, ink: str) -> None:
 
 
 def picture(shape: Shape, ink: str, paper: str, hatched: bool = False, side: int = 64) -> Image.Image:
-    """A shape in two colours, with or without diagonal lines over all of it."""
+    """A shape in two colors, with or without diagonal lines over all of it."""
     made = Image.new("RGB", (64, 64), paper)
     draw = ImageDraw.Draw(made)
     shape(draw, ink)
@@ -54,7 +54,7 @@ class TestStatistics:
             assert features.shape[0] == 4
             torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
 
-    def test_content_is_the_shape_style_is_colours_and_texture(self):
+    def test_content_is_the_shape_style_is_colors_and_texture(self):
         content, style = Statistics().content(self.pictures), Statistics().style(self.pictures)
         same_shape, same_look = (0, 1), (0, 2)
         assert distance(content, *same_shape) < 0.8 * distance(content, *same_look)
@@ -74,9 +74,9 @@ class TestStatistics:
         assert distance(content, 0, 2) < 0.02
         assert distance(content, 0, 3) > 0.5
 
-    def test_texture_counts_where_colours_are_the_same(self):
-        grey = [picture(house, "#404040", "#e0e0e0"), picture(house, "#404040", "#e0e0e0", hatched=True)]
-        style = Statistics().style([*grey, picture(bars, "#404040", "#e0e0e0")])
+    def test_texture_counts_where_colors_are_the_same(self):
+        gray = [picture(house, "#404040", "#e0e0e0"), picture(house, "#404040", "#e0e0e0", hatched=True)]
+        style = Statistics().style([*gray, picture(bars, "#404040", "#e0e0e0")])
         assert distance(style, 0, 2) < distance(style, 0, 1)
 
     def test_size_of_the_pictures_matters_little(self):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from unziplora.models.offload import away, gone, reading, visiting
+from unziplora.models.offload import base_on_cpu, moved_to, on_cpu, text_encoders_ready
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -39,7 +39,7 @@ def test_visitors_go_home_also_after_a_failure() -> None:
     module = Traveller(CPU)
 
     def fail() -> None:
-        with visiting([module], GPU):
+        with moved_to([module], GPU):
             assert module.place == GPU
             raise RuntimeError
 
@@ -50,17 +50,17 @@ def test_visitors_go_home_also_after_a_failure() -> None:
 
 def test_only_what_is_on_a_gpu_goes_away() -> None:
     on, off = Traveller(GPU), Traveller(CPU)
-    with away([on, off]):
+    with on_cpu([on, off]):
         assert (on.place, off.place) == (CPU, CPU)
     assert (on.trips, off.trips) == (["cpu", "cuda"], [])
 
 
 def test_the_unet_makes_room_for_text_encoders_that_come() -> None:
     there = base(GPU, CPU)
-    with reading(there):
+    with text_encoders_ready(there):
         assert there.unet.place == CPU
         assert all(encoder.place == GPU for encoder in there.text_encoders)
-        with reading(there):  # as `embed` does inside of `generate`
+        with text_encoders_ready(there):  # as `embed` does inside of `generate`
             assert there.unet.place == CPU
             assert all(encoder.place == GPU for encoder in there.text_encoders)
     assert there.unet.place == GPU
@@ -69,14 +69,14 @@ def test_the_unet_makes_room_for_text_encoders_that_come() -> None:
 
 def test_the_unet_stays_where_the_text_encoders_are_there_already() -> None:
     there = base(GPU, GPU)
-    with reading(there):
+    with text_encoders_ready(there):
         assert there.unet.trips == []
         assert all(encoder.place == GPU for encoder in there.text_encoders)
 
 
 def test_a_whole_base_leaves_its_gpu() -> None:
     there = base(GPU, GPU)
-    with gone(there):
+    with base_on_cpu(there):
         assert {part.place for part in (there.unet, there.vae, *there.text_encoders)} == {CPU}
     assert there.unet.place == GPU
     assert there.vae.trips == []

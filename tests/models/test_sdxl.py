@@ -9,7 +9,7 @@ from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.lora.inject import adapted
-from unziplora.methods.unziplora.data import Material
+from unziplora.methods.unziplora.data import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
 from unziplora.training.loss import Examples
@@ -21,7 +21,7 @@ def method() -> UnZipLora:
     config = resolve(SplitConfig, {"images": ["x.png"], "content": "cat", "style": "ink", "out": "run", "rank": 64})
     nothing = torch.empty(1, device="meta")
     examples = Examples(nothing, Conditioning(nothing, nothing, nothing))
-    return UnZipLora(unet, DDPMScheduler(), Material(examples), config, SDXL_BLOCKS)
+    return UnZipLora(unet, DDPMScheduler(), TrainingData(examples), config, SDXL_BLOCKS)
 
 
 def test_sdxl_has_560_attention_linears_and_the_published_count_of_parameters(method):

@@ -16,7 +16,7 @@ def test_embeddings_are_the_pipelines_own(shared_base: Base):
         assert torch.equal(got.pooled[row], pooled[0])
 
 
-def test_an_embedding_does_not_depend_on_its_neighbours(shared_base: Base):
+def test_an_embedding_does_not_depend_on_its_neighbors(shared_base: Base):
     alone, among = embed(shared_base, ["a cat"]), embed(shared_base, ["dog", "a cat", "dog"])
     assert torch.equal(alone.tokens[0], among.tokens[1])
     assert torch.equal(among.tokens[0], among.tokens[2])

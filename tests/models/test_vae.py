@@ -9,8 +9,8 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from unziplora.images.preprocess import to_tensor
-from unziplora.models.text import Prompts, embed, picture_conditioning
-from unziplora.models.vae import encode_pictures
+from unziplora.models.text import Prompts, embed, image_conditioning
+from unziplora.models.vae import encode_images
 from unziplora.sampling.pipeline import decode
 from unziplora.training.loss import loss_weights
 
@@ -37,13 +37,13 @@ def test_decoding_undoes_the_scaling_of_encoding(shared_base, picture):
     x = to_tensor(picture)
     plain = shared_base.vae.decode(shared_base.vae.encode(x[None]).latent_dist.mode()).sample
     wanted = shared_base.pipe.image_processor.postprocess(plain.detach(), output_type="pil")[0]
-    assert difference(decode(shared_base, encode_pictures(shared_base, [x]))[0], wanted) <= 1
+    assert difference(decode(shared_base, encode_images(shared_base, [x]))[0], wanted) <= 1
     channels = shared_base.unet.config.in_channels
     shifted = with_vae(shared_base, latents_mean=[0.3] * channels, latents_std=[1.7] * channels, scaling_factor=0.5)
-    assert difference(decode(shifted, encode_pictures(shifted, [x]))[0], wanted) <= 1
-    latents = encode_pictures(with_vae(shared_base, scaling_factor=1.0), [x])
+    assert difference(decode(shifted, encode_images(shifted, [x]))[0], wanted) <= 1
+    latents = encode_images(with_vae(shared_base, scaling_factor=1.0), [x])
     by_hand = (latents - 0.3) / 1.7 * 0.5
-    torch.testing.assert_close(encode_pictures(shifted, [x]), by_hand)
+    torch.testing.assert_close(encode_images(shifted, [x]), by_hand)
 
 
 def test_a_plain_autoencoder_will_do(shared_base, picture):
@@ -59,14 +59,14 @@ def test_a_plain_autoencoder_will_do(shared_base, picture):
     )
     base = with_vae(shared_base, vae)
     x = to_tensor(picture)
-    latents = encode_pictures(base, [x, x])
+    latents = encode_images(base, [x, x])
     torch.testing.assert_close(latents[1], vae.encode(x[None]).latents[0] * 2.0)
     assert latents.shape == (2, channels, x.shape[1] // 8, x.shape[2] // 8)
 
 
 def test_conditioning_is_that_of_the_pipeline(shared_base):
     prompts = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
-    given = picture_conditioning(shared_base, prompts, 64, 3)
+    given = image_conditioning(shared_base, prompts, 64, 3)
     streams = embed(shared_base, [prompts.full, prompts.content or "", prompts.style or ""])
     width = streams.tokens.shape[-1]
     assert given.tokens.shape[::2] == (3, 3 * width)
@@ -74,7 +74,7 @@ def test_conditioning_is_that_of_the_pipeline(shared_base):
         torch.testing.assert_close(given.tokens[2, :, index * width : (index + 1) * width], streams.tokens[index])
     torch.testing.assert_close(given.pooled[1], streams.pooled[0])
     assert given.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 3
-    plain = picture_conditioning(shared_base, Prompts(prompts.full), 64, 1)
+    plain = image_conditioning(shared_base, Prompts(prompts.full), 64, 1)
     torch.testing.assert_close(plain.tokens, streams.tokens[:1])
 
 

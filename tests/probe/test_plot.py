@@ -1,6 +1,6 @@
 from PIL import Image
 
-from unziplora.probe.plot import COLOURS, LEFT, ROW, TOP, WIDE, picture_sheet, plot
+from unziplora.probe.plot import COLORS, LEFT, ROW, TOP, WIDE, picture_sheet, plot
 from unziplora.probe.scores import ALL, Row, Score, judge
 
 
@@ -9,9 +9,9 @@ def row(content: float, style: float, error: float | None = None) -> Row:
 
 
 def widths(picture: Image.Image, number: int, axis: str) -> int:
-    """The longest run of an axis's colour in a block's row."""
+    """The longest run of an axis's color in a block's row."""
     rows = range(TOP + number * ROW, TOP + (number + 1) * ROW)
-    return max(sum(picture.getpixel((x, y)) == COLOURS[axis] for x in range(LEFT, LEFT + WIDE)) for y in rows)
+    return max(sum(picture.getpixel((x, y)) == COLORS[axis] for x in range(LEFT, LEFT + WIDE)) for y in rows)
 
 
 def test_bars_are_as_long_as_the_movements():

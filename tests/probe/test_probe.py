@@ -105,7 +105,7 @@ class TestSwap:
         assert not adapted(tiny_base.unet)
 
 
-class Grey:
+class Gray:
     """One number per picture as its only feature: the mean of red for content, of green for style."""
 
     def content(self, pictures) -> torch.Tensor:
@@ -120,8 +120,8 @@ def test_movements_are_taken_seed_by_seed_against_their_own_references():
         return [Image.new("RGB", (1, 1), (*value, 0)) for value in values]
 
     rows = [dots((0, 9), (100, 9)), dots((25, 9), (100, 9)), dots((50, 10), (200, 9)), dots((100, 10), (200, 19))]
-    torch.testing.assert_close(movements(Grey(), "content", rows), torch.tensor([[0.25, 0.0], [0.5, 1.0]]))
-    torch.testing.assert_close(movements(Grey(), "style", rows), torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    torch.testing.assert_close(movements(Gray(), "content", rows), torch.tensor([[0.25, 0.0], [0.5, 1.0]]))
+    torch.testing.assert_close(movements(Gray(), "style", rows), torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
 
 
 def test_pictures_of_a_pair_are_swaps_of_one_word(tiny_base: Base):

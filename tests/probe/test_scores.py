@@ -80,7 +80,7 @@ class TestScore:
 
 
 class TestMap:
-    def test_leaning_is_the_difference_of_standardised_scores(self):
+    def test_leaning_is_the_difference_of_standardized_scores(self):
         found = leans({"a": row(0.6, 0.1), "b": row(0.2, 0.2), "c": row(0.4, 0.3)})
         unit = math.sqrt(1.5)  # of three evenly spaced values the outer ones lie √1.5 deviations from the mean
         assert found == pytest.approx({"a": 2 * unit, "b": -unit, "c": -unit})

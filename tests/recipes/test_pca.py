@@ -16,7 +16,7 @@ SETTINGS = VaeSettings(channels=48, latent_channels=6, encoder_blocks=[0, 1, 2, 
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """Smooth random pictures, uint8 [40, 32, 32, 3]: neighbouring pixels go together."""
+    """Smooth random pictures, uint8 [40, 32, 32, 3]: neighboring pixels go together."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (40, 8, 8, 3)).repeat(4, 1).repeat(4, 2)
     return (0.8 * coarse + 0.2 * rng.integers(0, 256, coarse.shape)).astype(np.uint8)
@@ -27,9 +27,9 @@ def numpy_components(pixels: np.ndarray, count: int) -> tuple[np.ndarray, np.nda
     rows = np.stack(
         [p[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].ravel() for p in pixels / 255 for y in range(4) for x in range(4)]
     )
-    centred = rows - rows.mean(0)
-    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
-    return (centred @ directions[:count].T).reshape(-1, 4, 4, count), singular[:count] ** 2 / (len(rows) - 1)
+    centerd = rows - rows.mean(0)
+    _, singular, directions = np.linalg.svd(centerd, full_matrices=False)
+    return (centerd @ directions[:count].T).reshape(-1, 4, 4, count), singular[:count] ** 2 / (len(rows) - 1)
 
 
 def test_latents_are_scaled_principal_components(pixels: np.ndarray) -> None:

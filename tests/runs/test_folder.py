@@ -75,7 +75,7 @@ def test_a_run_that_another_process_began_meanwhile_is_left_to_it(tmp_path: Path
 
     def twice(path: Path, ours: SplitConfig) -> RunFolder:
         create(path, ours)
-        return create(path, ours.model_copy(update={"rank": 8}))  # nothing is learnt yet, so the folder is free
+        return create(path, ours.model_copy(update={"rank": 8}))  # nothing is learned yet, so the folder is free
 
     monkeypatch.setattr(RunFolder, "create", twice)
     with pytest.raises(UserError, match="another process has begun a run here"):
@@ -280,7 +280,7 @@ def test_a_really_full_disk(run: RunFolder) -> None:
         with pytest.raises(MachineError, match="disk is full"):
             run.checkpoint(200, fill)
         with pytest.raises(MachineError, match="disk is full"):
-            run.save_picture("noise", Image.effect_noise((200, 200), 90))
+            run.save_image("noise", Image.effect_noise((200, 200), 90))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
@@ -289,7 +289,7 @@ def test_a_really_full_disk(run: RunFolder) -> None:
 
 
 def test_samples_are_png(run: RunFolder) -> None:
-    path = run.save_picture("000200", Image.new("RGB", (8, 8), "red"))
+    path = run.save_image("000200", Image.new("RGB", (8, 8), "red"))
     assert path == run.samples / "000200.png"
     with Image.open(path) as picture:
         assert picture.format == "PNG"

@@ -13,7 +13,7 @@ from unziplora.lora.algebra import Pair
 from unziplora.lora.weights import Lora, text_tensors
 from unziplora.models.base import Base
 from unziplora.models.text import encode_batch
-from unziplora.sampling.adapters import Mounted, Part
+from unziplora.sampling.adapters import AttachedLoras, Part
 
 LAYER = "text_encoder.text_model.encoder.layers.0"
 LAYER_2 = "text_encoder_2.text_model.encoder.layers.0"
@@ -59,9 +59,9 @@ def part(name: str, lora: dict[str, Pair]) -> Part:
 
 
 @contextmanager
-def mounted(base: Base, *parts: Part) -> Iterator[Mounted]:
+def mounted(base: Base, *parts: Part) -> Iterator[AttachedLoras]:
     """The text encoders are those of all tests: they go back as they were."""
-    found = Mounted(base, list(parts))
+    found = AttachedLoras(base, list(parts))
     try:
         yield found
     finally:
@@ -126,6 +126,6 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(fresh_base, path, shape,
     text = text_tensors({path: (torch.zeros(2, shape[1]), torch.zeros(shape[0], 2))})
     unet = tiny.random_lora(base.unet, 1)
     with pytest.raises(UserError, match=words):
-        Mounted(base, [Part("content", Lora(unet, text=text), {}, "cat.safetensors")])
+        AttachedLoras(base, [Part("content", Lora(unet, text=text), {}, "cat.safetensors")])
     assert not any("lora" in name for encoder in base.text_encoders for name, _ in encoder.named_parameters())
     assert not [name for name, _ in base.unet.named_parameters() if "branches" in name]

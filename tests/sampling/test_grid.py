@@ -47,13 +47,13 @@ def test_sheet_without_labels_is_pictures_and_gaps():
 
 
 def test_labels_take_room_above_and_left_and_are_drawn():
-    plain, labelled = sheet([[tile(1)]]), sheet([[tile(1)]], ["content 0.5"], ["style 1"])
-    assert labelled.width > plain.width
-    assert labelled.height > plain.height
-    left, top = labelled.width - plain.width, labelled.height - plain.height
-    assert labelled.crop((0, top, left, labelled.height)).getextrema()[0][0] < 128
-    assert labelled.crop((left, 0, labelled.width, top)).getextrema()[0][0] < 128
-    assert labelled.getpixel((left + 4, top + 4)) == (1, 0, 0)
+    plain, labeled = sheet([[tile(1)]]), sheet([[tile(1)]], ["content 0.5"], ["style 1"])
+    assert labeled.width > plain.width
+    assert labeled.height > plain.height
+    left, top = labeled.width - plain.width, labeled.height - plain.height
+    assert labeled.crop((0, top, left, labeled.height)).getextrema()[0][0] < 128
+    assert labeled.crop((left, 0, labeled.width, top)).getextrema()[0][0] < 128
+    assert labeled.getpixel((left + 4, top + 4)) == (1, 0, 0)
 
 
 def test_long_labels_are_wrapped_and_cut():
@@ -63,7 +63,7 @@ def test_long_labels_are_wrapped_and_cut():
     assert long.height <= short.height + 60
 
 
-def test_smaller_pictures_are_centred_and_other_modes_shown():
+def test_smaller_pictures_are_centered_and_other_modes_shown():
     picture = sheet([[tile(9, 32), Image.new("L", (16, 16), 50)]])
     assert picture.getpixel((40 + 16, 4 + 16)) == (50, 50, 50)
     assert picture.getpixel((40, 4)) == (255, 255, 255)

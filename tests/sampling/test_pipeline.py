@@ -220,7 +220,7 @@ def test_a_picture_that_does_not_fit_in_memory_is_decoded_in_tiles(tiny_base: Ba
     (picture,) = decode(tiny_base, latents)
     assert tiled == [False, True]
     assert picture.size == expected.size
-    # Tiles are normalised each by itself, so it is not the same picture, but nearer to it than any other.
+    # Tiles are normalized each by itself, so it is not the same picture, but nearer to it than any other.
     (other,) = decode(tiny_base, latents.flip(-1))
     assert distance(picture, expected) < 0.6 * distance(other, expected)
     assert (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size) == (False, *sizes)

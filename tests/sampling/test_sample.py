@@ -279,8 +279,8 @@ def test_words_are_filled_into_prompts(cat: Path, dog: Path):
     config = SampleConfig(content=cat, style=dog, prompts=["{token} {content} as {style} style style"])
     (prompts,) = plan(config, sources)
     assert prompts == Prompts("sks cat as oil paint style", "a sks cat", "an image in oil paint style")
-    with pytest.raises(UserError, match=r"\{colour\} is not known here; known: \{token\}, \{content\}, \{style\}"):
-        plan(SampleConfig(content=cat, style=dog, prompts=["{colour}"]), sources)
+    with pytest.raises(UserError, match=r"\{color\} is not known here; known: \{token\}, \{content\}, \{style\}"):
+        plan(SampleConfig(content=cat, style=dog, prompts=["{color}"]), sources)
 
 
 def test_different_bases_ask_for_a_choice(cat: Path, dog: Path, tmp_path: Path):

@@ -57,7 +57,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Replays:
 
 
 def trained(method, steps, recorded):
-    """What a method has learnt after some steps, with or without recorded passes."""
+    """What a method has learned after some steps, with or without recorded passes."""
     trainer = Trainer(method, method.config, Accelerator(cpu=True))
     if recorded:
         method.unet.recorder = Recorder(method.unet, trainer.parameters())

@@ -90,13 +90,13 @@ def palette(rgb: Field, colours: int, rng: np.random.Generator) -> NDArray[np.in
     pixels = np.ascontiguousarray(rgb.reshape(-1, 3), np.float32)
     cv2.setRNGSeed(int(rng.integers(1 << 30)))
     stop = (cv2.TERM_CRITERIA_MAX_ITER + cv2.TERM_CRITERIA_EPS, 8, 1.0)
-    _, _, centres = cv2.kmeans(pixels[::4].copy(), colours, None, stop, 1, cv2.KMEANS_PP_CENTERS)
-    distance = ((pixels[:, None] - centres[None]) ** 2).sum(2)
+    _, _, centers = cv2.kmeans(pixels[::4].copy(), colours, None, stop, 1, cv2.KMEANS_PP_CENTERS)
+    distance = ((pixels[:, None] - centers[None]) ** 2).sum(2)
     return distance.argmin(1).reshape(rgb.shape[:2]).astype(np.int32)
 
 
 def cell_means(rgb: Field, cells: NDArray[np.int64]) -> Field:
-    """Replace each cell of a labelled picture by its mean colour."""
+    """Replace each cell of a labeled picture by its mean colour."""
     flat = cells.ravel()
     count = np.maximum(np.bincount(flat), 1)
     means = np.stack([np.bincount(flat, rgb[..., i].ravel()) / count for i in range(3)], 1)

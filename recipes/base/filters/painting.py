@@ -72,9 +72,9 @@ def oil(rgba: Picture, rng: np.random.Generator) -> Picture:
     return finish(saturate(dabs, 0.3) + relief[..., None])
 
 
-def _disc(canvas: Picture, centre: tuple[float, float], radius: float, colour: Field) -> None:
-    """Paint an anti-aliased disc; centre is (y, x)."""
-    point = (int(centre[1] * 4), int(centre[0] * 4))
+def _disc(canvas: Picture, center: tuple[float, float], radius: float, colour: Field) -> None:
+    """Paint an anti-aliased disc; center is (y, x)."""
+    point = (int(center[1] * 4), int(center[0] * 4))
     cv2.circle(canvas, point, int(radius * 4), [int(v) for v in colour], -1, cv2.LINE_AA, 2)
 
 
@@ -92,8 +92,8 @@ def pointillism(rgba: Picture, rng: np.random.Generator) -> Picture:
     at = np.clip(dots.round().astype(int), 0, size - 1)
     colours = source[at[:, 0], at[:, 1]] + rng.normal(0, 1, (len(at), 3)) * np.float32([26, 22, 30])
     colours = np.clip(saturate(colours.astype(np.float32), 0.35), 0, 255)
-    for centre, colour, radius in zip(dots * scale, colours, rng.uniform(1.6, 2.4, len(at)), strict=True):
-        _disc(canvas, centre, radius * k * scale, colour)
+    for center, colour, radius in zip(dots * scale, colours, rng.uniform(1.6, 2.4, len(at)), strict=True):
+        _disc(canvas, center, radius * k * scale, colour)
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
 
 

@@ -12,14 +12,14 @@ from unziplora.bench.cases import Case
 from unziplora.bench.contender import Contender
 from unziplora.bench.evaluate import evaluate
 from unziplora.bench.parallel import fill
-from unziplora.bench.published import picture_report, write_picture_report
-from unziplora.bench.report import Report, summarise, write_report
+from unziplora.bench.published import published_report, write_published_report
+from unziplora.bench.report import Report, summarize, write_report
 from unziplora.bench.session import Bench, open_bench
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import Interrupted
 from unziplora.metrics.measures import Measure
 from unziplora.models.base import Base
-from unziplora.models.offload import gone
+from unziplora.models.offload import base_on_cpu
 from unziplora.utils.progress import Callback, Progress
 
 
@@ -55,10 +55,10 @@ def bench(
         names = [name for name in names if name != "oracle"]  # it learns from the truth, and there is none
     results = measure(bench, names)
     if config.pictures is not None:
-        report = picture_report(config, results, [measure.name for measure in bench.measures])
-        write_picture_report(report, bench.place.folder)
+        report = published_report(config, results, [measure.name for measure in bench.measures])
+        write_published_report(report, bench.place.folder)
         return report
-    report = summarise(config, results, [measure.name for measure in bench.measures])
+    report = summarize(config, results, [measure.name for measure in bench.measures])
     write_report(report, results, bench.chosen, bench.place.folder)
     return report
 
@@ -88,7 +88,7 @@ def measure(bench: Bench, names: Sequence[str]) -> list[dict[str, Any]]:
     ]
     if bench.place.config.workers > 1:
         keys = [(name, case.slug, seed) for name, case, seed in units]
-        with gone(bench.base):
+        with base_on_cpu(bench.base):
             fill(partial(open_bench, bench.place.config), bench, keys, bench.place.config.workers)
     results: list[dict[str, Any]] = []
     start = time.monotonic()

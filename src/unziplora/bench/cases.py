@@ -71,7 +71,7 @@ class Case:
 
 
 def load_cases(split: Split, path: Path = CASES) -> dict[str, Case]:
-    """All cases of a split by slug, in their fixed order; partners are neighbours.
+    """All cases of a split by slug, in their fixed order; partners are neighbors.
 
     Raises:
         UserError: the file of cases is missing or damaged.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from unziplora.bench.cases import Case
-from unziplora.bench.workspace import Workplace
+from unziplora.bench.workspace import Workspace
 from unziplora.config.training import TrainingConfig
 from unziplora.lora.weights import Lora
 
@@ -44,13 +44,13 @@ class Contender(Protocol):
     def seeded(self) -> bool:
         """Whether a training seed makes a difference."""
 
-    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
         """All that is trained for one case, resolved."""
 
-    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         """The LoRAs of one case."""
 
-    def mix(self, place: Workplace, case: Case, partner: Case, seed: int) -> Adapters:
+    def mix(self, place: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
         """The content of one case with the style of another."""
 
 
@@ -62,10 +62,10 @@ class Paired(ABC):
     seeded: ClassVar[bool] = True
 
     @abstractmethod
-    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         """The LoRAs of one case."""
 
-    def mix(self, place: Workplace, case: Case, partner: Case, seed: int) -> Adapters:
+    def mix(self, place: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
         """The content LoRA of one case with the style LoRA of another."""
         mine, other = self.train(place, case, seed), self.train(place, partner, seed)
         return replace(mine, style=other.style)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from unziplora.bench.cases import Case
 from unziplora.bench.contender import Adapters, Contender, Paired
-from unziplora.bench.workspace import Workplace, fingerprint, plain
+from unziplora.bench.workspace import Workspace, fingerprint, plain
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import KINDS, read_toml
@@ -24,7 +24,7 @@ from unziplora.methods.dreambooth import DreamBooth
 from unziplora.methods.unziplora.method import split
 from unziplora.methods.ziplora.inputs import complete
 from unziplora.methods.ziplora.method import zip_loras
-from unziplora.training.runner import run_job
+from unziplora.training.runner import run_training
 
 ORACLE_TIMES = 3
 """The oracle trains for this multiple of DreamBooth's steps."""
@@ -37,15 +37,15 @@ class Untrained:
     name: str = "base"
     seeded: ClassVar[bool] = False
 
-    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
         """Nothing."""
         return []
 
-    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         """No LoRA; the base does not know the rare word."""
         return Adapters(subject="a {content}")
 
-    def mix(self, place: Workplace, case: Case, partner: Case, seed: int) -> Adapters:
+    def mix(self, place: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
         """As `train`."""
         return self.train(place, case, seed)
 
@@ -57,20 +57,20 @@ class Split(Paired):
     keys: Mapping[str, Any] = field(default_factory=dict)
     home: str = "unziplora"
 
-    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
         """One training."""
         return [self.recipe(place, case, seed)]
 
-    def recipe(self, place: Workplace, case: Case, seed: int) -> SplitConfig:
+    def recipe(self, place: Workspace, case: Case, seed: int) -> SplitConfig:
         """The training."""
         out = place.run_folder(self.name, case, seed) / "split"
         return SplitConfig.make(**{**place.common(case, seed), **case.words, **self.given(place), "out": out})
 
-    def given(self, place: Workplace) -> dict[str, Any]:
+    def given(self, place: Workspace) -> dict[str, Any]:
         """The settings of `home`, the method's own keys, the settings for this method: the last one counts."""
         return {**place.settings(self.home), **self.keys, **place.settings(self.name)}
 
-    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         """Both LoRAs from one training."""
         recipe = self.recipe(place, case, seed)
         run = place.finish(split, recipe)
@@ -82,8 +82,8 @@ class Split(Paired):
 class Paper(Split):
     """UnZipLoRA as published; on the bundled base with the rates, rank and steps that fit its size."""
 
-    def given(self, place: Workplace) -> dict[str, Any]:
-        """The preset `paper`, in the number format and with the optimiser that run everywhere."""
+    def given(self, place: Workspace) -> dict[str, Any]:
+        """The preset `paper`, in the number format and with the optimizer that run everywhere."""
         size = BUNDLED if place.config.base == "bundled" else {}
         plain = {name: value for name, value in PAPER.items() if name not in ("optimizer", "precision")}
         return {**size, **plain, "optimizer": "adamw", "preset": "paper", **place.settings(self.name)}
@@ -93,20 +93,20 @@ class Paper(Split):
 class BLoraHalves(Paired):
     """B-LoRA: one training, cut by blocks."""
 
-    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
         """One training."""
         return [self.recipe(place, case, seed)]
 
-    def recipe(self, place: Workplace, case: Case, seed: int) -> BLoraConfig:
-        """The training; on the bundled base with its own block map, for in the published blocks nothing is learnt."""
+    def recipe(self, place: Workspace, case: Case, seed: int) -> BLoraConfig:
+        """The training; on the bundled base with its own block map, for in the published blocks nothing is learned."""
         out = place.run_folder(self.name, case, seed) / "blora"
         blocks = {"blocks": "bundled"} if place.config.base == "bundled" else {}
         given = {**blocks, **place.settings(self.name), "out": out}
         return BLoraConfig.make(**{**place.common(case, seed), **case.words, **given})
 
-    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         """Both halves; the style goes by the rare word, as it was trained."""
-        run = place.finish(partial(run_job, BLora), self.recipe(place, case, seed))
+        run = place.finish(partial(run_training, BLora), self.recipe(place, case, seed))
         return Adapters(read_lora(run.content), read_lora(run.style), manner="{token}")
 
 
@@ -114,31 +114,31 @@ class BLoraHalves(Paired):
 class DreamBooths(Paired):
     """Two DreamBooth LoRAs of the same picture, one told of the content, the other of the style."""
 
-    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
         """Two trainings: content, style."""
         return [self.recipe(place, case, seed, kind) for kind in KINDS]
 
-    def recipe(self, place: Workplace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
+    def recipe(self, place: Workspace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
         """One of the two."""
         given = place.settings(self.name, kind)
         out = place.run_folder(self.name, case, seed) / kind
         return DreamBoothConfig.make(**{**place.common(case, seed), kind: getattr(case, kind), **given, "out": out})
 
-    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         """Both LoRAs."""
         content, style = (self.file(place, case, seed, kind) for kind in KINDS)
         return Adapters(read_lora(content), read_lora(style))
 
-    def file(self, place: Workplace, case: Case, seed: int, kind: str) -> Path:
+    def file(self, place: Workspace, case: Case, seed: int, kind: str) -> Path:
         """One of the two, trained if it is not there."""
-        return place.finish(partial(run_job, DreamBooth), self.recipe(place, case, seed, kind)).lora(kind)
+        return place.finish(partial(run_training, DreamBooth), self.recipe(place, case, seed, kind)).lora(kind)
 
 
 @dataclass(frozen=True)
 class Oracle(DreamBooths):
     """What is within reach: DreamBooth on the same drawing in many styles, and on the same style of many drawings."""
 
-    def recipe(self, place: Workplace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
+    def recipe(self, place: Workspace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
         """DreamBooth's defaults, whatever is searched for it, on the oracle's pictures with a prompt each, and longer.
 
         So a scale stays what it is while settings are chosen by it. For the style the text encoders learn too: of a
@@ -168,11 +168,11 @@ class Zipped:
     seeded: ClassVar[bool] = True
     pair: ClassVar[DreamBooths] = DreamBooths("dreambooth")
 
-    def recipes(self, place: Workplace, case: Case, seed: int) -> list[TrainingConfig]:
+    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
         """Two trainings and their merger."""
         return [*self.pair.recipes(place, case, seed), self.recipe(place, case, case, seed)]
 
-    def recipe(self, place: Workplace, case: Case, styled: Case, seed: int) -> ZipConfig:
+    def recipe(self, place: Workspace, case: Case, styled: Case, seed: int) -> ZipConfig:
         """The merger of one case's content and a case's style, in a folder that says of which trainings they are."""
         pair = self.pair.recipe(place, case, seed, "content"), self.pair.recipe(place, styled, seed, "style")
         mark = fingerprint([plain(recipe) for recipe in pair])[:6]
@@ -183,14 +183,14 @@ class Zipped:
         made = {"method": self.how, "parts": True, **place.settings(self.name), "out": out}
         return ZipConfig.make(**{**common, **given, **made})
 
-    def _run(self, place: Workplace, case: Case, seed: int, kind: str) -> Path:
+    def _run(self, place: Workspace, case: Case, seed: int, kind: str) -> Path:
         return place.run_folder(self.pair.name, case, seed) / kind
 
-    def train(self, place: Workplace, case: Case, seed: int) -> Adapters:
+    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         """The merger and its two parts."""
         return self.mix(place, case, case, seed)
 
-    def mix(self, place: Workplace, case: Case, partner: Case, seed: int) -> Adapters:
+    def mix(self, place: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
         """A merger of its own for every pair."""
         self.pair.file(place, case, seed, "content")
         self.pair.file(place, partner, seed, "style")

@@ -16,13 +16,13 @@ from PIL import Image
 from unziplora.bench.cases import Case
 from unziplora.bench.contender import Adapters, Contender
 from unziplora.bench.scores import leak, product, similarity
-from unziplora.bench.workspace import Workplace, fingerprint, plain
+from unziplora.bench.workspace import Workspace, fingerprint, plain
 from unziplora.lora.weights import Lora
 from unziplora.metrics.measures import Measure
 from unziplora.models.base import Base
-from unziplora.models.offload import gone
+from unziplora.models.offload import base_on_cpu
 from unziplora.models.text import Prompts
-from unziplora.sampling.adapters import Mounted, Part
+from unziplora.sampling.adapters import AttachedLoras, Part
 from unziplora.sampling.pipeline import Settings, generate
 from unziplora.utils.files import atomic_write, write_png
 
@@ -81,9 +81,9 @@ def _named(**loras: Lora | None) -> dict[str, Lora]:
 
 
 def draw(base: Base, ask: Ask, seeds: Sequence[int], steps: int, guidance: float) -> list[Image.Image]:
-    """One picture per seed; the base is left as it was. Errors as in `Mounted` and `generate`."""
+    """One picture per seed; the base is left as it was. Errors as in `AttachedLoras` and `generate`."""
     parts = [Part(name, lora, {}, f"{name} LoRA") for name, lora in ask.loras.items()]
-    mounted = Mounted(base, parts, separate=ask.prompts.separate)
+    mounted = AttachedLoras(base, parts, separate=ask.prompts.separate)
     try:
         return generate(base, ask.prompts, seeds, Settings(steps=steps, guidance=guidance, batch_size=len(seeds)))
     finally:
@@ -115,7 +115,7 @@ def score(measure: Measure, case: Case, ask: Ask, made: Sequence[Image.Image]) -
 
 
 def evaluate(
-    place: Workplace,
+    place: Workspace,
     base: Base,
     measures: Sequence[Measure],
     method: Contender,
@@ -139,7 +139,7 @@ def evaluate(
     if found.get("settings") == settings and set(names) <= set(found.get("measures", [])) and same:
         return found
     start = time.monotonic()
-    with gone(base):
+    with base_on_cpu(base):
         alone = method.train(place, case, seed)
         mixed = method.mix(place, case, partner, seed)
     trained = time.monotonic()
@@ -168,8 +168,8 @@ def evaluate(
     return result
 
 
-def settings_hash(place: Workplace, method: Contender, cases: dict[str, Case], case: Case, seed: int) -> str:
-    """A fingerprint of everything that decides the pictures: recipes, pictures learnt, prompts, sampling, version."""
+def settings_hash(place: Workspace, method: Contender, cases: dict[str, Case], case: Case, seed: int) -> str:
+    """A fingerprint of everything that decides the pictures: recipes, pictures learned, prompts, sampling, version."""
     config, partner = place.config, cases[case.partner]
     told = [
         config.model_dump(mode="json", include={"base", "token", "samples", "sample_steps", "guidance", "precision"}),
@@ -187,7 +187,7 @@ def _fingerprint(case: Case) -> list[str]:
     return [case.slug, case.content, case.style, *(example.word for example in examples), sums]
 
 
-def _drawn(place: Workplace, base: Base, ask: Ask, seeds: Sequence[int], files: Sequence[Path]) -> list[Image.Image]:
+def _drawn(place: Workspace, base: Base, ask: Ask, seeds: Sequence[int], files: Sequence[Path]) -> list[Image.Image]:
     made = draw(base, ask, seeds, place.config.sample_steps, place.config.guidance)
     for picture, file in zip(made, files, strict=True):
         write_png(file, picture)

@@ -21,7 +21,7 @@ import torch
 from unziplora.bench.cases import Case
 from unziplora.bench.evaluate import evaluate
 from unziplora.bench.session import Bench
-from unziplora.bench.workspace import Workplace
+from unziplora.bench.workspace import Workspace
 from unziplora.errors import Interrupted
 from unziplora.models.device import pick_device
 from unziplora.utils.progress import Callback, Progress
@@ -73,7 +73,7 @@ def fill(open_bench: Callable[[], Bench], bench: Bench, units: Sequence[Unit], w
             with caught(signal.default_int_handler, signal.SIGTERM):  # ends as Ctrl-C does, no worker is left behind
                 _follow(work, [len(part) for part in parts], bench.progress)
         except BaseException:
-            stop.set()  # what a worker has been given already cannot be cancelled
+            stop.set()  # what a worker has been given already cannot be canceled
             for worker in multiprocessing.active_children():
                 worker.terminate()  # a training saves its step first
             raise
@@ -117,7 +117,7 @@ def _do(units: Sequence[Unit], folder: Path, overrides: dict[str, Any], homes: d
     assert _opened is not None
     assert _stop is not None
     bench = _opened
-    place: Workplace = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
+    place: Workspace = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
     for name, slug, seed in units:
         if _stop.is_set():
             raise Interrupted("stopped")

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.bench.cases import Case, Example
-from unziplora.bench.report import Report, summarise, table
+from unziplora.bench.report import Report, summarize, table
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import KINDS, read_toml
 from unziplora.errors import UserError
-from unziplora.images.preprocess import load_picture
+from unziplora.images.preprocess import load_image
 from unziplora.metrics.embedders import ImageModel
 from unziplora.utils.files import atomic_write
 
@@ -49,7 +49,7 @@ class ModelMeasure:
         return self.styles.embed(pictures)
 
 
-def picture_cases(folder: Path, side: int) -> dict[str, Case]:
+def published_cases(folder: Path, side: int) -> dict[str, Case]:
     """Cases from the pictures that `words.toml` in a folder names, each with its words; their truth is the picture.
 
     Raises:
@@ -68,7 +68,7 @@ def picture_cases(folder: Path, side: int) -> dict[str, Case]:
 def _case(folder: Path, name: str, words: object, side: int) -> Case:
     if not isinstance(words, dict) or set(words) != set(KINDS):
         raise UserError(f"{folder / WORDS}: {name!r} must have the words content and style: " + _example())
-    picture = load_picture(folder / name, side)
+    picture = load_image(folder / name, side)
     styles = [style for style in STYLES if style != words["style"]]
     things = [thing for thing in THINGS if thing != words["content"]]
     return Case(
@@ -94,7 +94,7 @@ def _example() -> str:
     return '["cat.jpg"] with content = "cat" and style = "pencil sketch" below it'
 
 
-def picture_measures(config: BenchConfig, device: torch.device | str) -> list[ModelMeasure]:
+def published_measures(config: BenchConfig, device: torch.device | str) -> list[ModelMeasure]:
     """The measures that the named models make: CLIP-I for styles with DINO for contents, and CSD for both.
 
     Raises:
@@ -118,9 +118,9 @@ COLUMNS = {
 }
 
 
-def picture_report(config: BenchConfig, results: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Report:
+def published_report(config: BenchConfig, results: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Report:
     """The similarities of a method in one row, whichever measure they come from; means over pictures."""
-    found = summarise(config, results, measures)
+    found = summarize(config, results, measures)
     rows = [row.model_copy(update={"seeds": {seed: {} for seed in row.seeds}}) for row in found.of(measures[0])]
     for measure in measures:
         titles = {figure: title for (kind, figure), title in COLUMNS.items() if measure.startswith(f"{kind}:")}
@@ -130,13 +130,13 @@ def picture_report(config: BenchConfig, results: Sequence[Mapping[str, Any]], me
     return found.model_copy(update={"rows": rows, "measures": [measures[0]]})
 
 
-def picture_table(report: Report) -> str:
+def published_table(report: Report) -> str:
     """The table of the published protocol as Markdown."""
     titles = [title for title in COLUMNS.values() if any(title in f for row in report.rows for f in row.seeds.values())]
     return table(report.rows, {title: title for title in titles})
 
 
-def write_picture_report(report: Report, folder: Path) -> None:
+def write_published_report(report: Report, folder: Path) -> None:
     """Write report.json and report.md.
 
     Raises:
@@ -146,9 +146,9 @@ def write_picture_report(report: Report, folder: Path) -> None:
     models = ", ".join(f"{name.upper()} {config[name] or '–'}" for name in ("clip", "dino", "csd"))
     text = (
         f"# Published protocol\n\nunziplora {report.version}, base {config['base']}; mean cosine to the picture that "
-        f"was learnt from, by {models}.\n\n"
+        f"was learned from, by {models}.\n\n"
     )
     atomic_write(folder / "report.json", report.model_dump_json(indent=1) + "\n")
     atomic_write(
-        folder / "report.md", text + picture_table(report) + "\n\n± is the standard deviation over training seeds.\n"
+        folder / "report.md", text + published_table(report) + "\n\n± is the standard deviation over training seeds.\n"
     )

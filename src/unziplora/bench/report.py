@@ -80,7 +80,7 @@ class Report(BaseModel):
         return [row for row in self.rows if row.measure == measure]
 
 
-def summarise(config: BenchConfig, results: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Report:
+def summarize(config: BenchConfig, results: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Report:
     """Means over pictures, then over cases, then the scale; of every method, measure and training seed.
 
     Args:

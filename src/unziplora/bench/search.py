@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.bench.bench import measure
-from unziplora.bench.report import Report, summarise
+from unziplora.bench.report import Report, summarize
 from unziplora.bench.session import Bench, open_bench
 from unziplora.config.bench import SEARCHED, BenchConfig
 from unziplora.errors import UserError
@@ -37,7 +37,7 @@ class Setting:
     Attributes:
         rate: learning rate of the content, or of everything where there is one rate.
         ratio: learning rate of the style, in parts of the content's.
-        steps: optimiser steps.
+        steps: optimizer steps.
         rank: of each LoRA.
     """
 
@@ -130,7 +130,7 @@ def search(config: BenchConfig, progress: Callback | None = None, bench: Bench |
             overrides = {**given, **best, name: those}
             place = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
             results = measure(replace(bench, place=place), [name])
-            found.append(_score(summarise(config, [*ends, *results], [bench.measures[0].name]), name))
+            found.append(_score(summarize(config, [*ends, *results], [bench.measures[0].name]), name))
         winner = found.index(max(found))
         scores[name], means[name] = [score for score, _ in found], [mean for _, mean in found]
         best[name], homes = keys[winner], {**homes, name: folders[winner]}

@@ -10,8 +10,8 @@ import torch
 from unziplora.bench.cases import Case, choose, load_cases
 from unziplora.bench.contender import Contender
 from unziplora.bench.contenders import METHODS, read_settings
-from unziplora.bench.published import picture_cases, picture_measures
-from unziplora.bench.workspace import Workplace
+from unziplora.bench.published import published_cases, published_measures
+from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import to_toml
 from unziplora.errors import UserError
@@ -28,7 +28,7 @@ MEASURES: dict[str, Callable[[], Measure]] = {"trained": Trained, "plain": Plain
 class Bench:
     """A benchmark with everything loaded, ready to measure methods by name."""
 
-    place: Workplace
+    place: Workspace
     base: Base
     measures: Sequence[Measure]
     cases: dict[str, Case]
@@ -55,9 +55,9 @@ def open_bench(
     found: Sequence[Measure] = measures or make_measures(config, device)
     base = base or load_base(config.base, pick_dtype(config.precision, device), device)
     if cases is None:
-        cases = picture_cases(config.pictures, base.resolution) if config.pictures else load_cases(config.split)
+        cases = published_cases(config.pictures, base.resolution) if config.pictures else load_cases(config.split)
     chosen = choose(cases, config.cases, config.quick)
-    place = Workplace(config, config.out.resolve(), overrides)
+    place = Workspace(config, config.out.resolve(), overrides)
     place.claim(base)
     atomic_write(place.folder / "bench.toml", to_toml(config))
     methods = methods or METHODS
@@ -76,5 +76,5 @@ def make_measures(config: BenchConfig, device: torch.device) -> Sequence[Measure
         UserError: what one needs is not installed, or a model cannot be loaded.
     """
     if config.pictures is not None:
-        return picture_measures(config, device)
+        return published_measures(config, device)
     return [MEASURES[name]() for name in config.measures]

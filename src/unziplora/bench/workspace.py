@@ -22,7 +22,7 @@ WEIGHTS = "weights.txt"
 """Holds the fingerprint of the base's weights."""
 
 PATHS = {"out", "images", "masks", "content_lora", "style_lora", "content_images", "style_images"}
-"""Keys of recipes that say where something lies, and nothing of what is learnt."""
+"""Keys of recipes that say where something lies, and nothing of what is learned."""
 
 C = TypeVar("C", bound=TrainingConfig, contravariant=True)
 
@@ -35,7 +35,7 @@ class TrainFunction(Protocol[C]):
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Workspace:
     """The folder of a benchmark.
 
     Attributes:

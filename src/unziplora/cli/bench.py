@@ -39,10 +39,10 @@ def run_bench(ctx: click.Context, config_file: str | None, dry_run: bool, as_jso
             result = found.model_dump(mode="json")
         else:
             from unziplora.bench.bench import bench
-            from unziplora.bench.published import picture_table
+            from unziplora.bench.published import published_table
 
             report = bench(config, view)
-            shown = picture_table(report) if config.pictures else str(report)
+            shown = published_table(report) if config.pictures else str(report)
             text = f"{shown}\n\nreport   {config.out / 'report.md'}"
             result = report.model_dump(mode="json")
     emit(result, text, as_json)
@@ -53,9 +53,9 @@ def _plan(config: BenchConfig, as_json: bool) -> None:
     with stdout_kept():
         from unziplora.bench.cases import choose, load_cases
         from unziplora.bench.contenders import read_settings
-        from unziplora.bench.published import picture_cases
+        from unziplora.bench.published import published_cases
 
-        known = picture_cases(config.pictures, 64) if config.pictures else load_cases(config.split)
+        known = published_cases(config.pictures, 64) if config.pictures else load_cases(config.split)
         cases = choose(known, config.cases, config.quick)
         read_settings(config.settings)
     lines = [f"# {case.slug}: a {case.content} in {case.style} style" + _mixed(case) for case in cases]
@@ -74,7 +74,7 @@ bench_command = RecipeCommand(
 
     A case is a drawing under a filter; the same drawing under other filters, and the same filter on other drawings,
     exist too. Every method learns from the one picture; what its LoRAs give alone, together and mixed with another
-    case's is compared with the truth. 0 is the base without LoRA, 1 an oracle that has learnt from many pictures.
+    case's is compared with the truth. 0 is the base without LoRA, 1 an oracle that has learned from many pictures.
 
     \b
       unziplora bench --quick --methods base --methods unziplora --methods oracle

@@ -21,7 +21,7 @@ GIB = 2**30
 PACKAGES = ("unziplora", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pillow")
 EXTRAS = {
     "bitsandbytes": "8-bit AdamW, for small cards",
-    "prodigyopt": "the Prodigy optimiser",
+    "prodigyopt": "the Prodigy optimizer",
     "tensorboard": "curves in TensorBoard",
     "wandb": "curves in Weights & Biases",
     "trackio": "curves in Trackio",

@@ -18,7 +18,7 @@ from unziplora.config.probe import ProbeConfig
 from unziplora.config.recipe import Recipe, group_of
 from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.config.split import SplitConfig
-from unziplora.config.training import PictureConfig, TrainingConfig
+from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.config.zip import ZipConfig
 
 HEAD = """# Configuration
@@ -40,12 +40,12 @@ def reference() -> str:
         [
             HEAD,
             _section(trained, TrainingConfig),
-            _section(pictures, PictureConfig, TrainingConfig, trained),
-            _section("`unziplora split`", SplitConfig, PictureConfig, pictures),
+            _section(pictures, ImageConfig, TrainingConfig, trained),
+            _section("`unziplora split`", SplitConfig, ImageConfig, pictures),
             _presets(SplitConfig),
-            _section("`unziplora train dreambooth`", DreamBoothConfig, PictureConfig, pictures),
+            _section("`unziplora train dreambooth`", DreamBoothConfig, ImageConfig, pictures),
             _presets(DreamBoothConfig),
-            _section("`unziplora train blora`", BLoraConfig, PictureConfig, pictures),
+            _section("`unziplora train blora`", BLoraConfig, ImageConfig, pictures),
             _presets(BLoraConfig),
             _section("`unziplora zip`", ZipConfig, TrainingConfig, trained),
             _section("`unziplora sample`", SampleConfig),

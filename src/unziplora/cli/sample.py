@@ -111,7 +111,7 @@ sample_command = RecipeCommand(
 grid_command = RecipeCommand(
     "grid",
     callback=click.pass_context(run_grid),
-    help=f"""Make one labelled sheet of pictures: strength by strength, or prompts by seeds.
+    help=f"""Make one labeled sheet of pictures: strength by strength, or prompts by seeds.
 
     {_RUN}
 
@@ -119,7 +119,7 @@ grid_command = RecipeCommand(
       unziplora grid runs/cat --out cat.png
       unziplora grid --style runs/cat --prompts "a dog" --prompts "a car" --seeds 0 --seeds 1
     """,
-    short_help="Make one labelled sheet of pictures.",
+    short_help="Make one labeled sheet of pictures.",
     params=[
         click.Argument(["run"], required=False, metavar="[RUN]"),
         config_option(),

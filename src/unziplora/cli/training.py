@@ -21,7 +21,7 @@ from unziplora.cli.options import (
 )
 from unziplora.cli.output import emit, memory_advice, note, stdout_kept
 from unziplora.config.recipe import read_toml, resolve, to_toml
-from unziplora.config.training import PictureConfig
+from unziplora.config.training import ImageConfig
 from unziplora.errors import UserError
 from unziplora.utils.progress import show
 
@@ -41,7 +41,7 @@ class Training:
     """
 
     command: str
-    model: type[PictureConfig]
+    model: type[ImageConfig]
     method: Callable[[], type[Method[Any]]]
 
     def __call__(
@@ -61,9 +61,9 @@ class Training:
             self._plan(config, as_json)
             return
         with stdout_kept(), memory_advice(config), show(quiet) as progress:
-            from unziplora.training.runner import run_job
+            from unziplora.training.runner import run_training
 
-            run = run_job(self.method(), config, resume=resume, progress=progress)
+            run = run_training(self.method(), config, resume=resume, progress=progress)
         tell_result(run, as_json)
 
     def _layers(
@@ -80,15 +80,15 @@ class Training:
         default = Path(str(named[0])).stem if named and isinstance(named, list) else None
         return run_layers(self.command, file, flags, default, resume)
 
-    def _plan(self, config: PictureConfig, as_json: bool) -> None:
+    def _plan(self, config: ImageConfig, as_json: bool) -> None:
         """Show the resolved settings, the prompts and the memory estimate; pictures and masks are opened."""
         with stdout_kept():
             from unziplora.models.sizes import inspect_base
             from unziplora.training.memory import estimate
-            from unziplora.training.preflight import check_job
+            from unziplora.training.preflight import check_run
 
             method, sizes = self.method(), inspect_base(config.base)
-            check_job(method, config, config.resolution or sizes.resolution)
+            check_run(method, config, config.resolution or sizes.resolution)
             memory = estimate(config, sizes, method.layers(config, sizes.names))
         prompts = config.filled_prompts()
         result = {

@@ -71,11 +71,11 @@ def _plan(config: ZipConfig, as_json: bool) -> None:
     with stdout_kept():
         from unziplora.methods.ziplora.inputs import complete
         from unziplora.methods.ziplora.method import ZipLora
-        from unziplora.training.preflight import check_job
+        from unziplora.training.preflight import check_run
 
         config = complete(config)
         if config.method == "zip":
-            check_job(ZipLora, config, 64)
+            check_run(ZipLora, config, 64)
         else:
             ZipLora.check(config)
     prompts = config.filled_prompts()

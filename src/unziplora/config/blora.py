@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from unziplora.config.recipe import key
-from unziplora.config.training import SMALL, PictureConfig
+from unziplora.config.training import SMALL, ImageConfig
 
 
-class BLoraConfig(PictureConfig):
+class BLoraConfig(ImageConfig):
     """Train a LoRA in two blocks of the UNet, which then are a content and a style LoRA (B-LoRA, arXiv 2403.14572)."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "bundled": {**SMALL, "learning_rate": 1e-3}}
@@ -30,7 +30,7 @@ class BLoraConfig(PictureConfig):
         "Method",
         private=True,
     )
-    steps: int = key(1000, "Optimiser steps.", "Training", ge=1)
+    steps: int = key(1000, "Optimizer steps.", "Training", ge=1)
     learning_rate: float = key(5e-5, "Learning rate.", "Training", ge=0)
 
     @model_validator(mode="after")

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from unziplora.config.recipe import key
-from unziplora.config.training import SMALL, PictureConfig
+from unziplora.config.training import SMALL, ImageConfig
 
 Target = Literal["attention", "feed-forward", "projections"]
 
 
-class DreamBoothConfig(PictureConfig):
+class DreamBoothConfig(ImageConfig):
     """Train one LoRA on pictures of a subject, of a style, or of both (DreamBooth, arXiv 2208.12242)."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "bundled": {**SMALL, "learning_rate": 1e-3}}

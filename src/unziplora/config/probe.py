@@ -44,7 +44,7 @@ class ProbeConfig(Recipe):
     pairs: int = key(8, "Pairs of prompts on each axis.", "Method", ge=1)
     measure: Literal["auto", "statistics", "clip"] = key(
         "auto",
-        "What pictures are compared by: statistics of gradients, colours and textures, or a CLIP model; auto: CLIP "
+        "What pictures are compared by: statistics of gradients, colors and textures, or a CLIP model; auto: CLIP "
         "where a model is named.",
         "Method",
     )

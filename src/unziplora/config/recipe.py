@@ -35,8 +35,8 @@ def key(
     """Declare one configuration key with its help text, its group in `--help` and its bounds.
 
     Args:
-        private: it tells about a person's machine, and nothing about what is learnt: kept out of what is shared.
-        may_change: it may differ when a run is resumed: it changes nothing of what is learnt.
+        private: it tells about a person's machine, and nothing about what is learned: kept out of what is shared.
+        may_change: it may differ when a run is resumed: it changes nothing of what is learned.
     """
     extra: dict[str, Any] = {"group": group, "private": private, "may_change": may_change}
     return Field(default, description=help, json_schema_extra=extra, **constraints)

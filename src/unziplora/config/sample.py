@@ -122,7 +122,7 @@ class SampleConfig(Recipe):
 
 
 class GridConfig(SampleConfig):
-    """Make a labelled grid of pictures: strength × strength, or prompts × seeds."""
+    """Make a labeled grid of pictures: strength × strength, or prompts × seeds."""
 
     out: Path = key(Path("grid.png"), "Picture file to write.", "Input")
     rows: Axis = key(

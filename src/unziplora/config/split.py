@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from unziplora.config.recipe import key
-from unziplora.config.training import SMALL, PictureConfig
+from unziplora.config.training import SMALL, ImageConfig
 
 # The published recipe (paper, section 4, and the official code), with those faults of the code that
 # change the method (docs/method.md); every deviation from the default is a key of its own.
@@ -60,7 +60,7 @@ BUNDLED: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER, "bundled": BUNDLED}
 
 
-class SplitConfig(PictureConfig):
+class SplitConfig(ImageConfig):
     """Split one picture (or a few of one subject in one style) into a content and a style LoRA."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
@@ -119,14 +119,14 @@ class SplitConfig(PictureConfig):
     decay_masked: bool = key(False, "Let weight decay and momentum move masked columns.", "Method")
     phrase_steps: int = key(
         0,
-        "Steps before all others in which the style phrase itself is learnt (textual inversion); the style LoRA then "
+        "Steps before all others in which the style phrase itself is learned (textual inversion); the style LoRA then "
         "has a part for the text encoders. 0: none.",
         "Method",
         ge=0,
     )
     phrase_learning_rate: float = key(5e-3, "Learning rate of the phrase's embeddings.", "Method", gt=0)
     phrase_words: list[str] = key(
-        [], "Words of styles that the base knows well: the phrase is learnt as a mixture of them as well.", "Method"
+        [], "Words of styles that the base knows well: the phrase is learned as a mixture of them as well.", "Method"
     )
     phrase_word_rate: float = key(1e-2, "Learning rate of the shares of these words.", "Method", gt=0)
     content_alone: float = key(

@@ -1,4 +1,4 @@
-"""What every training shares: the base, the LoRA's size, optimisation, output, and the pictures learnt from."""
+"""What every training shares: the base, the LoRA's size, optimization, output, and the pictures learned from."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TrainingConfig(Recipe):
     )
     token: str = key("sks", "Rare word that stands for this very subject.", "Prompts", min_length=1)
 
-    steps: int = key(600, "Optimiser steps.", "Training", ge=1)
+    steps: int = key(600, "Optimizer steps.", "Training", ge=1)
     batch_size: int = key(1, "Noisy latents per step.", "Training", ge=1)
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = key(
         "adamw",
@@ -62,7 +62,7 @@ class TrainingConfig(Recipe):
     )
     timestep_shift: float = key(
         1.0,
-        "Above 1, more steps train at high noise, where layout and background colours are decided; 1 is uniform.",
+        "Above 1, more steps train at high noise, where layout and background colors are decided; 1 is uniform.",
         "Training",
         gt=0,
     )
@@ -149,7 +149,7 @@ class TrainingConfig(Recipe):
         return end if prompt.endswith(end) else style_words(prompt)
 
     def check_rates(self, **rates: float) -> None:
-        """Refuse learning rates that do not go with the optimiser."""
+        """Refuse learning rates that do not go with the optimizer."""
         if self.optimizer == "prodigy" and any(0 < rate < 0.1 for rate in rates.values()):
             got = " and ".join(f"{rate:g}" for rate in rates.values())
             raise ValueError(
@@ -163,11 +163,11 @@ class TrainingConfig(Recipe):
         return {name: self.fill(text) for name, text in templates.items()}
 
 
-class PictureConfig(TrainingConfig):
+class ImageConfig(TrainingConfig):
     """Common keys of the recipes that learn from pictures."""
 
     images: list[Path] = key(
-        ..., "Picture file, or several that share what is to be learnt.", "Input", min_length=1, private=True
+        ..., "Picture file, or several that share what is to be learned.", "Input", min_length=1, private=True
     )
     masks: list[Path] = key([], "Subject masks, one per picture: white counts in the loss.", "Input", private=True)
     background_weight: float = key(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
@@ -199,7 +199,7 @@ class PictureConfig(TrainingConfig):
         return None if text is None else " ".join(text.split())
 
     @model_validator(mode="after")
-    def _one_mask_each(self) -> PictureConfig:
+    def _one_mask_each(self) -> ImageConfig:
         if self.masks and len(self.masks) != len(self.images):
             raise ValueError(f"{len(self.masks)} masks for {len(self.images)} images: give one mask per image")
         return self

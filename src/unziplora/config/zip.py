@@ -19,22 +19,22 @@ class ZipConfig(TrainingConfig):
     style_lora: Path = key(..., "Run folder or LoRA file that gives the style.", "Input", private=True)
     content_images: list[Path] = key(
         [],
-        "Pictures that the content LoRA learnt; default: its run's. Without any, or with 'none', it makes some itself.",
+        "Pictures that the content LoRA learned; default: its run's. Without any, or with 'none', it generates some.",
         "Input",
         private=True,
     )
     style_images: list[Path] = key(
         [],
-        "Pictures that the style LoRA learnt; default: its run's. Without any, or with 'none', it makes some itself.",
+        "Pictures that the style LoRA learned; default: its run's. Without any, or with 'none', it generates some.",
         "Input",
         private=True,
     )
 
     content_prompt: str | None = key(
-        None, "Prompt that the content LoRA learnt; default: as in its run, required for other files.", "Prompts"
+        None, "Prompt that the content LoRA learned; default: as in its run, required for other files.", "Prompts"
     )
     style_prompt: str | None = key(
-        None, "Prompt that the style LoRA learnt; default: as in its run, required for other files.", "Prompts"
+        None, "Prompt that the style LoRA learned; default: as in its run, required for other files.", "Prompts"
     )
     full_prompt: str | None = key(
         None, "Prompt of both together, for samples and the card; default: made of the two.", "Prompts"
@@ -48,7 +48,7 @@ class ZipConfig(TrainingConfig):
     orthogonality: float = key(0.01, "Weight of the mean |m_c · m_s| of the column scales.", "Method", ge=0)
     teacher_images: int = key(4, "Pictures that a LoRA without any makes.", "Method", ge=1)
 
-    steps: int = key(100, "Optimiser steps.", "Training", ge=1)
+    steps: int = key(100, "Optimizer steps.", "Training", ge=1)
     # Adam moves a scale by about this much per step: at 5e-5, ziplora-pytorch's rate, by 0.005 in 100 steps.
     learning_rate: float = key(1e-2, "Learning rate of the column scales.", "Training", ge=0)
 
@@ -82,7 +82,7 @@ class ZipConfig(TrainingConfig):
         if silent:
             files = " and ".join(str(getattr(self, f"{name}_lora")) for name in silent)
             flags = " and ".join(f"--{name}-prompt" for name in silent)
-            raise UserError(f"{files}: no word of what was trained; give what the LoRA learnt as {flags}")
+            raise UserError(f"{files}: no word of what was trained; give what the LoRA learned as {flags}")
         content, style = (self.fill(text or "") for text in told.values())
         full = self.fill(self.full_prompt) if self.full_prompt else joined_prompt(content, style)
         return {"full": full, "content": content, "style": style}

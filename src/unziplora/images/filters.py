@@ -13,7 +13,7 @@ FILTER_WIDTH = 256
 """Wider pictures are made this wide before a rank filter and enlarged again: a median at 1024 takes half a minute."""
 
 
-def _grey(picture: Image.Image) -> Image.Image:
+def _gray(picture: Image.Image) -> Image.Image:
     return picture.convert("L").convert("RGB")
 
 
@@ -51,13 +51,13 @@ def _smoothed(picture: Image.Image) -> Image.Image:
     return picture.filter(ImageFilter.MedianFilter(_odd(0.05 * picture.width)))
 
 
-def _posterised(picture: Image.Image) -> Image.Image:
+def _posterized(picture: Image.Image) -> Image.Image:
     return ImageOps.posterize(_blurred(picture, 0.008), 2)
 
 
 @_at_filter_width
 def _edges(picture: Image.Image) -> Image.Image:
-    """Light where a colour channel changes from pixel to pixel, black elsewhere (morphological gradient)."""
+    """Light where a color channel changes from pixel to pixel, black elsewhere (morphological gradient)."""
     soft, size = _blurred(picture, 0.012), _odd(0.02 * picture.width)
     change = ImageChops.difference(soft.filter(ImageFilter.MaxFilter(size)), soft.filter(ImageFilter.MinFilter(size)))
     return ImageOps.autocontrast(reduce(ImageChops.lighter, change.split()), cutoff=(5, 2)).convert("RGB")
@@ -68,13 +68,13 @@ def _coarse(picture: Image.Image) -> Image.Image:
 
 
 FILTERS: dict[str, Filter] = {
-    "grey": _grey,
+    "gray": _gray,
     "inverted": ImageOps.invert,
     "blurred": _blurred,
     "smoothed": _smoothed,
     "hue 120": _turned(120),
     "hue 240": _turned(240),
-    "posterised": _posterised,
+    "posterized": _posterized,
     "edges": _edges,
     "edges inverted": lambda picture: ImageOps.invert(_edges(picture)),
     "coarse": _coarse,

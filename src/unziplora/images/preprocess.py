@@ -17,10 +17,10 @@ from unziplora.images.files import open_upright
 _SQUARE_LOSS = 2.0
 
 
-def load_picture(path: Path, resolution: int) -> Image.Image:
+def load_image(path: Path, resolution: int) -> Image.Image:
     """Open a picture as RGB, `resolution` pixels wide and high.
 
-    Turned as EXIF says, colours taken to sRGB, transparency on white, first frame of an animation, centre
+    Turned as EXIF says, colors taken to sRGB, transparency on white, first frame of an animation, center
     crop, Lanczos. Warns where that loses something: animation, upscaling, much cropped away.
 
     Raises:
@@ -61,12 +61,12 @@ def load_mask(path: Path, size: int | tuple[int, int], picture: Path | None = No
         picture: the picture that the mask belongs to; its shape must be the same.
 
     Raises:
-        UserError: as `load_picture`; or the mask is black all over, or its shape is not that of the picture.
+        UserError: as `load_image`; or the mask is black all over, or its shape is not that of the picture.
         MachineError: no permission, too little memory.
     """
     height, width = (size, size) if isinstance(size, int) else size
     with open_upright(path, 2 * max(height, width)) as (opened, shape):
-        mask = _grey(opened)
+        mask = _gray(opened)
     if picture is not None:
         with open_upright(picture, 1) as (_, other):
             pass
@@ -98,7 +98,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours from the picture's own profile (a phone's Display P3, a printer's CMYK) to sRGB."""
+    """Colors from the picture's own profile (a phone's Display P3, a printer's CMYK) to sRGB."""
     if not profile or picture.mode not in ("RGB", "CMYK", "L"):
         return picture
     try:
@@ -110,7 +110,7 @@ def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits, or floating point, to 8 bits: by its format's range, else by its maximum."""
+    """Gray of 16 or 32 bits, or floating point, to 8 bits: by its format's range, else by its maximum."""
     values = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0.0, neginf=0.0)
     top = float(values.max())
     if picture.mode == "F":
@@ -120,8 +120,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0) / full * 255).round().astype(np.uint8))
 
 
-def _grey(picture: Image.Image) -> Image.Image:
-    """A mask as 8-bit grey: its transparency where it has any, else its brightness."""
+def _gray(picture: Image.Image) -> Image.Image:
+    """A mask as 8-bit gray: its transparency where it has any, else its brightness."""
     if picture.has_transparency_data:
         alpha = picture.convert("RGBA").getchannel("A")
         if alpha.getextrema()[0] != 255:

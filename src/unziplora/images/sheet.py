@@ -23,7 +23,7 @@ def sheet(
 
     Args:
         images: rows of pictures, top to bottom; rows may be short, None leaves a gap. Each cell is as large
-            as the largest picture; smaller ones are centred.
+            as the largest picture; smaller ones are centerd.
         rows: one label per row, or none at all.
         columns: one label per column, or none at all.
 
@@ -47,8 +47,8 @@ def sheet(
     canvas = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(canvas)
     for column, head in enumerate(heads):
-        centre = left + GAP + column * (width + GAP) + width / 2
-        draw.multiline_text((centre, top / 2), head, INK, font, anchor="mm", align="center")
+        center = left + GAP + column * (width + GAP) + width / 2
+        draw.multiline_text((center, top / 2), head, INK, font, anchor="mm", align="center")
     for row, line in enumerate(images):
         y = top + GAP + row * (height + GAP)
         if row < len(sides):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from unziplora.config.training import PictureConfig
+from unziplora.config.training import ImageConfig
 from unziplora.lora.algebra import Pair, fold_output
 from unziplora.lora.inject import add_lora, inject
 from unziplora.lora.layer import Branch
@@ -23,7 +23,7 @@ def new_branches(
     unet: nn.Module,
     name: str,
     paths: Iterable[str],
-    config: PictureConfig,
+    config: ImageConfig,
     *,
     stream: str = "full",
     start: str = "zeros",

@@ -17,9 +17,9 @@ from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, of_kinds
 from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
-from unziplora.methods.data import load_pictures, picture_examples
+from unziplora.methods.data import image_examples, load_images
 from unziplora.models.text import Prompts
-from unziplora.runs.model_card import About, File, picture_count
+from unziplora.runs.model_card import About, File, image_count
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Method, Setup, View
 
@@ -85,8 +85,8 @@ class BLora(Method[BLoraConfig]):
     @classmethod
     def build(cls, config: BLoraConfig, setup: Setup) -> BLora:
         """Encode pictures and prompt once, then inject both LoRAs."""
-        pictures, prompts = load_pictures(config, setup.size), Prompts(config.fill(config.full_prompt))
-        examples = picture_examples(setup, config, pictures, prompts)
+        pictures, prompts = load_images(config, setup.size), Prompts(config.fill(config.full_prompt))
+        examples = image_examples(setup, config, pictures, prompts)
         setup.make_room(config)
         blocks = read_blocks(config.blocks)
         return cls(setup.base.unet, setup.noise_schedule(), examples, config, blocks, setup.autocast, pictures)
@@ -97,7 +97,7 @@ class BLora(Method[BLoraConfig]):
         style = config.style_trigger(config.style_prompt, "{token}")
         return About(
             method="B-LoRA (arXiv 2403.14572)",
-            made=f"Two LoRAs trained on {picture_count(config)}",
+            made=f"Two LoRAs trained on {image_count(config)}",
             prompt=config.fill(config.full_prompt),
             files={
                 "content": File("the content", config.fill(config.content_prompt), "Its blocks hold no style."),
@@ -106,7 +106,7 @@ class BLora(Method[BLoraConfig]):
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One optimiser group: the matrices of both LoRAs."""
+        """One optimizer group: the matrices of both LoRAs."""
         config = self.config
         params = [p for name in KINDS for p in matrices(self.branches[name])]
         rate, decay = config.learning_rate, config.weight_decay

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from unziplora.images.preprocess import load_picture
+from unziplora.images.preprocess import load_image
 from unziplora.models.base import Base
 from unziplora.sampling.pipeline import Settings, decode, generate_latents
 from unziplora.utils.files import explain, write_png
@@ -23,7 +23,7 @@ FIRST_SEED = 1_000_000
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def class_pictures(
+def class_images(
     base: Base,
     prompt: str,
     count: int,
@@ -52,7 +52,7 @@ def class_pictures(
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)[:count]
     except OSError as error:
         raise explain(folder, error) from None
-    pictures = {path: load_picture(path, side) for path in found}
+    pictures = {path: load_image(path, side) for path in found}
     free = (seed for seed in itertools.count(FIRST_SEED + len(found)) if not (folder / f"{seed}.png").exists())
     seeds = list(itertools.islice(free, count - len(found)))
     if seeds:

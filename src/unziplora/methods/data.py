@@ -6,30 +6,30 @@ from pathlib import Path
 
 from PIL import Image
 
-from unziplora.config.training import PictureConfig, TrainingConfig
-from unziplora.images.preprocess import load_mask, load_picture, to_tensor
-from unziplora.methods.class_images import class_pictures
-from unziplora.models.text import Prompts, embed, picture_conditioning, time_ids
-from unziplora.models.vae import encode_pictures
+from unziplora.config.training import ImageConfig, TrainingConfig
+from unziplora.images.preprocess import load_image, load_mask, to_tensor
+from unziplora.methods.class_images import class_images
+from unziplora.models.text import Prompts, embed, image_conditioning, time_ids
+from unziplora.models.vae import encode_images
 from unziplora.sampling.pipeline import Settings
 from unziplora.training.loss import Examples, loss_weights, to_device
 from unziplora.training.method import Setup
 
 
-def load_pictures(config: PictureConfig, size: int) -> list[Image.Image]:
+def load_images(config: ImageConfig, size: int) -> list[Image.Image]:
     """The configured pictures, square, of a side in pixels."""
-    return [load_picture(path, size) for path in config.images]
+    return [load_image(path, size) for path in config.images]
 
 
-def picture_examples(
-    setup: Setup, config: PictureConfig, pictures: list[Image.Image], prompts: Prompts | list[str]
+def image_examples(
+    setup: Setup, config: ImageConfig, pictures: list[Image.Image], prompts: Prompts | list[str]
 ) -> Examples:
     """The pictures as latents, the prompts (for all, or one each) as conditioning, masks as weights of the loss."""
-    latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
+    latents = encode_images(setup.base, [to_tensor(picture) for picture in pictures])
     masks = [load_mask(m, setup.size, picture=p) for m, p in zip(config.masks, config.images, strict=False)]
     weights = loss_weights(masks, latents, config.background_weight)
     if isinstance(prompts, Prompts):
-        seen = picture_conditioning(setup.base, prompts, setup.size, len(pictures))
+        seen = image_conditioning(setup.base, prompts, setup.size, len(pictures))
     else:
         seen = embed(setup.base, prompts).with_time_ids(time_ids(setup.size, setup.size, len(pictures)))
     return to_device(Examples(latents, seen, weights), setup.base)
@@ -43,6 +43,6 @@ def class_examples(
     settings = Settings.square(
         size, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.batch_size
     )
-    pictures = class_pictures(setup.base, prompts.full, count, settings, setup.report, folder)
-    latents = encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
-    return to_device(Examples(latents, picture_conditioning(setup.base, prompts, size, count)), setup.base)
+    pictures = class_images(setup.base, prompts.full, count, settings, setup.report, folder)
+    latents = encode_images(setup.base, [to_tensor(picture) for picture in pictures])
+    return to_device(Examples(latents, image_conditioning(setup.base, prompts, size, count)), setup.base)

@@ -15,9 +15,9 @@ from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.lora.inject import of_kinds, target_linears
 from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
-from unziplora.methods.data import class_examples, load_pictures, picture_examples
+from unziplora.methods.data import class_examples, image_examples, load_images
 from unziplora.models.text import Prompts
-from unziplora.runs.model_card import About, File, picture_count
+from unziplora.runs.model_card import About, File, image_count
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Method, Setup, View
 from unziplora.training.text_encoder_lora import TextLora
@@ -80,8 +80,8 @@ class DreamBooth(Method[DreamBoothConfig]):
     @classmethod
     def build(cls, config: DreamBoothConfig, setup: Setup) -> DreamBooth:
         """Encode pictures and class pictures once, then inject the LoRA."""
-        pictures, prompts = load_pictures(config, setup.size), config.picture_prompts()
-        examples, prior, text = picture_examples(setup, config, pictures, prompts), None, None
+        pictures, prompts = load_images(config, setup.size), config.picture_prompts()
+        examples, prior, text = image_examples(setup, config, pictures, prompts), None, None
         class_prompt = config.fill(config.class_prompt or "")
         if config.prior:
             prior = class_examples(setup, config, Prompts(class_prompt), config.prior_images, config.class_folder)
@@ -98,13 +98,13 @@ class DreamBooth(Method[DreamBoothConfig]):
         trigger = config.style_trigger(config.prompts[0]) if config.product == "style" else prompt
         return About(
             method="DreamBooth LoRA (arXiv 2208.12242)",
-            made=f"A LoRA trained on {picture_count(config)}",
+            made=f"A LoRA trained on {image_count(config)}",
             prompt=prompt,
             files={config.product: File(GIVES[config.product], trigger)},
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups, named: the UNet's matrices, and the text encoders'."""
+        """Optimizer groups, named: the UNet's matrices, and the text encoders'."""
         config = self.config
         unet = {"name": "unet", "params": matrices(self.branches), "lr": config.learning_rate}
         groups: list[dict[str, Any]] = [unet]

@@ -86,7 +86,7 @@ def fingerprint_of(*files: Path) -> str:
 
 
 class Plain:
-    """Without a network: the layout of edges, colours and textures; it knows no kinds of things."""
+    """Without a network: the layout of edges, colors and textures; it knows no kinds of things."""
 
     name = "plain"
 
@@ -102,7 +102,7 @@ class Plain:
         return self.content(pictures)
 
     def style(self, pictures: Pictures) -> Tensor:
-        """Colours and textures, [N, 75]."""
+        """Colors and textures, [N, 75]."""
         return F.normalize(self._statistics.style(pictures), dim=1)
 
 

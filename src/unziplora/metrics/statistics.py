@@ -25,12 +25,12 @@ class Measure(Protocol):
 
 
 class Statistics:
-    """Without a network: the layout of edges for content, colours and textures for style.
+    """Without a network: the layout of edges for content, colors and textures for style.
 
-    Content: squared gradients of the grey picture, scaled to mean 0 and variance 1, in 8 orientations (light on dark
+    Content: squared gradients of the gray picture, scaled to mean 0 and variance 1, in 8 orientations (light on dark
     counts as dark on light) over 8 × 8 cells, as in histograms of oriented gradients (Dalal and Triggs, 2005).
-    Style: means, spreads, skewness and correlations of the colours, and how strongly oriented edges, spots
-    and coloured edges occur together at three scales (after the Gram matrices of Gatys et al., 2016).
+    Style: means, spreads, skewness and correlations of the colors, and how strongly oriented edges, spots
+    and colored edges occur together at three scales (after the Gram matrices of Gatys et al., 2016).
     """
 
     orientations = 8
@@ -39,25 +39,25 @@ class Statistics:
 
     def content(self, pictures: Pictures) -> Tensor:
         """Layout of edges, [N, orientations · cells²]."""
-        colours = unit_tensor(pictures, 8 * self.cells)
-        grey = F.avg_pool2d(F.pad(_opponent(colours)[:, :1], (1, 1, 1, 1), mode="replicate"), 3, 1)
-        grey = grey - grey.mean((2, 3), keepdim=True)
-        grey = grey / (grey.std((2, 3), keepdim=True) + 1e-3)
-        across, down = _gradients(grey)
+        colors = unit_tensor(pictures, 8 * self.cells)
+        gray = F.avg_pool2d(F.pad(_opponent(colors)[:, :1], (1, 1, 1, 1), mode="replicate"), 3, 1)
+        gray = gray - gray.mean((2, 3), keepdim=True)
+        gray = gray / (gray.std((2, 3), keepdim=True) + 1e-3)
+        across, down = _gradients(gray)
         angle = torch.atan2(down, across)
-        centres = torch.arange(self.orientations).view(1, -1, 1, 1) * math.pi / self.orientations
-        share = torch.cos(2 * (angle - centres)).clamp(min=0) * (across.square() + down.square())
+        centers = torch.arange(self.orientations).view(1, -1, 1, 1) * math.pi / self.orientations
+        share = torch.cos(2 * (angle - centers)).clamp(min=0) * (across.square() + down.square())
         return F.normalize(F.avg_pool2d(share, 8).sqrt().flatten(1), dim=1)
 
     def style(self, pictures: Pictures) -> Tensor:
-        """Colours and textures with equal weight, [N, 12 + scales · 21]."""
+        """Colors and textures with equal weight, [N, 12 + scales · 21]."""
         planes = _opponent(unit_tensor(pictures, 128))
-        colours = F.normalize(_moments(planes), dim=1)
+        colors = F.normalize(_moments(planes), dim=1)
         textures = []
         for _ in range(self.scales):
             textures.append(_cooccurrence(planes))
             planes = F.avg_pool2d(planes, 2)
-        return torch.cat([colours, F.normalize(torch.cat(textures, dim=1), dim=1)], dim=1) / math.sqrt(2)
+        return torch.cat([colors, F.normalize(torch.cat(textures, dim=1), dim=1)], dim=1) / math.sqrt(2)
 
 
 def unit_tensor(pictures: Pictures, side: int) -> Tensor:
@@ -70,9 +70,9 @@ def _bytes(picture: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
 
 
-def _opponent(colours: Tensor) -> Tensor:
+def _opponent(colors: Tensor) -> Tensor:
     """Light, red against green, blue against yellow, [N, 3, H, W], roughly in −1…1."""
-    red, green, blue = colours.unbind(1)
+    red, green, blue = colors.unbind(1)
     return torch.stack([(red + green + blue) / 1.5 - 1, red - green, blue - (red + green) / 2], dim=1)
 
 
@@ -85,22 +85,22 @@ def _gradients(planes: Tensor) -> tuple[Tensor, Tensor]:
 def _moments(planes: Tensor) -> Tensor:
     """Per plane mean, spread and cube root of the third moment, and the three covariances, [N, 12]."""
     flat = planes.flatten(2)
-    centred = flat - flat.mean(2, keepdim=True)
-    third = centred.pow(3).mean(2)
-    covariance = centred @ centred.transpose(1, 2) / flat.shape[2]
+    centerd = flat - flat.mean(2, keepdim=True)
+    third = centerd.pow(3).mean(2)
+    covariance = centerd @ centerd.transpose(1, 2) / flat.shape[2]
     spread = covariance.diagonal(dim1=1, dim2=2).sqrt()
     off = covariance[:, [0, 0, 1], [1, 2, 2]]
     return torch.cat([flat.mean(2), spread, third.sign() * third.abs().pow(1 / 3), _root(off)], dim=1)
 
 
 def _cooccurrence(planes: Tensor) -> Tensor:
-    """Root of the mean products of 6 magnitudes: edges across, down and on two diagonals, spots, coloured edges."""
+    """Root of the mean products of 6 magnitudes: edges across, down and on two diagonals, spots, colored edges."""
     across, down = _gradients(planes)
     light, right = across[:, :1], down[:, :1]
     diagonals = [(light + right) / math.sqrt(2), (light - right) / math.sqrt(2)]
     blurred = F.avg_pool2d(F.pad(planes[:, :1], (1, 1, 1, 1), mode="replicate"), 3, 1)
-    coloured = (across[:, 1:].square() + down[:, 1:].square()).sum(1, keepdim=True).sqrt()
-    found = torch.cat([light, right, *diagonals, planes[:, :1] - blurred, coloured], dim=1).abs().flatten(2)
+    colored = (across[:, 1:].square() + down[:, 1:].square()).sum(1, keepdim=True).sqrt()
+    found = torch.cat([light, right, *diagonals, planes[:, :1] - blurred, colored], dim=1).abs().flatten(2)
     gram = found @ found.transpose(1, 2) / found.shape[2]
     upper = torch.triu_indices(6, 6)
     return gram[:, upper[0], upper[1]].sqrt()

@@ -21,7 +21,7 @@ from unziplora.models import checkpoint as base_checkpoint
 from unziplora.models import folder as base_files
 from unziplora.models.device import flush_denormals
 from unziplora.models.hub import download, names_a_model
-from unziplora.utils.files import whole
+from unziplora.utils.files import absolute
 from unziplora.utils.logging import quiet
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
@@ -41,7 +41,7 @@ class Base:
         name: what the user called it: 'bundled', a folder's or file's name, or a hub id.
         resolution: side of the pictures it was trained on, in pixels.
         prediction_type: 'epsilon' or 'v_prediction', from the scheduler's configuration.
-        device: where it computes; parts of it may be elsewhere meanwhile (`residency`).
+        device: where it computes; parts of it may be elsewhere meanwhile (`models.offload`).
     """
 
     pipe: StableDiffusionXLPipeline
@@ -111,7 +111,7 @@ def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | tor
         with quiet():
             pipe = _from_file(path, dtype) if path.is_file() else _from_folder(path, dtype)
         given = Path(source).expanduser()
-        name = whole(given).stem if given.exists() and source != "bundled" else source
+        name = absolute(given).stem if given.exists() and source != "bundled" else source
         return _finish(pipe, name, device)
 
 

@@ -20,7 +20,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # for what asks the present device: memory statistics, 8-bit optimisers
+            torch.cuda.set_device(device)  # for what asks the present device: memory statistics, 8-bit optimizers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"device {name!r} is not available here ({first_line(error)}); use auto or cpu, or install torch "

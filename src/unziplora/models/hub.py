@@ -28,7 +28,7 @@ def download(source: str, dtype: torch.dtype) -> Path:
         names = {file.rfilename for file in model_info(source).siblings or []}
     except GatedRepoError:
         raise UserError(
-            f"base {source}: the hub wants you to accept its licence: open https://huggingface.co/{source}, accept, "
+            f"base {source}: the hub wants you to accept its license: open https://huggingface.co/{source}, accept, "
             "then run `hf auth login`"
         ) from None
     except RepositoryNotFoundError:

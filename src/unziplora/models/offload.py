@@ -12,7 +12,7 @@ from unziplora.models.base import Base
 
 
 @contextmanager
-def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+def moved_to(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Have modules on a device for a while; they go back to where they were."""
     homes = [_device(module) for module in modules]
     try:
@@ -25,24 +25,24 @@ def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
 
 
 @contextmanager
-def away(modules: Sequence[nn.Module]) -> Iterator[None]:
+def on_cpu(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Have modules that are on a GPU in the machine's memory for a while; others stay."""
-    with visiting([module for module in modules if _device(module).type == "cuda"], torch.device("cpu")):
+    with moved_to([module for module in modules if _device(module).type == "cuda"], torch.device("cpu")):
         yield
 
 
 @contextmanager
-def gone(base: Base) -> Iterator[None]:
+def base_on_cpu(base: Base) -> Iterator[None]:
     """Have a whole base off its GPU for a while: another one is trained on there."""
-    with away([base.unet, base.vae, *base.text_encoders]):
+    with on_cpu([base.unet, base.vae, *base.text_encoders]):
         yield
 
 
 @contextmanager
-def reading(base: Base) -> Iterator[None]:
+def text_encoders_ready(base: Base) -> Iterator[None]:
     """Have the text encoders on the base's device; if they must come for it, the UNet makes room for them."""
     absent = any(_device(encoder) != base.device for encoder in base.text_encoders)
-    with away([base.unet] if absent else []), visiting(base.text_encoders, base.device):
+    with on_cpu([base.unet] if absent else []), moved_to(base.text_encoders, base.device):
         yield
 
 

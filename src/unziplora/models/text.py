@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unziplora.errors import UserError
 from unziplora.models.base import Base
-from unziplora.models.offload import reading
+from unziplora.models.offload import text_encoders_ready
 from unziplora.utils.logging import quiet
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -71,12 +71,12 @@ class Embeddings:
 def embed(base: Base, prompts: Sequence[str]) -> Embeddings:
     """Encode prompts exactly as diffusers' pipeline does, on the UNet's device, [B, T, D] and [B, P].
 
-    Each prompt is encoded by itself, so that its embedding does not depend on its neighbours. A prompt
+    Each prompt is encoded by itself, so that its embedding does not depend on its neighbors. A prompt
     longer than CLIP's 75 tokens is warned about, with the words that are cut.
     """
     for text in dict.fromkeys(prompts):
         _warn_if_cut(base, text)
-    with reading(base), quiet():
+    with text_encoders_ready(base), quiet():
         rows = encode_each(base, prompts)
     return Embeddings(rows.tokens.to(base.dtype), rows.pooled.to(base.dtype))
 
@@ -175,6 +175,6 @@ class Conditioning:
         return Conditioning(*(x.to(device, dtype) for x in (self.tokens, self.pooled, self.time_ids)))
 
 
-def picture_conditioning(base: Base, prompts: Prompts, resolution: int, count: int) -> Conditioning:
+def image_conditioning(base: Base, prompts: Prompts, resolution: int, count: int) -> Conditioning:
     """Conditioning of `count` uncropped square pictures of a side in pixels that share the prompts."""
     return embed_prompts(base, prompts).repeat(count).with_time_ids(time_ids(resolution, resolution, count))

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from unziplora.models.base import Base
-from unziplora.models.offload import away
+from unziplora.models.offload import on_cpu
 
 
 @torch.no_grad()
-def encode_pictures(base: Base, pictures: Sequence[Tensor]) -> Tensor:
+def encode_images(base: Base, pictures: Sequence[Tensor]) -> Tensor:
     """Latents of pictures, [N, 3, H, W] in −1…1 → [N, C, h, w] in the UNet's scaling.
 
     The mode of the VAE's distribution is taken, not a sample: the same picture has the same latents.
     """
     vae = base.vae
     latents = []
-    with away([base.unet]):
+    with on_cpu([base.unet]):
         for picture in pictures:  # one by one: at 1024 px the encoder takes 2.5 GiB for each
             encoded = vae.encode(picture[None].to(vae.device, vae.dtype))
             # AutoencoderKL gives a distribution, AutoencoderTiny (TAESDXL and the bundled base) plain latents.

@@ -10,7 +10,7 @@ from unziplora.config.recipe import KINDS
 from unziplora.images.sheet import INK, PAPER, sheet
 from unziplora.probe.scores import Findings, Score
 
-COLOURS = {"content": (0, 114, 178), "style": (230, 159, 0)}  # told apart by colour-blind eyes too (Okabe and Ito)
+COLORS = {"content": (0, 114, 178), "style": (230, 159, 0)}  # told apart by color-blind eyes too (Okabe and Ito)
 FAINT = (224, 224, 224)
 SMALL = 192  # pixels: side of a picture in the sheet
 BAR, ROW = 11, 36  # pixels: height of a bar, and of a block's row
@@ -28,7 +28,7 @@ def plot(findings: Findings) -> Image.Image:
     draw.text((16, 12), f"{findings.base}: movement towards the other prompt, block by block", INK, font)
     for number, axis in enumerate(KINDS):
         x = LEFT + 110 * number
-        draw.rectangle((x, 42, x + BAR, 42 + BAR), COLOURS[axis])
+        draw.rectangle((x, 42, x + BAR, 42 + BAR), COLORS[axis])
         draw.text((x + BAR + 6, 42 + BAR / 2), axis, INK, small, anchor="lm")
     for tenth in range(tenths + 1):
         x = LEFT + round(WIDE * tenth / tenths)
@@ -48,7 +48,7 @@ def plot(findings: Findings) -> Image.Image:
 def _bar(draw: ImageDraw.ImageDraw, score: Score, y: int, scale: float, axis: str) -> None:
     """One bar from the top y on; `scale` is pixels for a movement of 1."""
     end = LEFT + min(scale * score.mean, WIDE)
-    draw.rectangle((LEFT, y, max(LEFT, round(end)), y + BAR - 1), COLOURS[axis])
+    draw.rectangle((LEFT, y, max(LEFT, round(end)), y + BAR - 1), COLORS[axis])
     if score.error:
         low, high = (LEFT + min(max(scale * (score.mean + sign * score.error), 0), WIDE) for sign in (-1, 1))
         middle = y + BAR // 2

@@ -59,7 +59,7 @@ class Findings(BaseModel):
         measure: what pictures were compared by.
         blocks: by block, in the order of computation.
         together: with all blocks swapped at once; the remainder up to 1 is due to the pooled embedding.
-        leans: standardised difference of a block's two scores, see `leans`.
+        leans: standardized difference of a block's two scores, see `leans`.
         content, style: the block map, the clearest block first.
         files: what was written.
     """
@@ -103,7 +103,7 @@ def score(values: Tensor) -> Score | None:
 def leans(rows: Mapping[str, Row]) -> dict[str, float]:
     """By block, z_content − z_style: each score in standard deviations above the mean of all blocks.
 
-    Swaps of a style often move pictures farther than swaps of a content, or the other way round; standardising
+    Swaps of a style often move pictures farther than swaps of a content, or the other way round; standardizing
     makes the two comparable. Above 0: more of a content block than the others are.
     """
     differences = torch.zeros(len(rows), dtype=torch.float64)

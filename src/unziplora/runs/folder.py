@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from unziplora.config.recipe import KINDS, Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
 from unziplora.lora.blocks import NAMED
-from unziplora.utils.files import atomic_folder, atomic_write, explain, lock_file, whole, write_png
+from unziplora.utils.files import absolute, atomic_folder, atomic_write, explain, lock_file, write_png
 
 if TYPE_CHECKING:
     from PIL import Image
-
-R = TypeVar("R", bound=Recipe)
 
 R = TypeVar("R", bound=Recipe)
 
@@ -28,7 +26,7 @@ MERGED = "lora"
 """Name of the file in which content and style are one LoRA."""
 
 _STEP = re.compile(r"step-(\d{6,})")
-# What a run that has learnt nothing yet may hold; such a folder is started over without asking.
+# What a run that has learned nothing yet may hold; such a folder is started over without asking.
 _EARLY = {"config.toml", "log.jsonl", "samples", "checkpoints"}
 
 
@@ -78,7 +76,7 @@ class RunFolder:
     def create(cls, path: Path, config: Recipe) -> RunFolder:
         """Make the folder of a new run and write its configuration, with absolute paths.
 
-        A folder that is empty, or holds a run that has learnt nothing yet, is taken.
+        A folder that is empty, or holds a run that has learned nothing yet, is taken.
 
         Raises:
             UserError: the folder holds something.
@@ -93,7 +91,7 @@ class RunFolder:
                 run.log_file.unlink(missing_ok=True)
                 run.samples.mkdir(exist_ok=True)
                 run.checkpoints.mkdir(exist_ok=True)
-                atomic_write(run.config_file, to_toml(absolute(config)))
+                atomic_write(run.config_file, to_toml(with_absolute_paths(config)))
         except OSError as error:
             raise explain(path, error) from None
         return run
@@ -122,7 +120,7 @@ class RunFolder:
         """Open the folder of an interrupted run, tidy it, and check that the recipe is the same.
 
         Raises:
-            UserError: no run is there, another process is using it, or keys differ that decide what is learnt.
+            UserError: no run is there, another process is using it, or keys differ that decide what is learned.
         """
         run = cls(path)
         saved = run.config(type(config))
@@ -250,7 +248,7 @@ class RunFolder:
         kept = [line for line in self.read_log() if line.get("step", 0) <= step]
         atomic_write(self.log_file, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def save_picture(self, name: str, picture: Image.Image) -> Path:
+    def save_image(self, name: str, picture: Image.Image) -> Path:
         """Write a sample as `samples/NAME.png`.
 
         Raises:
@@ -277,23 +275,23 @@ def loras_of(run: Path) -> dict[str, Path]:
     return found if found and not RunFolder(folder).unfinished else dict.fromkeys(KINDS, run)
 
 
-def absolute(config: R) -> R:
+def with_absolute_paths(config: R) -> R:
     """The same configuration with absolute paths, so that it works from any folder."""
     paths: dict[str, Any] = {}
     for name, value in config:
         if isinstance(value, Path) and name != "out":
-            paths[name] = whole(value)
+            paths[name] = absolute(value)
         elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
-            paths[name] = [whole(item) for item in value]
+            paths[name] = [absolute(item) for item in value]
     for name in ("base", "blocks"):  # a file or folder, or a name that stays one, whatever files are called so
         value = getattr(config, name, None)
         if value is not None and value not in NAMED and Path(value).expanduser().exists():
-            paths[name] = str(whole(Path(value).expanduser()))
+            paths[name] = str(absolute(Path(value).expanduser()))
     return config.model_copy(update=paths)
 
 
 def differing(saved: R, config: R) -> list[str]:
-    """Names of the keys in which two recipes of a kind say something else of what is learnt."""
-    one, two = absolute(saved), absolute(config)
+    """Names of the keys in which two recipes of a kind say something else of what is learned."""
+    one, two = with_absolute_paths(saved), with_absolute_paths(config)
     skipped = two.marked("may_change")
     return [name for name, value in two if name not in skipped and value != getattr(one, name)]

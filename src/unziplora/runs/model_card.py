@@ -13,9 +13,9 @@ from typing import Any
 import tomli_w
 
 from unziplora.config.recipe import KINDS
-from unziplora.config.training import HUB_ID, PictureConfig, TrainingConfig
+from unziplora.config.training import HUB_ID, ImageConfig, TrainingConfig
 from unziplora.runs.folder import RunFolder
-from unziplora.utils.files import whole
+from unziplora.utils.files import absolute
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class About:
     Attributes:
         method: its name and paper.
         made: how they came about, the beginning of a sentence.
-        prompt: the prompt of everything that was learnt.
+        prompt: the prompt of everything that was learned.
         files: by name, without the ending.
         separate: each LoRA has a prompt of its own where both act.
     """
@@ -74,8 +74,8 @@ def folder_argument(path: Path) -> str:
     return argument(f"./{text}" if text.startswith("-") else text)
 
 
-def picture_count(config: PictureConfig) -> str:
-    """How many pictures were learnt from, in words."""
+def image_count(config: ImageConfig) -> str:
+    """How many pictures were learned from, in words."""
     return "one picture" if len(config.images) == 1 else f"{len(config.images)} pictures"
 
 
@@ -87,7 +87,7 @@ def shared_settings(config: TrainingConfig) -> dict[str, Any]:
 def base_name(config: TrainingConfig) -> str:
     """The base as others may know it: of a path on this machine, the last part."""
     path = Path(config.base).expanduser()
-    return whole(path).name if path.exists() else config.base
+    return absolute(path).name if path.exists() else config.base
 
 
 def _head(config: TrainingConfig, about: About) -> str:
@@ -137,7 +137,7 @@ cannot load it. Sample with
 
 
 def _commands(run: RunFolder, config: TrainingConfig, about: About) -> str:
-    subject = config.sample_subject if isinstance(config, PictureConfig) else "dog"
+    subject = config.sample_subject if isinstance(config, ImageConfig) else "dog"
     lines = []
     if "lora" in about.files or set(KINDS) <= about.files.keys():
         lines.append(f"unziplora sample {folder_argument(run.path)}")
@@ -150,7 +150,7 @@ def _commands(run: RunFolder, config: TrainingConfig, about: About) -> str:
 
 
 def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
-    name = whole(run.path).name
+    name = absolute(run.path).name
     # A merged LoRA is its two parts already.
     titles = {file: f"{name}-{file}" for file in (["lora"] if "lora" in about.files else about.files)}
     both = about.prompt

@@ -37,7 +37,7 @@ class Part:
     source: str
 
 
-class Mounted:
+class AttachedLoras:
     """LoRAs in a base's UNet (and text encoders), all at strength 1 until a dial is turned."""
 
     def __init__(self, base: Base, parts: list[Part], separate: bool = False) -> None:

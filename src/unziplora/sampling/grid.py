@@ -13,11 +13,11 @@ from unziplora.images.sheet import sheet
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import StepCallback, decode, generate_latents, part
-from unziplora.sampling.sample import Session, describe, open_session, write_picture
+from unziplora.sampling.sample import Session, describe, open_session, write_image
 
 
 def grid(config: GridConfig, base: Base | None = None, progress: StepCallback | None = None) -> Path:
-    """Make a labelled grid and write it as one PNG that carries its settings; return the file's path.
+    """Make a labeled grid and write it as one PNG that carries its settings; return the file's path.
 
     Args:
         base: sample with this one, instead of loading the configured one.
@@ -40,7 +40,7 @@ def grid(config: GridConfig, base: Base | None = None, progress: StepCallback | 
             images, [_label(*row, session) for row in down], [_label(*column, session) for column in across]
         )
         text = describe(config, session, session.prompts[0], images[0][0], config.seeds[0])
-    return write_picture(picture, config.out, text)
+    return write_image(picture, config.out, text)
 
 
 def _values(config: GridConfig, axis: str) -> list[Any]:

@@ -16,7 +16,7 @@ from unziplora.errors import OutOfMemory, UserError, first_line, out_of_memory
 from unziplora.lora.inject import inject, unwrap
 from unziplora.lora.layer import BranchedLinear
 from unziplora.models.base import Base
-from unziplora.models.offload import reading, visiting
+from unziplora.models.offload import moved_to, text_encoders_ready
 from unziplora.models.text import Embeddings, Prompts, embed_negative, embed_prompts, join_rows
 from unziplora.models.vae import unscale_latents
 from unziplora.sampling.schedulers import make_scheduler
@@ -90,7 +90,7 @@ def generate_latents(
     make_scheduler(base, settings.scheduler)  # a wrong name is told before any work
     results = []
     with _memory(f"{settings.batch_size} × {width}×{height} pixels"), _ready(base, prompts):
-        with reading(base):
+        with text_encoders_ready(base):
             positive, negative = embed_prompts(base, prompts), _negative(base, settings, prompts)
         for start in range(0, len(seeds), settings.batch_size):
             batch = seeds[start : start + settings.batch_size]
@@ -157,7 +157,7 @@ def decode(base: Base, latents: Tensor) -> list[Image.Image]:
         OutOfMemory: memory does not suffice.
     """
     vae, pictures = base.vae, []
-    with _memory("decoding a picture"), visiting([vae], latents.device):
+    with _memory("decoding a picture"), moved_to([vae], latents.device):
         for row in latents.to(vae.dtype).split(1):
             if not torch.isfinite(row).all():
                 warnings.warn("a picture came out as NaN: take precision bf16 or fp32", stacklevel=3)

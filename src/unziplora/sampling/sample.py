@@ -24,10 +24,10 @@ from unziplora.models.folder import read_json
 from unziplora.models.sizes import base_folder
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import MERGED
-from unziplora.sampling.adapters import Mounted, Part
+from unziplora.sampling.adapters import AttachedLoras, Part
 from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate, generate_latents
 from unziplora.sampling.sources import Source, choose_base, find_source, guidance, plan, with_metadata
-from unziplora.utils.files import atomic_write, whole
+from unziplora.utils.files import absolute, atomic_write
 
 __all__ = ["Session", "Settings", "StepCallback", "decode", "generate", "generate_latents", "open_session", "sample"]
 
@@ -45,7 +45,7 @@ class Session:
     """
 
     base: Base
-    mounted: Mounted
+    mounted: AttachedLoras
     prompts: list[Prompts]
     settings: Settings
     hashes: dict[str, str]
@@ -56,7 +56,7 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
     """Load base and LoRAs for sampling; a base that is given is used as it is, and left as it was.
 
     Raises:
-        UserError, MachineError: as `load_base`, `read_lora`, `Mounted` and `plan`.
+        UserError, MachineError: as `load_base`, `read_lora`, `AttachedLoras` and `plan`.
     """
     sources = find_sources(config)
     if base is None:
@@ -75,7 +75,7 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
         shared_name(source.file): lora.metadata.get("sshs_model_hash") or body_hash(source.file)
         for source, lora in zip(sources, loras, strict=True)
     }
-    mounted = Mounted(base, parts, separate=prompts[0].separate)
+    mounted = AttachedLoras(base, parts, separate=prompts[0].separate)
     try:
         mounted.turn(**strengths(config, sources))
         yield Session(base, mounted, prompts, settings(config, sources), hashes)
@@ -144,7 +144,7 @@ def sample(config: SampleConfig, base: Base | None = None, progress: StepCallbac
             for seed, picture in zip(seeds, decode(session.base, latents), strict=True):
                 stem = f"{number:02d}-{seed}" if len(session.prompts) > 1 else str(seed)
                 text = describe(config, session, prompts, picture, seed)
-                paths.append(write_picture(picture, config.out / f"{stem}.png", text))
+                paths.append(write_image(picture, config.out / f"{stem}.png", text))
             done += len(seeds) * config.steps
     return paths
 
@@ -197,11 +197,11 @@ def describe(
 
 def shared_name(file: Path) -> str:
     """A LoRA file as others may know it: its name, after that of its run if every run has a file of that name."""
-    path = whole(file)
+    path = absolute(file)
     return f"{path.parent.name}-{path.stem}" if path.stem in (*KINDS, MERGED) else path.stem
 
 
-def write_picture(picture: Image.Image, path: Path, text: dict[str, str]) -> Path:
+def write_image(picture: Image.Image, path: Path, text: dict[str, str]) -> Path:
     """Write a PNG with text entries atomically; return where: a number is added if another picture is there.
 
     Raises:

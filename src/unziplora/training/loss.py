@@ -75,7 +75,7 @@ def denoising_loss(
     error = (prediction.float() - target(scheduler, clean, drawn.noise, timesteps).float()).square()
     if examples.weights is not None:
         weights = examples.weights[drawn.index]
-        # Normalised per picture, so that a small subject teaches as strongly as a large one.
+        # Normalized per picture, so that a small subject teaches as strongly as a large one.
         error = error * (weights / weights.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6))
     error = error.mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:

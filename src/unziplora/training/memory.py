@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from pydantic import BaseModel
 
-from unziplora.config.training import PictureConfig, TrainingConfig
+from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import Sizes
 from unziplora.training.cuda_graphs import graphs_wanted
@@ -94,10 +94,10 @@ class Memory(BaseModel):
         return "\n".join(prefix + row for row in rows)
 
 
-def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]]) -> Memory:
+def estimate(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]]) -> Memory:
     """The memory that a training needs at its peak, part by part.
 
-    Weights, LoRAs, gradients and optimiser follow from sizes; activations are read off the graph of a
+    Weights, LoRAs, gradients and optimizer follow from sizes; activations are read off the graph of a
     training step (see `activations.kept_bytes`), to which an allowance for work in progress is added.
 
     Args:
@@ -132,12 +132,12 @@ def estimate(config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[s
     )
 
 
-def _resolution(config: PictureConfig, sizes: Sizes) -> int:
+def _resolution(config: ImageConfig, sizes: Sizes) -> int:
     return config.resolution or sizes.resolution
 
 
 def _exact(
-    config: PictureConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]], each: int, gpu: bool
+    config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]], each: int, gpu: bool
 ) -> dict[str, int]:
     """Bytes that follow from sizes; the frozen base has `each` of them per number."""
     reads = bool(getattr(config, "text_encoders", False))  # DreamBooth may train them too
@@ -152,11 +152,11 @@ def _exact(
         "VAE and text encoders": text * reads if gpu else text + _vae(sizes),
         "LoRAs, scales and masks": 4 * trained + 9 * columns,
         "gradients": 4 * (trained + columns),
-        "optimiser": _OPTIMIZER_BYTES[config.optimizer] * trained + 8 * columns,
+        "optimizer": _OPTIMIZER_BYTES[config.optimizer] * trained + 8 * columns,
     }
 
 
-def _activations(config: PictureConfig, sizes: Sizes, each: int, gpu: bool) -> dict[str, int]:
+def _activations(config: ImageConfig, sizes: Sizes, each: int, gpu: bool) -> dict[str, int]:
     """Estimated bytes that a step needs beside them."""
     from unziplora.training.activations import kept_bytes
 
@@ -172,18 +172,18 @@ def _activations(config: PictureConfig, sizes: Sizes, each: int, gpu: bool) -> d
     return {"activations": kept, "work in progress": kept // 4 + _CUDA_CONTEXT * gpu}
 
 
-def _encoding(config: PictureConfig, sizes: Sizes, each: int, gpu: bool) -> int:
+def _encoding(config: ImageConfig, sizes: Sizes, each: int, gpu: bool) -> int:
     """Estimated bytes while pictures and prompts are encoded; from a GPU the UNet is away then."""
     maps = _ENCODING_MAPS * 4 * _resolution(config, sizes) ** 2
     held = _CUDA_CONTEXT if gpu else sizes.unet * each
     return held + sizes.text * each + _vae(sizes) + maps
 
 
-def _sampling(config: PictureConfig, sizes: Sizes, exact: Mapping[str, int]) -> int:
-    """Estimated bytes on a GPU while samples are made; at the last ones the optimiser is gone."""
+def _sampling(config: ImageConfig, sizes: Sizes, exact: Mapping[str, int]) -> int:
+    """Estimated bytes on a GPU while samples are made; at the last ones the optimizer is gone."""
     maps = 4 * _resolution(config, sizes) ** 2
     decoding = _vae(sizes) + _DECODING_MAPS * min(maps, 4 * _TILE**2)
-    kept = exact["UNet"] + exact["LoRAs, scales and masks"] + exact["optimiser"] * bool(config.sample_every)
+    kept = exact["UNet"] + exact["LoRAs, scales and masks"] + exact["optimizer"] * bool(config.sample_every)
     return _CUDA_CONTEXT + kept + max(_DENOISING * config.samples_at_once() * maps // 2**22, decoding)
 
 
@@ -219,6 +219,6 @@ def smaller(config: TrainingConfig, side: int) -> str | None:
         return "--optimizer adamw8bit (first: pip install bitsandbytes)"
     if lower := next((pixels for pixels in (768, 512) if pixels < (config.resolution or side)), None):
         return f"--resolution {lower}"
-    if isinstance(config, PictureConfig) and config.rank > 8:
+    if isinstance(config, ImageConfig) and config.rank > 8:
         return f"--rank {config.rank // 2}"
     return None

@@ -26,7 +26,7 @@ class Trainable(ABC):
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups with a name each."""
+        """Optimizer groups with a name each."""
 
     def before_step(self, step: int, gradient_scale: float) -> None:
         """What is to be done before a step's losses; nothing, unless a method says so."""
@@ -106,7 +106,7 @@ class Setup:
         size: side of the training pictures in pixels.
         autocast: context of the forward passes.
         report: tells the user something worth a line.
-        resumed: a checkpoint will be loaded next, with all that was learnt before it.
+        resumed: a checkpoint will be loaded next, with all that was learned before it.
     """
 
     base: Base

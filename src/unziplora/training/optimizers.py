@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by their name in the configuration."""
+"""Optimizers and learning-rate schedules by their name in the configuration."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from unziplora.errors import UserError
 Groups = list[dict[str, Any]]
 
 _PACKAGES = {"prodigy": ("prodigyopt", "Prodigy"), "adamw8bit": ("bitsandbytes.optim", "AdamW8bit")}
-"""Module and class of the optimisers that do not come with torch."""
+"""Module and class of the optimizers that do not come with torch."""
 
 
 def make_optimizers(groups: Groups, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """The optimisers for these named parameter groups.
+    """The optimizers for these named parameter groups.
 
-    Prodigy estimates one step size per optimiser, so each LoRA gets its own; the column scales, whose step
+    Prodigy estimates one step size per optimizer, so each LoRA gets its own; the column scales, whose step
     is bound to their range [0, 1] and not to a gradient's size, stay with AdamW.
 
     Raises:
-        UserError: the optimiser's package is not installed.
+        UserError: the optimizer's package is not installed.
     """
     found = find_optimizer(config.optimizer)
     if config.optimizer == "prodigy":
@@ -46,7 +46,7 @@ def _adamw(groups: Groups, config: TrainingConfig) -> torch.optim.AdamW:
 
 
 def find_optimizer(kind: str) -> Callable[..., torch.optim.Optimizer]:
-    """The class of an optimiser.
+    """The class of an optimizer.
 
     Raises:
         UserError: its package is not installed.

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import torch
 
-from unziplora.config.training import PictureConfig, TrainingConfig
+from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
-from unziplora.images.preprocess import load_mask, load_picture
+from unziplora.images.preprocess import load_image, load_mask
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import base_folder, inspect_base, stored_bytes
 from unziplora.training.method import Method
@@ -20,7 +20,7 @@ from unziplora.utils.progress import size
 C = TypeVar("C", bound=TrainingConfig)
 
 
-def check_job(kind: type[Method[C]], config: C, side: int) -> None:
+def check_run(kind: type[Method[C]], config: C, side: int) -> None:
     """Refuse what cannot be trained, before a folder is made and a base is loaded.
 
     Args:
@@ -30,9 +30,9 @@ def check_job(kind: type[Method[C]], config: C, side: int) -> None:
         UserError: a picture, a mask, a word, a block map or the base is not usable, or this machine lacks what a
             setting needs.
     """
-    if isinstance(config, PictureConfig):
+    if isinstance(config, ImageConfig):
         for path in config.images:
-            load_picture(path, side)
+            load_image(path, side)
         for mask, path in zip(config.masks, config.images, strict=False):
             load_mask(mask, side, path)
     kind.check(config)
@@ -40,7 +40,7 @@ def check_job(kind: type[Method[C]], config: C, side: int) -> None:
     half = pick_dtype(config.precision, device) == torch.float16
     if half and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
-    # A loss scaler serves one optimiser, and Prodigy needs one for each LoRA.
+    # A loss scaler serves one optimizer, and Prodigy needs one for each LoRA.
     if half and config.optimizer == "prodigy":
         raise UserError("Prodigy does not go with fp16: set precision to bf16 or fp32, or optimizer to adamw")
     for name in config.trackers:
@@ -56,7 +56,7 @@ def check_job(kind: type[Method[C]], config: C, side: int) -> None:
 def warn_of_memory(kind: type[Method[C]], config: C) -> None:
     """Warn where a CPU's memory will not do: a GPU tells when it runs out, a system ends the process without a word."""
     device = pick_device(config.device)
-    if device.type != "cpu" or not isinstance(config, PictureConfig):
+    if device.type != "cpu" or not isinstance(config, ImageConfig):
         return
     from unziplora.training.memory import estimate, free_bytes
 

@@ -29,7 +29,7 @@ from unziplora.runs.folder import RunFolder, differing
 from unziplora.runs.model_card import About, base_name, card, folder_argument, shared_settings
 from unziplora.training.cuda_graphs import recording
 from unziplora.training.method import Method, Setup
-from unziplora.training.preflight import check_job, check_resolution, warn_of_memory
+from unziplora.training.preflight import check_resolution, check_run, warn_of_memory
 from unziplora.training.sample_sheet import sample_sheet
 from unziplora.training.trainer import StepReport, Trainer, train
 from unziplora.utils.files import atomic_write
@@ -38,7 +38,7 @@ from unziplora.utils.progress import Callback, Progress
 C = TypeVar("C", bound=TrainingConfig)
 
 
-def run_job(kind: type[Method[C]], config: C, resume: bool = False, progress: Callback | None = None) -> RunFolder:
+def run_training(kind: type[Method[C]], config: C, resume: bool = False, progress: Callback | None = None) -> RunFolder:
     """Train a method's LoRAs as configured and write them into a run folder.
 
     Args:
@@ -53,7 +53,7 @@ def run_job(kind: type[Method[C]], config: C, resume: bool = False, progress: Ca
         MachineError: disk full, no permission, out of memory.
         Interrupted: stopped on request; it tells how to continue.
     """
-    check_job(kind, config, 64)
+    check_run(kind, config, 64)
     warn_of_memory(kind, config)
 
     def work(run: RunFolder) -> None:
@@ -111,7 +111,7 @@ class Job(Generic[C]):
             raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
         loras, about = method.export(), method.about(config)
         write_loras(run, config, about, loras, self.of_the_base(method, setup), self.report_file)
-        accelerator.free_memory()  # optimiser states; samples need the room
+        accelerator.free_memory()  # optimizer states; samples need the room
         if config.sample_seeds:
             self.last_sample(base, method)
         write_card(run, config, about, loras)
@@ -173,9 +173,9 @@ class Job(Generic[C]):
         self.report(f"wrote {path}", self.config.steps)
 
     def sample(self, base: Base, method: Method[C], name: str, done: int = 0) -> None:
-        """Write a labelled sheet: the input and the method's views."""
+        """Write a labeled sheet: the input and the method's views."""
         sheet = sample_sheet(base, method, self.config)
-        self.report(f"samples {self.run.save_picture(name, sheet)}", done or self.config.steps)
+        self.report(f"samples {self.run.save_image(name, sheet)}", done or self.config.steps)
 
     def last_sample(self, base: Base, method: Method[C]) -> None:
         """Write the sheet of the finished LoRAs; a run whose LoRAs are written does not fail for want of memory."""

@@ -22,7 +22,7 @@ LONGEST = LARGEST - 2_000
 
 
 def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Image.Image:
-    """A labelled sheet with a row per seed: the picture that was learnt from, then the method's views."""
+    """A labeled sheet with a row per seed: the picture that was learned from, then the method's views."""
     side = config.resolution or base.resolution
     columns: dict[str, list[Image.Image]] = {}
     if method.pictures:

@@ -17,7 +17,7 @@ from unziplora.models.text import ENCODERS, TARGETS, Conditioning, encode_each
 from unziplora.training.loss import Examples, generator
 
 if TYPE_CHECKING:
-    from unziplora.config.training import PictureConfig
+    from unziplora.config.training import ImageConfig
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Reading:
 class TextLora:
     """PEFT's LoRA on q, k, v, out of both text encoders; the prompts' embeddings are computed anew in every step."""
 
-    def __init__(
-        self, base: Base, config: PictureConfig, prompts: Sequence[str] = (), prior: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, base: Base, config: ImageConfig, prompts: Sequence[str] = (), prior: Sequence[str] = ()) -> None:
         """Put adapters into the base's text encoders, in place.
 
         Args:

@@ -36,7 +36,7 @@ class StepReport:
 
 
 class Trainer:
-    """A method with its optimisers, whose whole state can be saved and restored between steps."""
+    """A method with its optimizers, whose whole state can be saved and restored between steps."""
 
     def __init__(self, method: Trainable, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.method, self.config, self.accelerator = method, config, accelerator
@@ -53,7 +53,7 @@ class Trainer:
         return [parameter for group in self.groups for parameter in group["params"]]
 
     def save(self, folder: Path) -> None:
-        """Write adapters, masks, scales, optimisers, schedules, loss scaler and RNG states into a folder."""
+        """Write adapters, masks, scales, optimizers, schedules, loss scaler and RNG states into a folder."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.method.state_dict().items()}
         save_file(tensors, folder / "method.safetensors")
         state = {
@@ -88,7 +88,7 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
 
     def step(self, step: int) -> StepReport:
-        """Do one optimiser step.
+        """Do one optimizer step.
 
         Raises:
             UserError: the loss is not a finite number.

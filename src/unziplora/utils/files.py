@@ -131,6 +131,6 @@ def _umask() -> int:
     return mask
 
 
-def whole(path: Path) -> Path:
+def absolute(path: Path) -> Path:
     """An absolute path whose links keep their names: in the hub's cache they lead to files without a suffix."""
     return Path(os.path.abspath(path))

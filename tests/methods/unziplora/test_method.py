@@ -12,7 +12,7 @@ from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
 from unziplora.lora.inject import adapted, remove
-from unziplora.methods.unziplora.data import Material
+from unziplora.methods.unziplora.data import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
 from unziplora.training.loss import Examples, denoising_loss, generator, shifted, snr_weights
@@ -47,7 +47,7 @@ def scheduler(base) -> DDPMScheduler:
 
 def build(base, blocks: BlockMap = SDXL_BLOCKS, **changes: object) -> UnZipLora:
     recipe = config(**changes)
-    return UnZipLora(base.unet, scheduler(base), Material(examples(base, recipe.prompt_separation)), recipe, blocks)
+    return UnZipLora(base.unet, scheduler(base), TrainingData(examples(base, recipe.prompt_separation)), recipe, blocks)
 
 
 def run(method: UnZipLora, start: int = 0, stop: int | None = None) -> Trainer:
@@ -287,7 +287,7 @@ def test_gradient_checkpointing_changes_nothing(fresh_base):
 
 def test_prior_preservation_teaches_one_lora_and_leaves_the_other(tiny_base):
     recipe = config(content_prior=1.0, column_separation=False, block_separation=False)
-    material = Material(examples(tiny_base), priors={"content": examples(tiny_base, seed=9)})
+    material = TrainingData(examples(tiny_base), priors={"content": examples(tiny_base, seed=9)})
     method = UnZipLora(tiny_base.unet, scheduler(tiny_base), material, recipe, SDXL_BLOCKS)
     terms = method.losses(0)
     next(terms)
@@ -301,7 +301,7 @@ def test_prior_preservation_teaches_one_lora_and_leaves_the_other(tiny_base):
 def test_steps_alone_teach_one_lora_the_picture_and_leave_the_other(tiny_base):
     recipe = config(content_alone=0.4, style_alone=0.3)
     told = examples(tiny_base, seed=9)
-    material = Material(examples(tiny_base), alone={"style": told})
+    material = TrainingData(examples(tiny_base), alone={"style": told})
     made = UnZipLora(tiny_base.unet, scheduler(tiny_base), material, recipe, SDXL_BLOCKS)
     for branch in [*made.branches["content"].values(), *made.branches["style"].values()]:
         torch.nn.init.normal_(branch.up, std=0.1)

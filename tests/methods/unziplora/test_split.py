@@ -319,7 +319,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
     assert read_lora(run.content).modules.keys() == read_lora(run.style).modules.keys()
 
 
-def test_optimisers_and_their_absence(config, tmp_path, monkeypatch):
+def test_optimizers_and_their_absence(config, tmp_path, monkeypatch):
     run = split(
         config(steps=4, optimizer="prodigy", content_learning_rate=1.0, style_learning_rate=1.0, sample_seeds=[])
     )
@@ -330,7 +330,7 @@ def test_optimisers_and_their_absence(config, tmp_path, monkeypatch):
 
 
 def test_prodigy_refuses_fp16(config, monkeypatch):
-    """accelerate lets a scaler serve one optimiser: it would unscale the gradients of a second one twice."""
+    """accelerate lets a scaler serve one optimizer: it would unscale the gradients of a second one twice."""
     monkeypatch.setattr("unziplora.training.preflight.pick_device", lambda _: torch.device("cuda"))
     with pytest.raises(UserError, match="does not go with fp16"):
         split(

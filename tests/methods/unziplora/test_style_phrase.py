@@ -1,4 +1,4 @@
-"""The style's phrase is learnt, and the text encoders learn to make the same of the plain words."""
+"""The style's phrase is learned, and the text encoders learn to make the same of the plain words."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from unziplora.methods.unziplora.method import UnZipLora, split
 from unziplora.methods.unziplora.style_phrase import learn_phrase, teach_encoders
 from unziplora.methods.unziplora.textual_inversion import Phrase, embeddings
 from unziplora.models.base import Base, load_base
-from unziplora.models.text import Prompts, embed, encode_batch, picture_conditioning
+from unziplora.models.text import Prompts, embed, encode_batch, image_conditioning
 from unziplora.sampling.sample import sample
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Setup
@@ -48,7 +48,7 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
 
 def picture(base: Base) -> Examples:
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Examples(latents, picture_conditioning(base, Prompts(SPOKEN), base.resolution, 1))
+    return Examples(latents, image_conditioning(base, Prompts(SPOKEN), base.resolution, 1))
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ class TestPhrase:
         tokens = tokenizer([SPOKEN, "an ink washer, ink"], padding=True, return_tensors="pt").input_ids
         table = embeddings(encoder)
         plain = table(tokens)
-        with phrase.spoken():
+        with phrase.applied():
             added = (table(tokens) - plain)[..., 0]
         start = tokenizer("a cat in", add_special_tokens=False).input_ids
         length = len(phrase.ids[0])
@@ -86,7 +86,7 @@ class TestPhrase:
             token = tokenizer("sign", add_special_tokens=False).input_ids[-1]
             with torch.no_grad():
                 phrase.shares[number][:, :, known.index(token)] = 1.0
-            with phrase.spoken(), torch.no_grad():
+            with phrase.applied(), torch.no_grad():
                 read = table(torch.tensor([phrase.ids[number]]))
                 torch.testing.assert_close(read[0], table.weight[token].expand_as(read[0]), atol=1e-6, rtol=0)
 
@@ -103,19 +103,19 @@ class TestPhrase:
         with torch.no_grad():
             for offsets in phrase.free:
                 offsets += torch.tensor([0.0, 1.0, 5.0])[:, None, None]
-        with torch.no_grad(), phrase.spoken(torch.tensor([2, 0, 1])):
+        with torch.no_grad(), phrase.applied(torch.tensor([2, 0, 1])):
             rows = encode_batch(base, [SPOKEN] * 3).tokens
         torch.testing.assert_close(rows[1:2], embed(base, [SPOKEN]).tokens)
-        with phrase.spoken(torch.tensor([2])):
+        with phrase.applied(torch.tensor([2])):
             torch.testing.assert_close(rows[:1], embed(base, [SPOKEN]).tokens)
 
     def test_each_reading_learns_from_its_own_pictures_alone(self, base: Base, config: Make):
         scheduler, phrase = DDPMScheduler.from_config(base.scheduler.config), Phrase(base, "ink wash", readings=2)
-        examples = Examples(torch.randn(4, 4, 8, 8), picture_conditioning(base, Prompts(SPOKEN), base.resolution, 4))
+        examples = Examples(torch.randn(4, 4, 8, 8), image_conditioning(base, Prompts(SPOKEN), base.resolution, 4))
         learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=1, batch_size=1))
-        learnt = [[bool(reading.any()) for reading in offsets] for offsets in phrase.free]
-        assert sorted(learnt[0]) == [False, True]
-        assert learnt[0] == learnt[1]
+        learned = [[bool(reading.any()) for reading in offsets] for offsets in phrase.free]
+        assert sorted(learned[0]) == [False, True]
+        assert learned[0] == learned[1]
         learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=8, batch_size=2))
         assert all(offsets.abs().min() > 0 for offsets in phrase.free)
 
@@ -138,8 +138,8 @@ class TestPhrase:
         frozen = [parameter.clone() for module in (base.unet, *base.text_encoders) for parameter in module.parameters()]
 
         def loss() -> float:
-            with phrase.spoken():
-                told = picture_conditioning(base, Prompts(SPOKEN), base.resolution, 1)
+            with phrase.applied():
+                told = image_conditioning(base, Prompts(SPOKEN), base.resolution, 1)
             seen = Examples(examples.latents, told)
             return float(denoising_loss(base.unet, scheduler, seen, batch_size=64, draw=generator("test")))
 
@@ -165,7 +165,7 @@ def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: 
     with torch.no_grad():
         for offsets in phrase.free:
             offsets += torch.randn(offsets.shape, generator=torch.Generator().manual_seed(1)) / 20
-        with phrase.spoken():
+        with phrase.applied():
             goal = encode_batch(base, said[:1]).tokens
         plain = encode_batch(base, said).tokens
     adapter = teach_encoders(phrase, config(rank=16, style=style))
@@ -197,7 +197,7 @@ class TestSplit:
         seen = method.material.alone["content"]
         assert len(seen.latents) == len(seen.conditioning.tokens) == 1 + len(FILTERS)
         assert torch.equal(seen.latents[:1], method.material.examples.latents)
-        assert len({tuple(latent.flatten().tolist()) for latent in seen.latents}) >= 8  # a grey one has no hue to turn
+        assert len({tuple(latent.flatten().tolist()) for latent in seen.latents}) >= 8  # a gray one has no hue to turn
         tokens = seen.conditioning.tokens
         assert len({tuple(rows.flatten().tolist()) for rows in tokens}) == len(tokens)
         assert torch.equal(tokens[..., : tokens.shape[-1] // 3], tokens[..., -(tokens.shape[-1] // 3) :])

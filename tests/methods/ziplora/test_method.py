@@ -34,7 +34,7 @@ from unziplora.methods.ziplora.method import ZipLora, scale_input, zip_loras
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
 from unziplora.runs.folder import loras_of
-from unziplora.sampling.adapters import Mounted, Part
+from unziplora.sampling.adapters import AttachedLoras, Part
 from unziplora.sampling.pipeline import Settings, generate_latents
 from unziplora.sampling.sample import sample
 from unziplora.sampling.sources import find_source, plan
@@ -244,7 +244,7 @@ class TestLoss:
             step = generator(5, "zip", name, 7)
             torch.randint(1, (1,), generator=step)
             times = torch.randint(1000, (2,), generator=step)
-            clean = method.learnt.alone[name].latents[[0, 0]]
+            clean = method.learned.alone[name].latents[[0, 0]]
             noisy = schedule.add_noise(clean, torch.randn(clean.shape, generator=step), times)
             with torch.no_grad():
                 wanted = predict(noisy, times, row, [updates[name]])
@@ -327,10 +327,10 @@ class TestPictures:
         method = build(tiny_base, config(content_images=[], teacher_images=2, sample_guidance=2), told)
         assert told == ["the content LoRA makes 2 pictures to learn from: a sks cat"]
         other = fresh_base()
-        mounted = Mounted(other, [Part("content", loras["content"], {}, "")])
+        mounted = AttachedLoras(other, [Part("content", loras["content"], {}, "")])
         settings = Settings(steps=1, guidance=2.0, width=64, height=64)
         wanted = generate_latents(other, "a sks cat", [FIRST_SEED, FIRST_SEED + 1], settings)
-        torch.testing.assert_close(method.learnt.alone["content"].latents, wanted)
+        torch.testing.assert_close(method.learned.alone["content"].latents, wanted)
         mounted.remove()
         plain = generate_latents(other, "a sks cat", [FIRST_SEED], settings)
         assert not torch.allclose(plain, wanted[:1], atol=1e-3)
@@ -509,19 +509,19 @@ class TestTextEncoders:
     def test_each_lora_learnt_with_its_own_and_the_merged_one_reads_with_both(
         self, own_base: Base, shared_base: Base, tiny_folder: Path, config: Make, pair: Pair
     ):
-        learnt = build(own_base, config()).learnt
+        learned = build(own_base, config()).learned
         plain, told = shared_base, load_base(str(tiny_folder))
         with torch.no_grad():
             told.text_encoders[0].get_submodule(TEXT.removeprefix("text_encoder.text_model.")).weight += delta(pair)
         for found, base, prompt in (
-            (learnt.alone["content"], plain, "a sks cat"),
-            (learnt.alone["style"], told, "an image in ink style"),
-            (learnt.merged["content"], told, "a sks cat"),
-            (learnt.merged["style"], told, "an image in ink style"),
+            (learned.alone["content"], plain, "a sks cat"),
+            (learned.alone["style"], told, "an image in ink style"),
+            (learned.merged["content"], told, "a sks cat"),
+            (learned.merged["style"], told, "an image in ink style"),
         ):
             wanted = embed(base, [prompt])
             torch.testing.assert_close(found.conditioning.tokens, wanted.tokens, rtol=1e-4, atol=1e-5)
-        assert torch.equal(learnt.alone["content"].latents, learnt.merged["content"].latents)
+        assert torch.equal(learned.alone["content"].latents, learned.merged["content"].latents)
 
     @pytest.mark.usefixtures("pair")
     def test_are_switched_off_with_their_lora(self, own_base: Base, shared_base: Base, config: Make):
@@ -543,7 +543,7 @@ class TestTextEncoders:
 
     def test_of_a_lora_that_makes_its_own_pictures(self, own_base: Base, config: Make, pair: Pair):
         method = build(own_base, config(style_images=[], teacher_images=1))
-        assert method.learnt.alone["style"].latents.shape[0] == 1
+        assert method.learned.alone["style"].latents.shape[0] == 1
         assert method.text["style"][f"{TEXT}.lora_A.weight"].shape == pair[0].shape
 
 

@@ -108,7 +108,7 @@ class ColumnSeparation:
     Attributes:
         branches: all branches, by LoRA name and module path.
         held: the columns chosen so far, [out] bool, by LoRA name and module path of the masked layers.
-        keep_masked: rows of B of columns that are not held stay zero; otherwise the optimiser's weight
+        keep_masked: rows of B of columns that are not held stay zero; otherwise the optimizer's weight
             decay and momentum may move them (the official code).
         overlap: columns that both LoRAs have open, [out] 0/1, by module path, where there are any.
     """
@@ -178,7 +178,7 @@ class ColumnSeparation:
 
     @torch.no_grad()
     def zero_masked(self) -> None:
-        """Put the rows of B of closed columns back to zero, whatever the optimiser did to them."""
+        """Put the rows of B of closed columns back to zero, whatever the optimizer did to them."""
         if self.keep_masked:
             branches = [branch for _, _, branch in self.masked()]
             torch._foreach_mul_([b.up for b in branches], [b.mask[:, None] for b in branches])

@@ -9,16 +9,16 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.config.split import SplitConfig
-from unziplora.methods.data import class_examples, load_pictures, picture_examples
-from unziplora.methods.unziplora.style_phrase import learn_words
-from unziplora.models.text import Conditioning, Prompts, picture_conditioning
+from unziplora.methods.data import class_examples, image_examples, load_images
+from unziplora.methods.unziplora.style_phrase import learn_style_phrase
+from unziplora.models.text import Conditioning, Prompts, image_conditioning
 from unziplora.training.loss import Examples, to_device
 from unziplora.training.method import Setup
 from unziplora.training.text_encoder_lora import TextLora
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """Everything that a content and a style LoRA learn from.
 
     Attributes:
@@ -37,9 +37,9 @@ class Material:
     pictures: Sequence[Image.Image] = ()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was learnt before the first step: the text encoders' LoRA and the embeddings made with it, by name.
+        """What was learned before the first step: the text encoders' LoRA and the embeddings made with it, by name.
 
-        Learnt anew it would take minutes, and on another device not be the same to the last digit.
+        LearnedExamples anew it would take minutes, and on another device not be the same to the last digit.
         """
         if self.text is None:
             return {}
@@ -48,7 +48,7 @@ class Material:
         pooled = {f"told.{name}.pooled": examples.conditioning.pooled for name, examples in told.items()}
         return {**self.text.state_dict(), **tokens, **pooled}
 
-    def restored(self, state: Mapping[str, Tensor]) -> Material:
+    def restored(self, state: Mapping[str, Tensor]) -> TrainingData:
         """The same with what `state_dict` told; the text encoders are changed in place."""
         if self.text is None:
             return self
@@ -65,26 +65,26 @@ class Material:
         return replace(self, examples=told("full", self.examples), alone=alone)
 
 
-def gather(config: SplitConfig, setup: Setup) -> Material:
+def encode_training_data(config: SplitConfig, setup: Setup) -> TrainingData:
     """Make class pictures, encode pictures and prompts, learn the style's words if the recipe asks for it."""
-    pictures, words = load_pictures(config, setup.size), config.prompts()
+    pictures, words = load_images(config, setup.size), config.prompts()
     prompts = Prompts(**words) if config.prompt_separation else Prompts(words["full"])
-    priors = _priors(config, setup)  # before the words are learnt: class pictures are the base's own
-    examples = picture_examples(setup, config, pictures, prompts)
+    priors = _priors(config, setup)  # before the words are learned: class pictures are the base's own
+    examples = image_examples(setup, config, pictures, prompts)
 
     def with_prompts(prompts: Prompts) -> Examples:
-        rows = picture_conditioning(setup.base, prompts, setup.size, len(pictures))
+        rows = image_conditioning(setup.base, prompts, setup.size, len(pictures))
         return to_device(replace(examples, conditioning=rows), setup.base)
 
     text, alone = None, {}
     if config.phrase_steps:
-        text, variants = learn_words(setup, config, pictures, examples)
+        text, variants = learn_style_phrase(setup, config, pictures, examples)
         examples = with_prompts(prompts)
         if variants is not None:
             alone["content"] = variants
     if config.style_alone:  # away from the full prompt, which names the content
         alone["style"] = with_prompts(_alike(config, words["style"]))
-    return Material(examples, alone, priors, text, pictures)
+    return TrainingData(examples, alone, priors, text, pictures)
 
 
 def check_prompts(config: SplitConfig) -> None:

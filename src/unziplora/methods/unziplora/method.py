@@ -21,13 +21,13 @@ from unziplora.lora.inject import attention_linears, of_kinds
 from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
 from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
-from unziplora.methods.unziplora.data import Material, check_prompts, gather
+from unziplora.methods.unziplora.data import TrainingData, check_prompts, encode_training_data
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
-from unziplora.runs.model_card import About, File, picture_count
+from unziplora.runs.model_card import About, File, image_count
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Method, Setup, View
-from unziplora.training.runner import run_job
+from unziplora.training.runner import run_training
 from unziplora.utils.progress import Callback
 
 FP16_SCALE = 2.0**16
@@ -48,7 +48,7 @@ class UnZipLora(Method[SplitConfig]):
         self,
         unet: nn.Module,
         scheduler: DDPMScheduler,
-        material: Material,
+        material: TrainingData,
         config: SplitConfig,
         blocks: BlockMap,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -58,7 +58,7 @@ class UnZipLora(Method[SplitConfig]):
         Args:
             unet: frozen, of SDXL's topology, full size or small, without LoRAs.
             scheduler: says how noise is added and what is predicted.
-            material: what is learnt from.
+            material: what is learned from.
             config: the recipe.
             blocks: which blocks belong to which LoRA.
             autocast: context of the forward passes.
@@ -102,8 +102,8 @@ class UnZipLora(Method[SplitConfig]):
 
     @classmethod
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
-        """Gather what is learnt from, then inject both LoRAs."""
-        material = gather(config, setup)
+        """Gather what is learned from, then inject both LoRAs."""
+        material = encode_training_data(config, setup)
         setup.make_room(config)
         return cls(
             setup.base.unet, setup.noise_schedule(), material, config, read_blocks(config.blocks), setup.autocast
@@ -115,7 +115,7 @@ class UnZipLora(Method[SplitConfig]):
         words = config.prompts()
         return About(
             method="UnZipLoRA (arXiv 2412.04465)",
-            made=f"Two LoRAs split from {picture_count(config)}",
+            made=f"Two LoRAs split from {image_count(config)}",
             prompt=words["full"],
             files={
                 "content": File("the content", words["content"], "Pair with the style LoRA to restore the picture."),
@@ -125,7 +125,7 @@ class UnZipLora(Method[SplitConfig]):
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimiser groups, named: the matrices of each LoRA, and the scales of both without weight decay."""
+        """Optimizer groups, named: the matrices of each LoRA, and the scales of both without weight decay."""
         config = self.config
         rates = {"content": config.content_learning_rate, "style": config.style_learning_rate}
         groups: list[dict[str, Any]] = []
@@ -275,6 +275,6 @@ class UnZipLora(Method[SplitConfig]):
 def split(config: SplitConfig, resume: bool = False, progress: Callback | None = None) -> RunFolder:
     """Train a content and a style LoRA on the configured picture and write them into a run folder.
 
-    Arguments and errors are those of `run_job`.
+    Arguments and errors are those of `run_training`.
     """
-    return run_job(UnZipLora, config, resume, progress)
+    return run_training(UnZipLora, config, resume, progress)

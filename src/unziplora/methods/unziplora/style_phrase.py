@@ -1,4 +1,4 @@
-"""The style's words first: its phrase is learnt, then a LoRA of the text encoders makes the same of the plain words.
+"""The style's words first: its phrase is learned, then a LoRA of the text encoders makes the same of the plain words.
 
 Textual inversion (arXiv 2208.01618) of the phrase with everything else frozen says as much of the style as words can.
 LoRAs that are trained with this phrase need not learn the style that it already describes (pivotal tuning, arXiv
@@ -21,9 +21,9 @@ from unziplora.images.filters import filtered
 from unziplora.images.preprocess import to_tensor
 from unziplora.methods.unziplora.textual_inversion import Phrase
 from unziplora.models.base import Base
-from unziplora.models.offload import visiting
+from unziplora.models.offload import moved_to
 from unziplora.models.text import Conditioning, encode_batch, join_streams
-from unziplora.models.vae import encode_pictures
+from unziplora.models.vae import encode_images
 from unziplora.training.cuda_graphs import recording
 from unziplora.training.loss import Examples, denoising_loss, generator, to_device
 from unziplora.training.method import Setup
@@ -53,17 +53,17 @@ LOSS_SCALE = 1024.0
 """Keeps fp16 gradients from underflow; Adam's steps do not depend on it."""
 
 
-def learn_words(
+def learn_style_phrase(
     setup: Setup, config: SplitConfig, pictures: Sequence[Image.Image], examples: Examples
 ) -> tuple[TextLora, Examples | None]:
     """Learn the style's phrase and leave it in the text encoders.
 
-    A resumed run finds both in its checkpoint (`Material.restored`), so nothing is learnt for it here.
+    A resumed run finds both in its checkpoint (`TrainingData.restored`), so nothing is learned for it here.
 
     Args:
         setup: the base, without LoRAs; its VAE leaves the device.
         config: the recipe.
-        pictures: what is learnt from.
+        pictures: what is learned from.
         examples: the same, encoded.
 
     Returns:
@@ -73,7 +73,7 @@ def learn_words(
         examples = _with_variants(setup.base, pictures, examples)
     setup.make_room(config, keep_text=True)
     phrase = Phrase(setup.base, config.style, len(examples.latents) // len(pictures), config.phrase_words)
-    with visiting(setup.base.text_encoders, setup.base.device):
+    with moved_to(setup.base.text_encoders, setup.base.device):
         prompt = config.fill("a {content} in {style} style")
         if not setup.resumed:
             setup.report(f"learning the phrase {config.style!r}")
@@ -88,7 +88,7 @@ def learn_words(
 def _with_variants(base: Base, pictures: Sequence[Image.Image], examples: Examples) -> Examples:
     """The pictures, then all of them under the first filter, the second …; told as the pictures are."""
     by_filter = zip(*(filtered(picture)[1:] for picture in pictures), strict=True)
-    more = encode_pictures(base, [to_tensor(picture) for row in by_filter for picture in row])
+    more = encode_images(base, [to_tensor(picture) for row in by_filter for picture in row])
     latents = torch.cat([examples.latents, more.to(examples.latents)])
     index = torch.arange(len(latents)) % len(pictures)
     weights = None if examples.weights is None else examples.weights[index]
@@ -121,7 +121,7 @@ def learn_phrase(
         for step in range(config.phrase_steps):
             draw = generator(config.seed, "phrase", step)
             index = _drawn(phrase, len(examples.latents), config.batch_size, draw)
-            with phrase.spoken(index * phrase.readings // len(examples.latents)), autocast():
+            with phrase.applied(index * phrase.readings // len(examples.latents)), autocast():
                 rows = encode_batch(phrase.base, [prompt] * len(index))
                 weights = None if examples.weights is None else examples.weights[index]
                 conditioning = rows.with_time_ids(examples.conditioning.time_ids[index])
@@ -137,7 +137,7 @@ def learn_phrase(
 def variant_examples(phrase: Phrase, examples: Examples, config: SplitConfig) -> Examples:
     """The pictures with the full prompt in their own readings, as all LoRAs shall see it."""
     count = len(examples.latents)
-    with phrase.spoken(torch.arange(count) * phrase.readings // count):
+    with phrase.applied(torch.arange(count) * phrase.readings // count):
         rows = encode_batch(phrase.base, [config.prompts()["full"]] * count)
     tokens = join_streams(*[rows.tokens] * 3) if config.prompt_separation else rows.tokens
     return replace(examples, conditioning=Conditioning(tokens, rows.pooled, examples.conditioning.time_ids))
@@ -151,19 +151,19 @@ def _drawn(phrase: Phrase, pictures: int, count: int, draw: torch.Generator) -> 
 
 
 def teach_encoders(phrase: Phrase, config: SplitConfig) -> TextLora:
-    """Put a LoRA into the text encoders that makes of the plain phrase what `phrase` has learnt.
+    """Put a LoRA into the text encoders that makes of the plain phrase what `phrase` has learned.
 
     It learns from prompts alone: those with the phrase shall be embedded as with the offsets, all others as without.
 
     Args:
-        phrase: learnt.
+        phrase: learned.
         config: the recipe; its words, rank and seed.
     """
     base = phrase.base
     said, kept = _lessons(phrase, config)
     with torch.no_grad():
         plain, kept_rows = encode_batch(base, said), encode_batch(base, kept)
-        with phrase.spoken():
+        with phrase.applied():
             goal = encode_batch(base, said)
     tokens, pooled = torch.cat([goal.tokens, kept_rows.tokens]), torch.cat([goal.pooled, kept_rows.pooled])
     sizes = [

@@ -1,4 +1,4 @@
-"""A phrase whose embeddings are learnt, in both text encoders (textual inversion, arXiv 2208.01618).
+"""A phrase whose embeddings are learned, in both text encoders (textual inversion, arXiv 2208.01618).
 
 Most of the way may go along words of styles that the base knows (`phrase_words`): far from all of them it does not
 understand what it is told.
@@ -19,7 +19,7 @@ from unziplora.models.base import Base
 
 
 class Phrase:
-    """What a phrase's tokens have learnt: offsets to their embeddings, in both text encoders, in several readings.
+    """What a phrase's tokens have learned: offsets to their embeddings, in both text encoders, in several readings.
 
     Attributes:
         free: the part of the offsets that goes anywhere, one parameter per text encoder,
@@ -68,7 +68,7 @@ class Phrase:
         return False
 
     @contextmanager
-    def spoken(self, readings: Tensor | None = None) -> Iterator[None]:
+    def applied(self, readings: Tensor | None = None) -> Iterator[None]:
         """Add the offsets wherever the phrase occurs in a prompt, for a while.
 
         Args:

@@ -1,4 +1,4 @@
-"""Two LoRAs of any origin to be merged: their files, the words of their runs, the pictures learnt, their plain sum."""
+"""Two LoRAs of any origin to be merged: their files, the words of their runs, the pictures learned, their plain sum."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from unziplora.images.preprocess import to_tensor
 from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.lora.weights import Lora, format_shape, text_tensors
 from unziplora.methods.class_images import FIRST_SEED
-from unziplora.models.text import Prompts, picture_conditioning
-from unziplora.models.vae import encode_pictures
-from unziplora.sampling.adapters import Mounted, Part
+from unziplora.models.text import Prompts, image_conditioning
+from unziplora.models.vae import encode_images
+from unziplora.sampling.adapters import AttachedLoras, Part
 from unziplora.sampling.pipeline import Settings, generate_latents
 from unziplora.sampling.sources import Source, at_hand, common_base, find_source, with_metadata
 from unziplora.training.loss import Examples, to_device
@@ -125,8 +125,8 @@ def shared_layers(loras: Mapping[str, Lora]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """What both LoRAs learnt, by LoRA name: pictures with the conditioning of the LoRA's prompt.
+class LearnedExamples:
+    """What both LoRAs learned, by LoRA name: pictures with the conditioning of the LoRA's prompt.
 
     Attributes:
         alone: the prompt as the LoRA's own text encoders read it.
@@ -136,21 +136,21 @@ class Learnt:
 
     alone: dict[str, Examples]
     merged: dict[str, Examples]
-    texts: Mounted
+    texts: AttachedLoras
 
 
-def learnt(
+def learned(
     setup: Setup, config: ZipConfig, loras: Mapping[str, Lora], pictures: Mapping[str, list[Image.Image]]
-) -> Learnt:
-    """What the LoRAs learnt: their pictures, else some that each makes itself; text encoders are changed in place."""
+) -> LearnedExamples:
+    """What the LoRAs learned: their pictures, else some that each makes itself; text encoders are changed in place."""
     base, prompts = setup.base, config.prompts()
     parts = {name: Part(name, lora, {}, str(getattr(config, f"{name}_lora"))) for name, lora in loras.items()}
     latents = {name: _latents(setup, config, parts[name], pictures[name]) for name in KINDS}
     told = [replace(part, lora=replace(part.lora, modules={})) for part in parts.values() if part.lora.text]
-    texts = Mounted(base, told)
+    texts = AttachedLoras(base, told)
 
     def read(name: str) -> Examples:
-        made = picture_conditioning(base, Prompts(prompts[name]), setup.size, len(latents[name]))
+        made = image_conditioning(base, Prompts(prompts[name]), setup.size, len(latents[name]))
         return to_device(Examples(latents[name], made), base)
 
     merged = {name: read(name) for name in KINDS}
@@ -159,20 +159,20 @@ def learnt(
         if others := [part.name for part in told if part.name != name]:
             with texts.without(*others):
                 alone[name] = read(name)
-    return Learnt(alone, merged, texts)
+    return LearnedExamples(alone, merged, texts)
 
 
 def _latents(setup: Setup, config: ZipConfig, part: Part, pictures: list[Image.Image]) -> Tensor:
     """Latents of the pictures, or of some that the base makes with this LoRA in it, [N, C, h, w]."""
     if pictures:
-        return encode_pictures(setup.base, [to_tensor(picture) for picture in pictures])
+        return encode_images(setup.base, [to_tensor(picture) for picture in pictures])
     text = config.prompts()[part.name]
     setup.report(f"the {part.name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
     settings = Settings.square(
         setup.size, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.batch_size
     )
     seeds = [FIRST_SEED + number for number in range(config.teacher_images)]
-    mounted = Mounted(setup.base, [part])
+    mounted = AttachedLoras(setup.base, [part])
     try:
         return generate_latents(setup.base, text, seeds, settings)
     finally:

@@ -22,12 +22,20 @@ from unziplora.config.recipe import KINDS
 from unziplora.config.training import style_words
 from unziplora.config.zip import ZipConfig
 from unziplora.formats.header import LAYERS_KEY
-from unziplora.images.preprocess import load_picture
+from unziplora.images.preprocess import load_image
 from unziplora.lora.inject import add_lora
 from unziplora.lora.layer import Branch
 from unziplora.lora.weights import Lora, check_fits
 from unziplora.methods.adapters import folded, switched_off
-from unziplora.methods.ziplora.inputs import Learnt, check_zippable, complete, learnt, merge, read_loras, shared_layers
+from unziplora.methods.ziplora.inputs import (
+    LearnedExamples,
+    check_zippable,
+    complete,
+    learned,
+    merge,
+    read_loras,
+    shared_layers,
+)
 from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
@@ -35,7 +43,7 @@ from unziplora.runs.model_card import About, File
 from unziplora.training.cuda_graphs import predict
 from unziplora.training.loss import generator, noised, orthogonality, snr_weights
 from unziplora.training.method import Method, Setup, View
-from unziplora.training.runner import in_run_folder, run_job, write_card, write_loras
+from unziplora.training.runner import in_run_folder, run_training, write_card, write_loras
 from unziplora.utils.progress import Callback, Progress
 
 # What the headers of the merged files tell of their base, which is not opened for a plain sum.
@@ -90,7 +98,7 @@ class ZipLora(Method[ZipConfig]):
         self,
         unet: nn.Module,
         scheduler: DDPMScheduler,
-        learnt: Learnt,
+        learned: LearnedExamples,
         loras: Mapping[str, Lora],
         config: ZipConfig,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -101,13 +109,13 @@ class ZipLora(Method[ZipConfig]):
         Args:
             unet: frozen, without LoRAs.
             scheduler: says how noise is added.
-            learnt: the pictures of both LoRAs, with the conditioning of their prompts.
+            learned: the pictures of both LoRAs, with the conditioning of their prompts.
             loras: by name, at their strengths; of linear layers that the UNet has, and of text encoders.
             config: the recipe.
             autocast: context of the forward passes.
             pictures: what the examples were made from, for the sample sheet.
         """
-        self.unet, self.scheduler, self.learnt, self.config = unet, scheduler, learnt, config
+        self.unet, self.scheduler, self.learned, self.config = unet, scheduler, learned, config
         self.autocast, self.pictures = autocast, list(pictures)
         self.text = {name: lora.text for name, lora in loras.items()}
         self.branches = {name: add_lora(unet, name, loras[name].modules) for name in KINDS}
@@ -129,7 +137,7 @@ class ZipLora(Method[ZipConfig]):
         if not direct:
             check_zippable(config, loras)
             for path in (*config.content_images, *config.style_images):
-                load_picture(path, 64)
+                load_image(path, 64)
 
     @classmethod
     def layers(cls, config: ZipConfig, paths: list[str]) -> dict[str, list[str]]:
@@ -138,14 +146,14 @@ class ZipLora(Method[ZipConfig]):
 
     @classmethod
     def build(cls, config: ZipConfig, setup: Setup) -> ZipLora:
-        """Encode what each LoRA learnt, or have it make pictures, then inject both."""
+        """Encode what each LoRA learned, or have it make pictures, then inject both."""
         base = setup.base
         loras = read_loras(config, base.unet.config)
         for name, lora in loras.items():
             check_fits(lora, base.unet, str(getattr(config, f"{name}_lora")), f"base {base.name}")
         paths = {"content": config.content_images, "style": config.style_images}
-        pictures = {name: [load_picture(path, setup.size) for path in paths[name]] for name in KINDS}
-        made = learnt(setup, config, loras, pictures)
+        pictures = {name: [load_image(path, setup.size) for path in paths[name]] for name in KINDS}
+        made = learned(setup, config, loras, pictures)
         setup.make_room(config)
         shown = [picture for name in KINDS for picture in pictures[name]]
         return cls(base.unet, setup.noise_schedule(), made, loras, config, setup.autocast, shown)
@@ -162,7 +170,7 @@ class ZipLora(Method[ZipConfig]):
         return About(method, "A LoRA merged from a content and a style LoRA", prompts["full"], files)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One optimiser group: the scales of both LoRAs, without weight decay."""
+        """One optimizer group: the scales of both LoRAs, without weight decay."""
         params = [scale.columns for name in KINDS for scale in self.scales[name].values()]
         return [{"name": SCALES, "params": params, "lr": self.config.learning_rate, "weight_decay": 0.0}]
 
@@ -181,7 +189,7 @@ class ZipLora(Method[ZipConfig]):
 
     def _distance(self, name: str, step: int) -> Tensor:
         """Mean squared difference of the predictions by the merged LoRA and by one alone, a scalar."""
-        config, alone, merged = self.config, self.learnt.alone[name], self.learnt.merged[name]
+        config, alone, merged = self.config, self.learned.alone[name], self.learned.merged[name]
         drawn = noised(
             self.scheduler,
             alone,
@@ -207,7 +215,7 @@ class ZipLora(Method[ZipConfig]):
     @contextmanager
     def off(self, names: tuple[str, ...]) -> Iterator[None]:
         """Switch LoRAs off; `scales` switches the scales off."""
-        with self.learnt.texts.without(*names), self._unet_off(names):
+        with self.learned.texts.without(*names), self._unet_off(names):
             yield
 
     @contextmanager
@@ -255,11 +263,11 @@ def zip_loras(config: ZipConfig, resume: bool = False, progress: Callback | None
     """Merge the configured content and style LoRA into `lora.safetensors` in a run folder.
 
     What the recipe leaves open, the LoRAs' own runs tell: base, prompts, pictures. Method `direct` needs no base.
-    Arguments and errors are those of `run_job`.
+    Arguments and errors are those of `run_training`.
     """
     config = complete(config)
     if config.method == "zip":
-        return run_job(ZipLora, config, resume, progress)
+        return run_training(ZipLora, config, resume, progress)
     return _add(config, resume, progress or (lambda _: None))
 
 
