@@ -13,8 +13,8 @@ import pytest
 import sdxl
 import tiny
 import torch
+from lora_files import KOHYA, kohya, make, store
 from safetensors.torch import save_file
-from test_files import KOHYA, kohya, make, store
 
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.files import read_lora, write_lora

@@ -94,7 +94,7 @@ def test_imported_names_exist() -> None:
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     ]
-    assert ("unziplora.methods.unziplora.split", "split") in imports
+    assert ("unziplora.methods.unziplora.method", "split") in imports
     assert [pair for pair in imports if not hasattr(import_module(pair[0]), pair[1])] == []
 
 

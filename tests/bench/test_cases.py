@@ -78,7 +78,7 @@ def test_the_file_is_small_and_tells_whose_drawings_it_holds():
     assert CASES.stat().st_size < 4_000_000
     with zipfile.ZipFile(CASES) as archive:
         notice, told = archive.read("NOTICE").decode(), json.loads(archive.read("cases.json"))
-    assert {entry["key"]: entry["license"] for entry in told["attributions"]} == {
+    assert {entry["key"]: entry["licence"] for entry in told["attributions"]} == {
         "noto-v1": "Apache-2.0",
         "fxemoji": "CC-BY-4.0",
     }

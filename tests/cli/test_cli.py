@@ -20,7 +20,7 @@ from pydantic import Field
 from unziplora import cli
 from unziplora.cli import options as flags
 from unziplora.cli.output import memory_advice
-from unziplora.cli.training import split_command
+from unziplora.cli.split import split_command
 from unziplora.config.recipe import Recipe, resolve
 from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.config.split import SplitConfig

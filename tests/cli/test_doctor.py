@@ -13,7 +13,8 @@ import pytest
 import tiny
 import torch
 
-from unziplora import cli, doctor
+from unziplora import cli
+from unziplora.cli import doctor
 from unziplora.cli.doctor import FITTING, GIB, Check, Device, Report, advice, examine
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig

@@ -1,16 +1,15 @@
 import hashlib
 import json
 from datetime import datetime, timezone
-from functools import cache
 
 import pytest
 import sdxl
 import tiny
 import torch
+from lora_files import KOHYA, TEXT, Q, every_kind, header_of, kohya, make, same, store, tiny_unet
 from peft import LoraConfig
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from unziplora.errors import UserError
 from unziplora.formats import names as keys
@@ -19,54 +18,6 @@ from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import delta
 from unziplora.lora.inject import attention_linears, inject, remove
 from unziplora.lora.weights import Lora, blocks, check_fits, scale_blocks, text_tensors
-
-Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-TEXT = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
-
-
-@cache
-def tiny_unet():
-    return tiny.unet()
-
-
-def make(paths=None, rank=2, seed=0, unet=None):
-    """A LoRA for some modules of the tiny UNet, with random factors; `rank` may depend on the path's index."""
-    unet = unet or tiny_unet()
-    generator = torch.Generator().manual_seed(seed)
-    modules = {}
-    for index, path in enumerate(paths or attention_linears(unet)):
-        out, *inner = unet.get_submodule(path).weight.shape
-        r = rank(index) if callable(rank) else rank
-        ones = [1] * len(inner[1:])
-        down = torch.randn(r, *inner, generator=generator)
-        modules[path] = (down, torch.randn(out, r, *ones, generator=generator))
-    return Lora(modules)
-
-
-def every_kind(unet):
-    """One path of every kind of module: attention, feed-forward, projections, convolutions, embeddings."""
-    seen = {}
-    for name, module in unet.named_modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            seen.setdefault((name.split(".")[0], name.rsplit(".", 2)[-1], type(module)), name)
-    return list(seen.values())
-
-
-def same(left, right, **tolerance):
-    assert left.modules.keys() == right.modules.keys()
-    for path, pair in left.modules.items():
-        torch.testing.assert_close(delta(right.modules[path]), delta(pair), **tolerance)
-
-
-def header_of(path):
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
-def store(path, tensors, metadata=None):
-    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, metadata)
-    return path
-
 
 # --- round trips
 
@@ -102,9 +53,6 @@ def test_all_722_modules_of_sdxl(tmp_path, layout):
     check_fits(back, sdxl.unet())
 
 
-KOHYA = ("lora_down.weight", "lora_up.weight")
-
-
 def test_one_alpha_for_all_modules_also_for_mixed_ranks(tmp_path):
     write_lora(make(rank=lambda i: 1 + i % 4), tmp_path / "a.safetensors", dtype="fp32")
     tensors = load_file(tmp_path / "a.safetensors")
@@ -125,16 +73,6 @@ def test_storage_types(tmp_path, dtype, expected):
 
 
 # --- other people's files
-
-
-def kohya(lora, blocks="sgm", alpha=None):
-    tensors = {}
-    for path, (down, up) in lora.modules.items():
-        name = keys.to_kohya(path, blocks)
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        if alpha is not None:
-            tensors[f"{name}.alpha"] = torch.tensor(alpha(path))
-    return tensors
 
 
 def test_per_module_alphas_are_folded(tmp_path):

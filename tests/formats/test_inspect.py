@@ -3,10 +3,10 @@ import json
 import pytest
 import sdxl
 import torch
+from lora_files import TEXT, header_of, kohya, make, same, store
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_files import TEXT, header_of, kohya, make, same, store
 
 from unziplora.errors import UserError
 from unziplora.formats import names as keys

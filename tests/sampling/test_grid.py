@@ -120,7 +120,7 @@ def test_prompt_grid_shows_every_prompt_with_every_seed(shared_base: Base, tmp_p
 def test_labels_tell_seeds_to_the_last_digit(shared_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     told: list[list[str]] = []
     monkeypatch.setattr(
-        "unziplora.images.sheet.sheet", lambda pictures, down, across: told.append(across) or sheet(pictures)
+        "unziplora.sampling.grid.sheet", lambda pictures, down, across: told.append(across) or sheet(pictures)
     )
     seeds = [1234567, 1234568]
     grid(GridConfig(prompts=["a cat"], seeds=seeds, steps=1, out=tmp_path / "g.png"), shared_base)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from test_unziplora import build, examples, scheduler
+from splits import build, examples, scheduler
 
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
