@@ -1,8 +1,9 @@
-"""The demo, on the stand-in base."""
+"""The demo on the tiny base."""
 
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,34 +12,49 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from unziplora import demo
-from unziplora.beside import beside
 from unziplora.config.recipe import read_toml, resolve
 from unziplora.config.split import SplitConfig
-from unziplora.errors import UserError
+from unziplora.errors import Interrupted, UserError
 from unziplora.images.preprocess import load_image
 from unziplora.utils.progress import Progress
 
+TINY = {"steps": 2, "rank": 2, "column_separation": False, "sample_seeds": []}
 
-def test_makes_both_loras_and_a_strip_and_says_that_it_is_noise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo, "BUNDLED", tmp_path / "nothing")
+
+def configs(base: Path, folder: Path, **settings: object) -> list[SplitConfig]:
+    """Both recipes of the demo on a tiny base."""
+    return [
+        resolve(
+            SplitConfig,
+            {"images": [demo.DEMO / f"{name}.png"], "out": folder / name},
+            words,
+            {"base": str(base), **TINY, **settings},
+        )
+        for name, words in read_toml(demo.DEMO / "words.toml").items()
+    ]
+
+
+@pytest.fixture
+def two_threads() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_demo_writes_both_pairs_and_a_strip(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    told: list[Progress] = []
-    done = demo.demo("runs/demo", steps=36, progress=told.append)
-    assert done.runs == [Path("runs/demo/first"), Path("runs/demo/second")]
-    for run in done.runs:
+    result = demo.demo("runs/demo", base=str(tiny_folder), steps=2)
+    assert result.runs == [Path("runs/demo/first"), Path("runs/demo/second")]
+    for run in result.runs:
         assert (run / "content.safetensors").is_file()
         assert (run / "style.safetensors").is_file()
-    assert done.noise
-    assert "NOISE" in str(done)
-    assert told[0].message == demo.NOISE
-    with Image.open(done.strip) as strip:
+    with Image.open(result.strip) as strip:
         assert strip.width > 6 * demo.READABLE
     assert demo.free_folder(Path("runs/demo")) == Path("runs/demo-2")
 
 
-def test_the_pictures_ship_with_their_words() -> None:
+def test_images_ship_with_their_words() -> None:
     words = read_toml(demo.DEMO / "words.toml")
     assert list(words) == ["first", "second"]
     for name, keys in words.items():
@@ -46,56 +62,38 @@ def test_the_pictures_ship_with_their_words() -> None:
         assert load_image(config.images[0], 64).size == (64, 64)
 
 
-@contextmanager
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_two_splits_side_by_side_give_what_they_give_one_after_the_other(tiny_folder: Path, tmp_path: Path) -> None:
-    def configs(out: str) -> list[SplitConfig]:
-        given = {"base": str(tiny_folder), "steps": 3, "rank": 2, "column_separation": False, "sample_seeds": []}
-        return [
-            resolve(SplitConfig, {"images": [demo.DEMO / f"{name}.png"], "out": tmp_path / out / name}, words, given)
-            for name, words in read_toml(demo.DEMO / "words.toml").items()
-        ]
-
-    told: list[Progress] = []
-    demo.split_all(configs("turns"), told.append)
-    assert not any("another process" in (event.message or "") for event in told)
-    with two_threads():
-        demo.split_all(configs("beside"), told.append)
-        assert torch.get_num_threads() == 2
-    assert any("another process" in (event.message or "") for event in told)
+def test_two_processes_give_what_one_gives(tiny_folder: Path, tmp_path: Path, two_threads: None) -> None:
+    events: list[Progress] = []
+    demo.split_both(*configs(tiny_folder, tmp_path / "two"), events.append)
+    assert torch.get_num_threads() == 2
+    assert any("second process" in (event.message or "") for event in events)
+    torch.set_num_threads(1)
+    demo.split_both(*configs(tiny_folder, tmp_path / "one"), lambda _: None)
     for name in ("first", "second"):
         for kind in ("content", "style"):
-            one, two = (tmp_path / out / name / f"{kind}.safetensors" for out in ("turns", "beside"))
+            one, two = (tmp_path / folder / name / f"{kind}.safetensors" for folder in ("one", "two"))
             torch.testing.assert_close(load_file(one), load_file(two), rtol=0, atol=0)
 
 
-def test_a_split_in_another_process_tells_why_it_failed(tiny_folder: Path, tmp_path: Path) -> None:
-    config = resolve(
-        SplitConfig,
-        {"images": [tmp_path / "none.png"], "content": "cat", "style": "ink", "base": str(tiny_folder)},
-        {"out": tmp_path / "run"},
-    )
-    with beside(config, 1) as wait, pytest.raises(UserError, match=r"none\.png"):
-        wait()
+def test_second_process_reports_its_fault(tiny_folder: Path, tmp_path: Path, two_threads: None) -> None:
+    first, second = configs(tiny_folder, tmp_path)
+    second = second.model_copy(update={"images": [tmp_path / "none.png"]})
+    with pytest.raises(UserError, match=r"none\.png"):
+        demo.split_both(first, second, lambda _: None)
 
 
-def test_a_split_in_another_process_stops_and_saves_when_it_is_left(tiny_folder: Path, tmp_path: Path) -> None:
-    config = resolve(
-        SplitConfig,
-        {"images": [demo.DEMO / "first.png"], "content": "cat", "style": "ink", "base": str(tiny_folder)},
-        {"out": tmp_path / "run", "steps": 100_000, "sample_seeds": []},
-    )
-    log = tmp_path / "run" / "log.jsonl"
-    with beside(config, 1):
+def test_stop_saves_the_step_of_the_second_process(tiny_folder: Path, tmp_path: Path, two_threads: None) -> None:
+    first, second = configs(tiny_folder, tmp_path, steps=100_000)
+    log = second.out / "log.jsonl"
+
+    def stop_when_both_train() -> None:
         end = time.monotonic() + 120
         while not (log.is_file() and log.read_text()) and time.monotonic() < end:
             time.sleep(0.1)
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*/method.safetensors"))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop_when_both_train, daemon=True).start()
+    with pytest.raises(Interrupted):
+        demo.split_both(first, second, lambda _: None)
+    for config in (first, second):
+        assert list((config.out / "checkpoints").glob("step-*/method.safetensors"))

@@ -21,15 +21,15 @@ def run_demo(out: str, base: str, steps: int | None, as_json: bool, quiet: bool)
 demo_command = click.Command(
     "demo",
     callback=run_demo,
-    help="""Split the two pictures that ship with unziplora, on the small base that ships with it.
+    help="""Split the two images that ship with unziplora, on the small base that ships with it.
 
-    Takes minutes on a laptop's CPU and ends with a strip of pictures: the input, its content alone, its style
-    alone, both together, and the other picture's content in this style.
+    Takes minutes on a laptop's CPU and ends with a strip of images: the input, its content alone, its style
+    alone, both together, and the other image's content in this style.
 
     \b
       unziplora demo --out runs/demo
     """,
-    short_help="Split the pictures that ship with unziplora, on the small bundled base.",
+    short_help="Split the images that ship with unziplora, on the small bundled base.",
     params=[
         click.Option(["--out"], default="runs/demo", show_default=True, help="Folder to create for both runs."),
         click.Option(["--base"], default="bundled", show_default=True, help="Another base to try it on."),
