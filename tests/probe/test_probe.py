@@ -14,7 +14,7 @@ from unziplora.lora.inject import adapted, attention_linears
 from unziplora.metrics.statistics import Statistics
 from unziplora.models.base import Base
 from unziplora.models.text import embed, embed_negative
-from unziplora.probe.probe import attention_blocks, draw, movements, probe, swap, swapped
+from unziplora.probe.probe import attention_blocks, draw, find_blocks, movements, swap, swapped
 from unziplora.sampling.pipeline import Settings, generate_latents
 
 P, Q = "a cat in ink style", "a dog in ink style"
@@ -155,7 +155,7 @@ def finished(shared_base: Base, tmp_path_factory: pytest.TempPathFactory) -> tup
     """A probe of the tiny base, its findings, and the progress that it told."""
     config = ProbeConfig(**QUICK, seeds=[0, 7], out=tmp_path_factory.mktemp("probe") / "out", base="tiny")
     seen: list[tuple[int, int]] = []
-    findings = probe(config, shared_base, progress=lambda *report: seen.append(report))
+    findings = find_blocks(config, shared_base, progress=lambda *report: seen.append(report))
     return config, findings, seen
 
 
@@ -210,7 +210,7 @@ def test_own_measures_will_do(tiny_base: Base, tmp_path: Path):
             return super().content(pictures)
 
     keys = {**QUICK, "pairs": 1, "seeds": [0], "content_blocks": 1, "style_blocks": 0}
-    findings = probe(ProbeConfig(**keys, out=tmp_path / "out"), tiny_base, Mine())
+    findings = find_blocks(ProbeConfig(**keys, out=tmp_path / "out"), tiny_base, Mine())
     assert asked == [14]
     assert findings.measure == "mine"
     assert len(findings.content) <= 1
@@ -227,7 +227,9 @@ def test_what_cannot_be_probed_is_refused(tiny_base: Base, tmp_path: Path):
 
     def refused(message: str, loaded: Base | None = tiny_base, **keys: object) -> None:
         with pytest.raises(UserError, match=message):
-            probe(ProbeConfig(**{**QUICK, "pairs": 1, "seeds": [0], "out": tmp_path / "out", **keys}), loaded, Blind())
+            find_blocks(
+                ProbeConfig(**{**QUICK, "pairs": 1, "seeds": [0], "out": tmp_path / "out", **keys}), loaded, Blind()
+            )
 
     refused("base 'nowhere/at/all': no such file or folder", None, base="nowhere/at/all")
     refused("device 'warp'", None, device="warp")
@@ -239,5 +241,5 @@ def test_what_cannot_be_probed_is_refused(tiny_base: Base, tmp_path: Path):
     refused("exists already and is not an empty folder")
     refused("exists already and is not an empty folder", out=tmp_path / "out" / "blocks.toml")
     with pytest.raises(MachineError, match="a file is where a folder should be"):
-        probe(ProbeConfig(**QUICK, out=tmp_path / "out" / "blocks.toml" / "deep"), tiny_base)
+        find_blocks(ProbeConfig(**QUICK, out=tmp_path / "out" / "blocks.toml" / "deep"), tiny_base)
     assert hooks(tiny_base) == 0

@@ -26,10 +26,10 @@ def run_blocks(ctx: click.Context, config_file: str | None, dry_run: bool, as_js
         _plan(config, as_json)
         return
     with stdout_kept(), show(quiet) as view:
-        from unziplora.probe.probe import probe
+        from unziplora.probe.probe import find_blocks
         from unziplora.probe.scores import table
 
-        findings = probe(config, progress=counted(view))
+        findings = find_blocks(config, progress=counted(view))
         text = "\n".join([table(findings), "", *(f"{name:<9} {path}" for name, path in findings.files.items())])
     emit(findings, text, as_json)
 

@@ -39,7 +39,7 @@ Drawn = dict[str, list[list[Image.Image]]]
 """By axis the pictures of one pair, a row of seeds each: as P, each block, all blocks, as Q."""
 
 
-def probe(
+def find_blocks(
     config: ProbeConfig,
     base: Base | None = None,
     measure: Measure | None = None,
