@@ -71,7 +71,7 @@ def test_modules_and_scripts_exist() -> None:
     modules = {words[0] for words in of("python", "-m") + of(".venv/bin/python", "-m")} - {"venv"}
     scripts = {words[0] for words in of("python") if words[0].endswith(".py")}
     assert {"recipes.base.evaluate", "unziplora.cli.reference"} <= modules
-    assert "benchmarks/step.py" in scripts
+    assert "profiling/step.py" in scripts
     files = {name: Path(*name.split(".")).with_suffix(".py") for name in modules}
     missing = {
         name for name, file in files.items() if not (ROOT / file).is_file() and not (ROOT / "src" / file).is_file()

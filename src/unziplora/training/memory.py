@@ -18,7 +18,7 @@ _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 
 _CUDA_CONTEXT = 600 * 2**20
 _RECORDED = 256 * 2**20
-"""What recorded steps hold besides a place of their own for the gradients (benchmarks/results/sdxl-gpu.json)."""
+"""What recorded steps hold besides a place of their own for the gradients (profiling/results/sdxl-gpu.json)."""
 
 _ENCODING_MAPS = 5 * 128
 """Maps of the full resolution that SDXL's VAE holds at once while it encodes: five of its 128 channels."""

@@ -1,6 +1,6 @@
 """Peak memory and time of whole runs of `split` on full-size SDXL, beside what `--dry-run` estimates.
 
-    python benchmarks/whole.py --base /tmp/sdxl
+    python profiling/whole.py --base /tmp/sdxl
 
 SDXL's weights are random, which neither time nor memory depends on; they are written to the folder on first use (7 GB).
 Every run reads the base, encodes a picture, trains a few steps, writes both files and samples. Peak memory is what

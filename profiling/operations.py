@@ -1,6 +1,6 @@
 """How many operations a training step dispatches: on a GPU, where each takes Python longer than the card, its time.
 
-    python benchmarks/operations.py                     # the bundled base's size, in bf16, on the CPU
+    python profiling/operations.py                     # the bundled base's size, in bf16, on the CPU
 
 Views are not counted: they compute nothing. The steps are those of `step.py`.
 """

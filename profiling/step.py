@@ -1,7 +1,7 @@
 """Time and peak memory of one training step of `split`, beside the bare UNet in the same run.
 
-    python benchmarks/step.py --size small                  # the bundled base's size, on a CPU
-    python benchmarks/step.py --size sdxl --device cuda --precision bf16 --kinds floor split
+    python profiling/step.py --size small                  # the bundled base's size, on a CPU
+    python profiling/step.py --size sdxl --device cuda --precision bf16 --kinds floor split
 
 The UNet has random weights: neither time nor memory depends on them. The floor is forward + backward of the
 frozen UNet without any LoRA, with the gradient carried to its input: what no method that trains inside the
