@@ -69,7 +69,7 @@ def settings(name: str, options: argparse.Namespace, folder: Path) -> SplitConfi
     # One choice of columns, in the first half, whose steps are not timed.
     short = {"steps": options.steps, "column_periods": 1, "column_warmup": 1, "sample_seeds": [0], "sample_steps": 4}
     place = {"images": [picture], "content": "cat", "style": "ink", "out": folder / name, "base": str(options.base)}
-    return SplitConfig.make(**place, **short, device=options.device, **RUNS[name])
+    return SplitConfig(**place, **short, device=options.device, **RUNS[name])
 
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, float]:

@@ -23,7 +23,7 @@ pytestmark = [
 def test_split_trains_both_loras_on_cuda(tiny_folder, tmp_path, precision, checkpointing):
     picture = tmp_path / "cat.png"
     Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(picture)
-    config = SplitConfig.make(
+    config = SplitConfig(
         images=[picture],
         content="cat",
         style="ink",
@@ -77,7 +77,7 @@ def test_recorded_steps_learn_the_same(tiny_folder, tmp_path, precision):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the steps are not recorded")
         for recorded in (False, True):
-            config = SplitConfig.make(
+            config = SplitConfig(
                 **words, **short, **rates, out=tmp_path / str(recorded), precision=precision, cuda_graphs=recorded
             )
             lines = split(config).log_file.read_text().splitlines()

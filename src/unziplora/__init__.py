@@ -3,7 +3,7 @@
     from unziplora.config.split import SplitConfig
     from unziplora.methods.unziplora.split import split
 
-    run = split(SplitConfig.make(images=["cat.jpg"], content="cat", style="pencil sketch", out="runs/cat"))
+    run = split(SplitConfig(images=["cat.jpg"], content="cat", style="pencil sketch", out="runs/cat"))
     print(run.content, run.style)
 
 Nothing is imported here: torch and diffusers take seconds, and `unziplora --help` needs neither.

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from pydantic import BaseModel
 
+from unziplora.config.bases import is_bundled
 from unziplora.config.recipe import KINDS, read_toml, resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
@@ -80,7 +81,7 @@ def demo(
         resolve(SplitConfig, {"images": [DEMO / f"{name}.png"]}, words, {**settings, "out": folder / name})
         for name, words in read_toml(DEMO / "words.toml").items()
     ]
-    if base == "bundled":
+    if is_bundled(base):
         report(Progress(0, 0, message=DURATION))
     try:
         split_both(configs[0], configs[1], report)

@@ -45,15 +45,15 @@ class TestGrid:
     def test_a_setting_means_the_same_for_every_method(self):
         setting = Setting(2e-3, 0.25, 300, 16)
         words = {"images": ["x.png"], "out": "run"}
-        split = SplitConfig.make(**words, content="cat", style="ink", **setting.overrides("unziplora"))
+        split = SplitConfig(**words, content="cat", style="ink", **setting.overrides("unziplora"))
         assert (split.content_learning_rate, split.style_learning_rate) == (2e-3, 5e-4)
         assert (split.steps, split.rank) == (300, 16)
         pair = setting.overrides("dreambooth")
-        content, style = (DreamBoothConfig.make(**words, **{kind: "word"}, **pair[kind]) for kind in pair)
+        content, style = (DreamBoothConfig(**words, **{kind: "word"}, **pair[kind]) for kind in pair)
         assert (content.learning_rate, style.learning_rate) == (2e-3, 5e-4)
         assert {content.steps, style.steps} == {300}
-        assert BLoraConfig.make(**words, **setting.overrides("blora")).learning_rate == 2e-3
-        zipped = ZipConfig.make(out="run", content_lora="a", style_lora="b", **setting.overrides("ziplora"))
+        assert BLoraConfig(**words, **setting.overrides("blora")).learning_rate == 2e-3
+        zipped = ZipConfig(out="run", content_lora="a", style_lora="b", **setting.overrides("ziplora"))
         assert (zipped.learning_rate, zipped.steps) == (0.02, 100)
 
 

@@ -13,10 +13,10 @@ import torch
 from unziplora import cli
 from unziplora.cli import doctor
 from unziplora.cli.doctor import GIB, Check, Device, Report, advice, examine
-from unziplora.config.training import SDXL
+from unziplora.config.bases import BUNDLED_BASE, SDXL
 from unziplora.errors import UserError
 from unziplora.lora.inject import of_kinds
-from unziplora.models.base import BUNDLED, load_base
+from unziplora.models.base import load_base
 from unziplora.models.sizes import inspect_base
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +149,6 @@ class TestSizes:
 
 
 def test_the_bundled_base_is_found_or_its_absence_is_said() -> None:
-    there = (BUNDLED / "emoji-xl" / "model_index.json").is_file()
+    there = (BUNDLED_BASE / "model_index.json").is_file()
     found = next(check for check in examine().checks if check.name == "bundled base")
     assert found.state == ("ok" if there else "note")

@@ -2,14 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from unziplora.cli.reference import reference
+from unziplora.config.bases import BUNDLED_BASE, is_bundled
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.config.recipe import read_toml, resolve, to_toml
+from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
 from unziplora.config.split import PRESETS, SplitConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
@@ -37,9 +38,48 @@ def test_presets_lie_under_what_is_given(preset: str) -> None:
             assert getattr(config, name) == value
 
 
-def test_the_bundled_base_brings_its_preset() -> None:
-    assert resolve(SplitConfig, GIVEN, {"base": "bundled"}).rank == PRESETS["bundled"]["rank"]
-    assert resolve(SplitConfig, GIVEN, {"base": "bundled", "preset": "default"}).rank == 64
+@pytest.mark.parametrize("base", ["bundled", str(BUNDLED_BASE), f"{BUNDLED_BASE}/", f"{BUNDLED_BASE}/../emoji-xl"])
+def test_bundled_base_by_name_or_path_selects_its_preset(base: str) -> None:
+    config = resolve(SplitConfig, GIVEN, {"base": base})
+    assert (config.base, config.preset) == ("bundled", "auto")
+    assert config == SplitConfig(**GIVEN, base="bundled")
+    assert config.model_copy(update={"preset": "bundled"}) == SplitConfig(**GIVEN, base="bundled", preset="bundled")
+    assert resolve(SplitConfig, GIVEN, {"base": base, "preset": "default"}).rank == 64
+
+
+@pytest.mark.parametrize("base", ["emoji-xl", "some/bundled", str(BUNDLED_BASE.parent), str(BUNDLED_BASE / "unet")])
+def test_other_bases_select_the_default_preset(base: str) -> None:
+    assert not is_bundled(base)
+    assert SplitConfig(**GIVEN, base=base).rank == 64
+
+
+@pytest.mark.parametrize(
+    ("model", "preset"), [(m, p) for m in (SplitConfig, DreamBoothConfig, BLoraConfig) for p in m.presets]
+)
+def test_constructor_applies_the_preset_as_resolve_does(model: type[Recipe], preset: str) -> None:
+    config = model(**GIVEN, preset=preset, seed=7)
+    assert config == resolve(model, GIVEN, {"preset": preset}, {"seed": 7})
+    for name, value in model.presets[preset].items():
+        assert getattr(config, name) == value
+
+
+def test_resolved_recipe_reproduces_itself_whatever_its_preset_says(tmp_path: Path) -> None:
+    """A run's config.toml holds every value, so a preset that changes later does not change the run."""
+    config = SplitConfig(**GIVEN, base="bundled").model_copy(update={"rank": 3, "steps": 77})
+    assert SplitConfig(**config.model_dump()) == config
+    (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    assert resolve(SplitConfig, read_toml(tmp_path / "config.toml")) == config
+
+
+def test_presets_set_no_key_that_a_saved_recipe_leaves_out() -> None:
+    """A value of None is not saved: under a preset with a value it would not come back."""
+    for model in (SplitConfig, DreamBoothConfig, BLoraConfig):
+        for name in set().union(*model.presets.values()):
+            assert type(None) not in get_args(model.model_fields[name].annotation), name
+
+
+def test_unknown_home_is_reported() -> None:
+    assert "out: ~ is followed by a name that no user of this machine has" in fault(out="~no-such-user/x")
 
 
 def test_unknown_keys_bring_up_the_nearest() -> None:

@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from unziplora.config.bases import BUNDLED_BASE
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.safetensors import Header, read_header
 from unziplora.models import hub as base_hub
@@ -280,8 +281,8 @@ def test_missing_bases_are_refused(tmp_path: Path):
         load_base(str(tmp_path))
 
 
-@pytest.mark.skipif((BUNDLED / "emoji-xl" / "model_index.json").is_file(), reason="it is there")
-def test_absent_bundled_base_is_said_plainly():
+@pytest.mark.skipif((BUNDLED_BASE / "model_index.json").is_file(), reason="it is there")
+def test_absent_bundled_base_is_reported():
     with pytest.raises(UserError, match="no bundled base"):
         load_base("bundled")
 

@@ -15,8 +15,9 @@ from recipes.base.captions import wordings
 from recipes.base.filters import FILTERS
 from recipes.base.filters.common import finish, over
 from recipes.base.vae import psnr, to_tensor
+from unziplora.config.bases import BUNDLED_BASE
 
-FOLDER = Path(__file__).parents[2] / "src" / "unziplora" / "bundled" / "emoji-xl"
+FOLDER = BUNDLED_BASE
 DRAWINGS = sorted((Path(__file__).parent / "drawings").glob("*.webp"))
 STYLES = ("flat", "watercolor", "neon", "pixelart")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from unziplora.config.bases import SDXL
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
-from unziplora.config.training import SDXL
 from unziplora.config.zip import ZipConfig
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.runs.folder import RunFolder

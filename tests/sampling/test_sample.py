@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from unziplora.config.bases import SDXL
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
-from unziplora.config.training import SDXL
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.safetensors import body_hash, open_tensors
@@ -262,8 +262,8 @@ def test_words_and_base_are_read_from_a_files_header(tiny_base: Base, tmp_path: 
 )
 def test_every_lora_is_called_by_the_words_of_its_own_run(tmp_path: Path, content: str, style: str, wanted):
     shared = {"images": ["x.png"], "base": "b"}
-    split = SplitConfig.make(**shared, content="cat", style="ink", out=tmp_path / "split")
-    for config in (split, BLoraConfig.make(**shared, token="v7", out=tmp_path / "blora")):
+    split = SplitConfig(**shared, content="cat", style="ink", out=tmp_path / "split")
+    for config in (split, BLoraConfig(**shared, token="v7", out=tmp_path / "blora")):
         config.out.mkdir()
         (config.out / "config.toml").write_text(to_toml(config))
         for kind in ("content", "style"):

@@ -12,9 +12,9 @@ import tiny
 import torch
 
 from unziplora.cli.doctor import FITTING, GIB
+from unziplora.config.bases import SDXL
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig
-from unziplora.config.training import SDXL
 from unziplora.lora.inject import add_lora, of_kinds
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.sizes import Sizes, inspect_base
@@ -118,7 +118,7 @@ class TestMemory:
     def test_trained_text_encoders_stay_on_the_gpu_and_are_counted(self) -> None:
         sizes, parts = inspect_base(SDXL), []
         for texts in (False, True):
-            config = DreamBoothConfig.make(
+            config = DreamBoothConfig(
                 images=["cat.png"], content="cat", out="run", text_encoders=texts, precision="bf16"
             )
             found = estimate(config, sizes, {"content": of_kinds(sizes.names, ["attention"])})

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from unziplora.bench.cases import Case
 from unziplora.bench.contender import Adapters, Contender, Paired
 from unziplora.bench.workspace import Workspace, fingerprint, plain
+from unziplora.config.bases import is_bundled
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.config.recipe import KINDS, read_toml
+from unziplora.config.recipe import KINDS, read_toml, resolve
 from unziplora.config.split import BUNDLED, PAPER, SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
@@ -64,7 +65,7 @@ class Split(Paired):
     def recipe(self, place: Workspace, case: Case, seed: int) -> SplitConfig:
         """The training."""
         out = place.run_folder(self.name, case, seed) / "split"
-        return SplitConfig.make(**{**place.common(case, seed), **case.words, **self.given(place), "out": out})
+        return resolve(SplitConfig, {**place.common(case, seed), **case.words, **self.given(place), "out": out})
 
     def given(self, place: Workspace) -> dict[str, Any]:
         """The settings of `home`, the method's own keys, the settings for this method: the last one counts."""
@@ -84,7 +85,7 @@ class Paper(Split):
 
     def given(self, place: Workspace) -> dict[str, Any]:
         """The preset `paper`, in the number format and with the optimizer that run everywhere."""
-        size = BUNDLED if place.config.base == "bundled" else {}
+        size = BUNDLED if is_bundled(place.config.base) else {}
         plain = {name: value for name, value in PAPER.items() if name not in ("optimizer", "precision")}
         return {**size, **plain, "optimizer": "adamw", "preset": "paper", **place.settings(self.name)}
 
@@ -100,9 +101,9 @@ class BLoraHalves(Paired):
     def recipe(self, place: Workspace, case: Case, seed: int) -> BLoraConfig:
         """The training; on the bundled base with its own block map, for in the published blocks nothing is learned."""
         out = place.run_folder(self.name, case, seed) / "blora"
-        blocks = {"blocks": "bundled"} if place.config.base == "bundled" else {}
+        blocks = {"blocks": "bundled"} if is_bundled(place.config.base) else {}
         given = {**blocks, **place.settings(self.name), "out": out}
-        return BLoraConfig.make(**{**place.common(case, seed), **case.words, **given})
+        return resolve(BLoraConfig, {**place.common(case, seed), **case.words, **given})
 
     def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         """Both halves; the style goes by the rare word, as it was trained."""
@@ -122,7 +123,7 @@ class DreamBooths(Paired):
         """One of the two."""
         given = place.settings(self.name, kind)
         out = place.run_folder(self.name, case, seed) / kind
-        return DreamBoothConfig.make(**{**place.common(case, seed), kind: getattr(case, kind), **given, "out": out})
+        return resolve(DreamBoothConfig, {**place.common(case, seed), kind: getattr(case, kind), **given, "out": out})
 
     def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         """Both LoRAs."""
@@ -156,7 +157,7 @@ class Oracle(DreamBooths):
         given = {"steps": ORACLE_TIMES * plain.steps, **texts, **place.settings(self.name, kind)}
         out = place.run_folder(self.name, case, seed) / kind
         words = {kind: getattr(case, kind)}
-        return DreamBoothConfig.make(**{**place.common(case, seed), **words, **pictures, **given, "out": out})
+        return resolve(DreamBoothConfig, {**place.common(case, seed), **words, **pictures, **given, "out": out})
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Zipped:
         out = place.run_folder(self.name, case, seed) / name
         common = {name: value for name, value in place.common(case, seed).items() if name != "images"}
         made = {"method": self.how, "parts": True, **place.settings(self.name), "out": out}
-        return ZipConfig.make(**{**common, **given, **made})
+        return resolve(ZipConfig, {**common, **given, **made})
 
     def _run(self, place: Workspace, case: Case, seed: int, kind: str) -> Path:
         return place.run_folder(self.pair.name, case, seed) / kind

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from unziplora.cli.options import json_option
 from unziplora.cli.output import emit, stdout_kept
+from unziplora.config.bases import BUNDLED_BASE
 from unziplora.utils.progress import size
 
 GIB = 2**30
@@ -105,11 +106,9 @@ def examine(online: bool = False) -> Report:
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from unziplora.models.base import BUNDLED
-
     devices = find_devices()
     packages = {name: found for name in PACKAGES if (found := installed(name)) is not None}
-    bundled = (BUNDLED / "emoji-xl" / "model_index.json").is_file()
+    bundled = (BUNDLED_BASE / "model_index.json").is_file()
     disk = shutil.disk_usage(Path.cwd()).free
     checks = [
         _python(),

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 
 from pydantic import field_validator, model_validator
 
+from unziplora.config.bases import SDXL
 from unziplora.config.recipe import Precision, Recipe, key, natural_seeds
 from unziplora.config.templates import fill
-from unziplora.config.training import SDXL
 
 
 class WordPair(NamedTuple):

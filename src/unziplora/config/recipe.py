@@ -1,4 +1,4 @@
-"""What a run is made of: one pydantic model serves TOML file, CLI flags, Python API and docs."""
+"""Base class of all recipes: one pydantic model serves TOML files, command-line flags, Python and the docs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from unziplora.config.bases import is_bundled
 from unziplora.errors import UserError
 
 KINDS = ("content", "style")
-"""By name, in the order in which they choose columns."""
+"""Names of the two LoRAs, in the order in which they choose columns."""
 
 
 if sys.version_info >= (3, 11):
@@ -35,41 +36,52 @@ def key(
     """Declare one configuration key with its help text, its group in `--help` and its bounds.
 
     Args:
-        private: it tells about a person's machine, and nothing about what is learned: kept out of what is shared.
-        may_change: it may differ when a run is resumed: it changes nothing of what is learned.
+        private: machine-specific (a path, for example); omitted from published metadata.
+        may_change: may differ when a run is resumed, because it does not affect what is learned.
     """
     extra: dict[str, Any] = {"group": group, "private": private, "may_change": may_change}
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
 class Recipe(BaseModel):
-    """Common ground of all recipes: unknown keys are errors, values are checked and never changed later."""
+    """Settings of a command. Unknown keys are errors; values are checked once and never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Named settings below a user's own, for recipes with a key `preset`."""
+    """Named settings that lie under a user's own, for recipes with a key `preset`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        """Lay the keys of the named preset under the user's own."""
+        if not isinstance(values, dict) or "preset" not in cls.model_fields:
+            return values
+        name, base = values.get("preset", "auto"), values.get("base")
+        if name == "auto":
+            name = "bundled" if isinstance(base, (str, Path)) and is_bundled(base) else "default"
+        return {**(cls.presets.get(name, {}) if isinstance(name, str) else {}), **values}
 
     @field_validator("*")
     @classmethod
     def _expand_user(cls, value: Any) -> Any:
-        """Paths that begin with ~, which no shell has seen if they come from a TOML file."""
-        if isinstance(value, list):
-            return [item.expanduser() if isinstance(item, Path) else item for item in value]
-        return value.expanduser() if isinstance(value, Path) else value
+        """Expand ~ in paths; no shell does so for a TOML file."""
+        try:
+            if isinstance(value, list):
+                return [item.expanduser() if isinstance(item, Path) else item for item in value]
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError:
+            raise ValueError("~ is followed by a name that no user of this machine has") from None
 
+    @field_validator("base", check_fields=False)
     @classmethod
-    def make(cls: type[R], **keys: Any) -> R:
-        """The recipe from keys, under the preset that they name.
-
-        Raises:
-            UserError: a key is unknown, missing, of a wrong type or out of bounds; all faults are listed.
-        """
-        return resolve(cls, keys)
+    def _name_bundled_base(cls, base: str | None) -> str | None:
+        """Call the bundled base by its name, even if it was given by its path."""
+        return "bundled" if is_bundled(base) else base
 
     @classmethod
     def keys(cls) -> dict[str, FieldInfo]:
-        """The keys with their declarations, by groups."""
+        """Return the declarations of the keys, ordered by group."""
 
         def place(item: tuple[str, FieldInfo]) -> int:
             group = group_of(item[1])
@@ -79,19 +91,19 @@ class Recipe(BaseModel):
 
     @classmethod
     def marked(cls, mark: str) -> set[str]:
-        """The names of the keys that are declared `private`, or those that `may_change`."""
+        """Return the names of the keys declared with a mark: `private`, `may_change`."""
         return {name for name, field in cls.model_fields.items() if _extra(field).get(mark)}
 
 
 def natural_seeds(seeds: list[int]) -> list[int]:
-    """Check seeds of pictures, each once; a validator."""
+    """Validate image seeds and drop repeated ones."""
     if any(not 0 <= seed < 2**63 for seed in seeds):
         raise ValueError("seeds are whole numbers from 0 on")
     return list(dict.fromkeys(seeds))
 
 
 def group_of(field: FieldInfo) -> str:
-    """The group that a key was declared in."""
+    """Return the group that a key was declared in."""
     return str(_extra(field).get("group", "Options"))
 
 
@@ -100,20 +112,12 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
 
 
 def resolve(model: type[R], *layers: dict[str, Any]) -> R:
-    """Merge layers of keys, later ones winning, under the preset they name, and check them.
+    """Build a recipe from layers of keys; later layers win.
 
     Raises:
         UserError: a key is unknown, missing, of a wrong type or out of bounds; all faults are listed.
     """
-    given: dict[str, Any] = {}
-    for layer in layers:
-        given.update(layer)
-    values = given
-    if "preset" in model.model_fields:
-        preset = given.get("preset", "auto")
-        if preset == "auto":
-            preset = "bundled" if given.get("base") == "bundled" else "default"
-        values = {**(model.presets.get(preset, {}) if isinstance(preset, str) else {}), **given}
+    values = {name: value for layer in layers for name, value in layer.items()}
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -121,7 +125,7 @@ def resolve(model: type[R], *layers: dict[str, Any]) -> R:
 
 
 def describe(error: ValidationError, model: type[Recipe]) -> str:
-    """One line per fault, with the nearest known key for an unknown one."""
+    """Describe each fault in a line, and suggest the nearest key for an unknown one."""
     from difflib import get_close_matches
 
     lines = []
@@ -148,7 +152,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, unreadable or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # as Windows' editor saves it
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a byte-order mark
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -158,5 +162,5 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def to_toml(config: Recipe) -> str:
-    """The resolved configuration as TOML; keys whose value is None (chosen at run time) are left out."""
+    """Format a recipe as TOML, without the keys whose value is None (chosen at run time)."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

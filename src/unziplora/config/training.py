@@ -8,12 +8,9 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from unziplora.config.bases import SDXL
 from unziplora.config.recipe import Precision, Recipe, key, natural_seeds
 from unziplora.config.templates import fill
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 SMALL: dict[str, Any] = {
     "rank": 16,

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionXLPipeline, 
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from unziplora.config.training import SDXL
+from unziplora.config.bases import BUNDLED_BASE, SDXL, is_bundled
 from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.formats.safetensors import Header, read_header
 from unziplora.models import checkpoint as base_checkpoint
@@ -111,13 +111,13 @@ def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | tor
         with quiet():
             pipe = _from_file(path, dtype) if path.is_file() else _from_folder(path, dtype)
         given = Path(source).expanduser()
-        name = absolute(given).stem if given.exists() and source != "bundled" else source
+        name = "bundled" if is_bundled(source) else absolute(given).stem if given.exists() else source
         return _finish(pipe, name, device)
 
 
 def _locate(source: str, dtype: torch.dtype) -> Path:
     """The folder or file that a source stands for, fetched from the hub if need be."""
-    if source == "bundled":
+    if is_bundled(source):
         return _bundled()
     path = Path(source).expanduser()
     if path.exists():
@@ -200,12 +200,11 @@ def config_folder(path: Path, header: Header) -> Path:
 
 
 def _bundled() -> Path:
-    folder = BUNDLED / "emoji-xl"
-    if not (folder / "model_index.json").is_file():
+    if not (BUNDLED_BASE / "model_index.json").is_file():
         raise UserError(
-            f"this installation has no bundled base (looked in {folder}); choose another, such as --base {SDXL}"
+            f"this installation has no bundled base (looked in {BUNDLED_BASE}); choose another, such as --base {SDXL}"
         )
-    return folder
+    return BUNDLED_BASE
 
 
 def _vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:

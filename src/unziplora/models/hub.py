@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from unziplora.config.training import HUB_ID
+from unziplora.config.bases import HUB_ID
 from unziplora.errors import MachineError, UserError, first_line
 from unziplora.models import folder as base_files
 

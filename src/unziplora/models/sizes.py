@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
+from unziplora.config.bases import BUNDLED_BASE, is_bundled
 from unziplora.errors import UserError, first_line
 from unziplora.lora.inject import TARGETS, target_linears
 from unziplora.models.base import BUNDLED, described, latent_side
@@ -106,13 +107,13 @@ def base_folder(source: str) -> Path | None:
     Raises:
         UserError: no such base, or it is of another family, or a part is missing.
     """
-    path = BUNDLED / "emoji-xl" if source == "bundled" else Path(source).expanduser()
+    path = BUNDLED_BASE if is_bundled(source) else Path(source).expanduser()
     if path.is_dir():
         check_folder(path, half=True)
         return path
     if path.is_file():
         return described(path)[0]
-    if source != "bundled" and names_a_model(source):
+    if not is_bundled(source) and names_a_model(source):
         return _fetched(source)
     raise UserError(f"base {source!r}: no such file or folder")
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import tomli_w
 
+from unziplora.config.bases import HUB_ID
 from unziplora.config.recipe import KINDS
-from unziplora.config.training import HUB_ID, ImageConfig, TrainingConfig
+from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.runs.folder import RunFolder
 from unziplora.utils.files import absolute
 

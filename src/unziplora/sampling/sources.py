@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from unziplora.config.bases import SDXL, is_bundled
 from unziplora.config.recipe import KINDS, read_toml
 from unziplora.config.sample import SampleConfig
 from unziplora.config.templates import fill
-from unziplora.config.training import SDXL
 from unziplora.config.zip import joined_prompt
 from unziplora.errors import UserError
 from unziplora.formats.header import trigger_words
@@ -40,6 +40,8 @@ class Source:
     def base(self) -> str | None:
         """What the LoRA was trained on, in the words of its run or of its header; None: neither tells."""
         told = str(self.run.get("base") or self.header.get("ss_sd_model_name") or "")
+        if is_bundled(told):
+            return "bundled"
         return SDXL if told.startswith("sd_xl_base_1.0") else told or None  # as Stability's own file is called
 
     @property
@@ -133,7 +135,7 @@ def at_hand(base: str | None, sources: Iterable[Source]) -> str | None:
     Raises:
         UserError: it is not here under that name.
     """
-    if base is None or base == "bundled" or names_a_model(base) or Path(base).expanduser().exists():
+    if base is None or is_bundled(base) or names_a_model(base) or Path(base).expanduser().exists():
         return base
     files = " and ".join(str(source.file) for source in sources if source.base == base)
     raise UserError(f"{files}: trained on {base}, which is not here under that name: give its path with --base")

@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
+from unziplora.config.recipe import resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, UserError
@@ -41,7 +42,7 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
         values: dict[str, Any] = {"images": [picture], "base": str(tiny_folder), "out": tmp_path / "run"}
         values |= {"content": "cat", "style": "ink wash", "rank": 4, "steps": 2, "column_periods": 1}
         values |= {"column_warmup": 1, "score_timesteps": 1, "device": "cpu", "sample_seeds": [], "sample_steps": 2}
-        return SplitConfig.make(**{**values, "phrase_steps": 4, "save_precision": "fp32", **changes})
+        return resolve(SplitConfig, {**values, "phrase_steps": 4, "save_precision": "fp32", **changes})
 
     return make
 

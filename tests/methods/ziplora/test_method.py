@@ -339,11 +339,11 @@ class TestPictures:
     def test_come_with_prompts_base_and_guidance_from_run_folders(self, files, picture: Path, tiny_folder, tmp_path):
         for name, images in (("content", [picture, tmp_path / "gone.png"]), ("style", [tmp_path / "gone.png"])):
             words = {"content": f"{name}-thing", "style": f"{name} ink", "images": images, "token": "v7"}
-            run = SplitConfig.make(base=str(tiny_folder), out=tmp_path / name, sample_guidance=3.0, **words)
+            run = SplitConfig(base=str(tiny_folder), out=tmp_path / name, sample_guidance=3.0, **words)
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.toml").write_text(to_toml(run))
             files[name].rename(tmp_path / name / f"{name}.safetensors")
-        made = ZipConfig.make(content_lora=tmp_path / "content", style_lora=tmp_path / "style", out=tmp_path / "run")
+        made = ZipConfig(content_lora=tmp_path / "content", style_lora=tmp_path / "style", out=tmp_path / "run")
         full = complete(made)
         assert full.prompts() == {
             "content": "a v7 content-thing",
@@ -357,18 +357,18 @@ class TestPictures:
         assert (own.content_images, own.content_prompt, own.base) == ([], "x", "y")
 
     def test_words_come_from_the_header_of_our_own_files(self, loras, files, tmp_path: Path):
-        run = SplitConfig.make(images=["a.png"], content="cat", style="ink", out=tmp_path / "x", base="bundled")
+        run = SplitConfig(images=["a.png"], content="cat", style="ink", out=tmp_path / "x", base="bundled")
         metadata = metadata_for(title="x", settings=run.model_dump(mode="json", exclude={"images"}))
         write_lora(loras["content"], tmp_path / "mine.safetensors", metadata=metadata)
         keys = {"style_lora": files["style"], "style_prompt": "oil painting", "out": tmp_path / "run"}
-        full = complete(ZipConfig.make(content_lora=tmp_path / "mine.safetensors", **keys))
+        full = complete(ZipConfig(content_lora=tmp_path / "mine.safetensors", **keys))
         assert full.prompts()["full"] == "a sks cat, oil painting"
         assert full.base == "bundled"
 
     def test_runs_of_different_bases_need_a_choice(self, config: Make, files, loras, tmp_path: Path):
         for name, base in (("content", "one"), ("style", "two")):
             write_lora(loras[name], files[name], metadata={"unziplora.settings": json.dumps({"base": base})})
-        made = ZipConfig.make(content_lora=files["content"], style_lora=files["style"], out=tmp_path / "run")
+        made = ZipConfig(content_lora=files["content"], style_lora=files["style"], out=tmp_path / "run")
         with pytest.raises(UserError, match=r"different bases(.|\n)*--base"):
             complete(made)
         assert complete(config()).base == config().base

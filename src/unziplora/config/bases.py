@@ -1,0 +1,22 @@
+"""Names of base models: SDXL's on the hub, and the small base that ships with the package."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""A model's name on the hub, owner/name."""
+
+BUNDLED_BASE = Path(__file__).parents[1] / "bundled" / "emoji-xl"
+"""Folder of the base that ships with the package, called `bundled`."""
+
+
+def is_bundled(base: str | Path | None) -> bool:
+    """Check whether a base is the one that ships with the package, given by its name or by the path of its folder."""
+    if base is None or base == "bundled":
+        return base is not None
+    return os.path.realpath(os.path.expanduser(base)) == os.path.realpath(BUNDLED_BASE)
