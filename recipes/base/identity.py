@@ -20,9 +20,9 @@ from recipes.base.dataset import Pictures
 from recipes.base.grades import Grade
 from recipes.base.identity_data import disturb, natural_and_filtered, open_world
 from recipes.base.loop import Stage, Stop, adamw, train
+from unziplora.metrics.measures import WEIGHTS
 from unziplora.metrics.networks import ShapeNet, StyleNet
 
-WEIGHTS = Path("src/unziplora/bench/weights")
 VAE = Path("src/unziplora/bundled/emoji-xl/vae")
 
 

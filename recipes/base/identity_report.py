@@ -22,7 +22,7 @@ from recipes.base.filters import FILTERS
 from recipes.base.grades import Grade
 from recipes.base.identity_data import open_world, render
 from recipes.base.world import NEVER_FILTERS, Item, World, held_out_concepts
-from unziplora.metrics.measures import WEIGHTS, Measure, Plain, Published, Trained
+from unziplora.metrics.measures import WEIGHTS, Measure, Plain, Trained
 
 UNSEEN = ("fxemoji", "noto-v1")
 OTHERS = ("noto", "twemoji")
@@ -147,13 +147,13 @@ def main() -> None:
     """Test one measure and write its figures into report.json, beside those of the others."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("measure", choices=["trained", "plain", "published"])
+    parser.add_argument("measure", choices=["trained", "plain"])
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the trained networks")
     parser.add_argument("--name", help="under which to write, the measure's own name if left out")
     parser.add_argument("--count", type=int, default=150, help="trials of each kind")
     asked = parser.parse_args()
     cv2.setNumThreads(1)
-    measure = {"trained": lambda: Trained(asked.weights), "plain": Plain, "published": Published}[asked.measure]()
+    measure = Trained(asked.weights) if asked.measure == "trained" else Plain()
     path = WEIGHTS / "report.json"
     every = json.loads(path.read_text()) if path.exists() else {}
     every[asked.name or measure.name] = report(measure, Recipe.read(asked.recipe), asked.count)

