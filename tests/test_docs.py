@@ -16,7 +16,8 @@ from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/README.md")])
+PATTERNS = ("*.md", "docs/*.md", "experiments/*.md", "recipes/**/README.md")
+PAGES = sorted(page for pattern in PATTERNS for page in ROOT.glob(pattern))
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 

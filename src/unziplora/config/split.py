@@ -33,7 +33,7 @@ PAPER: dict[str, Any] = {
     "precision": "fp16",
 }
 
-# Found by trials on drawings and filters that the small base has not seen (docs/experiments.md).
+# Found by trials on drawings and filters that the small base has not seen (experiments/README.md).
 BUNDLED: dict[str, Any] = {
     **SMALL,
     "steps": 240,

@@ -44,7 +44,7 @@ SDXL_BLOCKS = BlockMap(
 BLORA_BLOCKS = BlockMap(content=("up_blocks.0.attentions.0",), style=("up_blocks.0.attentions.1",))
 
 # The bundled base draws in its last block alone: a LoRA of everything else leaves every style as it is
-# (docs/experiments.md).
+# (experiments/blocks.md).
 BUNDLED_BLOCKS = BlockMap(content=("down_blocks", "mid_block", "up_blocks.0"), style=("up_blocks.1",))
 
 NAMED = {"sdxl": SDXL_BLOCKS, "blora": BLORA_BLOCKS, "bundled": BUNDLED_BLOCKS}
