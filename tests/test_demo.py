@@ -16,6 +16,7 @@ from unziplora.config.recipe import read_toml, resolve
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.images.preprocess import load_image
+from unziplora.utils.files import free_folder
 from unziplora.utils.progress import Progress
 
 TINY = {"steps": 2, "rank": 2, "column_separation": False, "sample_seeds": []}
@@ -51,7 +52,7 @@ def test_demo_writes_both_pairs_and_a_strip(tiny_folder: Path, tmp_path: Path, m
         assert (run / "style.safetensors").is_file()
     with Image.open(result.strip) as strip:
         assert strip.width > 6 * demo.READABLE
-    assert demo.free_folder(Path("runs/demo")) == Path("runs/demo-2")
+    assert free_folder(Path("runs/demo")) == Path("runs/demo-2")
 
 
 def test_images_ship_with_their_words() -> None:

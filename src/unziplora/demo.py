@@ -19,7 +19,7 @@ from unziplora.config.bases import is_bundled
 from unziplora.config.recipe import KINDS, read_toml, resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
-from unziplora.errors import Interrupted, MachineError, UserError
+from unziplora.errors import Interrupted, MachineError
 from unziplora.images.preprocess import load_image
 from unziplora.images.sheet import sheet
 from unziplora.methods.unziplora.method import split
@@ -28,7 +28,7 @@ from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import inspect_base
 from unziplora.sampling.pipeline import decode, generate_latents
 from unziplora.sampling.sample import open_session
-from unziplora.utils.files import write_png
+from unziplora.utils.files import free_folder, write_png
 from unziplora.utils.progress import Callback, Progress, duration
 
 DEMO = BUNDLED / "demo"
@@ -161,15 +161,3 @@ def _draw(base: Base, config: SplitConfig, sample: SampleConfig) -> Image.Image:
     sample = sample.model_copy(update={"steps": config.sample_steps, "guidance": config.sample_guidance})
     with open_session(sample, base) as session:
         return decode(base, generate_latents(base, session.prompts[0], [0], session.settings))[0]
-
-
-def free_folder(folder: Path) -> Path:
-    """Return the folder, or the first of folder-2, folder-3 … that does not exist yet."""
-    folder = folder if folder.name else folder.resolve()
-    if not folder.name:
-        raise UserError(f"{folder}: this is the root of a disk; name another folder with --out")
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free

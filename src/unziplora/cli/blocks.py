@@ -13,10 +13,10 @@ from unziplora.cli.options import (
     options,
     quiet_option,
 )
-from unziplora.cli.output import counted, emit, stdout_kept
+from unziplora.cli.output import emit, stdout_kept
 from unziplora.config.probe import ProbeConfig
 from unziplora.config.recipe import resolve, to_toml
-from unziplora.utils.progress import show
+from unziplora.utils.progress import counted, show
 
 
 def run_blocks(ctx: click.Context, config_file: str | None, dry_run: bool, as_json: bool, quiet: bool) -> None:

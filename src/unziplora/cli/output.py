@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError, first_line, out_of_memory
-from unziplora.utils.progress import Callback, Progress
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -121,14 +119,3 @@ def failed(error: BaseException, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"error": text, "exit_code": code}, ensure_ascii=False))
     return code
-
-
-def counted(view: Callback) -> Callable[[int, int], Any]:
-    """A view of progress for jobs that tell steps done and steps in all; the speed is measured here."""
-    start = time.perf_counter()
-
-    def report(done: int, total: int) -> None:
-        seconds = (time.perf_counter() - start) / done if done else 0.0
-        view(Progress(done, total, seconds_per_step=seconds))
-
-    return report

@@ -16,11 +16,11 @@ from unziplora.cli.options import (
     options,
     quiet_option,
 )
-from unziplora.cli.output import counted, emit, stdout_kept
+from unziplora.cli.output import emit, stdout_kept
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.runs.folder import loras_of
-from unziplora.utils.progress import show
+from unziplora.utils.progress import counted, show
 
 
 def run_sample(

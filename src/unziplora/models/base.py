@@ -115,6 +115,29 @@ def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | tor
         return _finish(pipe, name, device)
 
 
+@contextmanager
+def borrowed(pipe: StableDiffusionXLPipeline) -> Iterator[Base]:
+    """Use a pipeline that is in memory as a base, and leave it as it was.
+
+    Raises:
+        UserError: it is not of SDXL's topology.
+    """
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    states = [(part, part.training, part.device, part.dtype) for part in parts]
+    trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    shown = pipe._progress_bar_config if hasattr(pipe, "_progress_bar_config") else {}
+    try:
+        if pipe.vae.config.get("force_upcast", True):
+            pipe.vae.float()
+        yield _finish(pipe, pipe.name_or_path or "a pipeline in memory", pipe.unet.device)
+    finally:
+        for part, training, device, dtype in states:
+            part.train(training).to(device, dtype)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        pipe.set_progress_bar_config(**shown)
+
+
 def _locate(source: str, dtype: torch.dtype) -> Path:
     """The folder or file that a source stands for, fetched from the hub if need be."""
     if is_bundled(source):

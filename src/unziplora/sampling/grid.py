@@ -13,18 +13,27 @@ from unziplora.images.sheet import sheet
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import StepCallback, decode, generate_latents, part
-from unziplora.sampling.sample import Session, describe, open_session, write_image
+from unziplora.sampling.sample import Sample, Session, describe, open_session, write_image
 
 
 def grid(config: GridConfig, base: Base | None = None, progress: StepCallback | None = None) -> Path:
-    """Make a labeled grid and write it as one PNG that carries its settings; return the file's path.
+    """Write a labeled grid as one PNG that contains its settings, and return the file's path.
+
+    Arguments and errors are those of `draw_grid`.
+    """
+    sheet = draw_grid(config, base, progress)
+    return write_image(sheet.image, config.out, sheet.text)
+
+
+def draw_grid(config: GridConfig, base: Base | None = None, progress: StepCallback | None = None) -> Sample:
+    """Generate the images of a grid and put them on one labeled sheet.
 
     Args:
         base: sample with this one, instead of loading the configured one.
 
     Raises:
         UserError: something given does not exist, is damaged, or does not fit together.
-        MachineError: out of memory, disk full, no permission.
+        MachineError: out of memory.
     """
     with open_session(config, base) as session:
         across, down = ([(axis, value) for value in _values(config, axis)] for axis in reversed(config.axes()))
@@ -36,11 +45,9 @@ def grid(config: GridConfig, base: Base | None = None, progress: StepCallback | 
             for x, cell in enumerate(line):
                 report = part(progress, y * len(across) + x, total)
                 images[-1].append(_cell(config, session, cell, report))
-        picture = sheet(
-            images, [_label(*row, session) for row in down], [_label(*column, session) for column in across]
-        )
+        drawn = sheet(images, [_label(*row, session) for row in down], [_label(*column, session) for column in across])
         text = describe(config, session, session.prompts[0], images[0][0], config.seeds[0])
-    return write_image(picture, config.out, text)
+    return Sample(drawn, config.out.stem, text)
 
 
 def _values(config: GridConfig, axis: str) -> list[Any]:

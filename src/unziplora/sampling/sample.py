@@ -118,21 +118,47 @@ def settings(config: SampleConfig, sources: list[Source]) -> Settings:
     return Settings(guidance=guidance(config, sources), **config.model_dump(include=given))
 
 
-def sample(config: SampleConfig, base: Base | None = None, progress: StepCallback | None = None) -> list[Path]:
-    """Make one picture per prompt and seed and write it as `<seed>.png`, or `<prompt>-<seed>.png` for several.
+@dataclass(frozen=True)
+class Sample:
+    """A generated image.
 
-    Every file carries its settings as text, in A1111's form and as JSON. A file that is there with other
-    settings stays: the new one gets a number.
+    Attributes:
+        image: its `info` contains the settings too.
+        name: the file's name without its ending.
+        text: the settings as PNG text entries: `parameters` as A1111 reads them, and `unziplora` as JSON.
+    """
+
+    image: Image.Image
+    name: str
+    text: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.image.info.update(self.text)
+
+
+def sample(config: SampleConfig, base: Base | None = None, progress: StepCallback | None = None) -> list[Path]:
+    """Generate one image per prompt and seed and write it as `<seed>.png`, or `<prompt>-<seed>.png` for several.
+
+    An existing file with other settings stays: the new one gets a number. Arguments and errors are those of
+    `generate_samples`.
+    """
+    check_out(config)
+    samples = generate_samples(config, base, progress)
+    return [write_image(made.image, config.out / f"{made.name}.png", made.text) for made in samples]
+
+
+def generate_samples(
+    config: SampleConfig, base: Base | None = None, progress: StepCallback | None = None
+) -> Iterator[Sample]:
+    """Generate one image per prompt and seed, prompt by prompt.
 
     Args:
         base: sample with this one, instead of loading the configured one.
 
     Raises:
         UserError: something given does not exist, is damaged, or does not fit together.
-        MachineError: out of memory, disk full, no permission.
+        MachineError: out of memory.
     """
-    check_out(config)
-    paths = []
     with open_session(config, base) as session:
         size = config.batch_size
         batches = [config.seeds[start : start + size] for start in range(0, len(config.seeds), size)]
@@ -141,12 +167,10 @@ def sample(config: SampleConfig, base: Base | None = None, progress: StepCallbac
         for number, prompts, seeds in tasks:
             report = _shift(progress, done, total)
             latents = generate_latents(session.base, prompts, seeds, session.settings, report)
-            for seed, picture in zip(seeds, decode(session.base, latents), strict=True):
-                stem = f"{number:02d}-{seed}" if len(session.prompts) > 1 else str(seed)
-                text = describe(config, session, prompts, picture, seed)
-                paths.append(write_image(picture, config.out / f"{stem}.png", text))
+            for seed, image in zip(seeds, decode(session.base, latents), strict=True):
+                name = f"{number:02d}-{seed}" if len(session.prompts) > 1 else str(seed)
+                yield Sample(image, name, describe(config, session, prompts, image, seed))
             done += len(seeds) * config.steps
-    return paths
 
 
 def check_out(config: SampleConfig) -> None:

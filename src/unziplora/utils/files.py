@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO
 
-from unziplora.errors import MachineError, first_line
+from unziplora.errors import MachineError, UserError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -134,3 +134,15 @@ def _umask() -> int:
 def absolute(path: Path) -> Path:
     """An absolute path whose links keep their names: in the hub's cache they lead to files without a suffix."""
     return Path(os.path.abspath(path))
+
+
+def free_folder(folder: Path) -> Path:
+    """Return the folder, or the first of folder-2, folder-3 … that does not exist yet."""
+    folder = folder if folder.name else folder.resolve()
+    if not folder.name:
+        raise UserError(f"{folder}: this is the root of a disk; name another folder")
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free

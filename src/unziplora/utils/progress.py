@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -143,6 +144,33 @@ class Rich:
         self.bar.update(self.task, completed=event.step, total=event.steps, **fields)
 
 
+class Notebook:
+    """Shows a bar with its figures below a notebook's cell, updated in place, and every message above it."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.bar = ""
+        self.area: Any = None
+
+    def __enter__(self) -> Notebook:
+        from IPython.display import HTML, display
+
+        self.area = display(HTML(""), display_id=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __call__(self, event: Progress) -> None:
+        from IPython.display import HTML
+
+        if event.message:
+            self.messages.append(escape(event.message))
+        if event.steps:
+            self.bar = f'<progress value="{event.step}" max="{event.steps}"></progress> {escape(describe(event))}'
+        self.area.update(HTML("<br>".join([*self.messages, self.bar])))
+
+
 class Silent:
     """Shows nothing: for `--quiet`."""
 
@@ -156,9 +184,28 @@ class Silent:
         return None
 
 
-def show(quiet: bool = False, stream: TextIO | None = None) -> Rich | Lines | Silent:
-    """The view that fits where the output goes; enter it and hand it to a job as its callback."""
-    stream = stream or sys.stderr
+def show(quiet: bool = False, stream: TextIO | None = None) -> Rich | Lines | Notebook | Silent:
+    """Choose the view that fits where the output goes; enter it and hand it to a job as its callback."""
     if quiet:
         return Silent()
+    if stream is None and _in_notebook():
+        return Notebook()
+    stream = stream or sys.stderr
     return Rich(stream) if stream.isatty() else Lines(stream)
+
+
+def _in_notebook() -> bool:
+    """Tell a notebook's kernel from a script and from IPython in a terminal."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
+
+
+def counted(view: Callback) -> Callable[[int, int], Any]:
+    """A view of progress for jobs that tell steps done and steps in all; the speed is measured here."""
+    start = time.perf_counter()
+
+    def report(done: int, total: int) -> None:
+        seconds = (time.perf_counter() - start) / done if done else 0.0
+        view(Progress(done, total, seconds_per_step=seconds))
+
+    return report
