@@ -68,7 +68,7 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
         (["--contents", "cat", "--contents", "Cat"], "'Cat' is there twice"),
         (["--pairs", "99"], "30 pairs at most"),
         (["--clip", "no/such/folder"], "--clip no/such/folder: no model can be loaded"),
-        (["--measure", "taste"], "'taste' is not one of"),
+        (["--measure", "clip"], "No such option '--measure'"),
     ],
 )
 def test_wrong_requests_are_told_in_one_message(call: Call, tmp_path: Path, args: list[str], message: str):

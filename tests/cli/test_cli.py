@@ -167,6 +167,7 @@ class TestWrongRequests:
             (["split", "caf\udce9.jpg", *SPLIT[2:]], "caf\\udce9.jpg: this name is no valid text"),
             (["demo", "--out", "/"], "no folder to write into"),
             (["sample", "--content-blocks", "up"], "content_blocks"),
+            (["grid", "cat", "--batch-size", "2"], "No such option '--batch-size'"),
         ],
     )
     def test_one_message_and_exit_code_2(self, call: Call, tmp_path: Path, args: list[str], message: str) -> None:

@@ -276,7 +276,7 @@ def test_every_lora_is_called_by_the_words_of_its_own_run(tmp_path: Path, conten
 
 def test_words_are_filled_into_prompts(cat: Path, dog: Path):
     sources = [find_source(cat, "content"), find_source(dog, "style")]
-    config = SampleConfig(content=cat, style=dog, prompts=["{token} {content} as {style} style style"])
+    config = SampleConfig(content=cat, style=dog, prompts=["{token} {content} as {style} style"])
     (prompts,) = plan(config, sources)
     assert prompts == Prompts("sks cat as oil paint style", "a sks cat", "an image in oil paint style")
     with pytest.raises(UserError, match=r"\{color\} is not known here; known: \{token\}, \{content\}, \{style\}"):

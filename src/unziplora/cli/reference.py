@@ -16,7 +16,7 @@ from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.probe import ProbeConfig
 from unziplora.config.recipe import Recipe, group_of
-from unziplora.config.sample import GridConfig, SampleConfig
+from unziplora.config.sample import GenerationConfig, GridConfig, SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.config.zip import ZipConfig
@@ -35,7 +35,8 @@ This page is made from the code by `python -m unziplora.cli.reference > docs/con
 
 def reference() -> str:
     """The whole page, Markdown."""
-    trained, pictures = "What all trainings share", "What all trainings on pictures share"
+    trained, pictures = "Keys of all trainings", "Keys of all trainings on images"
+    generated = "Keys of `sample` and `grid`"
     return "\n".join(
         [
             HEAD,
@@ -48,8 +49,9 @@ def reference() -> str:
             _section("`unziplora train blora`", BLoraConfig, ImageConfig, pictures),
             _presets(BLoraConfig),
             _section("`unziplora zip`", ZipConfig, TrainingConfig, trained),
-            _section("`unziplora sample`", SampleConfig),
-            _section("`unziplora grid`", GridConfig, SampleConfig, "`unziplora sample`"),
+            _section(generated, GenerationConfig),
+            _section("`unziplora sample`", SampleConfig, GenerationConfig, generated),
+            _section("`unziplora grid`", GridConfig, GenerationConfig, generated),
             _section("`unziplora blocks`", ProbeConfig),
             _section("`unziplora bench`", BenchConfig),
         ]

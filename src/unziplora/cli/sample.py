@@ -18,7 +18,7 @@ from unziplora.cli.options import (
 )
 from unziplora.cli.output import emit, stdout_kept
 from unziplora.config.recipe import resolve, to_toml
-from unziplora.config.sample import GridConfig, SampleConfig
+from unziplora.config.sample import GenerationConfig, GridConfig, SampleConfig
 from unziplora.runs.folder import loras_of
 from unziplora.utils.progress import counted, show
 
@@ -58,7 +58,7 @@ def _layers(ctx: click.Context, run: str | None, config_file: str | None) -> lis
     return [file, found, flags]
 
 
-def _plan(config: SampleConfig, as_json: bool) -> None:
+def _plan(config: GenerationConfig, as_json: bool) -> None:
     """Show the settings, and what follows from the LoRAs: base, guidance and prompts; no weights of a base are read."""
     with stdout_kept():
         from unziplora.models.device import pick_device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pydantic import field_validator, model_validator
 
@@ -42,13 +42,12 @@ class ProbeConfig(Recipe):
     prompt: str = key("a {content} in {style} style", "Prompt of every picture.", "Prompts")
 
     pairs: int = key(8, "Pairs of prompts on each axis.", "Method", ge=1)
-    measure: Literal["auto", "statistics", "clip"] = key(
-        "auto",
-        "What pictures are compared by: statistics of gradients, colors and textures, or a CLIP model; auto: CLIP "
-        "where a model is named.",
+    clip: str | None = key(
+        None,
+        "CLIP model to compare images by, a folder or hub id; default: statistics of gradients, colors and textures.",
         "Method",
+        min_length=1,
     )
-    clip: str | None = key(None, "CLIP model of transformers, a folder or hub id.", "Method", min_length=1)
     content_blocks: int = key(2, "Blocks that the map gives to content, at most.", "Method", ge=0)
     style_blocks: int = key(4, "Blocks that the map gives to style, at most.", "Method", ge=0)
 
@@ -92,10 +91,6 @@ class ProbeConfig(Recipe):
                 f"pairs: {len(self.contents)} contents and {len(self.styles)} styles make {most} pairs at most, "
                 f"not {self.pairs}: give more words"
             )
-        if self.measure == "clip" and self.clip is None:
-            raise ValueError("measure clip needs a model: give --clip MODEL, a folder or hub id")
-        if self.measure == "statistics" and self.clip is not None:
-            raise ValueError("--clip names a model that measure statistics does not use: leave one of them out")
         return self
 
     def word_pairs(self) -> list[WordPair]:

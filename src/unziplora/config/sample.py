@@ -33,13 +33,12 @@ SCHEDULER_NAMES = ("base", *SCHEDULERS)
 Axis = Literal["auto", "prompt", "seed", "content_strength", "style_strength"]
 
 
-class SampleConfig(Recipe):
-    """Make pictures with a content LoRA, a style LoRA, both, or neither."""
+class GenerationConfig(Recipe):
+    """Keys that `sample` and `grid` share."""
 
     content: Path | None = key(None, "Run folder or LoRA file that gives the content.", "Input")
     style: Path | None = key(None, "Run folder or LoRA file that gives the style.", "Input")
     base: str | None = key(None, "Base model; default: the one that the run was trained on.", "Input")
-    out: Path = key(Path("samples"), "Folder for the pictures.", "Input")
 
     prompts: list[str] = key(
         [],
@@ -80,7 +79,6 @@ class SampleConfig(Recipe):
     width: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
     height: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
     seeds: list[int] = key([0], "One picture per seed and prompt.", "Sampling", min_length=1)
-    batch_size: int = key(1, "Pictures computed at once.", "Sampling", ge=1)
     precision: Precision = key("auto", "Number format of the base.", "Sampling")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")
 
@@ -105,7 +103,7 @@ class SampleConfig(Recipe):
         return entries
 
     @model_validator(mode="after")
-    def _consistent(self) -> SampleConfig:
+    def _consistent(self) -> GenerationConfig:
         both = self.content is not None and self.style is not None
         for name in KINDS:
             if getattr(self, f"{name}_blocks") and getattr(self, name) is None:
@@ -121,7 +119,14 @@ class SampleConfig(Recipe):
         return self
 
 
-class GridConfig(SampleConfig):
+class SampleConfig(GenerationConfig):
+    """Generate images with a content LoRA, a style LoRA, both, or neither."""
+
+    out: Path = key(Path("samples"), "Folder for the images.", "Input")
+    batch_size: int = key(1, "Images computed at once.", "Sampling", ge=1)
+
+
+class GridConfig(GenerationConfig):
     """Make a labeled grid of pictures: strength × strength, or prompts × seeds."""
 
     out: Path = key(Path("grid.png"), "Picture file to write.", "Input")
@@ -183,10 +188,10 @@ class GridConfig(SampleConfig):
 
 
 def read_blocks(entries: list[str]) -> dict[str, float]:
-    """Block strengths such as ['up_blocks.0=0.5'] by block.
+    """Parse block strengths such as ['up_blocks.0=0.5'] into a mapping from block to strength.
 
     Raises:
-        ValueError: an entry is not of the form block=strength.
+        ValueError: an entry is not of the form block=strength, or a block has two.
     """
     blocks: dict[str, float] = {}
     for entry in entries:
@@ -197,7 +202,10 @@ def read_blocks(entries: list[str]) -> dict[str, float]:
             strength = math.nan
         if not sign or not name.strip() or not math.isfinite(strength):
             raise ValueError(f"{entry!r}: write block=strength, such as up_blocks.0.attentions.1=0.5")
-        blocks[name.strip().strip(".")] = strength
+        block = name.strip().strip(".")
+        if block in blocks:
+            raise ValueError(f"{block} has two strengths, {blocks[block]:g} and {strength:g}: leave one of them out")
+        blocks[block] = strength
     return blocks
 
 

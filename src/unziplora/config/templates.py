@@ -1,4 +1,4 @@
-"""Prompt templates, in which {token}, {content} and {style} stand for words."""
+"""Prompt templates with the placeholders {token}, {content} and {style}."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from collections.abc import Mapping
 
 from unziplora.errors import UserError
 
-_WORD = re.compile(r"\{([^{}]*)\}")
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}( style\b)?")
+"""A placeholder, and the word "style" if it follows."""
 
 
 def fill(template: str, words: Mapping[str, str]) -> str:
-    """Put words into a template; a style that ends in "style" does not say it twice.
+    """Fill words into a template. After a style that ends in the word "style", the template's own "style" is dropped.
 
     Raises:
-        UserError: the template asks for a word that is not known, or a brace has no partner.
+        UserError: the template names an unknown placeholder, or a brace is unmatched.
     """
-    if set("{}") & set(_WORD.sub("", template)):
-        raise UserError(f"prompt {template!r}: a brace has no partner; braces are for words such as {{token}}")
+    if set("{}") & set(_PLACEHOLDER.sub("", template)):
+        raise UserError(f"prompt {template!r}: unmatched brace; write placeholders as {{token}}")
 
     def word(match: re.Match[str]) -> str:
-        if match[1] not in words:
+        name, following = match[1], match[2] or ""
+        if name not in words:
             known = ", ".join(f"{{{name}}}" for name in words) or "none, because no run folder is given"
-            raise UserError(f"prompt {template!r}: {match[0]} is not known here; known: {known}")
-        return words[match[1]]
+            raise UserError(f"prompt {template!r}: {{{name}}} is not known here; known: {known}")
+        repeated = name == "style" and re.search(r"\bstyle$", words[name])
+        return words[name] if repeated else words[name] + following
 
-    return _WORD.sub(word, template).replace("style style", "style")
+    return _PLACEHOLDER.sub(word, template)

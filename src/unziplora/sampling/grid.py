@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def _cell(config: GridConfig, session: Session, cell: dict[str, Any], report: St
     session.mounted.turn(**dials)
     prompts = session.prompts[cell.get("prompt", 0)]
     seed = cell.get("seed", config.seeds[0])
-    latents = generate_latents(session.base, prompts, [seed], replace(session.settings, batch_size=1), report)
+    latents = generate_latents(session.base, prompts, [seed], session.settings, report)
     return decode(session.base, latents)[0]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from unziplora.config.recipe import KINDS
-from unziplora.config.sample import GridConfig, SampleConfig, read_blocks
+from unziplora.config.sample import GenerationConfig, GridConfig, SampleConfig, read_blocks
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
 from unziplora.formats.safetensors import body_hash
@@ -52,7 +52,7 @@ class Session:
 
 
 @contextmanager
-def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Session]:
+def open_session(config: GenerationConfig, base: Base | None = None) -> Iterator[Session]:
     """Load base and LoRAs for sampling; a base that is given is used as it is, and left as it was.
 
     Raises:
@@ -83,12 +83,12 @@ def open_session(config: SampleConfig, base: Base | None = None) -> Iterator[Ses
         mounted.remove()
 
 
-def find_sources(config: SampleConfig) -> list[Source]:
+def find_sources(config: GenerationConfig) -> list[Source]:
     """The LoRAs of a configuration, content first. Errors as in `find_source`."""
     return [find_source(path, kind) for kind in KINDS if (path := getattr(config, kind)) is not None]
 
 
-def with_headers(config: SampleConfig, sources: list[Source]) -> list[Source]:
+def with_headers(config: GenerationConfig, sources: list[Source]) -> list[Source]:
     """The sources with their files' headers; of a base that is given no more than the configuration is read.
 
     Raises:
@@ -102,17 +102,17 @@ def with_headers(config: SampleConfig, sources: list[Source]) -> list[Source]:
     return [with_metadata(source, lora.metadata) for source, lora in zip(sources, loras, strict=True)]
 
 
-def blocks_of(config: SampleConfig, source: Source) -> dict[str, float]:
+def blocks_of(config: GenerationConfig, source: Source) -> dict[str, float]:
     """The strengths of a LoRA's blocks."""
     return read_blocks(getattr(config, f"{source.kind}_blocks"))
 
 
-def strengths(config: SampleConfig, sources: list[Source]) -> dict[str, float]:
+def strengths(config: GenerationConfig, sources: list[Source]) -> dict[str, float]:
     """The strengths of the LoRAs that are there, by kind."""
     return {source.kind: getattr(config, f"{source.kind}_strength") for source in sources}
 
 
-def settings(config: SampleConfig, sources: list[Source]) -> Settings:
+def settings(config: GenerationConfig, sources: list[Source]) -> Settings:
     """The part of a configuration that says how to sample."""
     given = {"steps", "guidance_rescale", "negative", "width", "height", "scheduler", "batch_size"}
     return Settings(guidance=guidance(config, sources), **config.model_dump(include=given))
@@ -173,7 +173,7 @@ def generate_samples(
             done += len(seeds) * config.steps
 
 
-def check_out(config: SampleConfig) -> None:
+def check_out(config: GenerationConfig) -> None:
     """Refuse a file in the place of the folder for the pictures; a grid is a file itself.
 
     Raises:
@@ -189,7 +189,7 @@ def _shift(progress: StepCallback | None, before: int, total: int) -> StepCallba
 
 
 def describe(
-    config: SampleConfig, session: Session, prompts: Prompts, picture: Image.Image, seed: int
+    config: GenerationConfig, session: Session, prompts: Prompts, picture: Image.Image, seed: int
 ) -> dict[str, str]:
     """What a PNG says of itself: `parameters` as A1111 and its kin read it, `unziplora` as JSON."""
     base, guidance = session.base, session.settings.guidance

@@ -10,7 +10,7 @@ from typing import Any
 
 from unziplora.config.bases import SDXL, is_bundled
 from unziplora.config.recipe import KINDS, read_toml
-from unziplora.config.sample import SampleConfig
+from unziplora.config.sample import GenerationConfig
 from unziplora.config.templates import fill
 from unziplora.config.zip import joined_prompt
 from unziplora.errors import UserError
@@ -120,7 +120,7 @@ def with_metadata(source: Source, metadata: Mapping[str, str]) -> Source:
     return replace(source, run=settings if isinstance(settings, Mapping) else {}, header=metadata)
 
 
-def choose_base(config: SampleConfig, sources: list[Source]) -> str:
+def choose_base(config: GenerationConfig, sources: list[Source]) -> str:
     """The base to use: the one asked for, else the LoRAs' common one, else SDXL base 1.0.
 
     Raises:
@@ -157,13 +157,13 @@ def common_base(sources: Iterable[Source]) -> str | None:
     return next(iter(known), None)
 
 
-def guidance(config: SampleConfig, sources: list[Source]) -> float:
+def guidance(config: GenerationConfig, sources: list[Source]) -> float:
     """The guidance asked for, else that of the first run that tells one, else 5."""
     told = [float(source.run["sample_guidance"]) for source in sources if source.run.get("sample_guidance")]
     return config.guidance if config.guidance is not None else next(iter(told), 5.0)
 
 
-def plan(config: SampleConfig, sources: list[Source]) -> list[Prompts]:
+def plan(config: GenerationConfig, sources: list[Source]) -> list[Prompts]:
     """The prompts of every picture: three each where both LoRAs get their own, else one.
 
     Raises:
