@@ -39,6 +39,7 @@ class GenerationConfig(Recipe):
     content: Path | None = key(None, "Run folder or LoRA file that gives the content.", "Input")
     style: Path | None = key(None, "Run folder or LoRA file that gives the style.", "Input")
     base: str | None = key(None, "Base model; default: the one that the run was trained on.", "Input")
+    out: Path = key(Path("samples"), "Folder for the images.", "Input")
 
     prompts: list[str] = key(
         [],
@@ -122,7 +123,6 @@ class GenerationConfig(Recipe):
 class SampleConfig(GenerationConfig):
     """Generate images with a content LoRA, a style LoRA, both, or neither."""
 
-    out: Path = key(Path("samples"), "Folder for the images.", "Input")
     batch_size: int = key(1, "Images computed at once.", "Sampling", ge=1)
 
 
