@@ -26,7 +26,8 @@ def zip_call(call: Call, shared_base: Base, tiny_folder: Path) -> Call:
     Image.linear_gradient("L").convert("RGB").resize((80, 80)).save("cat.png")
     for seed, file in enumerate(FILES):
         write_lora(Lora(tiny.random_lora(shared_base.unet, seed)), file)
-    quick = {"steps": 2, "sample_steps": 1, "sample_guidance": 1.0, "device": "cpu", "base": str(tiny_folder)}
+    quick = {"steps": 2, "sample_steps": 1, "sample_guidance": 1.0, "generated_steps": 1, "generated_guidance": 1.0}
+    quick |= {"device": "cpu", "base": str(tiny_folder)}
     lines = [f"{name} = {json.dumps(value)}" for name, value in quick.items()]
     Path("quick.toml").write_text("\n".join([*lines, "sample_seeds = [0]", "teacher_images = 1"]))
 

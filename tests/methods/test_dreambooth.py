@@ -60,6 +60,8 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
             "checkpoint_every": 2,
             "sample_steps": 1,
             "sample_guidance": 1,
+            "generated_steps": 1,
+            "generated_guidance": 1,
             "sample_seeds": [],
             "save_precision": "fp32",
             "device": "cpu",

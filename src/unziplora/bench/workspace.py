@@ -114,8 +114,14 @@ class Workspace:
 
 
 def plain(recipe: TrainingConfig) -> dict[str, Any]:
-    """What a recipe says of the training, wherever its files lie and whatever it is computed on."""
-    return recipe.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs"})
+    """What a recipe says of the training, wherever its files lie and whatever it is computed on.
+
+    Stored results count as the same: keys that were renamed since, or lost their effect, keep their names and values.
+    """
+    settings = recipe.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs"})
+    settings["sample_steps"] = settings.pop("generated_steps")
+    settings["sample_guidance"] = settings.pop("generated_guidance")
+    return settings
 
 
 def fingerprint(told: Any) -> str:

@@ -92,6 +92,7 @@ _KNOWN = {
     "base": ["default: the one that both LoRAs were trained on"],
     "out": ["default: runs/CONTENT-STYLE"],
     "sample_guidance": ["default: as in the LoRAs' runs, else 5"],
+    "generated_guidance": ["default: as in the LoRAs' runs, else 5"],
 }
 
 zip_command = RecipeCommand(

@@ -16,6 +16,7 @@ SMALL: dict[str, Any] = {
     "rank": 16,
     "steps": 300,
     "batch_size": 4,
+    "generated_guidance": 2.5,
     "sample_guidance": 2.5,
     "sample_subject": "house",
     "sample_style": "neon sign",
@@ -81,6 +82,15 @@ class TrainingConfig(Recipe):
         "Training",
         may_change=True,
     )
+    generated_steps: int = key(
+        30,
+        "Denoising steps for images that a training generates itself: class images, ZipLoRA's teachers.",
+        "Training",
+        ge=1,
+    )
+    generated_guidance: float = key(
+        5.0, "Classifier-free guidance for images that a training generates itself.", "Training", ge=1
+    )
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training", may_change=True)
     seed: int = key(0, "Seed of everything random.", "Training", ge=0)
 
@@ -95,9 +105,8 @@ class TrainingConfig(Recipe):
         200, "Steps between checkpoints; 0: only at the end and when interrupted.", "Output", ge=0, may_change=True
     )
     sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0, may_change=True)
-    # class pictures and ZipLoRA's teachers are made with these two as well
-    sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1)
-    sample_guidance: float = key(5.0, "Classifier-free guidance of samples.", "Output", ge=1)
+    sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1, may_change=True)
+    sample_guidance: float = key(5.0, "Classifier-free guidance of samples.", "Output", ge=1, may_change=True)
     sample_seeds: list[int] = key(
         [0, 1], "Seeds of samples; none: no samples.", "Output", max_length=200, may_change=True
     )

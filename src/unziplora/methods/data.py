@@ -41,7 +41,7 @@ def class_examples(
     """Class pictures by the base itself, as latents, for prior preservation (DreamBooth, arXiv 2208.12242)."""
     size = setup.size
     settings = Settings.square(
-        size, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.batch_size
+        size, steps=config.generated_steps, guidance=config.generated_guidance, batch_size=config.batch_size
     )
     pictures = class_images(setup.base, prompts.full, count, settings, setup.report, folder)
     latents = encode_images(setup.base, [to_tensor(picture) for picture in pictures])

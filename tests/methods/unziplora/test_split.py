@@ -34,6 +34,7 @@ SMALL = {
     "score_timesteps": 1,
     "checkpoint_every": 2,
     "sample_steps": 2,
+    "generated_steps": 2,
     "sample_seeds": [0],
     "content_learning_rate": 1e-2,
     "style_learning_rate": 1e-2,

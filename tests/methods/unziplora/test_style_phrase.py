@@ -41,7 +41,7 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
     def make(**changes: Any) -> SplitConfig:
         values: dict[str, Any] = {"images": [picture], "base": str(tiny_folder), "out": tmp_path / "run"}
         values |= {"content": "cat", "style": "ink wash", "rank": 4, "steps": 2, "column_periods": 1}
-        values |= {"column_warmup": 1, "score_timesteps": 1, "device": "cpu", "sample_seeds": [], "sample_steps": 2}
+        values |= {"column_warmup": 1, "score_timesteps": 1, "device": "cpu", "sample_seeds": [], "generated_steps": 2}
         return resolve(SplitConfig, {**values, "phrase_steps": 4, "save_precision": "fp32", **changes})
 
     return make

@@ -103,6 +103,8 @@ def config(files: dict[str, Path], picture: Path, tiny_folder: Path, tmp_path: P
             "checkpoint_every": 2,
             "sample_steps": 1,
             "sample_guidance": 1,
+            "generated_steps": 1,
+            "generated_guidance": 1,
             "sample_seeds": [],
             "save_precision": "fp32",
             "device": "cpu",
@@ -324,7 +326,7 @@ def test_the_default_rate_moves_scales_and_the_usual_one_hardly(tiny_base: Base,
 class TestPictures:
     def test_a_lora_without_any_makes_its_own(self, tiny_base: Base, fresh_base, loras, config: Make):
         told: list[str] = []
-        method = build(tiny_base, config(content_images=[], teacher_images=2, sample_guidance=2), told)
+        method = build(tiny_base, config(content_images=[], teacher_images=2, generated_guidance=2), told)
         assert told == ["the content LoRA makes 2 pictures to learn from: a sks cat"]
         other = fresh_base()
         mounted = AttachedLoras(other, [Part("content", loras["content"], {}, "")])
@@ -339,7 +341,9 @@ class TestPictures:
     def test_come_with_prompts_base_and_guidance_from_run_folders(self, files, picture: Path, tiny_folder, tmp_path):
         for name, images in (("content", [picture, tmp_path / "gone.png"]), ("style", [tmp_path / "gone.png"])):
             words = {"content": f"{name}-thing", "style": f"{name} ink", "images": images, "token": "v7"}
-            run = SplitConfig(base=str(tiny_folder), out=tmp_path / name, sample_guidance=3.0, **words)
+            run = SplitConfig(
+                base=str(tiny_folder), out=tmp_path / name, sample_guidance=3.0, generated_guidance=2.0, **words
+            )
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.toml").write_text(to_toml(run))
             files[name].rename(tmp_path / name / f"{name}.safetensors")
@@ -350,7 +354,7 @@ class TestPictures:
             "style": "an image in style ink style",
             "full": "a v7 content-thing in style ink style",
         }
-        assert (full.base, full.sample_guidance) == (str(tiny_folder), 3.0)
+        assert (full.base, full.sample_guidance, full.generated_guidance) == (str(tiny_folder), 3.0, 2.0)
         assert (full.content_images, full.style_images) == ([picture], [])
         assert complete(full) == full
         own = complete(made.model_copy(update={"content_images": [], "content_prompt": "x", "base": "y"}))

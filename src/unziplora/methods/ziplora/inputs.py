@@ -38,9 +38,9 @@ def complete(config: ZipConfig) -> ZipConfig:
     given = {name: value for name, value in config.model_dump(exclude_unset=True).items() if value is not None}
     sources = {name: _source(getattr(config, f"{name}_lora"), name) for name in KINDS}
     found: dict[str, Any] = {}
-    known = [source.run["sample_guidance"] for source in sources.values() if source.run.get("sample_guidance")]
-    if known:
-        found["sample_guidance"] = known[0]
+    for run in (source.run for source in reversed(sources.values()) if source.run.get("sample_guidance")):
+        found["sample_guidance"] = run["sample_guidance"]
+        found["generated_guidance"] = run.get("generated_guidance", run["sample_guidance"])  # one key, in older runs
     for name, source in sources.items():
         # A sum needs words for its card alone, so a trigger word will do; ZipLoRA trains with them.
         if prompt := source.filled_prompt(name) or (source.trigger if config.method == "direct" else None):
@@ -169,7 +169,7 @@ def _latents(setup: Setup, config: ZipConfig, part: Part, pictures: list[Image.I
     text = config.prompts()[part.name]
     setup.report(f"the {part.name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
     settings = Settings.square(
-        setup.size, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.batch_size
+        setup.size, steps=config.generated_steps, guidance=config.generated_guidance, batch_size=config.batch_size
     )
     seeds = [FIRST_SEED + number for number in range(config.teacher_images)]
     mounted = AttachedLoras(setup.base, [part])
