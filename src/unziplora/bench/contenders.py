@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +19,11 @@ from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
-from unziplora.methods.blora import BLora
-from unziplora.methods.dreambooth import DreamBooth
+from unziplora.methods.blora import train_blora
+from unziplora.methods.dreambooth import train_dreambooth
 from unziplora.methods.unziplora.method import split
 from unziplora.methods.ziplora.inputs import complete
 from unziplora.methods.ziplora.method import zip_loras
-from unziplora.training.runner import run_training
 
 ORACLE_TIMES = 3
 """The oracle trains for this multiple of DreamBooth's steps."""
@@ -107,7 +105,7 @@ class BLoraHalves(Paired):
 
     def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
         """Both halves; the style goes by the rare word, as it was trained."""
-        run = place.finish(partial(run_training, BLora), self.recipe(place, case, seed))
+        run = place.finish(train_blora, self.recipe(place, case, seed))
         return Adapters(read_lora(run.content), read_lora(run.style), manner="{token}")
 
 
@@ -132,7 +130,7 @@ class DreamBooths(Paired):
 
     def file(self, place: Workspace, case: Case, seed: int, kind: str) -> Path:
         """One of the two, trained if it is not there."""
-        return place.finish(partial(run_training, DreamBooth), self.recipe(place, case, seed, kind)).lora(kind)
+        return place.finish(train_dreambooth, self.recipe(place, case, seed, kind)).lora(kind)
 
 
 @dataclass(frozen=True)

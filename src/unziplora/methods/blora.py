@@ -18,10 +18,14 @@ from unziplora.lora.inject import attention_linears, of_kinds
 from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
 from unziplora.methods.data import image_examples, load_images
+from unziplora.models.base import Base
 from unziplora.models.text import Prompts
+from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, File, image_count
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Method, Setup, View
+from unziplora.training.runner import run_training
+from unziplora.utils.progress import Callback
 
 
 class BLora(Method[BLoraConfig]):
@@ -65,7 +69,7 @@ class BLora(Method[BLoraConfig]):
         self.branches = {name: new_branches(unet, name, owned[name], config) for name in KINDS}
 
     @classmethod
-    def check(cls, config: BLoraConfig) -> None:
+    def check(cls, config: BLoraConfig, base: Base | None = None) -> None:
         """Read the block map and fill in the prompts.
 
         Raises:
@@ -144,3 +148,13 @@ class BLora(Method[BLoraConfig]):
     def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
         """Switch LoRAs off."""
         return switched_off(*(self.branches[name] for name in names))
+
+
+def train_blora(
+    config: BLoraConfig, resume: bool = False, progress: Callback | None = None, base: Base | None = None
+) -> RunFolder:
+    """Train a content and a style LoRA in blocks of their own and write them into a run folder.
+
+    Arguments and errors are those of `run_training`.
+    """
+    return run_training(BLora, config, resume, progress, base)

@@ -16,11 +16,15 @@ from unziplora.lora.inject import of_kinds, target_linears
 from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
 from unziplora.methods.data import class_examples, image_examples, load_images
+from unziplora.models.base import Base
 from unziplora.models.text import Prompts
+from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, File, image_count
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Method, Setup, View
+from unziplora.training.runner import run_training
 from unziplora.training.text_encoder_lora import TextLora
+from unziplora.utils.progress import Callback
 
 GIVES = {"content": "the content", "style": "the style", "lora": "content and style in one"}
 
@@ -63,7 +67,7 @@ class DreamBooth(Method[DreamBoothConfig]):
         self.branches = new_branches(unet, config.product, target_linears(unet, config.targets), config)
 
     @classmethod
-    def check(cls, config: DreamBoothConfig) -> None:
+    def check(cls, config: DreamBoothConfig, base: Base | None = None) -> None:
         """Fill in the prompts.
 
         Raises:
@@ -155,3 +159,13 @@ class DreamBooth(Method[DreamBoothConfig]):
     def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
         """Switch the LoRA off, if it is named."""
         return switched_off(*([self.branches] if self.config.product in names else []))
+
+
+def train_dreambooth(
+    config: DreamBoothConfig, resume: bool = False, progress: Callback | None = None, base: Base | None = None
+) -> RunFolder:
+    """Train one LoRA on the configured images and write it into a run folder.
+
+    Arguments and errors are those of `run_training`.
+    """
+    return run_training(DreamBooth, config, resume, progress, base)

@@ -65,8 +65,12 @@ class Method(Trainable, Generic[C]):
     pictures: list[Image.Image]
 
     @classmethod
-    def check(cls, config: C) -> None:
-        """Refuse what can be seen to be wrong before a folder is made and a base is loaded; nothing, by default."""
+    def check(cls, config: C, base: Base | None = None) -> None:
+        """Refuse what can be seen to be wrong before a folder is made and a base is loaded; nothing, by default.
+
+        Args:
+            base: used instead of the configured one, if it is loaded already.
+        """
         return
 
     @classmethod

@@ -11,6 +11,7 @@ import torch
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
 from unziplora.images.preprocess import load_image, load_mask
+from unziplora.models.base import Base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import base_folder, inspect_base, stored_bytes
 from unziplora.training.method import Method
@@ -20,11 +21,12 @@ from unziplora.utils.progress import size
 C = TypeVar("C", bound=TrainingConfig)
 
 
-def check_run(kind: type[Method[C]], config: C, side: int) -> None:
+def check_run(kind: type[Method[C]], config: C, side: int, base: Base | None = None) -> None:
     """Refuse what cannot be trained, before a folder is made and a base is loaded.
 
     Args:
         side: pixels at which pictures and masks are opened.
+        base: used instead of the configured one, if it is loaded already.
 
     Raises:
         UserError: a picture, a mask, a word, a block map or the base is not usable, or this machine lacks what a
@@ -35,9 +37,9 @@ def check_run(kind: type[Method[C]], config: C, side: int) -> None:
             load_image(path, side)
         for mask, path in zip(config.masks, config.images, strict=False):
             load_mask(mask, side, path)
-    kind.check(config)
-    device = pick_device(config.device)
-    half = pick_dtype(config.precision, device) == torch.float16
+    kind.check(config, base)
+    device = pick_device(config.device) if base is None else base.device
+    half = (pick_dtype(config.precision, device) if base is None else base.dtype) == torch.float16
     if half and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
     # A loss scaler serves one optimizer, and Prodigy needs one for each LoRA.
@@ -48,8 +50,9 @@ def check_run(kind: type[Method[C]], config: C, side: int) -> None:
             raise UserError(f"tracker {name} is not installed: pip install {name}, or leave it out")
     find_optimizer(config.optimizer)
     if config.resolution:
-        check_resolution(config.resolution, inspect_base(config.base).latent_scale)
-    else:
+        scale = inspect_base(config.base).latent_scale if base is None else base.pipe.vae_scale_factor
+        check_resolution(config.resolution, scale)
+    elif base is None:
         base_folder(config.base)
 
 

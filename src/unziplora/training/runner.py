@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,7 @@ from unziplora.runs.model_card import About, base_name, card, folder_argument, s
 from unziplora.training.cuda_graphs import recording
 from unziplora.training.method import Method, Setup
 from unziplora.training.preflight import check_resolution, check_run, warn_of_memory
+from unziplora.training.restore import restored
 from unziplora.training.sample_sheet import sample_sheet
 from unziplora.training.trainer import StepReport, Trainer, train
 from unziplora.utils.files import atomic_write
@@ -38,7 +40,13 @@ from unziplora.utils.progress import Callback, Progress
 C = TypeVar("C", bound=TrainingConfig)
 
 
-def run_training(kind: type[Method[C]], config: C, resume: bool = False, progress: Callback | None = None) -> RunFolder:
+def run_training(
+    kind: type[Method[C]],
+    config: C,
+    resume: bool = False,
+    progress: Callback | None = None,
+    base: Base | None = None,
+) -> RunFolder:
     """Train a method's LoRAs as configured and write them into a run folder.
 
     Args:
@@ -47,24 +55,28 @@ def run_training(kind: type[Method[C]], config: C, resume: bool = False, progres
         resume: continue an interrupted run in `config.out` from its last checkpoint, with the same result as
             if it had not been interrupted.
         progress: told after every step, and of every file that is worth a look.
+        base: use this one, on its device and in its number format, instead of loading `config.base`; afterwards it is
+            as it was before, also when the run fails.
 
     Raises:
         UserError: a picture, a word, the base, the folder or a setting is not usable.
         MachineError: disk full, no permission, out of memory.
         Interrupted: stopped on request; it tells how to continue.
     """
-    check_run(kind, config, 64)
-    warn_of_memory(kind, config)
 
     def work(run: RunFolder) -> None:
-        job = Job(kind, config, progress or (lambda _: None), run)
+        job = Job(kind, config, progress or (lambda _: None), run, base)
         try:
             job.do()
         except KeyboardInterrupt:  # outside the loop, which finishes its step
             if not run.card.exists():
                 raise job.stopped("stopped; what is not saved yet will be done again") from None
 
-    return in_run_folder(config, resume, work)
+    with nullcontext() if base is None else restored(base):
+        check_run(kind, config, 64, base)
+        if base is None:
+            warn_of_memory(kind, config)
+        return in_run_folder(config, resume, work)
 
 
 def in_run_folder(config: TrainingConfig, resume: bool, work: Callable[[RunFolder], None]) -> RunFolder:
@@ -93,16 +105,18 @@ class Job(Generic[C]):
     config: C
     progress: Callback
     run: RunFolder
+    base: Base | None = None  # loaded already
     recent: list[float] = field(default_factory=list)  # seconds of the last steps
 
     def do(self) -> None:
         """Load, train, export, sample."""
-        config, run = self.config, self.run
-        device = pick_device(config.device)
-        dtype = pick_dtype(config.precision, device)
+        config, run, base = self.config, self.run, self.base
+        device = pick_device(config.device if base is None else str(base.device))
+        dtype = pick_dtype(config.precision, device) if base is None else base.dtype
         accelerator = make_accelerator(config, device, dtype, run.path)
-        self.report(f"loading base {config.base}{_fetching(config.base)}")
-        base = load_base(config.base, dtype, device)
+        if base is None:
+            self.report(f"loading base {config.base}{_fetching(config.base)}")
+            base = load_base(config.base, dtype, device)
         setup = Setup(base, self.resolution(base), accelerator.autocast, self.report, run.latest() is not None)
         method = self.kind.build(config, setup)
         self.report("training", memory=True)

@@ -22,6 +22,7 @@ from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
 from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
 from unziplora.methods.unziplora.data import TrainingData, check_prompts, encode_training_data
+from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, File, image_count
@@ -86,7 +87,7 @@ class UnZipLora(Method[SplitConfig]):
                     branch.mask.fill_(float(owners[path] in (None, name)))
 
     @classmethod
-    def check(cls, config: SplitConfig) -> None:
+    def check(cls, config: SplitConfig, base: Base | None = None) -> None:
         """Read the block map and fill in the prompts, those of class pictures too.
 
         Raises:
@@ -272,9 +273,11 @@ class UnZipLora(Method[SplitConfig]):
         ]
 
 
-def split(config: SplitConfig, resume: bool = False, progress: Callback | None = None) -> RunFolder:
+def split(
+    config: SplitConfig, resume: bool = False, progress: Callback | None = None, base: Base | None = None
+) -> RunFolder:
     """Train a content and a style LoRA on the configured picture and write them into a run folder.
 
     Arguments and errors are those of `run_training`.
     """
-    return run_training(UnZipLora, config, resume, progress)
+    return run_training(UnZipLora, config, resume, progress, base)

@@ -20,6 +20,7 @@ from unziplora.images.preprocess import to_tensor
 from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.lora.weights import Lora, format_shape, text_tensors
 from unziplora.methods.class_images import FIRST_SEED
+from unziplora.models.base import Base
 from unziplora.models.text import Prompts, image_conditioning
 from unziplora.models.vae import encode_images
 from unziplora.sampling.adapters import AttachedLoras, Part
@@ -29,8 +30,11 @@ from unziplora.training.loss import Examples, to_device
 from unziplora.training.method import Setup
 
 
-def complete(config: ZipConfig) -> ZipConfig:
+def complete(config: ZipConfig, base: Base | None = None) -> ZipConfig:
     """The recipe with what the LoRAs' own runs tell where it is silent: base, prompts, pictures, guidance.
+
+    Args:
+        base: used instead of looking for one, if it is loaded already.
 
     Raises:
         UserError: a LoRA is not there, or they were trained on different bases, or on one that is needed and not here.
@@ -48,8 +52,10 @@ def complete(config: ZipConfig) -> ZipConfig:
         if config.method == "zip":
             pictures = [Path(path) for path in source.run.get("images", [])]
             found[f"{name}_images"] = [path for path in pictures if path.is_file()]
-    if "base" not in given and (base := common_base(sources.values())):
-        found["base"] = base if config.method == "direct" else at_hand(base, sources.values())
+    if base is not None:
+        found["base"] = base.name
+    elif "base" not in given and (common := common_base(sources.values())):
+        found["base"] = common if config.method == "direct" else at_hand(common, sources.values())
     values = {**found, **given}
     if values.keys() >= {"content_prompt", "style_prompt"}:
         values.setdefault("full_prompt", joined_prompt(values["content_prompt"], values["style_prompt"]))

@@ -36,6 +36,7 @@ from unziplora.methods.ziplora.inputs import (
     read_loras,
     shared_layers,
 )
+from unziplora.models.base import Base
 from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
@@ -125,14 +126,17 @@ class ZipLora(Method[ZipConfig]):
         self.scales = {name: {path: scale_input(self.branches[name][path]) for path in shared} for name in KINDS}
 
     @classmethod
-    def check(cls, config: ZipConfig) -> None:
+    def check(cls, config: ZipConfig, base: Base | None = None) -> None:
         """Read both LoRAs, fill in the prompts, open the pictures.
 
         Raises:
             UserError: one of them is not usable.
         """
         direct = config.method == "direct"
-        loras = read_loras(config, None if direct else inspect_base(config.base).unet_config)
+        shapes = None
+        if not direct:
+            shapes = inspect_base(config.base).unet_config if base is None else base.unet.config
+        loras = read_loras(config, shapes)
         config.prompts()
         if not direct:
             check_zippable(config, loras)
@@ -259,15 +263,17 @@ class ZipLora(Method[ZipConfig]):
         ]
 
 
-def zip_loras(config: ZipConfig, resume: bool = False, progress: Callback | None = None) -> RunFolder:
+def zip_loras(
+    config: ZipConfig, resume: bool = False, progress: Callback | None = None, base: Base | None = None
+) -> RunFolder:
     """Merge the configured content and style LoRA into `lora.safetensors` in a run folder.
 
     What the recipe leaves open, the LoRAs' own runs tell: base, prompts, pictures. Method `direct` needs no base.
     Arguments and errors are those of `run_training`.
     """
-    config = complete(config)
+    config = complete(config, base)
     if config.method == "zip":
-        return run_training(ZipLora, config, resume, progress)
+        return run_training(ZipLora, config, resume, progress, base)
     return _add(config, resume, progress or (lambda _: None))
 
 

@@ -1,0 +1,34 @@
+"""A base that outlives a run: as it was before, whatever a method does to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from unziplora.errors import UserError
+from unziplora.lora.inject import adapted, remove
+from unziplora.models.base import Base
+
+
+@contextmanager
+def restored(base: Base) -> Iterator[None]:
+    """Restore a base at the end: no LoRAs, every part on its device and in its mode, checkpointing as before.
+
+    Raises:
+        UserError: the base contains LoRAs already, which would be removed with the run's own.
+    """
+    parts = [base.unet, base.vae, *base.text_encoders]
+    if adapted(base.unet) or any(getattr(part, "peft_config", None) for part in parts):
+        raise UserError(f"base {base.name}: it contains LoRAs already; remove them before a run")
+    before = [(part, part.training, part.device) for part in parts]
+    checkpointing = base.unet.is_gradient_checkpointing
+    try:
+        yield
+    finally:
+        remove(base.unet)
+        with base.forked_rng():  # diffusers makes linear layers to put in place of PEFT's
+            base.pipe.unload_lora_weights()
+        if base.unet.is_gradient_checkpointing and not checkpointing:
+            base.unet.disable_gradient_checkpointing()
+        for part, training, device in before:
+            part.train(training).to(device)

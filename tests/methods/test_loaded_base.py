@@ -1,0 +1,167 @@
+"""Runs of every method on a base that is loaded already: the base is afterwards as it was before."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import random_lora
+
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.split import SplitConfig
+from unziplora.config.zip import ZipConfig
+from unziplora.errors import UserError
+from unziplora.formats.files import read_lora, write_lora
+from unziplora.lora.algebra import Pair
+from unziplora.lora.inject import add_lora
+from unziplora.lora.weights import Lora, text_tensors
+from unziplora.methods.blora import train_blora
+from unziplora.methods.dreambooth import train_dreambooth
+from unziplora.methods.unziplora.method import split
+from unziplora.methods.ziplora.method import zip_loras
+from unziplora.models.base import Base, load_base
+from unziplora.models.text import embed
+from unziplora.sampling.pipeline import Settings, generate
+from unziplora.utils.progress import Progress
+
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+SPLIT = {"column_periods": 1, "column_warmup": 1, "score_timesteps": 1, "phrase_steps": 2, "content_prior": 1.0}
+METHODS: dict[str, tuple[Callable[..., Any], type, dict[str, Any]]] = {
+    "split": (split, SplitConfig, {**SPLIT, "content": "cat", "style": "ink wash", "rank": 2, "prior_images": 1}),
+    "dreambooth": (
+        train_dreambooth,
+        DreamBoothConfig,
+        {"content": "cat", "rank": 2, "text_encoders": True, "prior": 1.0, "prior_images": 1},
+    ),
+    "blora": (train_blora, BLoraConfig, {"rank": 2}),
+    "zip": (zip_loras, ZipConfig, {"content_prompt": "a cat", "style_prompt": "ink", "teacher_images": 1}),
+}
+
+
+@pytest.fixture
+def base(tiny_folder: Path) -> Base:
+    return load_base(str(tiny_folder))
+
+
+@pytest.fixture
+def configured(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Make a method's configuration; its `base` cannot be loaded."""
+    monkeypatch.setenv("UNZIPLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.TEACHING_STEPS", 1)
+    Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(tmp_path / "cat.png")
+
+    def make(name: str, **changes: object) -> Any:
+        _, kind, keys = METHODS[name]
+        common: dict[str, Any] = {"out": tmp_path / "run", "base": "in-memory", "steps": 2, "resolution": 64}
+        common |= {"sample_steps": 1, "sample_guidance": 1, "sample_seeds": [0], "gradient_checkpointing": True}
+        if name == "zip":
+            draw = torch.Generator().manual_seed(0)
+            text: Pair = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)
+            for number, part in enumerate(("content", "style")):
+                lora = Lora(random_lora(base.unet, number), text=text_tensors({TEXT: text}))
+                write_lora(lora, tmp_path / f"{part}.safetensors")
+                common[f"{part}_lora"] = tmp_path / f"{part}.safetensors"
+        else:
+            common["images"] = [tmp_path / "cat.png"]
+        return kind(**{**common, **keys, **changes})
+
+    return make
+
+
+def state(base: Base) -> dict[str, Any]:
+    """Everything that a run may leave behind, and what the base computes."""
+    # First: transformers adds hooks of its own to a text encoder that is called for the first time.
+    row = embed(base, ["a sks cat in ink wash style"])
+    (image,) = generate(base, "a sks cat in ink wash style", [3], Settings(steps=2, guidance=2.0))
+    parts = {"unet": base.unet, "vae": base.vae, "one": base.text_encoders[0], "two": base.text_encoders[1]}
+    weights = {
+        f"{name}.{key}": value.clone() for name, part in parts.items() for key, value in part.state_dict().items()
+    }
+    modes = {name: [module.training for module in part.modules()] for name, part in parts.items()}
+    trained = [key for name, part in parts.items() for key, value in part.named_parameters() if value.requires_grad]
+    hooks = {
+        name: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in part.modules())
+        for name, part in parts.items()
+    }
+    adapters = [getattr(part, "peft_config", None) for part in parts.values()]
+    rest = (modes, trained, hooks, adapters, base.unet.is_gradient_checkpointing, image.tobytes())
+    return {"weights": weights, "embeddings": {"tokens": row.tokens, "pooled": row.pooled}, "rest": rest}
+
+
+def check_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert after["rest"] == before["rest"]
+    for name in ("weights", "embeddings"):
+        assert after[name].keys() == before[name].keys()
+        assert all(torch.equal(after[name][key], value) for key, value in before[name].items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_base_is_unchanged_after_a_run(name: str, base: Base, configured: Callable[..., Any]):
+    train, before = METHODS[name][0], state(base)
+    run = train(configured(name), base=base)
+    assert run.card.is_file()
+    check_same(before, state(base))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("when", ["in a step", "before the first step"])
+def test_base_is_unchanged_after_a_failure(name: str, when: str, base: Base, configured: Callable[..., Any]):
+    train, before = METHODS[name][0], state(base)
+
+    def fail(event: Progress) -> None:
+        if event.step == 1 if when == "in a step" else event.message == "training":
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        train(configured(name), progress=fail, base=base)
+    check_same(before, state(base))
+
+
+def test_modes_and_checkpointing_are_restored(base: Base, configured: Callable[..., Any]):
+    base.unet.train()
+    base.unet.enable_gradient_checkpointing()
+    base.text_encoders[0].train()
+    train_blora(configured("blora", gradient_checkpointing=False), base=base)
+    assert base.unet.is_gradient_checkpointing
+    assert all(module.training for part in (base.unet, base.text_encoders[0]) for module in part.modules())
+    assert not base.text_encoders[1].training
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_result_is_that_of_the_base_loaded_by_the_run(
+    name: str, base: Base, tiny_folder: Path, tmp_path: Path, configured: Callable[..., Any]
+):
+    train = METHODS[name][0]
+    changes = {"base": str(tiny_folder), "sample_seeds": [], "save_precision": "fp32"}
+    one = train(configured(name, out=tmp_path / "one", **changes))
+    two = train(configured(name, out=tmp_path / "two", **changes), base=base)
+    files = sorted(path.name for path in one.path.glob("*.safetensors"))
+    assert files == sorted(path.name for path in two.path.glob("*.safetensors"))
+    for file in files:
+        first, second = read_lora(one.path / file), read_lora(two.path / file)
+        assert first.text.keys() == second.text.keys()
+        assert all(torch.equal(second.text[key], value) for key, value in first.text.items())
+        assert first.modules.keys() == second.modules.keys()
+        for path, pair in first.modules.items():
+            assert all(torch.equal(a, b) for a, b in zip(pair, second.modules[path], strict=True))
+
+
+@pytest.mark.parametrize("where", ["unet", "text encoder"])
+def test_base_that_contains_loras_is_refused_and_keeps_them(where: str, base: Base, configured: Callable[..., Any]):
+    if where == "unet":
+        branches = add_lora(base.unet, "own", random_lora(base.unet, 5))
+    else:
+        from peft import LoraConfig
+
+        base.text_encoders[1].add_adapter(LoraConfig(r=1, target_modules=["q_proj"]))
+    config = configured("blora")
+    with pytest.raises(UserError, match="contains LoRAs already; remove them"):
+        train_blora(config, base=base)
+    assert not config.out.exists()
+    if where == "unet":
+        assert all(base.unet.get_submodule(path).branch("own") is branch for path, branch in branches.items())
+    else:
+        assert base.text_encoders[1].peft_config
