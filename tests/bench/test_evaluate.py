@@ -221,7 +221,7 @@ class TestMethods:
         assert isinstance(small, SplitConfig)
         assert isinstance(large, SplitConfig)
         for recipe in (small, large):
-            assert (recipe.column_score, recipe.column_choice, recipe.init) == ("threshold", "strict", "gaussian")
+            assert recipe.official_code
             assert recipe.style_prompt == "a {content} in {style} style"
             assert (recipe.phrase_steps, recipe.content_alone, recipe.style_alone) == (0, 0, 0)
             assert recipe.column_separation

@@ -121,6 +121,11 @@ def plain(recipe: TrainingConfig) -> dict[str, Any]:
     settings = recipe.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs"})
     settings["sample_steps"] = settings.pop("generated_steps")
     settings["sample_guidance"] = settings.pop("generated_guidance")
+    if "official_code" in settings:
+        official = settings.pop("official_code")
+        settings |= {"column_score": "threshold" if official else "importance", "score_scaled": official}
+        settings |= {"column_choice": "strict" if official else "exact", "scale_gradient": "overlap"}
+        settings |= {"init": "gaussian" if official else "zeros", "decay_masked": official}
     return settings
 
 

@@ -10,7 +10,7 @@ from unziplora.config.recipe import key
 from unziplora.config.training import SMALL, ImageConfig
 
 # The published recipe (paper, section 4, and the official code), with those faults of the code that
-# change the method (docs/method.md); every deviation from the default is a key of its own.
+# change the method (docs/method.md).
 PAPER: dict[str, Any] = {
     "style_prompt": "a {content} in {style} style",
     "blocks": "sdxl",
@@ -22,11 +22,7 @@ PAPER: dict[str, Any] = {
     "style_alone": 0.0,
     "column_warmup": 1,
     "score_timesteps": 1,
-    "column_score": "threshold",
-    "column_choice": "strict",
-    "score_scaled": True,
-    "init": "gaussian",
-    "decay_masked": True,
+    "official_code": True,
     "optimizer": "adamw8bit",
     "schedule": "constant",
     "timestep_shift": 1.0,
@@ -95,28 +91,18 @@ class SplitConfig(ImageConfig):
     column_share: float = key(0.3, "Share of columns that a LoRA holds after the last choice.", "Method", gt=0, le=1)
     column_warmup: int = key(10, "Steps with all columns open before each choice.", "Method", ge=1)
     score_timesteps: int = key(8, "Noisy latents over which column scores are accumulated.", "Method", ge=1)
-    column_score: Literal["importance", "threshold"] = key(
-        "importance", "Mean |ΔW ⊙ dL/dΔW| of a column, or Cones' share of entries above 1e-5.", "Method"
-    )
-    column_choice: Literal["exact", "strict"] = key(
-        "exact", "Exactly k columns, or those strictly above the k-th score (none, if tied).", "Method"
-    )
-    score_scaled: bool = key(
-        False, "Score on gradients as fp16 scales them (2^16 without fp16), as the official code does.", "Method"
-    )
-    scale_gradient: Literal["overlap", "all"] = key(
-        "overlap", "Columns whose soft scales train: those held by both LoRAs, or all.", "Method"
-    )
     orthogonality: float = key(
         0.5,
         "Weight of the mean |m_c · m_s| of the column scales; higher, the LoRAs share fewer columns.",
         "Method",
         ge=0,
     )
-    init: Literal["zeros", "gaussian"] = key(
-        "zeros", "Start of B: zeros (ΔW = 0), or random with std 1/rank like the official code.", "Method"
+    official_code: bool = key(
+        False,
+        "Reproduce faults of the official code: column scores by threshold on scaled gradients, strict choice, random "
+        "start, decay of masked columns.",
+        "Method",
     )
-    decay_masked: bool = key(False, "Let weight decay and momentum move masked columns.", "Method")
     phrase_steps: int = key(
         0,
         "Steps before all others in which the style phrase itself is learned (textual inversion); the style LoRA then "

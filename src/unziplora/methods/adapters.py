@@ -26,25 +26,25 @@ def new_branches(
     config: ImageConfig,
     *,
     stream: str = "full",
-    start: str = "zeros",
+    official_code: bool = False,
 ) -> Branches:
     """Add an untrained LoRA to a UNet's linear layers; its column scales are ones, and frozen."""
     modules = {}
     for path, layer in inject(unet, paths).items():
         draw = generator(config.seed, "init", name, path)
-        modules[path] = initial_pair(layer.in_features, layer.out_features, config.rank, start, draw)
+        modules[path] = initial_pair(layer.in_features, layer.out_features, config.rank, official_code, draw)
     branches = add_lora(unet, name, modules, (config.alpha or config.rank) / config.rank, stream)
     for branch in branches.values():
         branch.scale.requires_grad_(False)
     return branches
 
 
-def initial_pair(in_features: int, out_features: int, rank: int, start: str, draw: torch.Generator) -> Pair:
+def initial_pair(in_features: int, out_features: int, rank: int, official_code: bool, draw: torch.Generator) -> Pair:
     """A LoRA's start: A [r, in] uniform in ±1/√in with B [out, r] zero, or both normal with std 1/r.
 
     The first is LoRA's (arXiv 2106.09685: ΔW = 0), the second that of UnZipLoRA's official code.
     """
-    if start == "gaussian":
+    if official_code:
         shapes = (rank, in_features), (out_features, rank)
         down, up = (torch.randn(shape, generator=draw) / rank for shape in shapes)
         return down, up

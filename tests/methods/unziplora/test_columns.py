@@ -35,12 +35,12 @@ def test_scores_by_hand():
     delta = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
     first = torch.tensor([[3.0, 1.0], [4.0, 9.0]])
     second = torch.tensor([[-1.0, 0.0], [0.0, 9.0]])
-    importance = Scores("importance")
+    importance = Scores()
     importance(first, delta)
     importance(second, delta)
     # |C| of the first: [[3, 2], [2, 0]], of the second: [[1, 0], [0, 0]]; row means added up
     assert importance.total.tolist() == [2.5 + 0.5, 1.0 + 0.0]
-    threshold = Scores("threshold")
+    threshold = Scores(official_code=True)
     threshold(first, delta)
     threshold(second, delta)
     assert threshold.total.tolist() == [1.0 + 0.5, 0.5 + 0.0]
@@ -48,7 +48,7 @@ def test_scores_by_hand():
 
 def test_threshold_scores_do_not_depend_on_loss_scaling_if_it_is_known():
     gradient, delta = torch.full((4, 8), 3e-6), torch.ones(4, 8)
-    scaled, unscaled = Scores("threshold", gradient_scale=2.0**16), Scores("threshold")
+    scaled, unscaled = Scores(official_code=True, gradient_scale=2.0**16), Scores(official_code=True)
     scaled(gradient * 2.0**16, delta)
     unscaled(gradient * 2.0**16, delta)
     assert scaled.total.tolist() == [0.0] * 4
@@ -56,7 +56,7 @@ def test_threshold_scores_do_not_depend_on_loss_scaling_if_it_is_known():
 
 
 def test_gradients_beyond_fp16_leave_the_scores_of_other_columns_alone():
-    scores = Scores("importance")
+    scores = Scores()
     scores(torch.tensor([[torch.inf, 1.0], [2.0, 1.0], [torch.nan, 0.0]]), torch.ones(3, 2))
     assert scores.total.tolist() == [0.5, 1.5, 0.0]
 
@@ -78,17 +78,17 @@ def test_ties_go_to_the_lower_index_and_still_give_exactly_k():
 
 
 def test_strict_choice_reproduces_the_fault_with_ties():
-    assert int(choose(torch.ones(5), NONE, NONE, 2, "strict").sum()) == 0
+    assert int(choose(torch.ones(5), NONE, NONE, 2, official_code=True).sum()) == 0
     scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
-    assert choose(scores, NONE, NONE, 3, "strict").tolist() == mask(0, 0, 1, 0, 1).tolist()
-    assert choose(scores, NONE, NONE, 0, "strict").tolist() == NONE.tolist()
+    assert choose(scores, NONE, NONE, 3, official_code=True).tolist() == mask(0, 0, 1, 0, 1).tolist()
+    assert choose(scores, NONE, NONE, 0, official_code=True).tolist() == NONE.tolist()
 
 
 def test_strict_choice_ranks_what_is_held_and_never_takes_what_is_closed():
     scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
-    assert choose(scores, mask(0, 0, 1, 0, 1), NONE, 2, "strict").tolist() == mask(0, 0, 1, 0, 1).tolist()
-    assert choose(scores, mask(0, 1, 0, 0, 0), NONE, 2, "strict").tolist() == mask(0, 1, 1, 0, 0).tolist()
-    assert choose(scores, NONE, mask(0, 0, 1, 1, 1), 4, "strict").tolist() == mask(1, 1, 0, 0, 0).tolist()
+    assert choose(scores, mask(0, 0, 1, 0, 1), NONE, 2, official_code=True).tolist() == mask(0, 0, 1, 0, 1).tolist()
+    assert choose(scores, mask(0, 1, 0, 0, 0), NONE, 2, official_code=True).tolist() == mask(0, 1, 1, 0, 0).tolist()
+    assert choose(scores, NONE, mask(0, 0, 1, 1, 1), 4, official_code=True).tolist() == mask(1, 1, 0, 0, 0).tolist()
 
 
 def test_closed_columns_are_taken_last():

@@ -114,7 +114,7 @@ def test_columns_are_chosen_by_the_gradient_of_the_dense_update(tiny_base):
             (gradient,) = torch.autograd.grad(loss, leaf)
             wanted[name, path] += (gradient * leaf).abs().mean(1).detach()
         handle.remove()
-    with method.columns.scored("importance", 1.0) as scores:
+    with method.columns.scored(1.0) as scores:
         for turn in range(recipe.score_timesteps):
             method._denoising_loss(method.material.examples, generator(recipe.seed, "score", step, turn)).backward()
     for (name, path), score in wanted.items():
@@ -132,17 +132,16 @@ def test_the_choice_does_not_depend_on_loss_scaling(fresh_base):
     assert held[0] == held[1]
 
 
-def test_scores_on_scaled_gradients_are_those_of_fp16_in_every_precision(fresh_base):
-    """In preset paper an entry counts above 1e-5 of gradients times 2^16; without that factor hardly one does."""
+def test_official_code_scores_gradients_as_fp16_scales_them_in_every_precision(fresh_base):
+    """An entry counts above 1e-5 of gradients times 2^16; without that factor hardly one does."""
     held = {}
-    for scaled, scale in ((True, 1.0), (True, 2.0**16), (True, 2.0**10), (False, 1.0)):
-        method = build(fresh_base(), column_score="threshold", score_scaled=scaled)
+    for scale in (1.0, 2.0**16, 2.0**10):
+        method = build(fresh_base(), official_code=True)
         run(method, stop=1)
         method.before_step(1, gradient_scale=scale)
-        held[scaled, scale] = {(n, p): h.tolist() for n, p, h in method.columns.items()}
-    assert held[True, 1.0] == held[True, 2.0**16]
-    assert held[True, 1.0] != held[True, 2.0**10]
-    assert held[True, 1.0] != held[False, 1.0]
+        held[scale] = {(n, p): h.tolist() for n, p, h in method.columns.items()}
+    assert held[1.0] == held[2.0**16]
+    assert held[1.0] != held[2.0**10]
 
 
 def test_each_lora_is_blind_to_the_others_prompt(tiny_base):
@@ -181,7 +180,7 @@ def test_scales_train_only_where_both_hold_a_column_and_stay_within_bounds(tiny_
 
 
 def test_scales_rest_during_a_warm_up(tiny_base):
-    method = build(tiny_base, column_warmup=2, scale_gradient="all", scale_learning_rate=0.5)
+    method = build(tiny_base, column_warmup=2, scale_learning_rate=0.5)
     trainer = run(method, stop=2)
     assert all(b.scale.eq(1).all() for name in method.branches for b in method.branches[name].values())
     trainer.step(2)
@@ -190,7 +189,7 @@ def test_scales_rest_during_a_warm_up(tiny_base):
 
 def test_paper_preset_reproduces_the_published_start(tiny_base):
     method = build(tiny_base, preset="paper", optimizer="adamw", precision="fp32", rank=4)
-    assert method.config.column_choice == "strict"
+    assert method.config.official_code
     assert method.config.score_timesteps == 2  # what the caller sets wins over the preset
     ups = torch.cat([b.up.flatten() for b in method.branches["content"].values()])
     assert ups.std().item() == pytest.approx(1 / 4, rel=0.05)

@@ -31,9 +31,6 @@ from unziplora.training.method import Method, Setup, View
 from unziplora.training.runner import run_training
 from unziplora.utils.progress import Callback
 
-FP16_SCALE = 2.0**16
-"""What torch's gradient scaler begins with."""
-
 
 class UnZipLora(Method[SplitConfig]):
     """Both LoRAs on a UNet, and what a job asks of a method.
@@ -74,12 +71,13 @@ class UnZipLora(Method[SplitConfig]):
             check_blocks(blocks, paths)
         owners = {path: blocks.owner(path) if config.block_separation else None for path in paths}
         self.branches = {
-            name: new_branches(unet, name, paths, config, stream=name, start=config.init) for name in KINDS
+            name: new_branches(unet, name, paths, config, stream=name, official_code=config.official_code)
+            for name in KINDS
         }
         self.columns: ColumnSeparation | None = None
         self.settled: tuple[int, bool] | None = None  # the period and warm-up for which scales are settled
         if config.column_separation:
-            self.columns = ColumnSeparation(self.branches, owners, keep_masked=not config.decay_masked)
+            self.columns = ColumnSeparation(self.branches, owners, config.official_code)
         else:
             # Without columns there is no part of a layer to hold: an owned block is its owner's alone.
             for name in KINDS:
@@ -148,8 +146,8 @@ class UnZipLora(Method[SplitConfig]):
         """Open the columns at the start of a period; score, choose and close them after its warm-up.
 
         Args:
-            gradient_scale: factor that keeps fp16 gradients from underflow; does not change the choice
-                unless the recipe asks for scores on scaled gradients, which without fp16 get fp16's first factor.
+            gradient_scale: factor that keeps fp16 gradients from underflow; it changes the choice only with
+                `official_code`.
         """
         if self.columns is None:
             return
@@ -157,19 +155,15 @@ class UnZipLora(Method[SplitConfig]):
         if now.opens:
             self.columns.open()
         if now.chooses:
-            wanted = 1.0
-            if config.score_scaled:
-                wanted = FP16_SCALE if gradient_scale == 1 else gradient_scale
-            with self.columns.scored(config.column_score, gradient_scale / wanted) as scores:
+            with self.columns.scored(gradient_scale) as scores:
                 for turn in range(config.score_timesteps):
                     draw = generator(config.seed, "score", step, turn)
                     (self._denoising_loss(self.material.examples, draw) * gradient_scale).backward()
             self.unet.zero_grad()
-            periods, share = config.column_periods, config.column_share
-            self.columns.choose(scores, share, now.period, periods, config.column_choice)
+            self.columns.choose(scores, config.column_share, now.period, config.column_periods)
             self.columns.close()
         if self.settled != (now.period, now.warm):
-            self.columns.settle_scales(now.warm, config.scale_gradient == "overlap")
+            self.columns.settle_scales(frozen=now.warm)
             self.settled = (now.period, now.warm)
 
     def losses(self, step: int) -> Iterator[Tensor]:
@@ -222,8 +216,8 @@ class UnZipLora(Method[SplitConfig]):
             yield
 
     def after_backward(self, step: int) -> None:
-        """Unless all scales train, keep their gradients only where the LoRAs overlap."""
-        if self.columns is not None and self.config.scale_gradient == "overlap":
+        """Keep the scales' gradients only where the LoRAs overlap."""
+        if self.columns is not None:
             self.columns.gate_scales()
 
     def after_step(self, step: int) -> None:
