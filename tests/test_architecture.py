@@ -1,13 +1,18 @@
-"""The floor plan of ARCHITECTURE.md: what a module may import. Read from the source; nothing is run but one import."""
+"""The floor plan: what a module may import, computed from the source, and the names in ARCHITECTURE.md."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 
-SOURCE = Path(__file__).parent.parent / "src"
-PACKAGE = SOURCE / "unziplora"
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "unziplora"
+PLAN = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
 
 FLOORS = (
     {"cli"},
@@ -53,12 +58,14 @@ def import_graph(root: Path) -> dict[str, set[str]]:
     return {name: set(imported(tree, set(trees))) for name, tree in trees.items()}
 
 
+def room(name: str) -> str:
+    """The package of a module below `unziplora`, or the module itself at the top."""
+    return name.split(".")[1] if "." in name else ""
+
+
 def climbs(graph: dict[str, set[str]]) -> list[str]:
     """The imports that do not lead to a lower floor. The package's own `__init__` and `__main__` stand above all."""
     floors = {package: number for number, packages in enumerate(FLOORS, 1) for package in packages}
-
-    def room(name: str) -> str:
-        return name.split(".")[1] if "." in name else ""
 
     return [
         f"{name} imports {other}"
@@ -83,8 +90,7 @@ GRAPH = import_graph(PACKAGE)
 
 
 def test_every_package_has_a_floor() -> None:
-    rooms = {name.split(".")[1] for name in GRAPH if "." in name}
-    assert rooms - {"__main__"} <= set().union(*FLOORS)
+    assert {room(name) for name in GRAPH} - {"", "__main__"} <= set().union(*FLOORS)
 
 
 def test_packages_import_only_from_floors_below() -> None:
@@ -122,3 +128,27 @@ def test_package_imports_no_torch() -> None:
     code = f"import sys, unziplora; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_drawing_shows_every_package_and_no_import_that_is_not_there() -> None:
+    (drawing,) = re.findall(r"```mermaid\n(.*?)```", PLAN, re.DOTALL)
+    drawn = {(a, b) for a, others in re.findall(r"^ +(\w+) --> (.+)$", drawing, re.M) for b in others.split(" & ")}
+    real = {(room(name), room(other)) for name, others in GRAPH.items() for other in others}
+    assert drawn <= real
+    assert {name for pair in drawn for name in pair} == {room(name) for name in GRAPH} - {"", "__main__"}
+
+
+def named(pattern: str) -> list[str]:
+    """What stands between backquotes in ARCHITECTURE.md and matches a pattern."""
+    text = re.sub(r"```.*?```", "", PLAN, flags=re.DOTALL)
+    return sorted({name for name in re.findall(r"`([^`\n]+)`", text) if re.fullmatch(pattern, name)})
+
+
+@pytest.mark.parametrize("name", named(r"[\w.]+/[\w./-]*|\w+\.(?:py|md|toml)"))
+def test_paths_of_the_architecture_exist(name: str) -> None:
+    assert (ROOT / name).exists() or (PACKAGE / name).exists()
+
+
+@pytest.mark.parametrize("name", named(r"[a-z_]+(?:\.\w+)+(?<!\.py)(?<!\.md)(?<!\.toml)(?:\(\))?"))
+def test_names_of_the_architecture_exist(name: str) -> None:
+    resolve_name(f"unziplora.{name}".removesuffix("()"))

@@ -69,7 +69,7 @@ def test_what_does_not_exist_is_refused(words: list[str]) -> None:
 
 
 def test_modules_and_scripts_exist() -> None:
-    modules = {words[0] for words in of("python", "-m") + of(".venv/bin/python", "-m")} - {"venv"}
+    modules = {words[0] for words in of("python", "-m") + of(".venv/bin/python", "-m")} - {"venv", "pytest"}
     scripts = {words[0] for words in of("python") if words[0].endswith(".py")}
     assert {"recipes.base.evaluate", "unziplora.cli.reference"} <= modules
     assert "profiling/step.py" in scripts
