@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch.profiler import ProfilerActivity
 
@@ -41,6 +40,7 @@ from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
 from unziplora.training.cuda_graphs import FIRST, Recorder
 from unziplora.training.loss import Examples, denoising_loss, generator
+from unziplora.training.runner import autocast_for
 from unziplora.training.trainer import Trainer
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -66,6 +66,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 PLACE = {"images": ["none.png"], "content": "subject", "style": "style", "out": "none"}
+Autocast = Callable[[], Any]
 SHOWN = ("floor", "weights", "split")
 LATER = 1000
 """A step after every warm-up, and before the next."""
@@ -99,9 +100,7 @@ def make_examples(unet: UNet2DConditionModel, latent_side: int, joined: bool) ->
     return Examples(torch.randn(shape).to(device), Conditioning(*(row.to(device, unet.dtype) for row in rows)))
 
 
-def bare(
-    unet: UNet2DConditionModel, latent_side: int, batch: int, autocast: Callable[[], Any]
-) -> Callable[[int], None]:
+def bare(unet: UNet2DConditionModel, latent_side: int, batch: int, autocast: Autocast) -> Callable[[int], None]:
     """Forward + backward of the UNet as it is."""
     scheduler, examples = DDPMScheduler(), make_examples(unet, latent_side, joined=False)
     # The conditioning carries a gradient, so that the backward pass runs down to the first block's attention.
@@ -117,32 +116,30 @@ def bare(
     return step
 
 
-def make_split(unet: UNet2DConditionModel, options: argparse.Namespace, accelerator: Accelerator) -> Trainer:
+def make_split(unet: UNet2DConditionModel, options: argparse.Namespace, autocast: Autocast) -> Trainer:
     """`split` with all three separations, past the first choice of columns."""
     config = resolve(SplitConfig, {**PLACE, **words(options), "column_periods": 1})
     material = TrainingData(make_examples(unet, options.latent_side, joined=True))
-    method = UnZipLora(unet, DDPMScheduler(), material, config, SDXL_BLOCKS, autocast=accelerator.autocast)
-    trainer = Trainer(method, config, accelerator)
+    method = UnZipLora(unet, DDPMScheduler(), material, config, SDXL_BLOCKS, autocast=autocast)
+    trainer = Trainer(method, config)
     for step in (config.column_warmup - 1, config.column_warmup):  # the second one scores and chooses columns
         trainer.step(step)
     return trainer
 
 
-def make_dreambooth(unet: UNet2DConditionModel, options: argparse.Namespace, accelerator: Accelerator) -> Trainer:
+def make_dreambooth(unet: UNet2DConditionModel, options: argparse.Namespace, autocast: Autocast) -> Trainer:
     """`train dreambooth` without prior and text encoders: one LoRA on all attentions."""
     config = resolve(DreamBoothConfig, {**PLACE, **words(options)})
     examples = make_examples(unet, options.latent_side, joined=False)
-    return Trainer(
-        DreamBooth(unet, DDPMScheduler(), examples, config, autocast=accelerator.autocast), config, accelerator
-    )
+    return Trainer(DreamBooth(unet, DDPMScheduler(), examples, config, autocast=autocast), config)
 
 
-def make_blora(unet: UNet2DConditionModel, options: argparse.Namespace, accelerator: Accelerator) -> Trainer:
+def make_blora(unet: UNet2DConditionModel, options: argparse.Namespace, autocast: Autocast) -> Trainer:
     """`train blora`: the LoRAs of two blocks."""
     config = resolve(BLoraConfig, {**PLACE, **words(options)})
     examples = make_examples(unet, options.latent_side, joined=False)
-    method = BLora(unet, DDPMScheduler(), examples, config, BLORA_BLOCKS, autocast=accelerator.autocast)
-    return Trainer(method, config, accelerator)
+    method = BLora(unet, DDPMScheduler(), examples, config, BLORA_BLOCKS, autocast=autocast)
+    return Trainer(method, config)
 
 
 TRAININGS = {"split": make_split, "dreambooth": make_dreambooth, "blora": make_blora}
@@ -161,20 +158,18 @@ def void(_: object) -> None:
 def make(kind: str, options: argparse.Namespace) -> Callable[[int], None]:
     """The step function of one kind on a UNet of its own."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
-    accelerator = Accelerator(
-        cpu=options.device == "cpu", mixed_precision="no" if options.precision == "fp32" else options.precision
-    )
+    autocast = autocast_for(torch.device(options.device), dtype)
     unet = make_unet(options.size, dtype, options.device)
     if options.checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
     if kind in TRAININGS:
-        trainer = TRAININGS[kind](unet, options, accelerator)
+        trainer = TRAININGS[kind](unet, options, autocast)
         record(unet, trainer.parameters(), options)
         return lambda index: void(trainer.step(LATER + index))
     unet.requires_grad_(kind == "weights")
     record(unet, [*unet.parameters()] if kind == "weights" else [], options)
-    return bare(unet, options.latent_side, options.batch, accelerator.autocast)
+    return bare(unet, options.latent_side, options.batch, autocast)
 
 
 def record(unet: UNet2DConditionModel, parameters: list[torch.Tensor], options: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
 from splits import build, examples, scheduler
 
 from unziplora.config.dreambooth import DreamBoothConfig
@@ -58,7 +57,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Replays:
 
 def trained(method, steps, recorded):
     """What a method has learned after some steps, with or without recorded passes."""
-    trainer = Trainer(method, method.config, Accelerator(cpu=True))
+    trainer = Trainer(method, method.config)
     if recorded:
         method.unet.recorder = Recorder(method.unet, trainer.parameters())
     losses = [trainer.step(step).loss for step in range(steps)]

@@ -46,7 +46,7 @@ def check_run(kind: type[Method[C]], config: C, side: int, base: Base | None = N
     if half and config.optimizer == "prodigy":
         raise UserError("Prodigy does not go with fp16: set precision to bf16 or fp32, or optimizer to adamw")
     for name in config.trackers:
-        if find_spec(name) is None:  # accelerate would leave it out without a word
+        if find_spec(name) is None:
             raise UserError(f"tracker {name} is not installed: pip install {name}, or leave it out")
     find_optimizer(config.optimizer)
     if config.resolution:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import gc
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from torch.amp import GradScaler
 
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import Interrupted, OutOfMemory, UserError
@@ -33,6 +33,7 @@ from unziplora.training.method import Method, Setup
 from unziplora.training.preflight import check_resolution, check_run, warn_of_memory
 from unziplora.training.restore import restored
 from unziplora.training.sample_sheet import sample_sheet
+from unziplora.training.trackers import Tracker, trackers
 from unziplora.training.trainer import StepReport, Trainer, train
 from unziplora.utils.files import atomic_write
 from unziplora.utils.progress import Callback, Progress
@@ -113,23 +114,25 @@ class Job(Generic[C]):
         config, run, base = self.config, self.run, self.base
         device = pick_device(config.device if base is None else str(base.device))
         dtype = pick_dtype(config.precision, device) if base is None else base.dtype
-        accelerator = make_accelerator(config, device, dtype, run.path)
-        if base is None:
-            self.report(f"loading base {config.base}{_fetching(config.base)}")
-            base = load_base(config.base, dtype, device)
-        setup = Setup(base, self.resolution(base), accelerator.autocast, self.report, run.latest() is not None)
-        method = self.kind.build(config, setup)
-        self.report("training", memory=True)
-        done = self.train(base, method, accelerator)
-        if done < config.steps:
-            raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
-        loras, about = method.export(), method.about(config)
-        write_loras(run, config, about, loras, self.of_the_base(method, setup), self.report_file)
-        accelerator.free_memory()  # optimizer states; samples need the room
-        if config.sample_seeds:
-            self.last_sample(base, method)
-        write_card(run, config, about, loras)
-        accelerator.end_training()
+        with trackers(config.trackers, run.path / "trackers", flat(config)) as curves:
+            if base is None:
+                self.report(f"loading base {config.base}{_fetching(config.base)}")
+                base = load_base(config.base, dtype, device)
+            context = autocast_for(device, dtype)
+            setup = Setup(base, self.resolution(base), context, self.report, run.latest() is not None)
+            method = self.kind.build(config, setup)
+            self.report("training", memory=True)
+            done = self.train(base, method, make_scaler(device, dtype), curves)
+            if done < config.steps:
+                raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
+            loras, about = method.export(), method.about(config)
+            write_loras(run, config, about, loras, self.of_the_base(method, setup), self.report_file)
+            gc.collect()  # optimizer states; samples need the room
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            if config.sample_seeds:
+                self.last_sample(base, method)
+            write_card(run, config, about, loras)
 
     def stopped(self, where: str) -> Interrupted:
         """What to raise when the run was asked to stop."""
@@ -142,10 +145,10 @@ class Job(Generic[C]):
         check_resolution(resolution, base.pipe.vae_scale_factor)
         return resolution
 
-    def train(self, base: Base, method: Method[C], accelerator: Accelerator) -> int:
+    def train(self, base: Base, method: Method[C], scaler: GradScaler | None, curves: Sequence[Tracker]) -> int:
         """Train from the last checkpoint or from the start; return the steps done."""
         config, run = self.config, self.run
-        trainer = Trainer(method, config, accelerator)
+        trainer = Trainer(method, config, scaler)
         start = 0
         latest = run.latest()
         if latest is not None:
@@ -154,13 +157,15 @@ class Job(Generic[C]):
             self.report(f"resuming after step {start}")
         run.rewind_log(start)
 
-        def after_step(step: StepReport) -> None:
-            run.log(step=step.done, loss=step.loss, learning_rate=step.learning_rate, seconds=round(step.seconds, 4))
-            accelerator.log({"loss": step.loss, "learning_rate": step.learning_rate}, step=step.done)
-            self.step(step)
-
         def save(done: int) -> None:
             self.report(f"checkpoint {run.checkpoint(done, trainer.save)}", done)
+
+        def after_step(step: StepReport) -> None:
+            figures = {"loss": step.loss, "learning_rate": step.learning_rate}
+            run.log(step=step.done, **figures, seconds=round(step.seconds, 4))
+            for tracker in curves:
+                tracker.log(figures, step=step.done)
+            self.step(step)
 
         with recording(base.unet, trainer.parameters(), config) as recorder:
 
@@ -260,23 +265,16 @@ def write_card(run: RunFolder, config: TrainingConfig, about: About, loras: Mapp
     atomic_write(run.card, card(run, config, about, sdxl_sized(shapes)))
 
 
-def make_accelerator(config: TrainingConfig, device: torch.device, dtype: torch.dtype, folder: Path) -> Accelerator:
-    """accelerate, with the precision and the trackers of the configuration."""
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
-    # accelerate keeps its settings for the whole process; several runs in one process may differ, in the device too.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    if device.type == "cuda":  # one process uses one GPU; accelerate asks for these where several RTX 40 are
-        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
-        os.environ.setdefault("NCCL_IB_DISABLE", "1")
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        cpu=device.type == "cpu",
-        log_with=list(config.trackers) or None,
-        project_dir=str(folder / "trackers") if config.trackers else None,
-    )
-    if config.trackers:
-        accelerator.init_trackers("unziplora", config=flat(config))
-    return accelerator
+def autocast_for(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractContextManager[object]]:
+    """Return the context of forward passes over a base in this number format."""
+    if dtype == torch.float32:
+        return nullcontext
+    return partial(torch.autocast, device.type, dtype=dtype)
+
+
+def make_scaler(device: torch.device, dtype: torch.dtype) -> GradScaler | None:
+    """Return the loss scaler that keeps fp16 gradients from underflow; None for other number formats."""
+    return GradScaler(device.type) if dtype == torch.float16 else None
 
 
 def _fetching(base: str) -> str:

@@ -1,4 +1,4 @@
-"""The one training loop: a method says its parameters and losses, the loop does everything else."""
+"""The one training loop: a method provides parameters and losses, the loop does everything else."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.amp import GradScaler
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
@@ -36,20 +38,22 @@ class StepReport:
 
 
 class Trainer:
-    """A method with its optimizers, whose whole state can be saved and restored between steps."""
+    """A method with its optimizers, whose whole state can be saved and restored between steps.
 
-    def __init__(self, method: Trainable, config: TrainingConfig, accelerator: Accelerator) -> None:
-        self.method, self.config, self.accelerator = method, config, accelerator
+    A loss scaler, which fp16 needs, serves one optimizer.
+    """
+
+    def __init__(self, method: Trainable, config: TrainingConfig, scaler: GradScaler | None = None) -> None:
+        self.method, self.config, self.scaler = method, config, scaler
         self.groups = method.parameter_groups()
-        optimizers = make_optimizers(self.groups, config)
-        schedules = [
-            make_schedule(optimizer, config.schedule, config.steps, config.schedule_warmup) for optimizer in optimizers
+        self.optimizers = make_optimizers(self.groups, config)
+        self.schedules = [
+            make_schedule(optimizer, config.schedule, config.steps, config.schedule_warmup)
+            for optimizer in self.optimizers
         ]
-        self.optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
-        self.schedules = [accelerator.prepare_scheduler(schedule) for schedule in schedules]
 
     def parameters(self) -> list[Tensor]:
-        """Everything that is trained."""
+        """Return everything that is trained."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
     def save(self, folder: Path) -> None:
@@ -59,28 +63,28 @@ class Trainer:
         state = {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
+            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
         torch.save(state, folder / "training.pt")
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; nothing in the folder can run code.
+        """Restore the state that `save` wrote; no file in the folder can run code.
 
         Raises:
-            UserError: the checkpoint is incomplete or of another recipe.
+            UserError: the checkpoint is incomplete or belongs to another recipe.
         """
         try:
             self.method.load_state_dict(load_file(folder / "method.safetensors"))
             # weights_only: tensors and plain containers, never arbitrary pickles.
             state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-            for part, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                part.load_state_dict(saved)
-            for part, saved in zip(self.schedules, state["schedules"], strict=True):
-                part.load_state_dict(saved)
-            if self.accelerator.scaler is not None and state["scaler"]:  # it may have begun in another precision
-                self.accelerator.scaler.load_state_dict(state["scaler"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+                schedule.load_state_dict(saved)
+            if self.scaler is not None and state["scaler"]:  # the run may have begun in another precision
+                self.scaler.load_state_dict(state["scaler"])
         except (OSError, KeyError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
             raise UserError(f"{folder}: this checkpoint cannot be resumed ({error})") from None
         torch.set_rng_state(state["rng"])
@@ -94,19 +98,17 @@ class Trainer:
             UserError: the loss is not a finite number.
         """
         start = time.perf_counter()
-        scaler = self.accelerator.scaler
-        self.method.before_step(step, scaler.get_scale() if scaler is not None else 1.0)
+        self.method.before_step(step, 1.0 if self.scaler is None else self.scaler.get_scale())
         losses = []
         for loss in self.method.losses(step):
-            self.accelerator.backward(loss)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             losses.append(loss.detach())
         self.method.after_backward(step)
-        moved = [parameter for parameter in self.parameters() if parameter.grad is not None]
-        self.accelerator.clip_grad_norm_(moved, self.config.max_grad_norm)
-        rate = self.schedules[0].get_last_lr()[0]
+        self._clip()
+        rate = float(self.schedules[0].get_last_lr()[0])
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            optimizer.step()
-            schedule.step()
+            if self._optimize(optimizer):
+                schedule.step()
             optimizer.zero_grad()
         self.method.after_step(step)
         # Last: a GPU is asked for the whole step before it is waited for.
@@ -117,6 +119,29 @@ class Trainer:
                 "with --precision bf16 or fp32"
             )
         return StepReport(step + 1, total, rate, time.perf_counter() - start)
+
+    def _clip(self) -> None:
+        """Clip the gradients to the recipe's norm, after undoing the loss scale."""
+        if self.scaler is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        clip_grad_norm_(parameters, self.config.max_grad_norm)
+
+    def _optimize(self, optimizer: Optimizer) -> bool:
+        """Step one optimizer; return False if the loss scaler skipped the step because fp16 overflowed.
+
+        Fused optimizers receive the overflow and skip the step themselves; for them the schedule moves on.
+        """
+        if self.scaler is None:
+            optimizer.step()
+            return True
+        steps: list[object] = []
+        hook = optimizer.register_step_post_hook(lambda *_: steps.append(None))
+        self.scaler.step(optimizer)
+        hook.remove()
+        self.scaler.update()
+        return bool(steps)
 
 
 def train(

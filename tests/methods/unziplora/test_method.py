@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from splits import build, config, examples, scheduler
 
@@ -19,7 +18,7 @@ from unziplora.training.trainer import Trainer, train
 
 
 def run(method: UnZipLora, start: int = 0, stop: int | None = None) -> Trainer:
-    trainer = Trainer(method, method.config, Accelerator(cpu=True))
+    trainer = Trainer(method, method.config)
     for step in range(start, method.config.steps if stop is None else stop):
         trainer.step(step)
     return trainer
@@ -62,7 +61,7 @@ def test_starts_as_the_base_and_stays_with_its_published_size(tiny_base):
 
 def test_columns_grow_by_a_tenth_and_closed_ones_stay_zero(tiny_base):
     method = build(tiny_base)
-    trainer = Trainer(method, method.config, Accelerator(cpu=True))
+    trainer = Trainer(method, method.config)
     shares = []
     for step in range(9):
         trainer.step(step)
@@ -220,7 +219,7 @@ def test_resume_equals_uninterrupted(fresh_base, tmp_path, stop):
     first = build(fresh_base(), **changes)
     run(first, stop=stop).save(tmp_path)
     second = build(fresh_base(), seed=0, **changes)
-    trainer = Trainer(second, second.config, Accelerator(cpu=True))
+    trainer = Trainer(second, second.config)
     trainer.load(tmp_path)
     for step in range(stop, 11):
         trainer.step(step)
@@ -310,7 +309,7 @@ def test_a_stop_request_finishes_the_step_and_saves(tiny_base):
     import signal
 
     method = build(tiny_base)
-    trainer = Trainer(method, method.config, Accelerator(cpu=True))
+    trainer = Trainer(method, method.config)
     saved: list[int] = []
 
     def report(step):

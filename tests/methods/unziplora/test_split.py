@@ -9,7 +9,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image, ImageChops
 from safetensors import safe_open
 
@@ -193,14 +192,7 @@ def test_a_checkpoint_without_a_loss_scaler_is_resumed_with_one(config, monkeypa
 
     with pytest.raises(Interrupted):
         split(config(sample_seeds=[]), progress=stop)
-    make = job.make_accelerator
-
-    def scaled(*given: object) -> Accelerator:
-        accelerator = make(*given)
-        accelerator.scaler = torch.amp.GradScaler("cpu")
-        return accelerator
-
-    monkeypatch.setattr(job, "make_accelerator", scaled)
+    monkeypatch.setattr(job, "make_scaler", lambda *_: torch.amp.GradScaler("cpu"))
     assert split(config(sample_seeds=[]), resume=True).card.is_file()
 
 
@@ -331,7 +323,7 @@ def test_optimizers_and_their_absence(config, tmp_path, monkeypatch):
 
 
 def test_prodigy_refuses_fp16(config, monkeypatch):
-    """accelerate lets a scaler serve one optimizer: it would unscale the gradients of a second one twice."""
+    """A loss scaler serves one optimizer, and Prodigy has one for each LoRA."""
     monkeypatch.setattr("unziplora.training.preflight.pick_device", lambda _: torch.device("cuda"))
     with pytest.raises(UserError, match="does not go with fp16"):
         split(
