@@ -49,7 +49,7 @@ def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA", base: str = 
         UserError: names the first module that is missing or of another shape, and the base it was trained on.
     """
     weights = {
-        path.removesuffix(".base"): tuple(module.weight.shape)
+        path.removesuffix(".base").removesuffix(".base_layer"): tuple(module.weight.shape)
         for path, module in unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }

@@ -129,10 +129,11 @@ def borrowed(pipe: StableDiffusionXLPipeline) -> Iterator[Base]:
     try:
         if pipe.vae.config.get("force_upcast", True):
             pipe.vae.float()
-        yield _finish(pipe, pipe.name_or_path or "a pipeline in memory", pipe.unet.device)
+        yield _finish(pipe, str(pipe.name_or_path or "a pipeline in memory"), pipe.unet.device)
     finally:
-        for part, training, device, dtype in states:
-            part.train(training).to(device, dtype)
+        with quiet():  # diffusers warns of every change of the number format
+            for part, training, device, dtype in states:
+                part.train(training).to(device, dtype)
         for parameter in trained:
             parameter.requires_grad_(True)
         pipe.set_progress_bar_config(**shown)

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Recipe)
 
+IMAGES = "images"
+"""Subfolder for images that were in memory when the run began; it may exist before the run does."""
+
 MERGED = "lora"
 """Name of the file in which content and style are one LoRA."""
 
 _STEP = re.compile(r"step-(\d{6,})")
 # What a run that has learned nothing yet may hold; such a folder is started over without asking.
-_EARLY = {"config.toml", "log.jsonl", "samples", "checkpoints"}
+_EARLY = {"config.toml", "log.jsonl", "samples", "checkpoints", IMAGES}
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class RunFolder:
             return True
         except OSError as error:
             raise explain(self.path, error) from None
-        if not found <= _EARLY or (found and not self._begun()):
+        if not found <= _EARLY or (found - {IMAGES} and not self._begun()):
             return False
         return self.latest() is None and not any(self.samples.glob("*"))
 

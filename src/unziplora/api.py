@@ -1,0 +1,423 @@
+"""The Python front door: one function per command, with the keys of its configuration as keywords.
+
+Every function takes the keys that its configuration declares (`SplitConfig`, `SampleConfig` …). Unknown keys are
+errors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from PIL import Image
+
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.probe import ProbeConfig
+from unziplora.config.recipe import Recipe, read_toml, resolve
+from unziplora.config.sample import GridConfig, SampleConfig
+from unziplora.config.split import SplitConfig
+from unziplora.config.training import TrainingConfig
+from unziplora.config.zip import ZipConfig
+from unziplora.errors import UserError
+from unziplora.formats import writers
+from unziplora.formats.convert import convert
+from unziplora.formats.convert import resize_file as resize
+from unziplora.formats.files import read_lora, write_lora
+from unziplora.formats.inspect import inspect
+from unziplora.lora.algebra import scale
+from unziplora.lora.weights import Lora, check_fits
+from unziplora.methods import blora, dreambooth
+from unziplora.methods.unziplora import method as unzip
+from unziplora.methods.ziplora import method as ziplora
+from unziplora.models.base import Base, borrowed, load_base
+from unziplora.probe import probe
+from unziplora.runs.folder import IMAGES, RunFolder, loras_of
+from unziplora.sampling import grid as grids
+from unziplora.sampling import sample as samples
+from unziplora.utils.files import free_folder, write_png
+from unziplora.utils.logging import quiet
+from unziplora.utils.progress import Callback, counted, show
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+    from unziplora.probe.scores import Findings
+
+__all__ = [
+    "Run",
+    "convert",
+    "find_blocks",
+    "grid",
+    "inspect",
+    "load_base",
+    "read_lora",
+    "resize",
+    "sample",
+    "split",
+    "train_blora",
+    "train_dreambooth",
+    "write_lora",
+    "zip_loras",
+]
+
+C = TypeVar("C", bound=Recipe)
+Location = str | os.PathLike[str]
+ImageSource = Location | Image.Image
+LoraSource = Location | RunFolder
+
+
+@dataclass(frozen=True)
+class Run(RunFolder):
+    """A finished run on disk; a notebook displays its last sample sheet.
+
+    Attributes:
+        path: the run folder.
+        content, style: its LoRA files.
+    """
+
+    @property
+    def loras(self) -> dict[str, Path]:
+        """Return the LoRA files by name: content and style, or `lora` where both are one."""
+        files = {name: self.lora(name) for name in ("content", "style", "lora")}
+        return {name: file for name, file in files.items() if file.is_file()}
+
+    def load_into(self, pipe: StableDiffusionXLPipeline, *, content: float = 1.0, style: float = 1.0) -> None:
+        """Load the LoRAs into a diffusers pipeline, as adapters named `content` and `style`.
+
+        An adapter of the same name is replaced; a strength of 0 leaves that LoRA out; all others stay as they are. So
+        `cat.load_into(pipe, style=0)` and then `fox.load_into(pipe, content=0)` combine two runs. A merged run is
+        one adapter, `lora`, at the strength `content`.
+
+        Raises:
+            UserError: a file is damaged, or does not fit the pipeline.
+        """
+        strengths = {"content": content, "style": style, "lora": content}
+        for name, file in self.loras.items():
+            if strengths[name]:
+                load_adapter(pipe, name, read_lora(file, pipe.unet.config), strengths[name])
+
+    def _repr_png_(self) -> bytes | None:
+        sheets = sorted(self.samples.glob("*.png"), key=lambda path: path.stat().st_mtime)
+        return sheets[-1].read_bytes() if sheets else None
+
+
+def split(
+    images: ImageSource | Sequence[ImageSource] = (),
+    *,
+    content: str | None = None,
+    style: str | None = None,
+    out: Location | None = None,
+    base: Location | Base | None = None,
+    pipe: StableDiffusionXLPipeline | None = None,
+    resume: bool = False,
+    progress: bool | Callback = True,
+    **settings: Any,
+) -> Run:
+    """Split an image into a content LoRA and a style LoRA (UnZipLoRA, arXiv 2412.04465).
+
+    Args:
+        images: a file or a PIL image, or several of one subject in one style.
+        content: a word for the subject, such as "cat".
+        style: a phrase for the style, such as "pencil sketch".
+        out: run folder to create; default: `runs/NAME` after the image file or the subject, with a number if taken.
+        base: 'bundled', a diffusers folder, a .safetensors file, a hub id, or a loaded base; default: SDXL base 1.0.
+        pipe: an SDXL pipeline in memory, used instead of a base and left as it was.
+        resume: continue the interrupted run in `out`.
+        progress: show it (a bar, or lines where nobody watches), or a function called with every `Progress`.
+        settings: further keys of `SplitConfig`, such as `rank=32` or `preset="paper"`.
+
+    Raises:
+        UserError: an image, a word, the base, the folder or a setting cannot be used.
+        MachineError: disk full, no permission, out of memory.
+        Interrupted: stopped on request after saving; `resume=True` continues.
+    """
+    words = {"content": content, "style": style}
+    return _train(unzip.split, SplitConfig, images, {**words, **settings}, out, base, pipe, resume, progress)
+
+
+def train_dreambooth(
+    images: ImageSource | Sequence[ImageSource] = (),
+    *,
+    content: str | None = None,
+    style: str | None = None,
+    out: Location | None = None,
+    base: Location | Base | None = None,
+    pipe: StableDiffusionXLPipeline | None = None,
+    resume: bool = False,
+    progress: bool | Callback = True,
+    **settings: Any,
+) -> Run:
+    """Train one LoRA on images of a subject, of a style, or of both (DreamBooth, arXiv 2208.12242).
+
+    Arguments and errors are those of `split`; further keys are those of `DreamBoothConfig`.
+    """
+    settings = {"content": content, "style": style, **settings}
+    return _train(dreambooth.train_dreambooth, DreamBoothConfig, images, settings, out, base, pipe, resume, progress)
+
+
+def train_blora(
+    images: ImageSource | Sequence[ImageSource] = (),
+    *,
+    out: Location | None = None,
+    base: Location | Base | None = None,
+    pipe: StableDiffusionXLPipeline | None = None,
+    resume: bool = False,
+    progress: bool | Callback = True,
+    **settings: Any,
+) -> Run:
+    """Train a content and a style LoRA of one block each on an image, without words (B-LoRA, arXiv 2403.14572).
+
+    Arguments and errors are those of `split`; further keys are those of `BLoraConfig`.
+    """
+    return _train(blora.train_blora, BLoraConfig, images, settings, out, base, pipe, resume, progress)
+
+
+def zip_loras(
+    content: LoraSource | None = None,
+    style: LoraSource | None = None,
+    *,
+    out: Location | None = None,
+    base: Location | Base | None = None,
+    pipe: StableDiffusionXLPipeline | None = None,
+    resume: bool = False,
+    progress: bool | Callback = True,
+    **settings: Any,
+) -> Run:
+    """Merge a content LoRA and a style LoRA into one (ZipLoRA, arXiv 2311.13600; or a sum with `method="direct"`).
+
+    Arguments and errors are those of `split`, with two runs or LoRA files instead of images; further keys are those
+    of `ZipConfig`.
+    """
+    loras = {"content_lora": content, "style_lora": style}
+    paths = {name: _lora_path(source) for name, source in loras.items() if source is not None}
+    name = "-".join(path.name.removesuffix(".safetensors") for path in paths.values())
+    return _train(ziplora.zip_loras, ZipConfig, (), {**paths, **settings}, out, base, pipe, resume, progress, name)
+
+
+def sample(
+    run: LoraSource | None = None,
+    *,
+    content: LoraSource | None = None,
+    style: LoraSource | None = None,
+    prompts: str | Sequence[str] = (),
+    out: Location | None = None,
+    base: Location | Base | None = None,
+    pipe: StableDiffusionXLPipeline | None = None,
+    progress: bool | Callback = True,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Generate images with a content LoRA, a style LoRA, or both; each contains its settings in `image.info`.
+
+    Args:
+        run: a run whose content and style are used, or one LoRA file.
+        content: a run or LoRA file for the content.
+        style: a run or LoRA file for the style.
+        prompts: one or several; {token}, {content} and {style} stand for the runs' words. Default: the runs' own.
+        out: folder in which the images are saved too.
+        base: see `split`; default: the one that the LoRAs were trained on.
+        pipe: an SDXL pipeline in memory, used instead of a base and left as it was.
+        progress: see `split`.
+        settings: further keys of `SampleConfig`, such as `seeds=[0, 1]` or `style_strength=0.8`.
+
+    Raises:
+        UserError: a file, a word or a setting cannot be used.
+        MachineError: out of memory, disk full, no permission.
+    """
+    keys = _sample_keys(run, content, style, prompts, out, settings)
+    with _opened(base, pipe) as (source, loaded), _counted(progress) as report:
+        config = resolve(SampleConfig, {"base": source} if source else {}, keys)
+        if out is not None:
+            samples.check_out(config)
+        images = []
+        for made in samples.generate_samples(config, loaded, report):
+            images.append(made.image)
+            if out is not None:
+                samples.write_image(made.image, config.out / f"{made.name}.png", made.text)
+        return images
+
+
+def grid(
+    run: LoraSource | None = None,
+    *,
+    content: LoraSource | None = None,
+    style: LoraSource | None = None,
+    prompts: str | Sequence[str] = (),
+    out: Location | None = None,
+    base: Location | Base | None = None,
+    pipe: StableDiffusionXLPipeline | None = None,
+    progress: bool | Callback = True,
+    **settings: Any,
+) -> Image.Image:
+    """Generate one labeled sheet of images: strength by strength, or prompts by seeds.
+
+    Arguments and errors are those of `sample`, where `out` is the PNG file to save too; further keys are those of
+    `GridConfig`.
+    """
+    keys = _sample_keys(run, content, style, prompts, out, settings)
+    with _opened(base, pipe) as (source, loaded), _counted(progress) as report:
+        config = resolve(GridConfig, {"base": source} if source else {}, keys)
+        sheet = grids.draw_grid(config, loaded, report)
+        if out is not None:
+            samples.write_image(sheet.image, config.out, sheet.text)
+        return sheet.image
+
+
+def find_blocks(
+    base: Location | Base | None = None,
+    *,
+    out: Location = "blocks",
+    pipe: StableDiffusionXLPipeline | None = None,
+    progress: bool | Callback = True,
+    **settings: Any,
+) -> Findings:
+    """Find the blocks of a base that decide content and style (B-LoRA's probe, arXiv 2403.14572, section 4).
+
+    Args:
+        base: see `split`.
+        out: folder to create for the block map, the figures and the images.
+        pipe: see `split`.
+        progress: see `split`.
+        settings: further keys of `ProbeConfig`.
+
+    Raises:
+        UserError: the folder is not empty, or the base or a setting cannot be used.
+        MachineError: out of memory, disk full, no permission.
+    """
+    with _opened(base, pipe) as (source, loaded), _counted(progress) as report:
+        config = resolve(ProbeConfig, {"base": source} if source else {}, {"out": out, **settings})
+        return probe.find_blocks(config, loaded, progress=report)
+
+
+def load_adapter(pipe: StableDiffusionXLPipeline, name: str, lora: Lora, strength: float) -> None:
+    """Load a LoRA into a diffusers pipeline as an adapter; other adapters keep their strengths.
+
+    The strength becomes part of the weights, so that `pipe.set_adapters` starts from 1.
+
+    Raises:
+        UserError: the LoRA does not fit the pipeline's UNet.
+    """
+    check_fits(lora, pipe.unet, f"the {name} LoRA", "this pipeline")
+    pairs = {path: scale(pair, strength) for path, pair in {**lora.modules, **lora.text_modules}.items()}
+    tensors, _ = writers.diffusers(pairs, None)
+    active = {other: _adapter_strength(pipe, other) for other in pipe.get_active_adapters() if other != name}
+    if any(name in adapters for adapters in pipe.get_list_adapters().values()):
+        pipe.delete_adapters(name)
+    with quiet():
+        pipe.load_lora_weights(tensors, adapter_name=name)
+    pipe.set_adapters([*active, name], [*active.values(), 1.0])
+
+
+def _adapter_strength(pipe: StableDiffusionXLPipeline, name: str) -> float:
+    """Read the strength of an adapter from the first layer that has it."""
+    for module in pipe.unet.modules():
+        if name in getattr(module, "scaling", {}):
+            return float(module.scaling[name] * module.r[name] / module.lora_alpha[name])
+    return 1.0
+
+
+def _train(
+    train: Callable[..., RunFolder],
+    model: type[TrainingConfig],
+    images: ImageSource | Sequence[ImageSource],
+    settings: Mapping[str, Any],
+    out: Location | None,
+    base: Location | Base | None,
+    pipe: StableDiffusionXLPipeline | None,
+    resume: bool,
+    progress: bool | Callback,
+    name: str = "",
+) -> Run:
+    """Resolve the configuration of a training, new or resumed, and run it."""
+    sources = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
+    if resume and out is None:
+        raise UserError("resume needs the run folder: give out=")
+    folder = Path(out) if out is not None else _default_folder(sources, name or str(settings.get("content") or ""))
+    keys: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
+    keys["out"] = folder
+    if sources:
+        keys["images"] = _image_files(sources, folder)
+    saved = read_toml(folder / "config.toml") if resume else {}
+    with _opened(base, pipe) as (source, loaded), _view(progress) as report:
+        config = resolve(model, saved, {"base": source} if source else {}, keys)
+        return Run(train(config, resume=resume, progress=report, base=loaded).path)
+
+
+def _default_folder(images: Sequence[ImageSource], name: str) -> Path:
+    """Choose a new folder in `runs`, named after the first image file, else after the words."""
+    files = [Path(image).stem for image in images if not isinstance(image, Image.Image)]
+    name = re.sub(r"[^\w.-]+", "-", files[0] if files else name).strip(".-")
+    return free_folder(Path("runs") / (name or "image"))
+
+
+def _image_files(images: Sequence[ImageSource], folder: Path) -> list[Path]:
+    """Return the files of images; those in memory are saved in the run folder first, for a resumed run."""
+    files = []
+    for number, image in enumerate(images, 1):
+        if isinstance(image, Image.Image):
+            file = folder / IMAGES / f"{number}.png"
+            write_png(file, image)
+            files.append(file)
+        else:
+            files.append(Path(image))
+    return files
+
+
+def _lora_path(source: LoraSource) -> Path:
+    return source.path if isinstance(source, RunFolder) else Path(source)
+
+
+def _sample_keys(
+    run: LoraSource | None,
+    content: LoraSource | None,
+    style: LoraSource | None,
+    prompts: str | Sequence[str],
+    out: Location | None,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Collect the keys of a sample configuration from its arguments."""
+    keys: dict[str, Any] = dict(loras_of(_lora_path(run))) if run is not None else {}
+    keys |= {
+        kind: _lora_path(source) for kind, source in (("content", content), ("style", style)) if source is not None
+    }
+    if prompts:
+        keys["prompts"] = [prompts] if isinstance(prompts, str) else list(prompts)
+    if out is not None:
+        keys["out"] = out
+    return {**keys, **settings}
+
+
+@contextmanager
+def _opened(
+    base: Location | Base | None, pipe: StableDiffusionXLPipeline | None
+) -> Iterator[tuple[str | None, Base | None]]:
+    """Yield the name of a base for the configuration, and the loaded base if there is one."""
+    if base is not None and pipe is not None:
+        raise UserError("base and pipe are two ways to say the same: give one of them")
+    with borrowed(pipe) if pipe is not None else nullcontext(base) as opened:
+        if isinstance(opened, Base):
+            yield opened.name, opened
+        else:
+            yield None if opened is None else str(opened), None
+
+
+@contextmanager
+def _view(progress: bool | Callback) -> Iterator[Callback]:
+    """Yield the function that shows progress: the caller's own, or a view that fits where the output goes."""
+    if callable(progress):
+        yield progress
+        return
+    with show(quiet=not progress) as view:
+        yield view
+
+
+@contextmanager
+def _counted(progress: bool | Callback) -> Iterator[Callable[[int, int], None]]:
+    """Yield a view of progress for what counts steps alone."""
+    with _view(progress) as view:
+        yield counted(view)
