@@ -164,6 +164,14 @@ class TestPrior:
         expected = denoising_loss(tiny_base.unet, method.scheduler, method.prior, draw=draw, batch_size=1)
         torch.testing.assert_close(second, 0.5 * expected)
 
+    def test_class_images_depend_on_generation_keys_and_not_on_those_of_samples(self, fresh_base, config: Make):
+        first, same, other = (
+            build(fresh_base(), config(prior=1.0, prior_images=1, **changes)).prior.latents
+            for changes in ({}, {"sample_steps": 3, "sample_guidance": 4.0}, {"generated_guidance": 4.0})
+        )
+        assert torch.equal(first, same)
+        assert not torch.allclose(first, other, atol=1e-3)
+
     def test_it_holds_the_class_where_it_was(self, fresh_base: Callable[[], Base], config: Make):
         """With its class pictures in the loss, a LoRA moves the base's answer to the class prompt less."""
         moved = {}
