@@ -54,7 +54,7 @@ def test_dry_run_shows_settings_and_pairs_and_makes_nothing(call: Call, tmp_path
 
 
 def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
-    code, out, _ = call("blocks", "--help")
+    code, out, _ = call("blocks", "--help-all")
     assert code == 0
     assert all("--" + name.replace("_", "-") in out for name in ProbeConfig.model_fields)
     assert "unziplora split cat.jpg" in out

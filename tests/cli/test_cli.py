@@ -21,7 +21,7 @@ from unziplora import cli
 from unziplora.cli import options as flags
 from unziplora.cli.output import memory_advice
 from unziplora.cli.split import split_command
-from unziplora.config.recipe import Recipe, resolve
+from unziplora.config.recipe import Recipe, group_of, has_mark, resolve
 from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.zip import ZipConfig
@@ -80,6 +80,11 @@ def lora_file(path: Path, rank: int = 4) -> Path:
     return path
 
 
+def sections_of(text: str) -> dict[str, str]:
+    """Split a help text into its sections by title."""
+    return dict(re.findall(r"^(\S[^\n]*):\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL))
+
+
 class TestHelp:
     def test_needs_neither_torch_nor_patience(self) -> None:
         code = (
@@ -106,13 +111,32 @@ class TestHelp:
         ("name", "model"), [("split", SplitConfig), ("sample", SampleConfig), ("grid", GridConfig)]
     )
     def test_every_key_is_a_flag_under_its_group(self, call: Call, name: str, model: type[Recipe]) -> None:
-        text = call(name, "--help").out
+        short, sections = call(name, "--help").out, sections_of(call(name, "--help-all").out)
         for key, field in model.model_fields.items():
-            assert "--" + key.replace("_", "-") in text
-            assert f"\n{field.json_schema_extra['group']}:\n" in text  # type: ignore[index,call-overload]
+            flag = re.compile(rf"^  --(\[no-\])?{key.replace('_', '-')}(\s|$)", re.MULTILINE)
+            expert = has_mark(field, "expert")
+            title = f"{'Expert: ' if expert else ''}{group_of(field)}"
+            assert [other for other, text in sections.items() if flag.search(text)] == [title], key
+            assert bool(flag.search(short)) is not expert
+
+    @pytest.mark.parametrize(
+        "name",
+        [["split"], ["train", "dreambooth"], ["train", "blora"], ["zip"], ["sample"], ["grid"], ["blocks"], ["bench"]],
+        ids=" ".join,
+    )
+    def test_help_is_short_and_has_no_expert_flags(self, call: Call, name: list[str]) -> None:
+        text = call(*name, "--help").out
+        assert len(text.splitlines()) <= 62
+        assert "Expert" not in text
+        assert "--help-all" in text
+        assert max(len(line) for line in text.splitlines()) <= 100
+
+    def test_expert_flags_work_without_help_all(self, call: Call, tiny_folder: Path) -> None:
+        done = call(*SPLIT, "--base", tiny_folder, "--noise-offset", "0.05", "--dry-run", "--json")
+        assert done.json["config"]["noise_offset"] == 0.05
 
     def test_defaults_and_presets_are_shown(self, call: Call) -> None:
-        text = " ".join(call("split", "--help").out.split())
+        text = " ".join(call("split", "--help-all").out.split())
         assert "all attentions of SDXL make 2.9 MB per rank. [default: 64; bundled: 16]" in text
         assert "[default: on]" in text
 
@@ -124,7 +148,7 @@ class TestHelp:
     def test_letters_that_a_code_page_lacks_cost_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
         monkeypatch.setattr(sys, "stdout", narrow)
-        assert cli.main(["split", "--help"]) == 0
+        assert cli.main(["split", "--help-all"]) == 0
         narrow.flush()
         assert b"\\u0394" in narrow.buffer.getvalue()  # the Δ of --column-score
 
@@ -144,12 +168,12 @@ class TestWrongRequests:
             ([*SPLIT, "--optimizer", "sgd"], "'sgd' is not one of"),
             (["split", "cat.png", "--content", "cat", "--style", "Cat"], "the same word"),
             (["split", "cat.png", "--content", "", "--style", "x"], "content: "),
-            (["zip"], "unziplora zip CONTENT STYLE; see unziplora zip --help"),
+            (["zip"], "two LoRAs are needed: unziplora zip CONTENT STYLE; see unziplora zip --help"),
             (["demo", "--steps", "0"], "--steps"),
-            (["split"], "unziplora split PICTURE …; see unziplora split --help"),
+            (["split"], "unziplora split IMAGE …; see unziplora split --help"),
             (["split", "cat.png"], "content is missing (--content): Word for the subject"),
-            (["split", "--content", "cat"], "unziplora split PICTURE …; see unziplora split --help"),
-            (["zip", "one.safetensors"], "unziplora zip CONTENT STYLE; see unziplora zip --help"),
+            (["split", "--content", "cat"], "unziplora split IMAGE …; see unziplora split --help"),
+            (["zip", "one.safetensors"], "two LoRAs are needed: unziplora zip CONTENT STYLE; see unziplora zip --help"),
             (["sample", "--seeds", "0, 1"], "Repeat the flag: --seeds 0 --seeds 1"),
             (["sample", "--prompts", "x", "--out", "cat.png", "--dry-run"], "cat.png is a file"),
             (["sample", "--prompts", "x", "--device", "cud", "--dry-run"], "device 'cud' is not available"),
@@ -162,10 +186,10 @@ class TestWrongRequests:
             (["resize", "a.safetensors", "b.safetensors"], "--rank 16, or --energy 0.95"),
             (["sample"], "nothing to show: give --content, --style or --prompts"),
             (["sample", "nowhere"], "nowhere"),
-            (["sample", "a cat " * 60], "too long for the name of a file"),
+            (["sample", "a cat " * 60], "too long for a file name"),
             (["sample", "~nobody-of-this-name/x"], "a name that no user of this machine has"),
-            (["split", "caf\udce9.jpg", *SPLIT[2:]], "caf\\udce9.jpg: this name is no valid text"),
-            (["demo", "--out", "/"], "no folder to write into"),
+            (["split", "caf\udce9.jpg", *SPLIT[2:]], "caf\\udce9.jpg: this name is not valid text; rename the file"),
+            (["demo", "--out", "/"], "this is the root of a disk"),
             (["sample", "--content-blocks", "up"], "content_blocks"),
             (["grid", "cat", "--batch-size", "2"], "No such option '--batch-size'"),
         ],
@@ -550,20 +574,20 @@ class TestFlags:
         switch: bool = Field(True, description="Switch.")
         path: Path | None = Field(None, description="Path.")
 
-    def given(self, *args: str) -> dict[str, Any]:
-        command = flags.RecipeCommand("toy", params=flags.options(self.Toy))
-        return flags.given(command.make_context("toy", list(args)))
+    def typed(self, *args: str) -> dict[str, Any]:
+        command = click.Command("toy", params=[*flags.key_options(self.Toy)])
+        return flags.typed_keys(command.make_context("toy", list(args)))
 
     def test_only_what_was_typed_counts(self) -> None:
-        assert self.given() == {}
-        assert self.given("--no-switch", "--dial", "0.5") == {"switch": False, "dial": 0.5}
+        assert self.typed() == {}
+        assert self.typed("--no-switch", "--dial", "0.5") == {"switch": False, "dial": 0.5}
 
     def test_lists_and_pairs(self) -> None:
-        found = self.given("--numbers", "3", "--numbers", "4", "--pair", "1", "2")
+        found = self.typed("--numbers", "3", "--numbers", "4", "--pair", "1", "2")
         assert found == {"numbers": [3, 4], "pair": (1.0, 2.0)}
 
     def test_none_clears(self) -> None:
-        found = self.given("--numbers", "none", "--dial", "none", "--path", "none")
+        found = self.typed("--numbers", "none", "--dial", "none", "--path", "none")
         assert found == {"numbers": [], "dial": None, "path": None}
 
 
@@ -590,7 +614,7 @@ def test_the_default_run_folder_is_named_after_the_picture() -> None:
         return run_layers("split", {}, {}, name, False)[-1]
 
     assert out("My cat (1)") == {"out": "runs/My-cat-1"}
-    assert out("…") == {"out": "runs/picture"}
+    assert out("…") == {"out": "runs/image"}
     assert out(None) == {}
 
 

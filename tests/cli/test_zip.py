@@ -92,17 +92,17 @@ def test_dry_run_shows_settings_and_prompts_and_makes_nothing(call: Call, tmp_pa
 
 
 def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
-    code, out, _ = call("--help")
+    code, out, _ = call("--help-all")
     assert code == 0
-    assert all("--" + name.replace("_", "-") in out for name in ZipConfig.model_fields)
+    assert all(name.replace("_", "-") in out for name in ZipConfig.model_fields)
     assert "unziplora zip runs/cat runs/fox" in out
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "say what to merge: unziplora zip CONTENT STYLE"),
-        (["a.safetensors"], "say what to merge: unziplora zip CONTENT STYLE"),
+        ([], "two LoRAs are needed: unziplora zip CONTENT STYLE"),
+        (["a.safetensors"], "two LoRAs are needed: unziplora zip CONTENT STYLE"),
         (["gone.safetensors", "fox.safetensors"], "gone.safetensors: no such run folder or LoRA file"),
         (["cat.png", "fox.safetensors", *PROMPTS], "cat.png: not a safetensors file"),
         (

@@ -118,7 +118,9 @@ def test_resume_wants_the_same_recipe_and_names_what_differs(run: RunFolder) -> 
     with pytest.raises(UserError, match=r"rank: 64 → 8") as caught:
         RunFolder.resume(run.path, recipe(run.path, rank=8))
     assert "seed" not in str(caught.value)
-    RunFolder.resume(run.path, recipe(run.path, checkpoint_every=7, sample_seeds=[5], sample_steps=9, sample_guidance=3.0))
+    RunFolder.resume(
+        run.path, recipe(run.path, checkpoint_every=7, sample_seeds=[5], sample_steps=9, sample_guidance=3.0)
+    )
 
 
 def test_resume_without_a_run_says_so(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from io import TextIOWrapper
 
 import click
 
-from unziplora.cli.output import debugging, failed, note, warnings_shown
+from unziplora.cli.output import debugging, note, report_error, warnings_shown
 from unziplora.errors import UserError
 
 COMMANDS = {
@@ -29,7 +29,7 @@ COMMANDS = {
     "doctor": "unziplora.cli.doctor",
     "demo": "unziplora.cli.demo",
 }
-"""Commands in the order of the help, and the module that defines each: only the one that runs is imported."""
+"""Module of each command, in the order of the help; only the command that runs is imported."""
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -37,11 +37,11 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-"""Libraries read these when they are imported; what is set already wins."""
+"""Environment variables that libraries read when they are imported; values that are already set win."""
 
 
 class Group(click.Group):
-    """Commands that are imported when they are named; a mistyped one brings up the nearest."""
+    """Commands that are imported when they are named; a mistyped name brings a suggestion."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -67,24 +67,24 @@ class Group(click.Group):
 )
 @click.version_option(None, "--version", "-V", package_name="unziplora", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Split one picture into a content LoRA and a style LoRA for SDXL.
+    """Split one image into a content LoRA and a style LoRA for SDXL.
 
     \b
     Is this machine ready?        unziplora doctor
     See it work on a small base:  unziplora demo
-    Your own picture:             unziplora split cat.jpg --content cat --style "pencil sketch"
+    Your own image:               unziplora split cat.jpg --content cat --style "pencil sketch"
     """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 the machine's fault, 2 the request's, 130 stopped."""
+    """Run one command and return its exit code: 0 success, 1 machine fault, 2 wrong request, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in args
     if not debugging():
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a code page that lacks a letter must not cost the result
+        if isinstance(stream, TextIOWrapper):  # a letter that a code page lacks must not make the command fail
             stream.reconfigure(errors="backslashreplace")
     try:
         _check_encoding(args)
@@ -98,18 +98,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         ctx = getattr(error, "ctx", None)
         where = f" (see {ctx.command_path} --help)" if ctx else ""
-        return failed(UserError(error.format_message().rstrip(".") + where), as_json)
+        return report_error(UserError(error.format_message().rstrip(".") + where), as_json)
     except BrokenPipeError:
-        # the reader of a pipe has gone: what is left in the buffer must not raise once more at exit
+        # the reader of a pipe has gone: the rest of the buffer must not raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (KeyboardInterrupt, click.Abort):
-        return failed(KeyboardInterrupt(), as_json)
+        return report_error(KeyboardInterrupt(), as_json)
     except Exception as error:
-        told = _of_the_request(error)
-        if debugging() and told is error:
+        fault = _path_fault(error)
+        if debugging() and fault is error:
             raise
-        return failed(told, as_json)
+        return report_error(fault, as_json)
 
 
 def _check_encoding(args: Sequence[str]) -> None:
@@ -117,13 +117,13 @@ def _check_encoding(args: Sequence[str]) -> None:
         try:
             arg.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{ascii(arg)[1:-1]}: this name is no valid text: rename the file") from None
+            raise UserError(f"{ascii(arg)[1:-1]}: this name is not valid text; rename the file") from None
 
 
-def _of_the_request(error: Exception) -> Exception:
-    """Faults of a path as such, which any command may meet, as the request's faults; others as they are."""
+def _path_fault(error: Exception) -> Exception:
+    """Return a UserError for a path that no system could open, which any command may meet; else the error itself."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return UserError(f"{str(error.filename)[:40]}…: too long for the name of a file")
+        return UserError(f"{str(error.filename)[:40]}…: too long for a file name")
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return UserError("a path begins with ~ and a name that no user of this machine has")
     return error

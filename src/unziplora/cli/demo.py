@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from unziplora.cli.options import json_option, quiet_option
-from unziplora.cli.output import emit, stdout_kept
+from unziplora.cli.options import ExpandedPath, json_option, quiet_option
+from unziplora.cli.output import emit, stdout_to_stderr
 from unziplora.utils.progress import show
 
 
-def run_demo(out: str, base: str, steps: int | None, as_json: bool, quiet: bool) -> None:
+def run_demo(out: Path, base: str, steps: int | None, as_json: bool, quiet: bool) -> None:
     """Carry out `demo`."""
-    with stdout_kept(), show(quiet) as view:
+    with stdout_to_stderr(), show(quiet) as view:
         from unziplora.demo import demo
 
         result = demo(out, base=base, steps=steps, progress=view)
-    emit(result, lambda: str(result), as_json)
+    emit(result, str(result), as_json)
 
 
 demo_command = click.Command(
@@ -31,7 +33,13 @@ demo_command = click.Command(
     """,
     short_help="Split the images that ship with unziplora, on the small bundled base.",
     params=[
-        click.Option(["--out"], default="runs/demo", show_default=True, help="Folder to create for both runs."),
+        click.Option(
+            ["--out"],
+            type=ExpandedPath(),
+            default="runs/demo",
+            show_default=True,
+            help="Folder to create for both runs.",
+        ),
         click.Option(["--base"], default="bundled", show_default=True, help="Another base to try it on."),
         click.Option(
             ["--steps"], type=click.IntRange(min=1), help="Fewer steps are faster and worse.  [default: the preset's]"

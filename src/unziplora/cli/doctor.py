@@ -1,4 +1,4 @@
-"""`unziplora doctor`: is this machine ready, and which settings fit it?"""
+"""`unziplora doctor`: check this machine, and name the settings that fit it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 from pydantic import BaseModel
 
 from unziplora.cli.options import json_option
-from unziplora.cli.output import emit, stdout_kept
+from unziplora.cli.output import emit, stdout_to_stderr
 from unziplora.config.bases import BUNDLED_BASE
 from unziplora.utils.progress import size
 
@@ -27,10 +27,10 @@ EXTRAS = {
     "wandb": "curves in Weights & Biases",
     "trackio": "curves in Trackio",
 }
-"""Optional packages and what they are for."""
+"""Optional packages and their purposes."""
 
 SDXL_GB, SDXL_GB_CPU = 7, 14
-"""What of SDXL is fetched: fp16, and for a CPU fp32."""
+"""Download size of SDXL in fp16, and in fp32 for a CPU."""
 
 HUB = "https://huggingface.co"
 FITTING: list[tuple[float, str]] = [
@@ -39,18 +39,18 @@ FITTING: list[tuple[float, str]] = [
     (9.5, "--gradient-checkpointing --optimizer adamw8bit"),
     (7.5, "--gradient-checkpointing --optimizer adamw8bit --resolution 512"),
 ]
-"""Least memory of a card in GiB, and the flags with which SDXL trains in it."""
+"""Minimum GPU memory in GiB, and the flags with which SDXL trains in it."""
 
 FITTING_CPU: list[tuple[float, str]] = [
     (36, ""),
     (21, "with --gradient-checkpointing "),
     (13, "with --gradient-checkpointing --precision bf16 "),
 ]
-"""The same of a machine's memory, of which the system takes a part."""
+"""Minimum RAM in GiB, part of which the system takes, and the flags with which SDXL trains in it."""
 
 
 class Check(BaseModel):
-    """One finding: 'ok', 'note' (works, but less well) or 'problem' (must be fixed), and what to do."""
+    """One finding: 'ok', 'note' (works, but less well) or 'problem' (must be fixed), with advice."""
 
     name: str
     state: Literal["ok", "note", "problem"]
@@ -61,10 +61,10 @@ class Device(BaseModel):
     """A device to train on.
 
     Attributes:
-        name: as `--device` takes it.
-        model: what it is called.
-        memory: bytes of its memory, free now and in all.
-        bf16: whether it computes in bf16.
+        name: its name for `--device`.
+        model: the product name.
+        memory_free, memory_total: bytes.
+        bf16: the device computes in bf16.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Device(BaseModel):
 
 
 class Report(BaseModel):
-    """What `doctor` found."""
+    """Findings of `doctor`."""
 
     python: str
     system: str
@@ -89,7 +89,7 @@ class Report(BaseModel):
 
     @property
     def ready(self) -> bool:
-        """Whether nothing must be fixed."""
+        """Check that nothing must be fixed."""
         return all(check.state != "problem" for check in self.checks)
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ def examine(online: bool = False) -> Report:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     devices = find_devices()
-    packages = {name: found for name in PACKAGES if (found := installed(name)) is not None}
+    packages = {name: number for name in PACKAGES if (number := installed(name)) is not None}
     bundled = (BUNDLED_BASE / "model_index.json").is_file()
     disk = shutil.disk_usage(Path.cwd()).free
     checks = [
@@ -136,7 +136,7 @@ def examine(online: bool = False) -> Report:
 
 
 def installed(name: str) -> str | None:
-    """Version of an installed package, or None."""
+    """Return the version of an installed package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -144,27 +144,27 @@ def installed(name: str) -> str | None:
 
 
 def find_devices() -> list[Device]:
-    """The devices that torch can compute on, best first; the CPU is always the last."""
+    """List the devices that torch can compute on, best first; the CPU is always last."""
     import psutil
     import torch
 
-    found = []
+    devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
         with torch.cuda.device(index):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         name = torch.cuda.get_device_name(index)
-        found.append(Device(name=f"cuda:{index}", model=name, memory_free=free, memory_total=total, bf16=bf16))
+        devices.append(Device(name=f"cuda:{index}", model=name, memory_free=free, memory_total=total, bf16=bf16))
     memory = psutil.virtual_memory()
     sizes = {"memory_free": memory.available, "memory_total": memory.total}
     if torch.backends.mps.is_available():
-        found.append(Device(name="mps", model="Apple GPU", bf16=False, **sizes))
+        devices.append(Device(name="mps", model="Apple GPU", bf16=False, **sizes))
     model = f"{psutil.cpu_count(logical=False) or 1} cores, {platform.machine()}"
-    return [*found, Device(name="cpu", model=model, bf16=False, **sizes)]
+    return [*devices, Device(name="cpu", model=model, bf16=False, **sizes)]
 
 
 def advice(device: Device, bundled: bool, eight_bit: bool) -> str:
-    """Which command fits this machine; the limits are `memory.estimate`'s for SDXL, with some room."""
+    """Name the command that fits a device; the limits are those of `memory.estimate` for SDXL, with some room."""
     import torch
 
     small = "try it with: unziplora demo" if bundled else "the bundled small base is not installed"
@@ -173,12 +173,12 @@ def advice(device: Device, bundled: bool, eight_bit: bool) -> str:
     if device.name == "cpu":
         sdxl = "SDXL does not fit" if flags is None else f"SDXL would fit {flags}but is very slow"
         note = "" if torch.version.cuda else "\nWith an NVIDIA card: this torch is the build for CPUs; README, Install."
-        return f"No GPU: the small bundled base runs in minutes; {sdxl}. {small[0].upper()}{small[1:]}{note}"
+        return f"No GPU: the bundled small base runs in minutes; {sdxl}. {small[0].upper()}{small[1:]}{note}"
     if flags is None:
         return f"{device.model} has {gib:.0f} GiB: too little for SDXL; {small}"
     if "adamw8bit" in flags and not eight_bit:
         flags += "   (first: pip install bitsandbytes)"
-    return f"{device.model}, {gib:.0f} GiB: unziplora split PICTURE --content WORD --style WORDS {flags}".rstrip()
+    return f"{device.model}, {gib:.0f} GiB: unziplora split IMAGE --content WORD --style WORDS {flags}".rstrip()
 
 
 def _python() -> Check:
@@ -201,7 +201,7 @@ def _device(device: Device) -> Check:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there already."""
+    """Return the folder, or its nearest parent that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
 
 
@@ -212,27 +212,27 @@ def _disk(free: int) -> Check:
     return Check(name="disk", state="ok", text=text)
 
 
-def _model_cache(folder: Path, wanted: int) -> Check:
-    """Room for SDXL, which takes some GB, where the hub's models are kept."""
+def _model_cache(folder: Path, needed: int) -> Check:
+    """Check for enough room for SDXL, in GB, in the hub's cache."""
     folder = _existing(folder)
     free = shutil.disk_usage(folder).free
     text = f"{size(free)} free in {folder}"
-    if free < (wanted + 3) * GIB:
-        advice = f"SDXL takes {wanted} GB to fetch; HF_HOME names another place"
+    if free < (needed + 3) * GIB:
+        advice = f"SDXL takes {needed} GB to download; set HF_HOME to use another folder"
         return Check(name="model cache", state="note", text=f"{text}: {advice}")
     return Check(name="model cache", state="ok", text=text)
 
 
-def _bundled(found: bool) -> Check:
-    if found:
+def _bundled(exists: bool) -> Check:
+    if exists:
         return Check(name="bundled base", state="ok", text="installed")
-    return Check(name="bundled base", state="note", text="not in this installation: give --base a model of your own")
+    return Check(name="bundled base", state="note", text="not in this installation; set --base to a model of your own")
 
 
 def _extra(name: str) -> Check:
-    purpose, found = EXTRAS[name], installed(name)
-    if found and find_spec(name):
-        return Check(name=name, state="ok", text=f"{found}: {purpose}")
+    purpose, number = EXTRAS[name], installed(name)
+    if number and find_spec(name):
+        return Check(name=name, state="ok", text=f"{number}: {purpose}")
     return Check(name=name, state="note", text=f"not installed; for {purpose}: pip install {name}")
 
 
@@ -253,9 +253,9 @@ def _hub() -> Check:
 
 def run_doctor(online: bool, as_json: bool) -> None:
     """Carry out `doctor`."""
-    with stdout_kept():
+    with stdout_to_stderr():
         report = examine(online=online)
-    emit(report, lambda: str(report), as_json)
+    emit(report, str(report), as_json)
     if not report.ready:
         raise click.exceptions.Exit(1)
 
@@ -263,7 +263,7 @@ def run_doctor(online: bool, as_json: bool) -> None:
 doctor_command = click.Command(
     "doctor",
     callback=run_doctor,
-    help="""Check whether this machine is ready, and say which settings fit it.
+    help="""Check whether this machine is ready, and name the settings that fit it.
 
     Versions, devices, memory, disk, optional packages, the bundled base. Nothing is sent anywhere
     unless --online asks whether the model hub can be reached.
@@ -271,7 +271,7 @@ doctor_command = click.Command(
     \b
       unziplora doctor
     """,
-    short_help="Check whether this machine is ready, and which settings fit it.",
+    short_help="Check whether this machine is ready, and name the settings that fit it.",
     params=[
         click.Option(["--online"], is_flag=True, help="Also try to reach huggingface.co."),
         json_option(),

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unziplora.cli.options import json_option
-from unziplora.cli.output import emit, stdout_kept
+from unziplora.cli.options import ExpandedPath, json_option
+from unziplora.cli.output import emit, stdout_to_stderr
 from unziplora.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ _LAYOUT = click.Option(
     type=click.Choice(["kohya", "kohya-diffusers", "diffusers"]),
     default="kohya",
     show_default=True,
-    help="Layout to write: kohya loads in ComfyUI, Forge, A1111, InvokeAI, diffusers; kohya-diffusers has kohya's "
-    "names with diffusers' blocks; diffusers loads in diffusers alone.",
+    help="Layout to write. kohya loads in ComfyUI, Forge, A1111, InvokeAI and diffusers; kohya-diffusers has kohya's "
+    "names with diffusers' blocks; diffusers loads in diffusers only.",
 )
 _DTYPE = click.Option(
     ["--dtype"], type=click.Choice(["fp32", "fp16", "bf16"]), help="Number format to store.  [default: as it was]"
@@ -28,49 +28,49 @@ _DTYPE = click.Option(
 _FORCE = click.Option(["--force", "-f"], is_flag=True, help="Replace the output file if it exists.")
 
 
-def run_inspect(files: tuple[str, ...], as_json: bool) -> None:
+def run_inspect(files: tuple[Path, ...], as_json: bool) -> None:
     """Carry out `inspect`."""
-    with stdout_kept():
+    with stdout_to_stderr():
         from unziplora.formats.inspect import inspect
 
-        paths = [path for file in files for path in _loras(Path(file))]
-        found: list[Inspection | UserError] = []
+        paths = [path for file in files for path in _loras(file)]
+        results: list[Inspection | UserError] = []
         for path in paths:
             try:
-                found.append(inspect(path))
-            except UserError as error:  # one file that is no LoRA must not hide the others
+                results.append(inspect(path))
+            except UserError as error:  # a file that is not a LoRA must not hide the others
                 if len(paths) == 1:
                     raise
-                found.append(error)
-    told = [
+                results.append(error)
+    data = [
         {"path": str(path), "error": str(one)} if isinstance(one, UserError) else one.model_dump(mode="json")
-        for path, one in zip(paths, found, strict=True)
+        for path, one in zip(paths, results, strict=True)
     ]
-    text = "\n\n".join(str(one) for one in found)
-    emit(told[0] if len(told) == 1 else {"files": told}, text, as_json)
-    if any(isinstance(one, UserError) for one in found):
+    text = "\n\n".join(str(one) for one in results)
+    emit(data[0] if len(data) == 1 else {"files": data}, text, as_json)
+    if any(isinstance(one, UserError) for one in results):
         raise click.exceptions.Exit(UserError.exit_code)
 
 
 def _loras(path: Path) -> list[Path]:
-    """A file, or the LoRAs of a run folder or of any other."""
+    """Return a file itself, or the LoRA files in a folder."""
     return (sorted(path.glob("*.safetensors")) if path.is_dir() else []) or [path]
 
 
-def run_convert(source: str, target: str, layout: str, dtype: str | None, force: bool, as_json: bool) -> None:
+def run_convert(source: Path, target: Path, layout: str, dtype: str | None, force: bool, as_json: bool) -> None:
     """Carry out `convert`."""
-    with stdout_kept():
+    with stdout_to_stderr():
         from unziplora.formats.inspect import convert
 
         lora = convert(source, target, layout, dtype=dtype, overwrite=force)
-    size = Path(target).stat().st_size
-    result = {"path": target, "layout": layout, "modules": len(lora.modules), "bytes": size}
+    size = target.stat().st_size
+    result = {"path": str(target), "layout": layout, "modules": len(lora.modules), "bytes": size}
     emit(result, f"{target}  {layout} layout, {len(lora.modules)} modules, {size / 1e6:.1f} MB", as_json)
 
 
 def run_resize(
-    source: str,
-    target: str,
+    source: Path,
+    target: Path,
     rank: int | None,
     energy: float | None,
     layout: str,
@@ -80,24 +80,24 @@ def run_resize(
 ) -> None:
     """Carry out `resize`."""
     if rank is None and energy is None:
-        raise UserError("say to what to resize: --rank 16, or --energy 0.95")
-    with stdout_kept():
+        raise UserError("no size to resize to: give --rank 16, or --energy 0.95")
+    with stdout_to_stderr():
         from unziplora.formats.inspect import resize_file
 
-        done = resize_file(source, target, rank, energy, layout, dtype, overwrite=force)
-    low, high = min(done.ranks), max(done.ranks)
+        result = resize_file(source, target, rank, energy, layout, dtype, overwrite=force)
+    low, high = min(result.ranks), max(result.ranks)
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
     text = (
-        f"{target}  {ranks}, {Path(target).stat().st_size / 1e6:.1f} MB; {done.energy:.2%} of the update kept, "
-        f"at least {done.worst:.2%} in each module (least in {done.worst_module})"
+        f"{target}  {ranks}, {target.stat().st_size / 1e6:.1f} MB; {result.energy:.2%} of the update kept, "
+        f"at least {result.worst:.2%} in each module (least in {result.worst_module})"
     )
-    emit(done, text, as_json)
+    emit(result, text, as_json)
 
 
 inspect_command = click.Command(
     "inspect",
     callback=run_inspect,
-    help="""Say what LoRA files hold and which programs load them.
+    help="""List what LoRA files contain and which programs load them.
 
     Layout, base, ranks, alphas, trigger words, the share of each block, metadata, and a verdict for
     ComfyUI, Forge, A1111, InvokeAI, sd-scripts and diffusers. Reads every layout; never opens pickled files.
@@ -106,8 +106,11 @@ inspect_command = click.Command(
       unziplora inspect runs/cat/style.safetensors
       unziplora inspect ComfyUI/models/loras
     """,
-    short_help="Say what LoRA files hold and which programs load them.",
-    params=[click.Argument(["files"], nargs=-1, required=True, metavar="FILE_OR_FOLDER..."), json_option()],
+    short_help="List what LoRA files contain and which programs load them.",
+    params=[
+        click.Argument(["files"], nargs=-1, required=True, type=ExpandedPath(), metavar="FILE_OR_FOLDER..."),
+        json_option(),
+    ],
 )
 
 convert_command = click.Command(
@@ -123,8 +126,8 @@ convert_command = click.Command(
     """,
     short_help="Write a LoRA file in another layout.",
     params=[
-        click.Argument(["source"]),
-        click.Argument(["target"]),
+        click.Argument(["source"], type=ExpandedPath()),
+        click.Argument(["target"], type=ExpandedPath()),
         _LAYOUT,
         _DTYPE,
         _FORCE,
@@ -145,8 +148,8 @@ resize_command = click.Command(
     """,
     short_help="Make a LoRA file smaller.",
     params=[
-        click.Argument(["source"]),
-        click.Argument(["target"]),
+        click.Argument(["source"], type=ExpandedPath()),
+        click.Argument(["target"], type=ExpandedPath()),
         click.Option(["--rank"], type=int, help="Highest rank of a module; give this, --energy or both."),
         click.Option(["--energy"], type=float, help="Share of each module's update to keep, 0 to 1."),
         _LAYOUT,

@@ -1,4 +1,4 @@
-"""Command-line flags made from a recipe: every key is a flag, in its group, with its help and default."""
+"""Command-line flags made from recipes: every key is a flag, in its group, with its help and default."""
 
 from __future__ import annotations
 
@@ -7,29 +7,38 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from unziplora.config.recipe import Recipe, group_of, read_toml
+from unziplora.config.recipe import Recipe, group_of, has_mark
 
 NONE = "none"
-"""What is given to a flag to clear a list, or to leave a value to be chosen at run time."""
+"""Value of a flag that empties a list, or leaves the choice to the run."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How a key is given: one value, on/off, several values, or a fixed number of values."""
+class FlagType:
+    """Form of a key on the command line: one value, a switch, a repeated flag, or a fixed number of values."""
 
-    kind: str
+    form: Literal["one", "switch", "repeated", "fixed"]
     type: click.ParamType
     count: int = 1
 
 
-class Cleared(click.ParamType):
+class ExpandedPath(click.ParamType):
+    """A path in which ~ is expanded: no shell does so after an equals sign, as in `--config=~/cat.toml`."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(value).expanduser()
+
+
+class OrNone(click.ParamType):
     """Another type, or the word none."""
 
     def __init__(self, inner: click.ParamType) -> None:
@@ -54,131 +63,105 @@ class Cleared(click.ParamType):
 
 
 class KeyOption(click.Option):
-    """A flag that stands for a key of a recipe."""
+    """A flag for one key of a recipe."""
 
-    def __init__(self, *args: Any, key: str, shape: Shape, group: str, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.key, self.shape, self.group = key, shape, group
+    def __init__(self, *args: Any, flag_type: FlagType, group: str, expert: bool, **options: Any) -> None:
+        super().__init__(*args, **{**options, "type": flag_type.type})
+        self.flag_type, self.group, self.expert = flag_type, group, expert
 
-
-class RecipeCommand(click.Command):
-    """A command whose help lists flags by their groups, with its own flags first."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None and not isinstance(param, click.Argument):
-                groups.setdefault(getattr(param, "group", "Options"), []).append(record)
-        for title, records in groups.items():
-            with formatter.section(title):
-                formatter.write_dl(records, col_max=36)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Call the command with its own options; keys are fetched with `given`."""
-        keys = {param.name for param in self.params if isinstance(param, KeyOption)}
-        own = {name: value for name, value in ctx.params.items() if name not in keys}
-        return ctx.invoke(self.callback, **own) if self.callback else None
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the flag and its help; a switch as `--[no-]name`."""
+        record = super().get_help_record(ctx)
+        if record is None or self.flag_type.form != "switch":
+            return record
+        return f"--[no-]{self.opts[0].removeprefix('--')}", record[1]
 
 
-def shape_of(annotation: Any) -> Shape:
-    """How a key of this type is given on the command line."""
+def flag_type(annotation: Any) -> FlagType:
+    """Choose the form and type of a flag from a key's annotation."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return shape_of(args[0])
+        return flag_type(args[0])
     if origin in (typing.Union, types.UnionType):
-        kept = [arg for arg in args if arg is not type(None)]
-        inner = shape_of(kept[0]) if len(kept) == 1 else Shape("one", click.STRING)
-        return Shape(inner.kind, Cleared(inner.type), inner.count) if len(kept) < len(args) else inner
+        others = [arg for arg in args if arg is not type(None)]
+        inner = flag_type(others[0]) if len(others) == 1 else FlagType("one", click.STRING)
+        return FlagType(inner.form, OrNone(inner.type), inner.count) if len(others) < len(args) else inner
     if annotation is bool:
-        return Shape("switch", click.BOOL)
+        return FlagType("switch", click.BOOL)
     if origin is list:
-        return Shape("many", Cleared(shape_of(args[0]).type))
+        return FlagType("repeated", OrNone(flag_type(args[0]).type))
     if origin is tuple:
-        return Shape("fixed", shape_of(args[0]).type, len(args))
+        return FlagType("fixed", flag_type(args[0]).type, len(args))
     if origin is typing.Literal:
-        return Shape("one", click.Choice([str(arg) for arg in args]))
-    plain: dict[Any, click.ParamType] = {int: click.INT, float: click.FLOAT, Path: click.Path()}
-    return Shape("one", plain.get(annotation, click.STRING))
+        return FlagType("one", click.Choice([str(arg) for arg in args]))
+    simple: dict[Any, click.ParamType] = {int: click.INT, float: click.FLOAT, Path: ExpandedPath()}
+    return FlagType("one", simple.get(annotation, click.STRING))
 
 
-def options(model: type[Recipe], notes: Mapping[str, list[str]] | None = None) -> list[click.Parameter]:
-    """One flag for each key of a recipe.
+def key_options(model: type[Recipe], notes: Mapping[str, list[str]] | None = None) -> list[KeyOption]:
+    """Make one flag for each key of a recipe.
 
     Args:
-        notes: what to say of a key instead of its default.
+        notes: remarks to show behind a key's help instead of its default.
     """
     own = notes or {}
     return [_option(model, name, field, own.get(name)) for name, field in model.keys().items()]
 
 
 def _option(model: type[Recipe], name: str, field: FieldInfo, own: list[str] | None) -> KeyOption:
-    shape = shape_of(field.annotation)
+    form = flag_type(field.annotation)
     flag = "--" + name.replace("_", "-")
-    details: dict[str, Any] = {"type": shape.type}
-    if shape.kind == "switch":
+    details: dict[str, Any] = {}
+    if form.form == "switch":
         flag, details = f"{flag}/--no-{flag[2:]}", {"default": None}
-    elif shape.kind == "many":
+    elif form.form == "repeated":
         details["multiple"] = True
-    elif shape.kind == "fixed":
-        details["nargs"] = shape.count
-    notes = own or [*_notes(shape), *defaults(model, name, field)]
+    elif form.form == "fixed":
+        details["nargs"] = form.count
+    notes = own or [*(["repeatable"] if form.form == "repeated" else []), *defaults(model, name, field)]
     text = f"{field.description}" + (f"  [{'; '.join(notes)}]" if notes else "")
-    return KeyOption(
-        [flag, name], key=name, shape=shape, group=group_of(field), help=text, show_default=False, **details
-    )
-
-
-def _notes(shape: Shape) -> list[str]:
-    return ["repeatable"] if shape.kind == "many" else []
+    marks: dict[str, Any] = {"group": group_of(field), "expert": has_mark(field, "expert")}
+    return KeyOption([flag, name], flag_type=form, help=text, show_default=False, **marks, **details)
 
 
 def defaults(model: type[Recipe], name: str, field: FieldInfo) -> list[str]:
-    """The default of a key, and what presets make of it, as short notes."""
+    """Describe the default of a key, and the values that presets give it, in short notes."""
     if field.is_required():
         return ["required"]
     notes = []
     if field.default is not PydanticUndefined and field.default not in (None, [], {}, ""):
-        notes.append(f"default: {plain(field.default)}")
+        notes.append(f"default: {format_value(field.default)}")
     if "preset" in model.model_fields:
-        notes += [f"{preset}: {plain(keys[name])}" for preset, keys in model.presets.items() if name in keys]
+        notes += [f"{preset}: {format_value(keys[name])}" for preset, keys in model.presets.items() if name in keys]
     return notes
 
 
-def plain(value: Any) -> str:
-    """A value as it would be typed; of a flag that is repeated, the values with commas between them."""
+def format_value(value: Any) -> str:
+    """Format a value as it is typed; the values of a repeated flag are separated by commas."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
-        return ", ".join(plain(item) for item in value)
+        return ", ".join(format_value(item) for item in value)
     if isinstance(value, tuple):
-        return " ".join(plain(item) for item in value)
+        return " ".join(format_value(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def given(ctx: click.Context) -> dict[str, Any]:
-    """The keys that were set on the command line, and only those."""
-    found: dict[str, Any] = {}
-    for param in ctx.command.params:
-        if not isinstance(param, KeyOption):
-            continue
-        if ctx.get_parameter_source(param.name or "") is not ParameterSource.COMMANDLINE:
-            continue
-        found[param.key] = _value(param, ctx.params[param.name or ""])
-    return found
+def typed_keys(ctx: click.Context) -> dict[str, Any]:
+    """Return the keys that were set on the command line, and only those."""
+    return {
+        param.name: _value(param, ctx.params[param.name])
+        for param in ctx.command.params
+        if isinstance(param, KeyOption)
+        and param.name
+        and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE
+    }
 
 
 def _value(param: KeyOption, value: Any) -> Any:
-    if param.shape.kind == "many":
+    if param.flag_type.form == "repeated":
         return [item for item in value if item != NONE]
-    if value == NONE and isinstance(param.shape.type, Cleared):
-        return None
-    return value
-
-
-def layers(ctx: click.Context, config: str | None) -> list[dict[str, Any]]:
-    """The keys of the TOML file, if one is named, and above them those of the command line."""
-    return [read_toml(Path(config)) if config else {}, given(ctx)]
+    return None if value == NONE and isinstance(param.flag_type.type, OrNone) else value
 
 
 def json_option() -> click.Option:
@@ -187,11 +170,3 @@ def json_option() -> click.Option:
 
 def quiet_option() -> click.Option:
     return click.Option(["--quiet", "-q"], is_flag=True, help="Show no progress and no warnings.")
-
-
-def config_option() -> click.Option:
-    return click.Option(["--config", "config_file"], metavar="FILE", help="TOML file with settings; flags win over it.")
-
-
-def dry_run_option(does: str) -> click.Option:
-    return click.Option(["--dry-run"], is_flag=True, help=f"Show all settings; {does}.")

@@ -1,4 +1,4 @@
-"""What a command prints: one result on stdout, everything else on stderr, and no traceback for expected faults."""
+"""Output of commands: one result on stdout, everything else on stderr, and no traceback for expected faults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 
 
 def debugging() -> bool:
-    """Whether faults keep their tracebacks (UNZIPLORA_DEBUG=1)."""
+    """Check whether faults keep their tracebacks (UNZIPLORA_DEBUG=1)."""
     return os.environ.get("UNZIPLORA_DEBUG", "") not in ("", "0")
 
 
 def note(text: str) -> None:
-    """A line for a person, on stderr."""
+    """Print a line for people, on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
-def emit(result: BaseModel | dict[str, Any], text: str | Callable[[], str], as_json: bool) -> None:
+def emit(result: BaseModel | dict[str, Any], text: str, as_json: bool) -> None:
     """Print a command's result on stdout: as one JSON document, or as text."""
     if as_json:
         data = result if isinstance(result, dict) else result.model_dump(mode="json")
         print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
     else:
-        print(text if isinstance(text, str) else text())
+        print(text)
 
 
 @contextmanager
-def stdout_kept() -> Iterator[None]:
-    """Send what libraries print to stderr, so that stdout holds the result alone."""
+def stdout_to_stderr() -> Iterator[None]:
+    """Redirect stdout to stderr, so that messages of libraries do not mix with the result."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
@@ -49,7 +49,7 @@ def stdout_kept() -> Iterator[None]:
 @contextmanager
 def warnings_shown(quiet: bool = False) -> Iterator[None]:
     """Show each of our own warnings once, as one line; those of the libraries only while debugging."""
-    told: set[str] = set()
+    shown: set[str] = set()
 
     def show(
         message: Warning | str,
@@ -60,8 +60,8 @@ def warnings_shown(quiet: bool = False) -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         ours = category is UserWarning and _warner().partition(".")[0] == "unziplora"
-        if ((ours and not quiet) or debugging()) and str(message) not in told:
-            told.add(str(message))
+        if ((ours and not quiet) or debugging()) and str(message) not in shown:
+            shown.add(str(message))
             note(f"warning: {message}")
 
     with warnings.catch_warnings():
@@ -71,7 +71,7 @@ def warnings_shown(quiet: bool = False) -> Iterator[None]:
 
 
 def _warner() -> str:
-    """The module that warned, whatever line its warning points to."""
+    """Find the module that issued a warning, whatever line the warning points to."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") == "warnings":
         frame = frame.f_back
@@ -80,7 +80,7 @@ def _warner() -> str:
 
 @contextmanager
 def memory_advice(config: TrainingConfig) -> Iterator[None]:
-    """Turn running out of memory into a message that names the next smaller setting."""
+    """Replace an out-of-memory error by one that names the next smaller setting."""
     try:
         yield
     except Exception as error:
@@ -91,7 +91,7 @@ def memory_advice(config: TrainingConfig) -> Iterator[None]:
 
         try:
             side = inspect_base(config.base).resolution
-        except UserError:  # a plain sum of LoRAs needs no base, which may be a mere name
+        except UserError:  # a plain sum of LoRAs needs no base; its name may stand for nothing on this machine
             side = 1024
         advice = smaller(config, side)
         raise MachineError(
@@ -100,8 +100,8 @@ def memory_advice(config: TrainingConfig) -> Iterator[None]:
         ) from error
 
 
-def failed(error: BaseException, as_json: bool) -> int:
-    """Tell an exception in one message and return the exit code."""
+def report_error(error: BaseException, as_json: bool) -> int:
+    """Print an exception as one message and return the exit code."""
     if isinstance(error, UnziploraError):
         code, text = error.exit_code, str(error)
     elif isinstance(error, KeyboardInterrupt):

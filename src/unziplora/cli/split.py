@@ -1,28 +1,28 @@
-"""`unziplora split`: one picture to two LoRA files."""
+"""`unziplora split`: one image to two LoRA files."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from unziplora.cli.training import Training, training_command
+from unziplora.cli.training import training_command
 from unziplora.config.split import SplitConfig
 
 if TYPE_CHECKING:
     from unziplora.methods.unziplora.method import UnZipLora
 
-HELP = """Split a picture into a content LoRA and a style LoRA.
+HELP = """Split an image into a content LoRA and a style LoRA.
 
-PICTURE is one picture file, or several of one subject in one style. Name the subject with --content
-and the style with --style; everything else has a default.
+IMAGE is one image file, or several of one subject in one style. Name the subject with --content and
+the style with --style; everything else has a default.
 
 \b
   unziplora split cat.jpg --content cat --style "pencil sketch" --out runs/cat
 
-The run folder then holds content.safetensors, style.safetensors, sample pictures, and a README with
+The run folder then contains content.safetensors, style.safetensors, sample images, and a README with
 the trigger words. Ctrl-C saves the run; --resume continues it. --dry-run shows all settings and the
-memory they need, and trains nothing.
+memory they need.
 
-Settings come from, later ones winning: the preset, the file of --config, the flags.
+Settings come from the preset, the file of --config and the flags; later ones win.
 """
 
 
@@ -33,5 +33,5 @@ def _method() -> type[UnZipLora]:
 
 
 split_command = training_command(
-    Training("split", SplitConfig, _method), HELP, "Split a picture into a content LoRA and a style LoRA.", {}
+    "split", SplitConfig, _method, help=HELP, short_help="Split an image into a content LoRA and a style LoRA."
 )

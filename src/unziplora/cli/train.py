@@ -1,4 +1,4 @@
-"""`unziplora train`: the other trainings, DreamBooth and B-LoRA."""
+"""`unziplora train`: DreamBooth and B-LoRA, the other trainings on images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unziplora.cli.training import Training, training_command
+from unziplora.cli.training import training_command
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from unziplora.methods.blora import BLora
     from unziplora.methods.dreambooth import DreamBooth
 
-DREAMBOOTH = """Train one LoRA on pictures: of a subject, in a style, or both (DreamBooth).
+DREAMBOOTH = """Train one LoRA on images: of a subject, in a style, or both (DreamBooth).
 
-PICTURE is one picture file, or several. Name what they share: the subject with --content, the style
+IMAGE is one image file, or several. Name what they share: the subject with --content, the style
 with --style, or both.
 
 \b
   unziplora train dreambooth cat1.jpg cat2.jpg cat3.jpg --content cat --out runs/cat
   unziplora train dreambooth sketch.jpg --style "pencil sketch" --out runs/sketch
 
---prior 1 keeps what the base knows of the class, on class pictures that it makes itself; they are
-kept, and used again by later runs. The run folder then holds content.safetensors, style.safetensors
-or, for both, lora.safetensors, with samples and a README.
+--prior 1 preserves the base's idea of the class, with class images that the base generates once; later
+runs use them again. The run folder then contains content.safetensors, style.safetensors or, for both,
+lora.safetensors, with samples and a README.
 """
 
 BLORA = """Train a content and a style LoRA in one block each (B-LoRA).
 
-PICTURE is one picture file, or several of one subject in one style. No words are needed; --content and
+IMAGE is one image file, or several of one subject in one style. No words are needed; --content and
 --style only name the run.
 
 \b
@@ -57,16 +57,19 @@ train_command = click.Group(
     short_help="Train LoRAs by other methods: DreamBooth, B-LoRA.",
     commands=[
         training_command(
-            Training("train dreambooth", DreamBoothConfig, _dreambooth),
-            DREAMBOOTH,
-            "One LoRA for a subject, a style, or both.",
-            {"prompts": ["repeatable"]},
+            "train dreambooth",
+            DreamBoothConfig,
+            _dreambooth,
+            help=DREAMBOOTH,
+            short_help="One LoRA for a subject, a style, or both.",
+            notes={"prompts": ["repeatable"]},
         ),
         training_command(
-            Training("train blora", BLoraConfig, _blora),
-            BLORA,
-            "A content and a style LoRA in one block each.",
-            {},
+            "train blora",
+            BLoraConfig,
+            _blora,
+            help=BLORA,
+            short_help="A content and a style LoRA in one block each.",
         ),
     ],
 )

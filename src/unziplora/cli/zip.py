@@ -2,89 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from unziplora.cli.options import (
-    RecipeCommand,
-    config_option,
-    dry_run_option,
-    json_option,
-    layers,
-    options,
-    quiet_option,
-)
-from unziplora.cli.output import emit, memory_advice, stdout_kept
-from unziplora.cli.training import run_layers, tell_result
-from unziplora.config.recipe import resolve, to_toml
+from unziplora.cli.command import Keys, Output, Plan, RecipeCommand
+from unziplora.cli.options import ExpandedPath
+from unziplora.cli.output import memory_advice
+from unziplora.cli.training import prompt_comments, run_layers, run_output
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
-from unziplora.utils.progress import show
+from unziplora.utils.progress import Callback
 
 
-def run_zip(
-    ctx: click.Context,
-    content: str | None,
-    style: str | None,
-    config_file: str | None,
-    dry_run: bool,
-    resume: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Carry out the command."""
-    given = _layers(ctx, content, style, config_file, resume)
-    config = resolve(ZipConfig, *given)
-    if dry_run:
-        _plan(config, as_json)
-        return
-    with stdout_kept(), memory_advice(config), show(quiet) as progress:
-        from unziplora.methods.ziplora.method import zip_loras
-
-        run = zip_loras(config, resume=resume, progress=progress)
-    tell_result(run, as_json)
-
-
-def _layers(
-    ctx: click.Context, content: str | None, style: str | None, config_file: str | None, resume: bool
-) -> list[dict[str, Any]]:
-    """The keys from the run to resume, the TOML file and the command line, with a run folder named."""
-    file, flags = layers(ctx, config_file)
-    named = {"content_lora": content, "style_lora": style}
-    flags = {**{name: path for name, path in named.items() if path}, **flags}
-    loras = [flags.get(name) or file.get(name) for name in named]
-    if not all(loras) and not resume:
-        raise UserError("say what to merge: unziplora zip CONTENT STYLE; see unziplora zip --help")
-    default = "-".join(_name(Path(str(lora))) for lora in loras) if all(loras) else None
-    return run_layers("zip", file, flags, default, resume)
+def _layers(params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
+    """Combine the run to resume, the TOML file, the flags and the two LoRAs named first."""
+    arguments = {"content_lora": params["content"], "style_lora": params["style"]}
+    flags = {**{name: path for name, path in arguments.items() if path}, **flags}
+    loras = [flags.get(name) or file.get(name) for name in arguments]
+    if not all(loras) and not params["resume"]:
+        raise UserError("two LoRAs are needed: unziplora zip CONTENT STYLE; see unziplora zip --help")
+    name = "-".join(_name(Path(str(lora))) for lora in loras) if all(loras) else None
+    return run_layers("zip", file, flags, name, params["resume"])
 
 
 def _name(lora: Path) -> str:
-    """What a run folder or a file is called."""
+    """Return the name of a LoRA's run folder, or of its file."""
     return lora.parent.name or lora.stem if lora.stem in ("content", "style", "lora") else lora.stem
 
 
-def _plan(config: ZipConfig, as_json: bool) -> None:
-    """Show the resolved settings and the prompts; LoRAs and pictures are opened."""
-    with stdout_kept():
-        from unziplora.methods.ziplora.inputs import complete
-        from unziplora.methods.ziplora.method import ZipLora
-        from unziplora.training.preflight import check_run
+def _run(config: ZipConfig, progress: Callback, resume: bool) -> Output:
+    with memory_advice(config):
+        from unziplora.methods.ziplora.method import zip_loras
 
-        config = complete(config)
-        if config.method == "zip":
-            check_run(ZipLora, config, 64)
-        else:
-            ZipLora.check(config)
+        return run_output(zip_loras(config, resume=resume, progress=progress))
+
+
+def _plan(config: ZipConfig) -> Plan:
+    """List the prompts; LoRAs and images are opened."""
+    from unziplora.methods.ziplora.inputs import complete
+    from unziplora.methods.ziplora.method import ZipLora
+    from unziplora.training.preflight import check_run
+
+    config = complete(config)
+    if config.method == "zip":
+        check_run(ZipLora, config, 64)
+    else:
+        ZipLora.check(config)
     prompts = config.filled_prompts()
-    lines = "\n".join(f"# {name}: {text}" for name, text in prompts.items())
-    result = {"config": config.model_dump(mode="json"), "prompts": prompts}
-    emit(result, lambda: f"{to_toml(config)}\n# Prompts\n{lines}", as_json)
+    return Plan(config, {"prompts": prompts}, prompt_comments(prompts))
 
 
-_KNOWN = {
+_NOTES = {
     "content_lora": ["the same as CONTENT"],
     "style_lora": ["the same as STYLE"],
     "content_images": ["repeatable"],
@@ -97,10 +68,12 @@ _KNOWN = {
 
 zip_command = RecipeCommand(
     "zip",
-    callback=click.pass_context(run_zip),
+    ZipConfig,
+    _run,
+    _plan,
     help="""Merge a content LoRA and a style LoRA into one (ZipLoRA).
 
-    CONTENT and STYLE are run folders, or LoRA files of any program, of any ranks. Scales of their input
+    CONTENT and STYLE are run folders, or LoRA files from any tool, of any rank. Scales of their input
     columns are trained until the merged LoRA does what each did alone.
 
     \b
@@ -109,18 +82,16 @@ zip_command = RecipeCommand(
         --style-prompt "an image in pencil sketch style"
       unziplora zip runs/cat runs/fox --method direct --style-strength 0.7
 
-    Prompts, pictures and the base come from the LoRAs' own runs where they are known. The run folder then
-    holds lora.safetensors, samples, and a README. --method direct adds the two as they are, without a base.
+    Prompts, images and the base come from the LoRAs' own runs where these are known. The run folder then
+    contains lora.safetensors, samples, and a README. --method direct adds the two as they are, without a base.
     """,
     short_help="Merge a content LoRA and a style LoRA into one.",
-    params=[
-        click.Argument(["content"], required=False, metavar="CONTENT"),
-        click.Argument(["style"], required=False, metavar="STYLE"),
-        config_option(),
-        dry_run_option("train nothing"),
-        click.Option(["--resume"], is_flag=True, help="Continue the interrupted run in the folder of --out."),
-        json_option(),
-        quiet_option(),
-        *options(ZipConfig, notes=_KNOWN),
+    dry_run="train nothing",
+    arguments=[
+        click.Argument(["content"], required=False, type=ExpandedPath(), metavar="CONTENT"),
+        click.Argument(["style"], required=False, type=ExpandedPath(), metavar="STYLE"),
     ],
+    layers=_layers,
+    resumable=True,
+    notes=_NOTES,
 )

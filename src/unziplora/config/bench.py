@@ -38,7 +38,7 @@ class BenchConfig(Recipe):
     out: Path = key(Path("bench"), "Folder for runs, scores and report; the same command continues it.", "Input")
     base: str = key("bundled", "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
     split: Literal["dev", "test"] = key("dev", "Cases for choosing settings, or those for the final figures.", "Input")
-    cases: list[str] = key([], "Cases by name; default: all of the split.", "Input")
+    cases: list[str] = key([], "Cases by name; default: all of the split.", "Input", expert=True)
     pictures: Path | None = key(
         None,
         "Instead: a folder of real pictures and words.toml, measured by the models named with clip, dino, csd.",
@@ -58,29 +58,34 @@ class BenchConfig(Recipe):
         min_length=1,
     )
     measures: list[Literal["trained", "plain"]] = key(
-        ["trained", "plain"], "What pictures are compared by; the first one makes the headline.", "Method", min_length=1
+        ["trained", "plain"],
+        "What pictures are compared by; the first one makes the headline.",
+        "Method",
+        min_length=1,
+        expert=True,
     )
-    clip: str | None = key(None, "CLIP model for pictures: folder or hub id.", "Method", min_length=1)
-    dino: str | None = key(None, "DINO model for pictures: folder or hub id.", "Method", min_length=1)
-    csd: str | None = key(None, "CSD model for pictures: folder or hub id.", "Method", min_length=1)
+    clip: str | None = key(None, "CLIP model for pictures: folder or hub id.", "Method", min_length=1, expert=True)
+    dino: str | None = key(None, "DINO model for pictures: folder or hub id.", "Method", min_length=1, expert=True)
+    csd: str | None = key(None, "CSD model for pictures: folder or hub id.", "Method", min_length=1, expert=True)
     search: int = key(
         0, "Search instead: the number of grid settings to try for each method; writes settings.toml.", "Method", ge=0
     )
-    token: str = key("sks", "Rare word that stands for the subject.", "Method", min_length=1)
+    token: str = key("sks", "Rare word that stands for the subject.", "Method", min_length=1, expert=True)
     seeds: list[int] = key([0, 1, 2], "Training seeds.", "Training", min_length=1)
     oracle_seeds: int | None = key(
         None,
         "Train the oracle, which takes the longest, with only this many of the seeds; default: with all.",
         "Training",
         ge=1,
+        expert=True,
     )
-    precision: Precision = key("auto", "Number format of the base.", "Training")
+    precision: Precision = key("auto", "Number format of the base.", "Training", expert=True)
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
     workers: int = key(1, "Processes that share the work, the cores and the GPUs.", "Training", ge=1)
 
-    samples: int = key(2, "Pictures per prompt.", "Sampling", ge=1)
-    sample_steps: int = key(20, "Denoising steps.", "Sampling", ge=1)
-    guidance: float = key(2.5, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
+    samples: int = key(2, "Pictures per prompt.", "Sampling", ge=1, expert=True)
+    sample_steps: int = key(20, "Denoising steps.", "Sampling", ge=1, expert=True)
+    guidance: float = key(2.5, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1, expert=True)
 
     _natural = field_validator("seeds")(natural_seeds)
 

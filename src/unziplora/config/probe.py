@@ -39,24 +39,26 @@ class ProbeConfig(Recipe):
         "Prompts",
         min_length=2,
     )
-    prompt: str = key("a {content} in {style} style", "Prompt of every picture.", "Prompts")
+    prompt: str = key("a {content} in {style} style", "Prompt of every picture.", "Prompts", expert=True)
 
-    pairs: int = key(8, "Pairs of prompts on each axis.", "Method", ge=1)
+    pairs: int = key(8, "Pairs of prompts on each axis.", "Method", ge=1, expert=True)
     clip: str | None = key(
         None,
         "CLIP model to compare images by, a folder or hub id; default: statistics of gradients, colors and textures.",
         "Method",
         min_length=1,
     )
-    content_blocks: int = key(2, "Blocks that the map gives to content, at most.", "Method", ge=0)
-    style_blocks: int = key(4, "Blocks that the map gives to style, at most.", "Method", ge=0)
+    content_blocks: int = key(2, "Blocks that the map gives to content, at most.", "Method", ge=0, expert=True)
+    style_blocks: int = key(4, "Blocks that the map gives to style, at most.", "Method", ge=0, expert=True)
 
     seeds: list[int] = key([0, 1], "Pictures of each prompt.", "Sampling", min_length=1)
     steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
-    guidance: float = key(5.0, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
-    resolution: int | None = key(None, "Side of the pictures in pixels; default: the base's own.", "Sampling", ge=8)
-    batch_size: int = key(1, "Seeds computed at once.", "Sampling", ge=1)
-    precision: Precision = key("auto", "Number format of the base.", "Sampling")
+    guidance: float = key(5.0, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1, expert=True)
+    resolution: int | None = key(
+        None, "Side of the pictures in pixels; default: the base's own.", "Sampling", ge=8, expert=True
+    )
+    batch_size: int = key(1, "Seeds computed at once.", "Sampling", ge=1, expert=True)
+    precision: Precision = key("auto", "Number format of the base.", "Sampling", expert=True)
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")
 
     @field_validator("contents", "styles")

@@ -31,15 +31,23 @@ GROUPS = ("Input", "Prompts", "Method", "Training", "Output")
 
 
 def key(
-    default: Any, help: str, group: str, *, private: bool = False, may_change: bool = False, **constraints: Any
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    private: bool = False,
+    may_change: bool = False,
+    expert: bool = False,
+    **constraints: Any,
 ) -> Any:
     """Declare one configuration key with its help text, its group in `--help` and its bounds.
 
     Args:
         private: machine-specific (a path, for example); omitted from published metadata.
         may_change: may differ when a run is resumed, because it does not affect what is learned.
+        expert: shown by `--help-all` only.
     """
-    extra: dict[str, Any] = {"group": group, "private": private, "may_change": may_change}
+    extra: dict[str, Any] = {"group": group, "private": private, "may_change": may_change, "expert": expert}
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
@@ -91,8 +99,8 @@ class Recipe(BaseModel):
 
     @classmethod
     def marked(cls, mark: str) -> set[str]:
-        """Return the names of the keys declared with a mark: `private`, `may_change`."""
-        return {name for name, field in cls.model_fields.items() if _extra(field).get(mark)}
+        """Return the names of the keys declared with a mark: `private`, `may_change` or `expert`."""
+        return {name for name, field in cls.model_fields.items() if has_mark(field, mark)}
 
 
 def natural_seeds(seeds: list[int]) -> list[int]:
@@ -105,6 +113,11 @@ def natural_seeds(seeds: list[int]) -> list[int]:
 def group_of(field: FieldInfo) -> str:
     """Return the group that a key was declared in."""
     return str(_extra(field).get("group", "Options"))
+
+
+def has_mark(field: FieldInfo, mark: str) -> bool:
+    """Check whether a key was declared with a mark: `private`, `may_change` or `expert`."""
+    return bool(_extra(field).get(mark))
 
 
 def _extra(field: FieldInfo) -> dict[str, Any]:

@@ -47,16 +47,17 @@ class GenerationConfig(Recipe):
         "Prompts",
     )
     content_prompt: str | None = key(
-        None, "What the content LoRA sees in separate mode; default: as in its run.", "Prompts"
+        None, "What the content LoRA sees in separate mode; default: as in its run.", "Prompts", expert=True
     )
     style_prompt: str | None = key(
-        None, "What the style LoRA sees in separate mode; default: as in its run.", "Prompts"
+        None, "What the style LoRA sees in separate mode; default: as in its run.", "Prompts", expert=True
     )
     mode: Literal["auto", "separate", "direct"] = key(
         "auto",
         "Both LoRAs together: separate prompts (as in training), or direct addition with one prompt, as UIs do; "
         "auto: separate where the words are known.",
         "Prompts",
+        expert=True,
     )
     negative: str = key("", "What to steer away from.", "Prompts")
 
@@ -65,22 +66,22 @@ class GenerationConfig(Recipe):
     )
     style_strength: float = key(1.0, "Strength of the style LoRA; 0 switches it off.", "Strength", allow_inf_nan=False)
     content_blocks: list[str] = key(
-        [], "Strength per block of the content LoRA, such as up_blocks.0.attentions.1=0.5.", "Strength"
+        [], "Strength per block of the content LoRA, such as up_blocks.0.attentions.1=0.5.", "Strength", expert=True
     )
-    style_blocks: list[str] = key([], "Strength per block of the style LoRA.", "Strength")
+    style_blocks: list[str] = key([], "Strength per block of the style LoRA.", "Strength", expert=True)
 
     steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
     guidance: float | None = key(
         None, "Classifier-free guidance; 1 switches it off; default: as in the run, else 5.", "Sampling", ge=1
     )
     guidance_rescale: float = key(
-        0.0, "Guidance rescale (arXiv 2305.08891); 0.7 suits zero-terminal SNR.", "Sampling", ge=0, le=1
+        0.0, "Guidance rescale (arXiv 2305.08891); 0.7 suits zero-terminal SNR.", "Sampling", ge=0, le=1, expert=True
     )
     scheduler: str = key("base", f"Sampler: {', '.join(SCHEDULER_NAMES)}.", "Sampling")
     width: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
     height: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
     seeds: list[int] = key([0], "One picture per seed and prompt.", "Sampling", min_length=1)
-    precision: Precision = key("auto", "Number format of the base.", "Sampling")
+    precision: Precision = key("auto", "Number format of the base.", "Sampling", expert=True)
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")
 
     @field_validator("scheduler")

@@ -36,7 +36,7 @@ class TrainingConfig(Recipe):
         "Input",
         ge=16,
     )
-    token: str = key("sks", "Rare word that stands for this very subject.", "Prompts", min_length=1)
+    token: str = key("sks", "Rare word that stands for this very subject.", "Prompts", min_length=1, expert=True)
 
     steps: int = key(600, "Optimizer steps.", "Training", ge=1)
     batch_size: int = key(1, "Noisy latents per step.", "Training", ge=1)
@@ -45,29 +45,34 @@ class TrainingConfig(Recipe):
         "adamw8bit needs less memory, and bitsandbytes; prodigy finds the step size itself: set learning rates to 1.",
         "Training",
     )
-    betas: tuple[float, float] = key((0.9, 0.999), "Adam's betas.", "Training")
+    betas: tuple[float, float] = key((0.9, 0.999), "Adam's betas.", "Training", expert=True)
     schedule: Literal["constant", "cosine"] = key(
-        "constant", "Learning-rate schedule; cosine ends at zero.", "Training"
+        "constant", "Learning-rate schedule; cosine ends at zero.", "Training", expert=True
     )
-    schedule_warmup: int = key(0, "Steps of linear learning-rate warm-up.", "Training", ge=0)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", "Training", gt=0)
-    min_snr_gamma: float | None = key(None, "Min-SNR weighting (arXiv 2303.09556), usually 5.", "Training", gt=0)
+    schedule_warmup: int = key(0, "Steps of linear learning-rate warm-up.", "Training", ge=0, expert=True)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", "Training", gt=0, expert=True)
+    min_snr_gamma: float | None = key(
+        None, "Min-SNR weighting (arXiv 2303.09556), usually 5.", "Training", gt=0, expert=True
+    )
     noise_offset: float = key(
         0.0,
         "A constant added to the noise of each channel, for very dark or bright pictures; usually 0.05.",
         "Training",
         ge=0,
+        expert=True,
     )
     timestep_shift: float = key(
         1.0,
         "Above 1, more steps train at high noise, where layout and background colors are decided; 1 is uniform.",
         "Training",
         gt=0,
+        expert=True,
     )
     precision: Precision = key(
         "auto",
         "Arithmetic of the frozen base; auto: bf16 where the device has it, else fp16, fp32 on CPU.",
         "Training",
+        expert=True,
     )
     gradient_checkpointing: bool = key(
         False,
@@ -81,37 +86,47 @@ class TrainingConfig(Recipe):
         "gradient checkpointing.",
         "Training",
         may_change=True,
+        expert=True,
     )
     generated_steps: int = key(
         30,
         "Denoising steps for images that a training generates itself: class images, ZipLoRA's teachers.",
         "Training",
         ge=1,
+        expert=True,
     )
     generated_guidance: float = key(
-        5.0, "Classifier-free guidance for images that a training generates itself.", "Training", ge=1
+        5.0, "Classifier-free guidance for images that a training generates itself.", "Training", ge=1, expert=True
     )
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training", may_change=True)
     seed: int = key(0, "Seed of everything random.", "Training", ge=0)
 
-    save_precision: Literal["fp16", "bf16", "fp32"] = key("fp16", "Number format in the files.", "Output")
+    save_precision: Literal["fp16", "bf16", "fp32"] = key("fp16", "Number format in the files.", "Output", expert=True)
     formats: list[Literal["kohya", "diffusers"]] = key(
         ["kohya"],
         "File layouts to write; kohya's, which every program reads, is always among them.",
         "Output",
         may_change=True,
+        expert=True,
     )
     checkpoint_every: int = key(
-        200, "Steps between checkpoints; 0: only at the end and when interrupted.", "Output", ge=0, may_change=True
+        200,
+        "Steps between checkpoints; 0: only at the end and when interrupted.",
+        "Output",
+        ge=0,
+        may_change=True,
+        expert=True,
     )
     sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0, may_change=True)
-    sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1, may_change=True)
-    sample_guidance: float = key(5.0, "Classifier-free guidance of samples.", "Output", ge=1, may_change=True)
+    sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1, may_change=True, expert=True)
+    sample_guidance: float = key(
+        5.0, "Classifier-free guidance of samples.", "Output", ge=1, may_change=True, expert=True
+    )
     sample_seeds: list[int] = key(
-        [0, 1], "Seeds of samples; none: no samples.", "Output", max_length=200, may_change=True
+        [0, 1], "Seeds of samples; none: no samples.", "Output", max_length=200, may_change=True, expert=True
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = key(
-        [], "Experiment trackers.", "Output", may_change=True
+        [], "Experiment trackers.", "Output", may_change=True, expert=True
     )
 
     _natural = field_validator("sample_seeds")(natural_seeds)
@@ -173,10 +188,15 @@ class ImageConfig(TrainingConfig):
     """Common keys of the recipes that learn from pictures."""
 
     images: list[Path] = key(
-        ..., "Picture file, or several that share what is to be learned.", "Input", min_length=1, private=True
+        ...,
+        "Picture file, or several that share what is to be learned.",
+        "Input",
+        min_length=1,
+        private=True,
+        expert=True,
     )
     masks: list[Path] = key([], "Subject masks, one per picture: white counts in the loss.", "Input", private=True)
-    background_weight: float = key(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
+    background_weight: float = key(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1, expert=True)
 
     rank: int = key(
         64,
@@ -184,13 +204,20 @@ class ImageConfig(TrainingConfig):
         "Training",
         ge=1,
     )
-    alpha: float | None = key(None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0)
-    weight_decay: float = key(1e-4, "Decoupled weight decay of the LoRA matrices.", "Training", ge=0)
+    alpha: float | None = key(
+        None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0, expert=True
+    )
+    weight_decay: float = key(1e-4, "Decoupled weight decay of the LoRA matrices.", "Training", ge=0, expert=True)
     sample_subject: str = key(
-        "dog", "Another subject, for the style-alone sample.", "Output", min_length=1, may_change=True
+        "dog", "Another subject, for the style-alone sample.", "Output", min_length=1, may_change=True, expert=True
     )
     sample_style: str = key(
-        "watercolor painting", "Another style, for the content-alone sample.", "Output", min_length=1, may_change=True
+        "watercolor painting",
+        "Another style, for the content-alone sample.",
+        "Output",
+        min_length=1,
+        may_change=True,
+        expert=True,
     )
 
     def prior_weights(self) -> dict[str, float]:
