@@ -1,7 +1,7 @@
-"""What the benchmark's measures make of pictures that no training made: `python benchmarks/measures.py`.
+"""Check of the benchmark's measures on images that no training made: `python benchmarks/measures.py`.
 
-A measure is of use if it gives the truth drawn anew nearly 1, and little to what a bad method makes: a copy of the
-input, another drawing, the right thing in the wrong style. Means over all cases of both splits.
+A useful measure gives the truth, rendered again, nearly 1, and gives little to the results of bad methods: a copy of
+the input, another drawing, the right thing in the wrong style. Figures are means over all cases of both splits.
 """
 
 from __future__ import annotations
@@ -14,45 +14,45 @@ from typing import Literal
 from PIL import Image
 
 from unziplora.bench.cases import Case, Example, load_cases
-from unziplora.bench.evaluate import Ask, score
+from unziplora.bench.evaluate import Task, score_images
 from unziplora.bench.session import MEASURES
-from unziplora.metrics.measures import Measure
+from unziplora.metrics.measures import CaseMeasure
 from unziplora.models.text import Prompts
 
 Control = tuple[str, Literal["content", "style"], Example, Image.Image]
 
 
 def controls(case: Case, cases: dict[str, Case]) -> Iterator[Control]:
-    """What to compare on one case: its name, the task, the truth, and the picture that stands for a made one."""
+    """List comparisons on one case: name, kind of task, truth, and the image in place of a result."""
     strangers = [other for other in cases.values() if other.drawing != case.drawing]
     for truth in case.targets:
-        for anew in case.oracle_content:
-            if anew.word == truth.word:
-                yield "1: D drawn anew in the style asked for", "content", truth, anew.pictures[0]
-        yield "1: a copy of f(D)", "content", truth, case.picture
+        for again in case.oracle_content:
+            if again.word == truth.word:
+                yield "1: D rendered again in the style asked for", "content", truth, again.images[0]
+        yield "1: a copy of f(D)", "content", truth, case.image
         for other in strangers:
             for wrong in other.targets:
                 if wrong.word == truth.word:
-                    yield "1: another drawing in the style asked for", "content", truth, wrong.pictures[0]
+                    yield "1: another drawing in the style asked for", "content", truth, wrong.images[0]
     for truth in case.others:
-        yield "2: one of two truths itself", "style", truth, truth.pictures[0]
-        yield "2: a copy of f(D)", "style", truth, case.picture
+        yield "2: one of two truths itself", "style", truth, truth.images[0]
+        yield "2: a copy of f(D)", "style", truth, case.image
         for other in strangers:
             for wrong in other.others:
                 if wrong.word == truth.word and other.filter != case.filter:
-                    yield "2: the right thing under another filter", "style", truth, wrong.pictures[0]
+                    yield "2: the right thing under another filter", "style", truth, wrong.images[0]
 
 
-def rows(measure: Measure) -> dict[str, float]:
-    """The mean score of each kind of picture."""
-    found: dict[str, list[float]] = {}
+def rows(measure: CaseMeasure) -> dict[str, float]:
+    """Return the mean score of each kind of image."""
+    scores: dict[str, list[float]] = {}
     for split in ("dev", "test"):
         cases = load_cases(split)
         for case in cases.values():
-            for name, task, truth, made in controls(case, cases):
-                ask = Ask(task, truth.word, Prompts("-"), {}, truth.pictures)
-                found.setdefault(name, []).append(score(measure, case, ask, [made])[0]["score"])
-    return {name: mean(values) for name, values in found.items()}
+            for name, kind, truth, image in controls(case, cases):
+                task = Task(kind, truth.word, Prompts("-"), {}, truth.images)
+                scores.setdefault(name, []).append(score_images(measure, case, task, [image])[0]["score"])
+    return {name: mean(values) for name, values in scores.items()}
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--measures", nargs="+", default=["trained", "plain"], choices=list(MEASURES))
     names = parser.parse_args().measures
     columns = [rows(MEASURES[name]()) for name in names]
-    print("| pictures | " + " | ".join(f"`{name}`" for name in names) + " |")
+    print("| images | " + " | ".join(f"`{name}`" for name in names) + " |")
     print("|---" * (len(names) + 1) + "|")
     for name in columns[0]:
         print(f"| {name} | " + " | ".join(f"{column[name]:.2f}" for column in columns) + " |")

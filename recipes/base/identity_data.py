@@ -23,7 +23,7 @@ from recipes.base.filters.common import Picture
 from recipes.base.sheets import to_pixels
 from recipes.base.vae import to_tensor
 from recipes.base.world import FREE_LICENCES, NEVER_FILTERS, NEVER_SETS, Item, World
-from unziplora.metrics.measures import fingerprint_of
+from unziplora.metrics.measures import hash_files
 
 VARIANTS = 3
 """Fixed random states per filter: the same for every drawing, as paper and ink are the same for a series."""
@@ -92,7 +92,7 @@ def natural_and_filtered(recipe: Recipe, vae_folder: Path) -> Pictures:
         items = [*natural(world), *plan(world, known, FILTERS_EACH, recipe.seed)]
         return _complete(world, items, vae, recipe.seed)
 
-    mark = fingerprint_of(*sorted(vae_folder.glob("*.safetensors")))
+    mark = hash_files(*sorted(vae_folder.glob("*.safetensors")))
     return kept(recipe.output / "pictures.npy", recipe.world, [recipe.seed, VARIANTS, FILTERS_EACH, SOFT, mark], make)
 
 

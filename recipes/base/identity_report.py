@@ -22,7 +22,7 @@ from recipes.base.filters import FILTERS
 from recipes.base.grades import Grade
 from recipes.base.identity_data import open_world, render
 from recipes.base.world import NEVER_FILTERS, Item, World, held_out_concepts
-from unziplora.metrics.measures import WEIGHTS, Measure, Plain, Trained
+from unziplora.metrics.measures import WEIGHTS, CaseMeasure, Plain, Trained
 
 UNSEEN = ("fxemoji", "noto-v1")
 OTHERS = ("noto", "twemoji")
@@ -123,7 +123,7 @@ def judge(embed: Embed, trials: list[list[Shown]], world: World) -> Figures:
     return {"right": round(float(right), 3), "auc": round(auc(same, different), 3)}
 
 
-def report(measure: Measure, recipe: Recipe, count: int) -> dict[str, dict[str, Figures]]:
+def report(measure: CaseMeasure, recipe: Recipe, count: int) -> dict[str, dict[str, Figures]]:
     """Accuracies and AUCs of content, concept and style, in filters that were trained and in others."""
     world = open_world(recipe)
     concepts = [c for c in sorted(held_out_concepts()) if all(world.has(d, c) for d in (*UNSEEN, *OTHERS))]

@@ -29,7 +29,7 @@ def roundtrip(recipe: Recipe, folder: Path, drawn: Path) -> dict[str, float]:
     vae = AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).eval()
     kinds = pictures_to_rebuild(recipe, training_pictures(recipe).pixels)
     size = (recipe.world.resolution,) * 2
-    cases = [np.asarray(case.picture.resize(size)) for case in load_cases("dev").values()]
+    cases = [np.asarray(case.image.resize(size)) for case in load_cases("dev").values()]
     found = {}
     for name, pixels in {**kinds, "dev_cases": np.stack(cases)}.items():
         real = to_tensor(pixels, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""A benchmark small enough for tests."""
+"""Fixtures of a benchmark small enough for tests."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from unziplora.models.base import Base
 
 @pytest.fixture
 def cases() -> dict[str, Case]:
-    """Two cases, each the other's partner."""
+    """Return two cases, each the partner of the other."""
     return {"cat": make_case("cat", "dog", 200), "dog": make_case("dog", "cat", 120)}
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: Path) -> BenchConfig:
-    """One seed, one picture per prompt, two denoising steps."""
+    """Return one seed, one image per prompt, two denoising steps."""
     return BenchConfig(
         out=tmp_path / "out",
         base=str(tiny_folder),
@@ -35,12 +35,12 @@ def config(tmp_path: Path, tiny_folder: Path) -> BenchConfig:
 
 
 @pytest.fixture
-def place(config: BenchConfig) -> Workspace:
-    """The folder of a benchmark."""
+def workspace(config: BenchConfig) -> Workspace:
+    """Return the folder of a benchmark."""
     return Workspace(config, config.out)
 
 
 @pytest.fixture
 def fake(tiny_base: Base) -> Fake:
-    """A method that counts."""
+    """Return a method that counts its trainings."""
     return Fake(tiny_base.unet)

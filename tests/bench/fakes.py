@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unziplora.bench.cases import Case, Example
-from unziplora.bench.contender import Adapters
+from unziplora.bench.contenders import Adapters
 from unziplora.bench.workspace import Workspace
 from unziplora.config.training import TrainingConfig
 from unziplora.lora.weights import Lora
@@ -33,7 +33,7 @@ def make_case(slug: str, partner: str, hue: int) -> Case:
         filter="ink",
         seed=0,
         tint=(1.0, 1.0, 1.0),
-        picture=picture(hue, 40),
+        image=picture(hue, 40),
         targets=(Example("neon sign", (picture(hue, 90),)), Example("oil", (picture(hue, 160),))),
         others=(Example("key", (picture(5, 40), picture(6, 40))),),
         partner=partner,
@@ -76,14 +76,14 @@ class Fake:
     steps: int = 1
     trained: list[tuple[str, int]] = field(default_factory=list)
 
-    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        return [TrainingConfig(out=place.run_folder(self.name, case, seed), steps=self.steps, seed=seed)]
+    def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
+        return [TrainingConfig(out=workspace.run_folder(self.name, case, seed), steps=self.steps, seed=seed)]
 
-    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
+    def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         self.trained.append((case.slug, seed))
         content, style = (Lora(tiny.random_lora(self.unet, 2 * seed + n)) for n in (0, 1))
         return Adapters(content, style, prompts=("a {token} {content}", "an image in {style} style"))
 
-    def mix(self, place: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
-        mine = self.train(place, case, seed)
+    def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
+        mine = self.train(workspace, case, seed)
         return Adapters(mine.content, mine.style, prompts=mine.prompts)

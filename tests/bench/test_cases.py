@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from unziplora.bench.cases import CASES, Case, choose, load_cases
+from unziplora.bench.cases import CASES, Case, load_cases, select_cases
 from unziplora.errors import UserError
 
 SPLITS = {split: load_cases(split) for split in ("dev", "test")}
@@ -37,16 +37,16 @@ def test_every_case_has_its_truths(case: Case):
     assert case.style not in {example.word for example in case.targets}
     assert len({example.word for example in case.others}) == 4
     assert case.content not in {example.word for example in case.others}
-    assert all(len(example.pictures) == 2 for example in case.others)
-    pictures = [case.picture, case.mix, *(p for e in (*case.targets, *case.others) for p in e.pictures)]
+    assert all(len(example.images) == 2 for example in case.others)
+    pictures = [case.image, case.mix, *(p for e in (*case.targets, *case.others) for p in e.images)]
     assert {picture.size for picture in pictures} == {(128, 128)}
     assert len({picture.tobytes() for picture in pictures}) == len(pictures)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.slug)
 def test_the_oracle_sees_no_truth(case: Case):
-    learned = [p for e in (*case.oracle_content, *case.oracle_style) for p in e.pictures]
-    truths = [case.picture, case.mix, *(p for e in (*case.targets, *case.others) for p in e.pictures)]
+    learned = [p for e in (*case.oracle_content, *case.oracle_style) for p in e.images]
+    truths = [case.image, case.mix, *(p for e in (*case.targets, *case.others) for p in e.images)]
     assert len(case.oracle_content) >= 6
     assert len(case.oracle_style) == 12
     assert len({picture.tobytes() for picture in (*learned, *truths)}) == len(learned) + len(truths)
@@ -66,12 +66,12 @@ def test_partners_are_mutual_and_differ_in_concept_and_filter(cases: dict[str, C
 def test_cases_are_chosen_by_name_and_quick_takes_a_pair():
     cases = SPLITS["dev"]
     first, second, *_ = cases.values()
-    assert choose(cases, []) == list(cases.values())
-    assert choose(cases, [], quick=True) == [first, second]
+    assert select_cases(cases, []) == list(cases.values())
+    assert select_cases(cases, [], quick=True) == [first, second]
     assert first.partner == second.slug
-    assert choose(cases, [second.slug, second.slug]) == [second]
-    with pytest.raises(UserError, match=f"no case 'nothing': there are {first.slug}, "):
-        choose(cases, ["nothing"])
+    assert select_cases(cases, [second.slug, second.slug]) == [second]
+    with pytest.raises(UserError, match=f"unknown case 'nothing'; the cases are {first.slug}, "):
+        select_cases(cases, ["nothing"])
 
 
 def test_the_file_is_small_and_tells_whose_drawings_it_holds():
@@ -91,5 +91,5 @@ def test_a_missing_or_damaged_file_is_told(tmp_path: Path, content: bytes | None
     path = tmp_path / "cases.zip"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"cases\.zip: no cases of the benchmark can be read"):
+    with pytest.raises(UserError, match=r"cases\.zip: the cases of the benchmark cannot be read"):
         load_cases("dev", path)

@@ -10,9 +10,8 @@ from fakes import Colors, Fake, picture
 
 from unziplora.bench import evaluate as protocol
 from unziplora.bench.cases import Case
-from unziplora.bench.contender import Adapters
-from unziplora.bench.contenders import METHODS
-from unziplora.bench.evaluate import Ask, asks, draw, evaluate, score
+from unziplora.bench.contenders import METHODS, Adapters
+from unziplora.bench.evaluate import Task, evaluate, make_tasks, sample_task, score_images
 from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import ABLATION
 from unziplora.config.split import SplitConfig
@@ -34,7 +33,7 @@ class TestAsks:
         templates = ("a {token} {content}", "an image in {style} style")
         alone, mixed = Adapters(content, style, prompts=templates), Adapters(content, other, prompts=templates)
         cat, dog = cases["cat"], replace(cases["dog"], style="clay")
-        found = {ask.slug: ask for ask in asks(cat, dog, alone, mixed, "sks")}
+        found = {task.slug: task for task in make_tasks(cat, dog, alone, mixed, "sks")}
         assert list(found) == ["content-neon-sign", "content-oil", "style-key", "both-cat", "mix-dog"]
         assert found["content-neon-sign"].prompts == Prompts("a sks cat in neon sign style")
         assert found["content-neon-sign"].loras == {"content": content}
@@ -42,28 +41,28 @@ class TestAsks:
         assert found["style-key"].loras == {"style": style}
         assert len(found["style-key"].truths) == 2
         assert found["both-cat"].prompts == Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
-        assert found["both-cat"].truths == (cat.picture,)
+        assert found["both-cat"].truths == (cat.image,)
         assert found["mix-dog"].prompts == Prompts("a sks cat in clay style", "a sks cat", "an image in clay style")
         assert found["mix-dog"].loras == {"content": content, "style": other}
         assert found["mix-dog"].truths == (cat.mix,)
 
     def test_one_merged_lora_gets_one_prompt_and_the_base_no_rare_word(self, cases: Cases):
         part, merged = Lora({}), Lora({})
-        made = asks(cases["cat"], cases["dog"], Adapters(part, part, merged), Adapters(part, part, merged), "sks")
+        made = make_tasks(cases["cat"], cases["dog"], Adapters(part, part, merged), Adapters(part, part, merged), "sks")
         assert made[-1].loras == {"lora": merged}
         assert made[-1].prompts == Prompts("a sks cat in ink style")
-        nothing = Adapters(subject="a {content}")
-        plain = asks(cases["cat"], cases["dog"], nothing, nothing, "sks")
-        assert not any(ask.loras for ask in plain)
-        assert not any("sks" in ask.prompts.full for ask in plain)
+        nothing = Adapters(content_phrase="a {content}")
+        plain = make_tasks(cases["cat"], cases["dog"], nothing, nothing, "sks")
+        assert not any(task.loras for task in plain)
+        assert not any("sks" in task.prompts.full for task in plain)
 
 
 class TestScore:
     def test_content_alone_is_held_against_the_drawing_in_that_style(self, cases: Cases):
         cat = cases["cat"]
-        truth, copy, ignored = cat.targets[1].pictures[0], cat.picture, picture(0, 160)
-        ask = Ask("content", "oil", Prompts("x"), {}, (truth,))
-        right, copied, plain = score(Colors(), cat, ask, [truth, copy, ignored])
+        truth, copy, ignored = cat.targets[1].images[0], cat.image, picture(0, 160)
+        task = Task("content", "oil", Prompts("x"), {}, (truth,))
+        right, copied, plain = score_images(Colors(), cat, task, [truth, copy, ignored])
         turn = np.cos((160 - 40) / 255 * np.pi / 2)  # between the truth's style and the picture's
         assert right == pytest.approx({"content": 1.0, "style": 1.0, "score": 1.0, "leak": 0.0}, abs=1e-5)
         assert copied == pytest.approx({"content": 1.0, "style": turn, "score": turn**0.5, "leak": 1 - turn}, abs=1e-5)
@@ -73,8 +72,8 @@ class TestScore:
 
     def test_style_alone_is_held_against_other_concepts_in_that_style(self, cases: Cases):
         cat = cases["cat"]
-        ask = Ask("style", "key", Prompts("x"), {}, (picture(0, 40, 10), picture(0, 40, 30)))
-        (row,) = score(Colors(), cat, ask, [picture(200, 40, 20)])
+        task = Task("style", "key", Prompts("x"), {}, (picture(0, 40, 10), picture(0, 40, 30)))
+        (row,) = score_images(Colors(), cat, task, [picture(200, 40, 20)])
         kind = np.cos(10 / 255 * np.pi / 2)
         assert row["style"] == pytest.approx(1.0, abs=1e-5)
         assert row["content"] == pytest.approx(kind, abs=1e-5)
@@ -82,32 +81,38 @@ class TestScore:
         assert row["leak"] == pytest.approx(1 - np.cos(200 / 255 * np.pi / 2), abs=1e-5)  # the cat came along
 
     def test_both_together_have_no_leak(self, cases: Cases):
-        ask = Ask("both", "cat", Prompts("x"), {}, (cases["cat"].picture,))
-        assert score(Colors(), cases["cat"], ask, [cases["cat"].picture])[0].keys() == {"content", "style", "score"}
+        task = Task("both", "cat", Prompts("x"), {}, (cases["cat"].image,))
+        assert score_images(Colors(), cases["cat"], task, [cases["cat"].image])[0].keys() == {
+            "content",
+            "style",
+            "score",
+        }
 
 
 def test_drawing_uses_the_loras_and_leaves_the_base_as_it_was(
-    tiny_base: Base, fake: Fake, place: Workspace, cases: Cases
+    tiny_base: Base, fake: Fake, workspace: Workspace, cases: Cases
 ):
-    made = fake.train(place, cases["cat"], 0)
+    made = fake.train(workspace, cases["cat"], 0)
     plain, content, both = (
-        Ask("content", "x", Prompts("a cat"), {}, ()),
-        Ask("content", "x", Prompts("a cat"), {"content": made.content}, ()),
-        Ask("both", "x", Prompts("a cat", "a cat", "ink"), {"content": made.content, "style": made.style}, ()),
+        Task("content", "x", Prompts("a cat"), {}, ()),
+        Task("content", "x", Prompts("a cat"), {"content": made.content}, ()),
+        Task("both", "x", Prompts("a cat", "a cat", "ink"), {"content": made.content, "style": made.style}, ()),
     )
-    before, first, second, after = (draw(tiny_base, ask, [3], 2, 2.5)[0] for ask in (plain, content, both, plain))
+    before, first, second, after = (
+        sample_task(tiny_base, task, [3], 2, 2.5)[0] for task in (plain, content, both, plain)
+    )
     assert before.tobytes() == after.tobytes()
     assert len({picture.tobytes() for picture in (before, first, second)}) == 3
     assert not adapted(tiny_base.unet)
 
 
 class TestEvaluate:
-    def run(self, place: Workspace, base: Base, fake: Fake, cases: Cases, *measures: Colors) -> dict[str, Any]:
-        return evaluate(place, base, measures or (Colors(),), fake, cases, cases["cat"], 0)
+    def run(self, workspace: Workspace, base: Base, fake: Fake, cases: Cases, *measures: Colors) -> dict[str, Any]:
+        return evaluate(workspace, base, measures or (Colors(),), fake, cases, cases["cat"], 0)
 
-    def test_writes_scores_of_every_picture(self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases):
-        found = self.run(place, tiny_base, fake, cases)
-        folder = place.run_folder("fake", cases["cat"], 0)
+    def test_writes_scores_of_every_picture(self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases):
+        found = self.run(workspace, tiny_base, fake, cases)
+        folder = workspace.run_folder("fake", cases["cat"], 0)
         assert json.loads((folder / "scores.json").read_text()) == found
         assert [(row["task"], row["target"]) for row in found["pictures"]] == [
             ("content", "neon sign"), ("content", "oil"), ("style", "key"), ("both", "cat"), ("mix", "dog"),
@@ -115,29 +120,29 @@ class TestEvaluate:
         assert all((folder / row["file"]).is_file() for row in found["pictures"])
         assert not list(folder.glob(".*"))
 
-    def test_what_is_there_is_kept(self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases):
-        first, trained = self.run(place, tiny_base, fake, cases), list(fake.trained)
-        assert self.run(place, tiny_base, fake, cases) == first
+    def test_what_is_there_is_kept(self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases):
+        first, trained = self.run(workspace, tiny_base, fake, cases), list(fake.trained)
+        assert self.run(workspace, tiny_base, fake, cases) == first
         assert fake.trained == trained
 
     def test_another_measure_scores_the_same_pictures(
-        self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+        self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
-        first = self.run(place, tiny_base, fake, cases)
+        first = self.run(workspace, tiny_base, fake, cases)
         monkeypatch.setattr(protocol, "generate", None)
-        again = self.run(place, tiny_base, fake, cases, Colors("one"), Colors("two"))
+        again = self.run(workspace, tiny_base, fake, cases, Colors("one"), Colors("two"))
         assert again["measures"] == ["one", "two"]
         assert again["seconds"] == first["seconds"]
         values = [row["values"] for row in again["pictures"]]
         assert [v["one"] for v in values] == [row["values"]["colors"] for row in first["pictures"]]
 
     def test_a_measure_with_other_weights_scores_anew(
-        self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+        self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
-        def asked(mark: str) -> int:
+        def asked(digest: str) -> int:
             measure = Colors()
-            measure.mark = mark
-            self.run(place, tiny_base, fake, cases, measure)
+            measure.weights_hash = digest
+            self.run(workspace, tiny_base, fake, cases, measure)
             return measure.asked
 
         assert asked("old") > 0
@@ -147,33 +152,33 @@ class TestEvaluate:
         assert asked("new") == 0
 
     def test_some_of_the_measures_are_there_already(
-        self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+        self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
-        both = self.run(place, tiny_base, fake, cases, Colors("one"), Colors("two"))
+        both = self.run(workspace, tiny_base, fake, cases, Colors("one"), Colors("two"))
         monkeypatch.setattr(protocol, "generate", None)
         trained = list(fake.trained)
-        assert self.run(place, tiny_base, fake, cases, Colors("two")) == both
+        assert self.run(workspace, tiny_base, fake, cases, Colors("two")) == both
         assert fake.trained == trained
 
     @pytest.mark.parametrize("change", ["steps", "sampling", "picture"])
     def test_other_settings_are_evaluated_anew(
-        self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases, change: str
+        self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, change: str
     ):
-        first = self.run(place, tiny_base, fake, cases)
+        first = self.run(workspace, tiny_base, fake, cases)
         if change == "steps":
             fake.steps = 2
         if change == "sampling":
-            place = replace(place, config=place.config.model_copy(update={"sample_steps": 3}))
+            workspace = replace(workspace, config=workspace.config.model_copy(update={"sample_steps": 3}))
         if change == "picture":
-            cases["cat"] = replace(cases["cat"], picture=picture(1, 2))
+            cases["cat"] = replace(cases["cat"], image=picture(1, 2))
         count = len(fake.trained)
-        assert self.run(place, tiny_base, fake, cases)["settings"] != first["settings"]
+        assert self.run(workspace, tiny_base, fake, cases)["settings"] != first["settings"]
         assert len(fake.trained) > count
 
     def test_pictures_of_an_interrupted_sampling_are_not_taken_for_whole(
-        self, place: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
+        self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
-        first = self.run(place, tiny_base, fake, cases)
+        first = self.run(workspace, tiny_base, fake, cases)
         fake.steps, real, calls = 2, protocol.generate, []
 
         def stopped(*args: Any, **options: Any) -> Any:
@@ -184,30 +189,30 @@ class TestEvaluate:
 
         monkeypatch.setattr(protocol, "generate", stopped)
         with pytest.raises(KeyboardInterrupt):
-            self.run(place, tiny_base, fake, cases)
+            self.run(workspace, tiny_base, fake, cases)
         fake.steps = 1
         monkeypatch.setattr(protocol, "generate", real)
-        (place.run_folder("fake", cases["cat"], 0) / "scores.json").unlink()
-        again = self.run(place, tiny_base, fake, cases)
+        (workspace.run_folder("fake", cases["cat"], 0) / "scores.json").unlink()
+        again = self.run(workspace, tiny_base, fake, cases)
         assert again["pictures"] == first["pictures"]
 
 
 class TestMethods:
     @pytest.fixture
-    def place(self, place: Workspace) -> Workspace:
+    def workspace(self, workspace: Workspace) -> Workspace:
         pair = {"steps": 2, "rank": 2, "batch_size": 1}
         told = {**pair, "sample_guidance": 3.0}  # which a merger takes over
         overrides = {"unziplora": SMALL, "blora": pair, "ziplora": {"steps": 2}} | {
             name: {"content": told, "style": told} for name in ("dreambooth", "oracle")
         }
-        return replace(place, overrides=overrides)
+        return replace(workspace, overrides=overrides)
 
-    def test_ablation_adds_one_separation_at_a_time_to_the_same_settings(self, place: Workspace, cases: Cases):
+    def test_ablation_adds_one_separation_at_a_time_to_the_same_settings(self, workspace: Workspace, cases: Cases):
         more = {"phrase_steps": 3, "content_alone": 0.5, "content_variants": True, "style_alone": 0.1}
-        place = replace(place, overrides={"unziplora": {**SMALL, **more}})
+        workspace = replace(workspace, overrides={"unziplora": {**SMALL, **more}})
         seen, told = [], []
         for name in ABLATION:
-            (recipe,) = METHODS[name].recipes(place, cases["cat"], 0)
+            (recipe,) = METHODS[name].recipes(workspace, cases["cat"], 0)
             assert isinstance(recipe, SplitConfig)
             assert recipe.steps == 2
             seen.append((recipe.prompt_separation, recipe.column_separation, recipe.block_separation))
@@ -215,9 +220,9 @@ class TestMethods:
         assert seen[:4] == [(False,) * 3, (True, False, False), (True, True, False), (True,) * 3]
         assert told == [*[(0, 0.0, False, 0.0)] * 4, (3, 0.0, False, 0.0), (3, 0.5, True, 0.1)]
 
-    def test_paper_keeps_what_is_published_and_takes_the_size_from_the_base(self, place: Workspace, cases: Cases):
-        bundled = replace(place, config=place.config.model_copy(update={"base": "bundled"}))
-        (small,), (large,) = (METHODS["paper"].recipes(one, cases["cat"], 0) for one in (bundled, place))
+    def test_paper_keeps_what_is_published_and_takes_the_size_from_the_base(self, workspace: Workspace, cases: Cases):
+        bundled = replace(workspace, config=workspace.config.model_copy(update={"base": "bundled"}))
+        (small,), (large,) = (METHODS["paper"].recipes(one, cases["cat"], 0) for one in (bundled, workspace))
         assert isinstance(small, SplitConfig)
         assert isinstance(large, SplitConfig)
         for recipe in (small, large):
@@ -230,71 +235,71 @@ class TestMethods:
         assert (small.rank, small.content_learning_rate, small.steps) == (16, 2e-3, 240)
         assert (large.rank, large.content_learning_rate, large.steps) == (64, 5e-5, 600)
 
-    def test_oracle_learns_its_pictures_with_a_prompt_each_and_longer(self, place: Workspace, cases: Cases):
+    def test_oracle_learns_its_pictures_with_a_prompt_each_and_longer(self, workspace: Workspace, cases: Cases):
         searched = {"dreambooth": {"content": {"steps": 7, "rank": 2}}}
-        content, style = METHODS["oracle"].recipes(replace(place, overrides=searched), cases["cat"], 0)
+        content, style = METHODS["oracle"].recipes(replace(workspace, overrides=searched), cases["cat"], 0)
         assert content.picture_prompts() == ["a sks cat in oil style"]
         assert style.picture_prompts() == ["a bell in ink style", "a hat in ink style"]
-        plain, _ = METHODS["dreambooth"].recipes(replace(place, overrides={}), cases["cat"], 0)
+        plain, _ = METHODS["dreambooth"].recipes(replace(workspace, overrides={}), cases["cat"], 0)
         assert (content.steps, content.rank) == (3 * plain.steps, plain.rank)
         assert (content.text_encoders, style.text_encoders) == (False, True)
         assert style.text_learning_rate == style.learning_rate == plain.learning_rate
         assert [path.is_file() for path in style.images] == [True, True]
 
     @pytest.mark.parametrize("name", ["unziplora", "blora", "dreambooth", "oracle"])
-    def test_trains_once_and_gives_two_loras(self, place: Workspace, cases: Cases, name: str):
-        made = METHODS[name].train(place, cases["cat"], 0)
-        files = {path: path.stat().st_mtime_ns for path in place.folder.rglob("*.safetensors")}
+    def test_trains_once_and_gives_two_loras(self, workspace: Workspace, cases: Cases, name: str):
+        made = METHODS[name].train(workspace, cases["cat"], 0)
+        files = {path: path.stat().st_mtime_ns for path in workspace.folder.rglob("*.safetensors")}
         assert len(files) == 2
-        again = METHODS[name].train(place, cases["cat"], 0)
+        again = METHODS[name].train(workspace, cases["cat"], 0)
         assert {path: path.stat().st_mtime_ns for path in files} == files
         assert made.content is not None
         assert made.style is not None
         assert made.content.modules.keys() == again.content.modules.keys()
-        assert not list(place.folder.rglob("samples/*.png"))
+        assert not list(workspace.folder.rglob("samples/*.png"))
 
-    def test_zip_and_sum_are_made_of_the_same_dreambooth_loras(self, place: Workspace, cases: Cases):
+    def test_zip_and_sum_are_made_of_the_same_dreambooth_loras(self, workspace: Workspace, cases: Cases):
         cat, dog = cases["cat"], cases["dog"]
-        pair = METHODS["dreambooth"].train(place, cat, 0)
-        direct, zipped = (METHODS[name].train(place, cat, 0) for name in ("direct", "ziplora"))
+        pair = METHODS["dreambooth"].train(workspace, cat, 0)
+        direct, zipped = (METHODS[name].train(workspace, cat, 0) for name in ("direct", "ziplora"))
         path = next(iter(pair.content.modules))
         total = delta(pair.content.modules[path]) + delta(pair.style.modules[path])
         torch.testing.assert_close(delta(direct.merged.modules[path]), total, rtol=1e-2, atol=1e-5)
         parts = delta(zipped.content.modules[path]) + delta(zipped.style.modules[path])
         torch.testing.assert_close(delta(zipped.merged.modules[path]), parts, rtol=1e-2, atol=1e-5)
-        METHODS["ziplora"].mix(place, cat, dog, 0)
-        assert METHODS["ziplora"].train(place, cat, 0).merged.modules.keys() == zipped.merged.modules.keys()
-        assert len(list(place.run_folder("ziplora", cat, 0).glob("zip-dog-*/lora.safetensors"))) == 1
-        assert not (place.run_folder("dreambooth", dog, 0) / "content").exists()
+        METHODS["ziplora"].mix(workspace, cat, dog, 0)
+        assert METHODS["ziplora"].train(workspace, cat, 0).merged.modules.keys() == zipped.merged.modules.keys()
+        assert len(list(workspace.run_folder("ziplora", cat, 0).glob("zip-dog-*/lora.safetensors"))) == 1
+        assert not (workspace.run_folder("dreambooth", dog, 0) / "content").exists()
 
-    def test_a_merger_of_other_loras_is_another(self, place: Workspace, cases: Cases):
-        now = replace(place, overrides={"dreambooth": {"style": {"learning_rate": 0.5}}})
-        before, after = (METHODS["ziplora"].recipes(one, cases["cat"], 0)[-1] for one in (place, now))
+    def test_a_merger_of_other_loras_is_another(self, workspace: Workspace, cases: Cases):
+        now = replace(workspace, overrides={"dreambooth": {"style": {"learning_rate": 0.5}}})
+        before, after = (METHODS["ziplora"].recipes(one, cases["cat"], 0)[-1] for one in (workspace, now))
         assert before.out != after.out
-        assert METHODS["ziplora"].recipes(place, cases["cat"], 0)[-1].out == before.out
+        assert METHODS["ziplora"].recipes(workspace, cases["cat"], 0)[-1].out == before.out
 
-    def test_mix_takes_the_content_of_one_and_the_style_of_the_other(self, place: Workspace, cases: Cases):
+    def test_mix_takes_the_content_of_one_and_the_style_of_the_other(self, workspace: Workspace, cases: Cases):
         cat, dog = cases["cat"], cases["dog"]
-        mixed = METHODS["unziplora"].mix(place, cat, dog, 0)
-        mine, other = (METHODS["unziplora"].train(place, case, 0) for case in (cat, dog))
+        mixed = METHODS["unziplora"].mix(workspace, cat, dog, 0)
+        mine, other = (METHODS["unziplora"].train(workspace, case, 0) for case in (cat, dog))
         path = list(mine.content.modules)[-1]
         assert torch.equal(mixed.content.modules[path][0], mine.content.modules[path][0])
         assert torch.equal(mixed.style.modules[path][1], other.style.modules[path][1])
 
-    def test_a_run_with_other_settings_is_not_taken_over(self, place: Workspace, cases: Cases):
-        METHODS["unziplora"].train(place, cases["cat"], 0)
-        other = replace(place, overrides={"unziplora": {**SMALL, "rank": 4}})
+    def test_a_run_with_other_settings_is_not_taken_over(self, workspace: Workspace, cases: Cases):
+        METHODS["unziplora"].train(workspace, cases["cat"], 0)
+        other = replace(workspace, overrides={"unziplora": {**SMALL, "rank": 4}})
         with pytest.raises(UserError, match="this run was made with rank 2, not 4"):
             METHODS["unziplora"].train(other, cases["cat"], 0)
 
-    def test_a_run_of_another_picture_is_not_taken_over(self, place: Workspace, cases: Cases):
-        METHODS["unziplora"].train(place, cases["cat"], 0)
-        changed = replace(cases["cat"], picture=picture(1, 2))
+    def test_a_run_of_another_picture_is_not_taken_over(self, workspace: Workspace, cases: Cases):
+        METHODS["unziplora"].train(workspace, cases["cat"], 0)
+        changed = replace(cases["cat"], image=picture(1, 2))
         with pytest.raises(UserError, match="this run was made with images"):
-            METHODS["unziplora"].train(place, changed, 0)
+            METHODS["unziplora"].train(workspace, changed, 0)
 
-    def test_an_interrupted_run_is_resumed(self, place: Workspace, cases: Cases):
-        (recipe,) = METHODS["unziplora"].recipes(place, cases["cat"], 0)
+    def test_an_interrupted_run_is_resumed(self, workspace: Workspace, cases: Cases):
+        (recipe,) = METHODS["unziplora"].recipes(workspace, cases["cat"], 0)
         asked: list[bool] = []
 
         def job(config: SplitConfig, resume: bool = False, progress: object = None) -> RunFolder:
@@ -302,7 +307,7 @@ class TestMethods:
             return RunFolder(config.out)
 
         run = RunFolder.create(recipe.out, recipe)
-        place.finish(job, recipe)
+        workspace.train_once(job, recipe)
         run.checkpoint(1, lambda folder: (Path(folder) / "x").write_text("x"))
-        place.finish(job, recipe)
+        workspace.train_once(job, recipe)
         assert asked == [False, True]

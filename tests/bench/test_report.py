@@ -8,10 +8,10 @@ import pytest
 import torch
 from fakes import Colors, Fake
 
-from unziplora.bench.bench import bench
 from unziplora.bench.cases import Case
 from unziplora.bench.contenders import METHODS
-from unziplora.bench.report import Report, contact_sheet, markdown, summarize, table
+from unziplora.bench.report import Report, contact_sheet, format_report, markdown_table, summarize
+from unziplora.bench.run import run_benchmark
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base
@@ -80,12 +80,12 @@ class TestSummarise:
 
 
 def test_markdown_has_headline_ablation_measures_and_cases(report: Report, config: BenchConfig):
-    text = markdown(report)
+    text = format_report(report)
     assert "| fake | 0.688 ± 0.442 | 0.625 ± 0.530 | 0.875 ± 0.177 | 0.700 ± 0.000 | – | 0.100 ± 0.000 |" in text
     assert "| dog | 0.20 / 0.10 | 0.60 / 0.50 | 0.50 / 0.55 |" in text
     assert "Ablation" not in text
     steps = [result(name, "cat", 0, 0.3, 0.3) for name in ("block", "joint")]
-    text = markdown(summarize(config, [*RESULTS, *steps], ["m"]))
+    text = format_report(summarize(config, [*RESULTS, *steps], ["m"]))
     part = text[text.index("## Ablation") : text.index("## Measured")]
     assert part.index("| joint |") < part.index("| block |")
 
@@ -96,7 +96,9 @@ class TestBench:
         methods = {"base": METHODS["base"], "unziplora": fake}
         config = config.model_copy(update={"methods": ["base", "unziplora"], "seeds": [0, 1]})
         fake.name = "unziplora"
-        return bench(config, base=tiny_base, measures=[Colors(), Colors("second")], cases=cases, methods=methods)
+        return run_benchmark(
+            config, base=tiny_base, measures=[Colors(), Colors("second")], cases=cases, methods=methods
+        )
 
     def test_measures_every_method_case_and_seed(self, made: Report, fake: Fake):
         rows = {(row.method, row.measure): sorted(row.seeds) for row in made.rows}
@@ -116,7 +118,7 @@ class TestBench:
         told = {"methods": ["base", "unziplora", "oracle"], "seeds": [4, 2], "oracle_seeds": 1}
         methods = {"base": METHODS["base"], "unziplora": other, "oracle": fake}
         config = config.model_copy(update=told)
-        report = bench(config, base=tiny_base, measures=[Colors()], cases=cases, methods=methods)
+        report = run_benchmark(config, base=tiny_base, measures=[Colors()], cases=cases, methods=methods)
         assert {row.method: sorted(row.seeds) for row in report.rows} == {
             "base": [4],
             "unziplora": [2, 4],
@@ -150,7 +152,7 @@ class TestBench:
         config = config.model_copy(update={"methods": ["base"]})
 
         def run() -> Report:
-            return bench(config, base=tiny_base, measures=[Colors()], cases=cases)
+            return run_benchmark(config, base=tiny_base, measures=[Colors()], cases=cases)
 
         first = run()
         for picture in config.out.rglob("samples/*.png"):
@@ -165,15 +167,15 @@ class TestBench:
         self, made: Report, config: BenchConfig, fresh_base: Callable[[], Base], cases: Cases
     ):
         other = fresh_base()
-        assert bench(config, base=other, measures=[Colors()], cases=cases).rows
+        assert run_benchmark(config, base=other, measures=[Colors()], cases=cases).rows
         with torch.no_grad():
             other.unet.conv_in.weight += 1
         with pytest.raises(UserError, match=f"these are {other.fingerprint()}.*: choose another --out"):
-            bench(config, base=other, measures=[Colors()], cases=cases)
+            run_benchmark(config, base=other, measures=[Colors()], cases=cases)
 
     def test_progress_tells_every_unit(self, config: BenchConfig, tiny_base: Base, cases: Cases):
         told: list[tuple[int, int]] = []
-        bench(
+        run_benchmark(
             config,
             lambda event: told.append((event.step, event.steps)),
             base=tiny_base,
@@ -184,11 +186,11 @@ class TestBench:
 
     def test_wrong_settings_and_places_are_told(self, config: BenchConfig, tmp_path: Path):
         (tmp_path / "settings.toml").write_text("[unzip]\nsteps = 2\n")
-        with pytest.raises(UserError, match="no method 'unzip': there are base, unziplora"):
-            bench(config.model_copy(update={"settings": tmp_path / "settings.toml"}))
-        with pytest.raises(UserError, match="is a file; give a folder"):
-            bench(config.model_copy(update={"out": tmp_path / "settings.toml"}))
+        with pytest.raises(UserError, match="unknown method 'unzip'; the methods are base, unziplora"):
+            run_benchmark(config.model_copy(update={"settings": tmp_path / "settings.toml"}))
+        with pytest.raises(UserError, match="is a file; name a folder"):
+            run_benchmark(config.model_copy(update={"out": tmp_path / "settings.toml"}))
 
 
 def test_table_has_dashes_where_nothing_was_measured(report: Report):
-    assert table(report.of("m")[:1], {"mix.score": "mixed"}).splitlines()[-1] == "| base | – |"
+    assert markdown_table(report.of("m")[:1], {"mix.score": "mixed"}).splitlines()[-1] == "| base | – |"

@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from unziplora.bench.scores import harmonic, headline, leak, mean_figures, product, scaled, similarity, spread
+from unziplora.bench.scores import (
+    geometric_mean,
+    harmonic_mean,
+    headline,
+    leak,
+    mean_and_deviation,
+    mean_figures,
+    scale,
+    similarity,
+)
 
 
 def test_similarity_is_the_mean_cosine_to_all_truths():
@@ -13,10 +22,10 @@ def test_similarity_is_the_mean_cosine_to_all_truths():
 
 
 def test_product_is_the_geometric_mean_and_a_wrong_half_spoils_it():
-    assert product(0.9, 0.4) == pytest.approx(0.6)
-    assert product(0.8, 0.8) == pytest.approx(0.8)
-    assert product(1.0, -0.3) == 0.0
-    assert product(-0.5, -0.5) == 0.0
+    assert geometric_mean(0.9, 0.4) == pytest.approx(0.6)
+    assert geometric_mean(0.8, 0.8) == pytest.approx(0.8)
+    assert geometric_mean(1.0, -0.3) == 0.0
+    assert geometric_mean(-0.5, -0.5) == 0.0
 
 
 def test_leak_is_what_exceeds_the_truths_own_likeness_to_the_picture():
@@ -31,18 +40,18 @@ def test_means_are_over_the_rows_that_have_a_figure():
 
 
 def test_scale_is_0_at_the_base_and_1_at_the_oracle():
-    assert scaled(0.2, 0.2, 0.6) == 0.0
-    assert scaled(0.6, 0.2, 0.6) == 1.0
-    assert scaled(0.3, 0.2, 0.6) == pytest.approx(0.25)
-    assert scaled(0.1, 0.2, 0.6) == pytest.approx(-0.25)
-    assert scaled(0.5, 0.4, 0.4) is None
+    assert scale(0.2, 0.2, 0.6) == 0.0
+    assert scale(0.6, 0.2, 0.6) == 1.0
+    assert scale(0.3, 0.2, 0.6) == pytest.approx(0.25)
+    assert scale(0.1, 0.2, 0.6) == pytest.approx(-0.25)
+    assert scale(0.5, 0.4, 0.4) is None
 
 
 def test_harmonic_mean_needs_both_halves():
-    assert harmonic(0.5, 0.5) == pytest.approx(0.5)
-    assert harmonic(0.9, 0.1) == pytest.approx(0.18)
-    assert harmonic(1.0, -0.2) == 0.0
-    assert harmonic(-1.0, -1.0) == 0.0
+    assert harmonic_mean(0.5, 0.5) == pytest.approx(0.5)
+    assert harmonic_mean(0.9, 0.1) == pytest.approx(0.18)
+    assert harmonic_mean(1.0, -0.2) == 0.0
+    assert harmonic_mean(-1.0, -1.0) == 0.0
 
 
 def test_headline_scales_means_and_then_takes_the_harmonic_mean():
@@ -55,5 +64,5 @@ def test_headline_scales_means_and_then_takes_the_harmonic_mean():
 
 
 def test_spread_is_the_deviation_over_seeds():
-    assert spread([0.1, 0.3]) == (pytest.approx(0.2), pytest.approx(math.sqrt(0.02)))
-    assert spread([0.4]) == (0.4, None)
+    assert mean_and_deviation([0.1, 0.3]) == (pytest.approx(0.2), pytest.approx(math.sqrt(0.02)))
+    assert mean_and_deviation([0.4]) == (0.4, None)

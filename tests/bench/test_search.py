@@ -1,17 +1,21 @@
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from fakes import Colors
+from fakes import Colors, picture
+from PIL import Image
 
-from unziplora.bench.bench import bench
+from unziplora.bench import evaluate
 from unziplora.bench.cases import Case
-from unziplora.bench.contender import Adapters, Paired
-from unziplora.bench.search import Setting, grid, search
-from unziplora.bench.session import open_bench
+from unziplora.bench.contenders import Adapters, Paired
+from unziplora.bench.evaluate import Task
+from unziplora.bench.run import run_benchmark
+from unziplora.bench.search import Setting, grid_settings, search_settings
+from unziplora.bench.session import open_session
 from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.blora import BLoraConfig
@@ -28,19 +32,19 @@ Cases = dict[str, Case]
 
 class TestGrid:
     def test_longer_searches_begin_like_shorter_ones_and_the_longest_has_every_setting(self):
-        assert grid(20)[:5] == grid(5)
-        assert len(set(grid(108))) == 108
+        assert grid_settings(20)[:5] == grid_settings(5)
+        assert len(set(grid_settings(108))) == 108
 
     def test_the_first_few_settings_try_every_value_of_steps_ratio_and_rank(self):
-        few = grid(3)
+        few = grid_settings(3)
         assert {s.steps for s in few} == {150, 300, 600}
         assert {s.ratio for s in few} == {0.25, 0.5, 1.0}
         assert {s.rank for s in few} == {8, 16, 32}
-        assert {s.rate for s in grid(7)} == {3e-4, 1e-3, 2e-3, 4e-3}
+        assert {s.rate for s in grid_settings(7)} == {3e-4, 1e-3, 2e-3, 4e-3}
 
     def test_more_than_the_grid_holds_is_refused(self):
-        with pytest.raises(UserError, match="--search 109: the grid has 108 settings"):
-            grid(109)
+        with pytest.raises(UserError, match="--search 109 is too large: the grid has 108 settings"):
+            grid_settings(109)
 
     def test_a_setting_means_the_same_for_every_method(self):
         setting = Setting(2e-3, 0.25, 300, 16)
@@ -59,16 +63,17 @@ class TestGrid:
 
 @dataclass(frozen=True)
 class Painter(Paired):
-    """A method whose pictures are as good as its settings say; no LoRA is needed for that."""
+    """Method without LoRA whose images are as good as its number of steps, which is its prompt."""
 
-    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        return [TrainingConfig(out="run", steps=self.quality(place.settings(self.name)))]
+    def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
+        return [TrainingConfig(out="run", steps=self.quality(workspace.settings(self.name)))]
 
     def quality(self, settings: Mapping[str, Any]) -> int:
         return int(settings.get("steps", {"base": 1, "oracle": 1000}.get(self.name, 2)))
 
-    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
-        return Adapters()
+    def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
+        steps = str(self.quality(workspace.settings(self.name)))
+        return Adapters(content_phrase=steps, style_phrase=steps)
 
 
 class Steps(Colors):
@@ -83,29 +88,18 @@ class Steps(Colors):
 
 @pytest.fixture
 def painted(monkeypatch: pytest.MonkeyPatch, cases: Cases) -> Cases:
-    """Pictures as red as the number of steps, up to 1000; truths are wholly red."""
-    from dataclasses import replace
+    """Paint images as red as the number of steps in their prompt, up to 1000; truths are entirely red."""
 
-    from fakes import picture
+    def paint(base: Base, task: Task, seeds: Sequence[int], *_: object) -> list[Image.Image]:
+        steps = int(re.search(r"\d+", task.prompts.full)[0])
+        return [picture(round(steps * 254 / 1000), 0) for _ in seeds]
 
-    from unziplora.bench import evaluate as protocol
-
-    real = protocol._drawn
-
-    def drawn(place: Workspace, base: Base, ask: Any, seeds: Any, files: Any) -> Any:
-        name = files[0].parents[3].name
-        red = round(Painter(name).quality(place.settings(name)) * 254 / 1000)
-        monkeypatch.setattr(protocol, "draw", lambda *_: [picture(red, 0) for _ in seeds])
-        return real(place, base, ask, seeds, files)
-
-    monkeypatch.setattr(protocol, "_drawn", drawn)
+    monkeypatch.setattr(evaluate, "sample_task", paint)
     red = (picture(255, 0),)
 
     def absolute(case: Case) -> Case:
-        examples = {
-            name: tuple(replace(e, pictures=red) for e in getattr(case, name)) for name in ("targets", "others")
-        }
-        return replace(case, mix=red[0], picture=red[0], **examples)
+        examples = {name: tuple(replace(e, images=red) for e in getattr(case, name)) for name in ("targets", "others")}
+        return replace(case, mix=red[0], image=red[0], **examples)
 
     return {slug: absolute(case) for slug, case in cases.items()}
 
@@ -117,20 +111,20 @@ def searching(config: BenchConfig) -> BenchConfig:
 
 def test_takes_the_best_of_the_same_settings_for_every_method(searching: BenchConfig, tiny_base: Base, painted: Cases):
     methods = {name: Painter(name) for name in ("base", "oracle", "unziplora", "blora", "joint")}
-    opened = open_bench(searching, None, tiny_base, [Steps()], painted, methods)
-    found = search(searching, bench=opened)
+    opened = open_session(searching, None, tiny_base, [Steps()], painted, methods)
+    found = search_settings(searching, session=opened)
     assert list(found.scores) == ["unziplora", "blora"]  # joint takes over what unziplora gets
     assert found.scores["unziplora"] == found.scores["blora"]
-    most = max(setting.steps for setting in grid(4))
+    most = max(setting.steps for setting in grid_settings(4))
     assert {best["steps"] for best in found.best.values()} == {most}
-    assert found.scores["blora"].index(max(found.scores["blora"])) == [s.steps for s in grid(4)].index(most)
+    assert found.scores["blora"].index(max(found.scores["blora"])) == [s.steps for s in grid_settings(4)].index(most)
     assert read_toml(found.file) == found.best
     told = json.loads((searching.out / "search.json").read_text())
     assert (told["scores"], told["means"]) == (found.scores, found.means)
     assert sorted(path.name for path in (searching.out / "search" / "blora").iterdir()) == ["00", "01", "02", "03"]
 
     final = searching.model_copy(update={"search": 0, "settings": found.file, "methods": ["base", "blora", "oracle"]})
-    report = bench(final, base=tiny_base, measures=[Steps()], cases=painted, methods=methods)
+    report = run_benchmark(final, base=tiny_base, measures=[Steps()], cases=painted, methods=methods)
     assert report.of("colors")[1].seeds[0]["headline"] == pytest.approx(max(found.scores["blora"]))
 
 
@@ -141,9 +135,9 @@ def test_what_a_search_does_not_try_is_kept_as_given(searching: BenchConfig, tin
     )
     methods = {name: Painter(name) for name in ("base", "oracle", "blora", "dreambooth")}
     config = searching.model_copy(update={"settings": file, "methods": ["blora", "dreambooth"]})
-    found = search(config, bench=open_bench(config, None, tiny_base, [Steps()], painted, methods))
+    found = search_settings(config, session=open_session(config, None, tiny_base, [Steps()], painted, methods))
     assert found.best["blora"]["blocks"] == "bundled"
-    assert found.best["blora"]["steps"] in {setting.steps for setting in grid(4)}
+    assert found.best["blora"]["steps"] in {setting.steps for setting in grid_settings(4)}
     assert set(found.best["dreambooth"]["content"]) == {"alpha", "learning_rate", "steps", "rank"}
     assert read_toml(found.file) == {**found.best, "oracle": {"style": {"steps": 9}}}
 
@@ -164,16 +158,16 @@ def test_where_every_score_is_0_the_best_mean_decides(searching: BenchConfig, ti
             return torch.tensor([[value, (1 - value**2) ** 0.5] for value in likeness])
 
     methods = {name: Painter(name) for name in ("base", "oracle", "unziplora", "blora")}
-    found = search(searching, bench=open_bench(searching, None, tiny_base, [Half()], painted, methods))
+    found = search_settings(searching, session=open_session(searching, None, tiny_base, [Half()], painted, methods))
     assert found.scores["blora"] == [0.0] * 4
-    steps = [setting.steps for setting in grid(4)]
+    steps = [setting.steps for setting in grid_settings(4)]
     assert max(zip(found.means["blora"], steps, strict=True))[1] == max(steps)
     assert found.best["blora"]["steps"] == max(steps)
 
 
 def test_without_a_scale_nothing_is_chosen(searching: BenchConfig, tiny_base: Base, painted: Cases):
     methods = {name: Painter("base" if name == "oracle" else name) for name in ("base", "oracle", "blora")}
-    opened = open_bench(searching, None, tiny_base, [Steps()], painted, methods)
+    opened = open_session(searching, None, tiny_base, [Steps()], painted, methods)
     with pytest.raises(UserError, match="no scale to choose settings by"):
-        search(searching, bench=opened)
+        search_settings(searching, session=opened)
     assert not (searching.out / "settings.toml").exists()

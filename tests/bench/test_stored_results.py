@@ -1,4 +1,4 @@
-"""The measured results that the repository holds: valid as long as nothing about their trainings changes."""
+"""Measured results in the repository, which are valid as long as nothing about their trainings changes."""
 
 import json
 from pathlib import Path
@@ -24,13 +24,15 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
         ("test-300", "test", "ablation"),
     ],
 )
-def test_settings_of_stored_results_are_still_those_of_their_methods(folder: str, split: str, settings: str) -> None:
+def test_stored_results_match_the_settings_of_their_methods(
+    tmp_path: Path, folder: str, split: str, settings: str
+) -> None:
     cases = load_cases(split)
-    config = BenchConfig(out=RESULTS / folder, split=split)
-    place = Workspace(config, RESULTS / folder, read_settings(RESULTS / settings / "settings.toml"))
+    config = BenchConfig(out=tmp_path, split=split)
+    workspace = Workspace(config, tmp_path, read_settings(RESULTS / settings / "settings.toml"))
     methods = sorted((RESULTS / folder / "runs").iterdir())
     assert methods
     for method in methods:
         stored = json.loads(sorted(method.rglob("scores.json"))[-1].read_text(encoding="utf-8"))
         case, seed = cases[stored["case"]], stored["seed"]
-        assert stored["settings"] == settings_hash(place, METHODS[method.name], cases, case, seed), method.name
+        assert stored["settings"] == settings_hash(workspace, METHODS[method.name], cases, case, seed), method.name

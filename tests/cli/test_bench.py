@@ -47,13 +47,13 @@ def test_a_search_tells_the_best_score_of_each_method_and_where_its_settings_are
 ):
     asked: list[BenchConfig] = []
 
-    def found(config: BenchConfig, view: object) -> search.Search:
+    def found(config: BenchConfig, view: object) -> search.SearchResult:
         asked.append(config)
         scores = {"paper": [0.1, 0.25], "blora": [0.5, 0.0]}
         best = {"paper": {"rank": 8}, "blora": {"rank": 32}}
-        return search.Search(tried=[], scores=scores, means=scores, best=best, file=config.out / "settings.toml")
+        return search.SearchResult(tried=[], scores=scores, means=scores, best=best, file=config.out / "settings.toml")
 
-    monkeypatch.setattr(search, "search", found)
+    monkeypatch.setattr(search, "search_settings", found)
     code, out, err = call("bench", "--search", "2", "--out", "tuned", "--methods", "paper", "--methods", "blora")
     assert (code, err) == (0, "")
     assert out == "paper: 0.250 of 2 settings\nblora: 0.500 of 2 settings\nsettings tuned/settings.toml\n"

@@ -148,7 +148,7 @@ def test_the_round_trip_is_measured_on_every_kind_of_picture(folder: Path, train
     vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     errors = []
     for case in load_cases("dev").values():
-        real = torch.from_numpy(np.asarray(case.picture.resize((32, 32))).copy()).permute(2, 0, 1)[None] / 255
+        real = torch.from_numpy(np.asarray(case.image.resize((32, 32))).copy()).permute(2, 0, 1)[None] / 255
         with torch.no_grad():
             made = vae(2 * real - 1).sample.clamp(-1, 1) / 2 + 0.5
         errors.append(-10 * math.log10(float((made - real).square().mean())))

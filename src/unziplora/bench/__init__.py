@@ -1,1 +1,1 @@
-"""The benchmark: methods against pictures that show what they should have made."""
+"""Benchmark: methods compared with images that show the right result."""

@@ -1,4 +1,4 @@
-"""The cases of the benchmark: pictures of which the content in other styles, and the style on other contents, exist."""
+"""Cases of the benchmark: images whose content in other styles, and whose style on other contents, exist."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from PIL import Image
 
 from unziplora.errors import UserError, first_line
 
-Split = Literal["dev", "test"]
+SplitName = Literal["dev", "test"]
 CASES = Path(__file__).with_name("cases.zip")
 
 
 @dataclass(frozen=True)
 class Example:
-    """Pictures that show a content word or a style phrase."""
+    """Images that show a content word or a style phrase."""
 
     word: str
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One picture f(D): a drawing D of a concept, under a filter f.
+    """One image f(D): a drawing D of a concept under a filter f.
 
     Attributes:
-        slug: its name.
-        content: word for the concept, known to the bundled base.
+        slug: name of the case.
+        content: word for the concept; the bundled base knows it.
         style: phrase for the filter.
-        new: whether the bundled base has never seen the filter.
+        new: true if the bundled base has never seen the filter.
         drawing: D as set/concept.
         filter: f.
-        seed: of the filter's free choices.
-        tint: factors of red, green, blue after the filter.
-        picture: f(D), square.
+        seed: seed of the filter's random choices.
+        tint: factors of red, green and blue after the filter.
+        image: f(D), square.
         targets: D in known styles other than f; the word is the style's phrase.
         others: f on drawings of other concepts; the word is the concept's.
-        partner: slug of the case whose style the content is mixed with.
+        partner: slug of the case whose style is mixed with this content.
         mix: D under the partner's filter.
-        oracle_content: D in known styles, rendered anew, without f.
-        oracle_style: f on further drawings, of which no truth is made.
+        oracle_content: D in known styles other than f, rendered separately from `targets`.
+        oracle_style: f on further drawings, which are not among the truths.
     """
 
     slug: str
@@ -56,7 +56,7 @@ class Case:
     filter: str
     seed: int
     tint: tuple[float, ...]
-    picture: Image.Image
+    image: Image.Image
     targets: tuple[Example, ...]
     others: tuple[Example, ...]
     partner: str
@@ -66,53 +66,53 @@ class Case:
 
     @property
     def words(self) -> dict[str, str]:
-        """The words for its content and its style, as recipes call them."""
+        """Words for its content and its style, under the keys of the recipes."""
         return {"content": self.content, "style": self.style}
 
 
-def load_cases(split: Split, path: Path = CASES) -> dict[str, Case]:
-    """All cases of a split by slug, in their fixed order; partners are neighbors.
+def load_cases(split: SplitName, path: Path = CASES) -> dict[str, Case]:
+    """Load all cases of a split by slug, in their fixed order; partners are neighbors.
 
     Raises:
         UserError: the file of cases is missing or damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            told = json.loads(archive.read("cases.json"))
-            cases = [_case(archive, entry) for entry in told["cases"] if entry["split"] == split]
+            index = json.loads(archive.read("cases.json"))
+            cases = [_read_case(archive, entry) for entry in index["cases"] if entry["split"] == split]
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path}: no cases of the benchmark can be read from here ({first_line(error)}). Install unziplora anew, "
+            f"{path}: the cases of the benchmark cannot be read ({first_line(error)}). Install unziplora again, "
             "or make them with python -m recipes.bench.cases"
         ) from error
     return {case.slug: case for case in cases}
 
 
-def choose(cases: dict[str, Case], slugs: Sequence[str], quick: bool = False) -> list[Case]:
-    """The named cases, or all; quick: the first two of these.
+def select_cases(cases: dict[str, Case], slugs: Sequence[str], quick: bool = False) -> list[Case]:
+    """Return the named cases, or all if none is named; with `quick`, only the first two.
 
     Raises:
-        UserError: a name is not known.
+        UserError: there is no case of that name.
     """
     for slug in slugs:
         if slug not in cases:
-            raise UserError(f"no case {slug!r}: there are {', '.join(cases)}")
-    chosen = [cases[slug] for slug in dict.fromkeys(slugs)] or list(cases.values())
-    return chosen[:2] if quick else chosen
+            raise UserError(f"unknown case {slug!r}; the cases are {', '.join(cases)}")
+    selection = [cases[slug] for slug in dict.fromkeys(slugs)] or list(cases.values())
+    return selection[:2] if quick else selection
 
 
-def _case(archive: zipfile.ZipFile, entry: dict[str, Any]) -> Case:
-    def picture(name: str) -> Image.Image:
+def _read_case(archive: zipfile.ZipFile, entry: dict[str, Any]) -> Case:
+    def image(name: str) -> Image.Image:
         return Image.open(BytesIO(archive.read(name))).convert("RGB")
 
     def examples(name: str) -> tuple[Example, ...]:
-        return tuple(Example(e["word"], tuple(picture(file) for file in e["pictures"])) for e in entry[name])
+        return tuple(Example(e["word"], tuple(image(file) for file in e["pictures"])) for e in entry[name])
 
     values: dict[str, Any] = {
-        **entry,
+        **{name: value for name, value in entry.items() if name not in ("split", "picture")},
         **{name: examples(name) for name in ("targets", "others", "oracle_content", "oracle_style")},
-        **{name: picture(entry[name]) for name in ("picture", "mix")},
+        "image": image(entry["picture"]),
+        "mix": image(entry["mix"]),
         "tint": tuple(entry["tint"]),
     }
-    del values["split"]
     return Case(**values)

@@ -1,15 +1,19 @@
-"""The methods of the benchmark: how each makes LoRAs from a case, by the recipes that users have."""
+"""Methods of the benchmark: each makes LoRAs from a case, with the recipes that users have.
+
+To add a method, write a class like those below, then add it to `METHODS` and its name to `MethodName` in
+`unziplora.config.bench`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from unziplora.bench.cases import Case
-from unziplora.bench.contender import Adapters, Contender, Paired
-from unziplora.bench.workspace import Workspace, fingerprint, plain
+from unziplora.bench.workspace import Workspace, json_hash, training_settings
 from unziplora.config.bases import is_bundled
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
@@ -19,6 +23,7 @@ from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
+from unziplora.lora.weights import Lora
 from unziplora.methods.blora import train_blora
 from unziplora.methods.dreambooth import train_dreambooth
 from unziplora.methods.unziplora.method import split
@@ -30,182 +35,254 @@ ORACLE_TIMES = 3
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """LoRAs that a method makes from one case, or from two.
+
+    Attributes:
+        content: LoRA of the content alone.
+        style: LoRA of the style alone.
+        merged: one LoRA of both; None if content and style are attached together.
+        prompts: prompt templates for the content LoRA and the style LoRA when both are attached; None if one prompt
+            serves both.
+        content_phrase: template of the words that call the content.
+        style_phrase: template of the words that call the style, in front of "style".
+    """
+
+    content: Lora | None = None
+    style: Lora | None = None
+    merged: Lora | None = None
+    prompts: tuple[str, str] | None = None
+    content_phrase: str = "a {token} {content}"
+    style_phrase: str = "{style}"
+
+
+class Contender(Protocol):
+    """Method of the benchmark. Every training runs once and stays in the workspace."""
+
+    @property
+    def name(self) -> str:
+        """Name in tables and folders."""
+
+    @property
+    def seeded(self) -> bool:
+        """True if the training seed changes the result."""
+
+    def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
+        """Return the resolved recipes of all trainings for one case."""
+
+    def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
+        """Return the LoRAs of one case."""
+
+    def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
+        """Return LoRAs for the content of one case with the style of another."""
+
+
+@dataclass(frozen=True)
+class Paired(ABC):
+    """Base class of methods whose content LoRA and style LoRA are attached together."""
+
+    name: str
+    seeded: ClassVar[bool] = True
+
+    @abstractmethod
+    def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
+        """Return the LoRAs of one case."""
+
+    def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
+        """Return the content LoRA of one case with the style LoRA of another."""
+        own, other = self.train(workspace, case, seed), self.train(workspace, partner, seed)
+        return replace(own, style=other.style)
+
+
+@dataclass(frozen=True)
 class Untrained:
-    """The base without LoRA: what the words alone do."""
+    """Base without LoRA: the effect of the words alone."""
 
     name: str = "base"
     seeded: ClassVar[bool] = False
 
-    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """Nothing."""
+    def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
+        """Return no recipe."""
         return []
 
-    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
-        """No LoRA; the base does not know the rare word."""
-        return Adapters(subject="a {content}")
+    def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
+        """Return no LoRA, and a prompt without the rare word, which means nothing to the base."""
+        return Adapters(content_phrase="a {content}")
 
-    def mix(self, place: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
-        """As `train`."""
-        return self.train(place, case, seed)
+    def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
+        """Return the same as `train`."""
+        return self.train(workspace, case, seed)
 
 
 @dataclass(frozen=True)
 class Split(Paired):
-    """UnZipLoRA; with keys of its own, it is the same as `home` but for these."""
+    """UnZipLoRA with the settings of the method `based_on`, changed by `changes`."""
 
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    home: str = "unziplora"
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    based_on: str = "unziplora"
 
-    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """One training."""
-        return [self.recipe(place, case, seed)]
+    def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
+        """Return one recipe."""
+        return [self.recipe(workspace, case, seed)]
 
-    def recipe(self, place: Workspace, case: Case, seed: int) -> SplitConfig:
-        """The training."""
-        out = place.run_folder(self.name, case, seed) / "split"
-        return resolve(SplitConfig, {**place.common(case, seed), **case.words, **self.given(place), "out": out})
+    def recipe(self, workspace: Workspace, case: Case, seed: int) -> SplitConfig:
+        """Return the recipe of the training."""
+        out = workspace.run_folder(self.name, case, seed) / "split"
+        shared = {**workspace.shared_settings(case, seed), **case.words}
+        return resolve(SplitConfig, {**shared, **self.settings(workspace), "out": out})
 
-    def given(self, place: Workspace) -> dict[str, Any]:
-        """The settings of `home`, the method's own keys, the settings for this method: the last one counts."""
-        return {**place.settings(self.home), **self.keys, **place.settings(self.name)}
+    def settings(self, workspace: Workspace) -> dict[str, Any]:
+        """Return the settings of `based_on`, then `changes`, then the overrides of this method; the last one wins."""
+        return {**workspace.settings(self.based_on), **self.changes, **workspace.settings(self.name)}
 
-    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
-        """Both LoRAs from one training."""
-        recipe = self.recipe(place, case, seed)
-        run = place.finish(split, recipe)
+    def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
+        """Return both LoRAs of one training."""
+        recipe = self.recipe(workspace, case, seed)
+        run = workspace.train_once(split, recipe)
         prompts = (recipe.content_prompt, recipe.style_prompt) if recipe.prompt_separation else None
         return Adapters(read_lora(run.content), read_lora(run.style), prompts=prompts)
 
 
 @dataclass(frozen=True)
 class Paper(Split):
-    """UnZipLoRA as published; on the bundled base with the rates, rank and steps that fit its size."""
+    """UnZipLoRA as published; on the bundled base, rates, rank and steps fit its size."""
 
-    def given(self, place: Workspace) -> dict[str, Any]:
-        """The preset `paper`, in the number format and with the optimizer that run everywhere."""
-        size = BUNDLED if is_bundled(place.config.base) else {}
-        plain = {name: value for name, value in PAPER.items() if name not in ("optimizer", "precision")}
-        return {**size, **plain, "optimizer": "adamw", "preset": "paper", **place.settings(self.name)}
+    def settings(self, workspace: Workspace) -> dict[str, Any]:
+        """Return the preset `paper` with a number format and an optimizer that run everywhere."""
+        size = BUNDLED if is_bundled(workspace.config.base) else {}
+        published = {name: value for name, value in PAPER.items() if name not in ("optimizer", "precision")}
+        return {**size, **published, "optimizer": "adamw", "preset": "paper", **workspace.settings(self.name)}
 
 
 @dataclass(frozen=True)
 class BLoraHalves(Paired):
-    """B-LoRA: one training, cut by blocks."""
+    """B-LoRA: one training, divided by blocks."""
 
-    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """One training."""
-        return [self.recipe(place, case, seed)]
+    def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
+        """Return one recipe."""
+        return [self.recipe(workspace, case, seed)]
 
-    def recipe(self, place: Workspace, case: Case, seed: int) -> BLoraConfig:
-        """The training; on the bundled base with its own block map, for in the published blocks nothing is learned."""
-        out = place.run_folder(self.name, case, seed) / "blora"
-        blocks = {"blocks": "bundled"} if is_bundled(place.config.base) else {}
-        given = {**blocks, **place.settings(self.name), "out": out}
-        return resolve(BLoraConfig, {**place.common(case, seed), **case.words, **given})
+    def recipe(self, workspace: Workspace, case: Case, seed: int) -> BLoraConfig:
+        """Return the recipe of the training.
 
-    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
-        """Both halves; the style goes by the rare word, as it was trained."""
-        run = place.finish(train_blora, self.recipe(place, case, seed))
-        return Adapters(read_lora(run.content), read_lora(run.style), manner="{token}")
+        The bundled base gets its own block map, because the published blocks learn nothing there.
+        """
+        out = workspace.run_folder(self.name, case, seed) / "blora"
+        blocks = {"blocks": "bundled"} if is_bundled(workspace.config.base) else {}
+        shared = {**workspace.shared_settings(case, seed), **case.words}
+        return resolve(BLoraConfig, {**shared, **blocks, **workspace.settings(self.name), "out": out})
+
+    def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
+        """Return both halves; the rare word calls the style, as in the training."""
+        run = workspace.train_once(train_blora, self.recipe(workspace, case, seed))
+        return Adapters(read_lora(run.content), read_lora(run.style), style_phrase="{token}")
 
 
 @dataclass(frozen=True)
-class DreamBooths(Paired):
-    """Two DreamBooth LoRAs of the same picture, one told of the content, the other of the style."""
+class DreamBoothPair(Paired):
+    """Two DreamBooth LoRAs of the same image, one with a prompt for the content, one with a prompt for the style."""
 
-    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """Two trainings: content, style."""
-        return [self.recipe(place, case, seed, kind) for kind in KINDS]
+    def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
+        """Return two recipes: content, style."""
+        return [self.recipe(workspace, case, seed, kind) for kind in KINDS]
 
-    def recipe(self, place: Workspace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
-        """One of the two."""
-        given = place.settings(self.name, kind)
-        out = place.run_folder(self.name, case, seed) / kind
-        return resolve(DreamBoothConfig, {**place.common(case, seed), kind: getattr(case, kind), **given, "out": out})
+    def recipe(self, workspace: Workspace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
+        """Return the recipe of the content LoRA or of the style LoRA."""
+        out = workspace.run_folder(self.name, case, seed) / kind
+        shared = {**workspace.shared_settings(case, seed), kind: getattr(case, kind)}
+        return resolve(DreamBoothConfig, {**shared, **workspace.settings(self.name, kind), "out": out})
 
-    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
-        """Both LoRAs."""
-        content, style = (self.file(place, case, seed, kind) for kind in KINDS)
+    def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
+        """Return both LoRAs."""
+        content, style = (self.lora_file(workspace, case, seed, kind) for kind in KINDS)
         return Adapters(read_lora(content), read_lora(style))
 
-    def file(self, place: Workspace, case: Case, seed: int, kind: str) -> Path:
-        """One of the two, trained if it is not there."""
-        return place.finish(train_dreambooth, self.recipe(place, case, seed, kind)).lora(kind)
+    def lora_file(self, workspace: Workspace, case: Case, seed: int, kind: str) -> Path:
+        """Return the file of one of the two LoRAs, after training it if necessary."""
+        return workspace.train_once(train_dreambooth, self.recipe(workspace, case, seed, kind)).lora(kind)
 
 
 @dataclass(frozen=True)
-class Oracle(DreamBooths):
-    """What is within reach: DreamBooth on the same drawing in many styles, and on the same style of many drawings."""
+class Oracle(DreamBoothPair):
+    """Upper end of the scale: DreamBooth on the same drawing in many styles, and on the same style of many drawings."""
 
-    def recipe(self, place: Workspace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
-        """DreamBooth's defaults, whatever is searched for it, on the oracle's pictures with a prompt each, and longer.
+    def recipe(self, workspace: Workspace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
+        """Return a longer DreamBooth recipe for the oracle's images, each with its own prompt.
 
-        So a scale stays what it is while settings are chosen by it. For the style the text encoders learn too: of a
-        style whose name says nothing to the base, the UNet alone learns little from any number of pictures.
+        It starts from DreamBooth's defaults, not from the searched settings, so that a search does not change the
+        scale. For the style the text encoders learn too: if the base has no word for a style, the UNet alone learns
+        little from any number of images.
         """
         content = kind == "content"
         examples = case.oracle_content if content else case.oracle_style
         prompt = "a {{token}} {{content}} in {} style" if content else "a {} in {{style}} style"
-        pictures = {
-            "images": place.pictures(case, kind, examples),
-            "prompts": [prompt.format(example.word) for example in examples for _ in example.pictures],
+        images = {
+            "images": workspace.image_files(case, kind, examples),
+            "prompts": [prompt.format(example.word) for example in examples for _ in example.images],
         }
-        plain = DreamBooths("dreambooth").recipe(replace(place, overrides={}), case, seed, kind)
-        texts = {} if content else {"text_encoders": True, "text_learning_rate": plain.learning_rate}
-        given = {"steps": ORACLE_TIMES * plain.steps, **texts, **place.settings(self.name, kind)}
-        out = place.run_folder(self.name, case, seed) / kind
-        words = {kind: getattr(case, kind)}
-        return resolve(DreamBoothConfig, {**place.common(case, seed), **words, **pictures, **given, "out": out})
+        defaults = DreamBoothPair("dreambooth").recipe(replace(workspace, overrides={}), case, seed, kind)
+        text = {} if content else {"text_encoders": True, "text_learning_rate": defaults.learning_rate}
+        settings = {"steps": ORACLE_TIMES * defaults.steps, **text, **workspace.settings(self.name, kind)}
+        out = workspace.run_folder(self.name, case, seed) / kind
+        shared = {**workspace.shared_settings(case, seed), kind: getattr(case, kind)}
+        return resolve(DreamBoothConfig, {**shared, **images, **settings, "out": out})
 
 
 @dataclass(frozen=True)
 class Zipped:
-    """The two DreamBooth LoRAs in one: by ZipLoRA's trained columns, or as their plain sum."""
+    """Two DreamBooth LoRAs merged into one: with ZipLoRA's trained columns, or as their plain sum.
+
+    Attributes:
+        method: "zip" or "direct", as in `ZipConfig`.
+    """
 
     name: str
-    how: str
+    method: str
     seeded: ClassVar[bool] = True
-    pair: ClassVar[DreamBooths] = DreamBooths("dreambooth")
+    pair: ClassVar[DreamBoothPair] = DreamBoothPair("dreambooth")
 
-    def recipes(self, place: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """Two trainings and their merger."""
-        return [*self.pair.recipes(place, case, seed), self.recipe(place, case, case, seed)]
+    def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
+        """Return the recipes of two trainings and of their merger."""
+        return [*self.pair.recipes(workspace, case, seed), self.recipe(workspace, case, case, seed)]
 
-    def recipe(self, place: Workspace, case: Case, styled: Case, seed: int) -> ZipConfig:
-        """The merger of one case's content and a case's style, in a folder that says of which trainings they are."""
-        pair = self.pair.recipe(place, case, seed, "content"), self.pair.recipe(place, styled, seed, "style")
-        mark = fingerprint([plain(recipe) for recipe in pair])[:6]
-        name = f"zip-{mark}" if case.slug == styled.slug else f"zip-{styled.slug}-{mark}"
-        given = {f"{k}_lora": self._run(place, c, seed, k) for k, c in (("content", case), ("style", styled))}
-        out = place.run_folder(self.name, case, seed) / name
-        common = {name: value for name, value in place.common(case, seed).items() if name != "images"}
-        made = {"method": self.how, "parts": True, **place.settings(self.name), "out": out}
-        return resolve(ZipConfig, {**common, **given, **made})
+    def recipe(self, workspace: Workspace, case: Case, styled: Case, seed: int) -> ZipConfig:
+        """Return the recipe that merges the content of `case` with the style of `styled`.
 
-    def _run(self, place: Workspace, case: Case, seed: int, kind: str) -> Path:
-        return place.run_folder(self.pair.name, case, seed) / kind
+        The folder's name contains a hash of both DreamBooth recipes.
+        """
+        recipes = self.pair.recipe(workspace, case, seed, "content"), self.pair.recipe(workspace, styled, seed, "style")
+        digest = json_hash([training_settings(recipe) for recipe in recipes])[:6]
+        name = f"zip-{digest}" if case.slug == styled.slug else f"zip-{styled.slug}-{digest}"
+        shared = {name: value for name, value in workspace.shared_settings(case, seed).items() if name != "images"}
+        loras = {
+            "content_lora": workspace.run_folder(self.pair.name, case, seed) / "content",
+            "style_lora": workspace.run_folder(self.pair.name, styled, seed) / "style",
+        }
+        out = workspace.run_folder(self.name, case, seed) / name
+        settings = {"method": self.method, "parts": True, **workspace.settings(self.name), "out": out}
+        return resolve(ZipConfig, {**shared, **loras, **settings})
 
-    def train(self, place: Workspace, case: Case, seed: int) -> Adapters:
-        """The merger and its two parts."""
-        return self.mix(place, case, case, seed)
+    def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
+        """Return the merged LoRA and its two parts."""
+        return self.mix(workspace, case, case, seed)
 
-    def mix(self, place: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
-        """A merger of its own for every pair."""
-        self.pair.file(place, case, seed, "content")
-        self.pair.file(place, partner, seed, "style")
-        run = place.finish(zip_loras, complete(self.recipe(place, case, partner, seed)))
+    def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
+        """Return the merger of this pair, after training it if necessary."""
+        self.pair.lora_file(workspace, case, seed, "content")
+        self.pair.lora_file(workspace, partner, seed, "style")
+        run = workspace.train_once(zip_loras, complete(self.recipe(workspace, case, partner, seed)))
         content, style, merged = (read_lora(run.lora(name)) for name in ("content", "style", "lora"))
-        return Adapters(content, style, merged) if self.how == "zip" else Adapters(merged, merged, merged)
+        return Adapters(content, style, merged) if self.method == "zip" else Adapters(merged, merged, merged)
 
 
-TOGETHER: dict[str, Any] = {"content_alone": 0.0, "content_variants": False, "style_alone": 0.0}
-"""Both LoRAs in every step, and the picture as it is."""
+JOINT: dict[str, Any] = {"content_alone": 0.0, "content_variants": False, "style_alone": 0.0}
+"""Settings that train both LoRAs in every step, on the unfiltered image."""
 
 
 def _separations(count: int) -> dict[str, Any]:
-    """The first of the published separations, and nothing that is not of the paper."""
+    """Return settings with only the first `count` separations of the paper, and nothing beyond the paper."""
     names = ("prompt_separation", "column_separation", "block_separation")
-    return {**{name: number < count for number, name in enumerate(names)}, **TOGETHER, "phrase_steps": 0}
+    return {**{name: number < count for number, name in enumerate(names)}, **JOINT, "phrase_steps": 0}
 
 
 METHODS: dict[str, Contender] = {
@@ -218,8 +295,8 @@ METHODS: dict[str, Contender] = {
         Split("prompt", _separations(1)),
         Split("column", _separations(2)),
         Split("block", _separations(3)),
-        Split("words", TOGETHER),
-        DreamBooths("dreambooth"),
+        Split("words", JOINT),
+        DreamBoothPair("dreambooth"),
         BLoraHalves("blora"),
         Zipped("ziplora", "zip"),
         Zipped("direct", "direct"),
@@ -229,25 +306,25 @@ METHODS: dict[str, Contender] = {
 
 
 def read_settings(file: Path | None) -> dict[str, Any]:
-    """Keys by method, of the two DreamBooth LoRAs and the oracle's by training, from a TOML file.
+    """Read settings by method from a TOML file; DreamBooth and the oracle have a table for each of two trainings.
 
     Raises:
-        UserError: no such file, or something in it that no method reads.
+        UserError: the file does not exist, or contains a method or a table that does not exist.
     """
-    found = read_toml(file) if file else {}
-    for name, given in found.items():
+    tables = read_toml(file) if file else {}
+    for name, table in tables.items():
         if name not in METHODS:
-            raise UserError(f"{file}: no method {name!r}: there are {', '.join(METHODS)}")
-        if not isinstance(given, dict):
-            raise UserError(f"{file}: {name} is {given!r}; it must be a table of settings, [{name}]")
+            raise UserError(f"{file}: unknown method {name!r}; the methods are {', '.join(METHODS)}")
+        if not isinstance(table, dict):
+            raise UserError(f"{file}: {name} is {table!r}; make it a table of settings, [{name}]")
         method = METHODS[name]
-        if isinstance(method, Untrained) and given:
-            raise UserError(f"{file}: [{name}] is the base without LoRA, which has no settings")
-        if isinstance(method, DreamBooths):
-            for part, keys in given.items():
-                if part not in KINDS or not isinstance(keys, dict):
+        if isinstance(method, Untrained) and table:
+            raise UserError(f"{file}: [{name}] is the base without LoRA and has no settings: remove them")
+        if isinstance(method, DreamBoothPair):
+            for training, settings in table.items():
+                if training not in KINDS or not isinstance(settings, dict):
                     raise UserError(
-                        f"{file}: [{name}] has two trainings: give its settings in [{name}.content] and "
-                        f"[{name}.style], not in {part!r}"
+                        f"{file}: [{name}] has two trainings: put its settings into [{name}.content] and "
+                        f"[{name}.style], not into {training!r}"
                     )
-    return found
+    return tables

@@ -1,4 +1,4 @@
-"""One method on one case: train, sample what the LoRAs give alone, together and mixed, compare with the truth."""
+"""Evaluation of one method on one case: train, sample the LoRAs alone, together and mixed, compare with the truth."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any, Literal
 from PIL import Image
 
 from unziplora.bench.cases import Case
-from unziplora.bench.contender import Adapters, Contender
-from unziplora.bench.scores import leak, product, similarity
-from unziplora.bench.workspace import Workspace, fingerprint, plain
+from unziplora.bench.contenders import Adapters, Contender
+from unziplora.bench.scores import geometric_mean, leak, similarity
+from unziplora.bench.workspace import Workspace, json_hash, training_settings
 from unziplora.lora.weights import Lora
-from unziplora.metrics.measures import Measure
+from unziplora.metrics.measures import CaseMeasure
 from unziplora.models.base import Base
 from unziplora.models.offload import base_on_cpu
 from unziplora.models.text import Prompts
@@ -26,23 +26,23 @@ from unziplora.sampling.adapters import AttachedLoras, Part
 from unziplora.sampling.pipeline import Settings, generate
 from unziplora.utils.files import atomic_write, write_png
 
-Task = Literal["content", "style", "both", "mix"]
+TaskKind = Literal["content", "style", "both", "mix"]
 SCORES, SAMPLES = "scores.json", "samples.json"
 
 
 @dataclass(frozen=True)
-class Ask:
+class Task:
     """One prompt of the protocol.
 
     Attributes:
-        task: content alone, style alone, both, or the content with another case's style.
-        target: the other style or concept, or the case whose style is taken.
-        prompts: what the base and the LoRAs see.
-        loras: what is mounted, by name.
-        truths: what the pictures should look like.
+        kind: content alone, style alone, both, or the content with another case's style.
+        target: the other style or concept, or the slug of the case whose style is used.
+        prompts: prompts of the base and of the LoRAs.
+        loras: attached LoRAs by name.
+        truths: images that the results are compared with.
     """
 
-    task: Task
+    kind: TaskKind
     target: str
     prompts: Prompts
     loras: dict[str, Lora]
@@ -50,158 +50,177 @@ class Ask:
 
     @property
     def slug(self) -> str:
-        """The beginning of its pictures' file names."""
-        return f"{self.task}-{self.target.replace(' ', '-')}"
+        """Beginning of the file names of its images."""
+        return f"{self.kind}-{self.target.replace(' ', '-')}"
 
 
-def asks(case: Case, partner: Case, alone: Adapters, mixed: Adapters, token: str) -> list[Ask]:
-    """Everything that is asked of a method's LoRAs, task by task."""
+def make_tasks(case: Case, partner: Case, alone: Adapters, mixed: Adapters, token: str) -> list[Task]:
+    """List all tasks of a case for the LoRAs of a method."""
     words = {"token": token, **case.words}
-    subject, manner = alone.subject.format(**words), alone.manner.format(**words)
-    found = [
-        Ask("content", e.word, Prompts(f"{subject} in {e.word} style"), _named(content=alone.content), e.pictures)
+    content, style = alone.content_phrase.format(**words), alone.style_phrase.format(**words)
+    tasks = [
+        Task("content", e.word, Prompts(f"{content} in {e.word} style"), _present(content=alone.content), e.images)
         for e in case.targets
     ]
-    found += [
-        Ask("style", e.word, Prompts(f"a {e.word} in {manner} style"), _named(style=alone.style), e.pictures)
+    tasks += [
+        Task("style", e.word, Prompts(f"a {e.word} in {style} style"), _present(style=alone.style), e.images)
         for e in case.others
     ]
-    for task, styled, made, truth in (("both", case, alone, case.picture), ("mix", partner, mixed, case.mix)):
-        words = {"token": token, **case.words, "style": styled.style}
-        full = f"{made.subject} in {made.manner} style".format(**words)
-        seen = [text.format(**words) for text in made.prompts or ()]
-        loras = _named(lora=made.merged) or _named(content=made.content, style=made.style)
-        name: Task = "both" if task == "both" else "mix"
-        found.append(Ask(name, styled.slug, Prompts(full, *seen), loras, (truth,)))
-    return found
+    both = _combined_task("both", case, case, alone, case.image, token)
+    return [*tasks, both, _combined_task("mix", case, partner, mixed, case.mix, token)]
 
 
-def _named(**loras: Lora | None) -> dict[str, Lora]:
+def _combined_task(
+    kind: TaskKind, case: Case, styled: Case, adapters: Adapters, truth: Image.Image, token: str
+) -> Task:
+    """Make the task of a case's content in the style of `styled`."""
+    words = {"token": token, **case.words, "style": styled.style}
+    full = f"{adapters.content_phrase} in {adapters.style_phrase} style".format(**words)
+    separate = [text.format(**words) for text in adapters.prompts or ()]
+    loras = _present(lora=adapters.merged) or _present(content=adapters.content, style=adapters.style)
+    return Task(kind, styled.slug, Prompts(full, *separate), loras, (truth,))
+
+
+def _present(**loras: Lora | None) -> dict[str, Lora]:
     return {name: lora for name, lora in loras.items() if lora is not None}
 
 
-def draw(base: Base, ask: Ask, seeds: Sequence[int], steps: int, guidance: float) -> list[Image.Image]:
-    """One picture per seed; the base is left as it was. Errors as in `AttachedLoras` and `generate`."""
-    parts = [Part(name, lora, {}, f"{name} LoRA") for name, lora in ask.loras.items()]
-    mounted = AttachedLoras(base, parts, separate=ask.prompts.separate)
+def sample_task(base: Base, task: Task, seeds: Sequence[int], steps: int, guidance: float) -> list[Image.Image]:
+    """Sample one image per seed and restore the base. Raises as `AttachedLoras` and `generate`."""
+    parts = [Part(name, lora, {}, f"{name} LoRA") for name, lora in task.loras.items()]
+    attached = AttachedLoras(base, parts, separate=task.prompts.separate)
     try:
-        return generate(base, ask.prompts, seeds, Settings(steps=steps, guidance=guidance, batch_size=len(seeds)))
+        return generate(base, task.prompts, seeds, Settings(steps=steps, guidance=guidance, batch_size=len(seeds)))
     finally:
-        mounted.remove()
+        attached.remove()
 
 
-def score(measure: Measure, case: Case, ask: Ask, made: Sequence[Image.Image]) -> list[dict[str, float]]:
-    """Similarities of pictures to the truth, their product and what leaked; one row per picture.
+def score_images(measure: CaseMeasure, case: Case, task: Task, images: Sequence[Image.Image]) -> list[dict[str, float]]:
+    """Return similarities to the truth, their geometric mean and the leak; one row per image.
 
-    Where the style alone is asked for, content means the kind of thing, not the drawing.
+    For the style alone, "content" is the kind of thing and not the drawing.
     """
-    truths, style_alone = list(ask.truths), ask.task == "style"
+    truths, style_alone = list(task.truths), task.kind == "style"
     identity = measure.concept if style_alone else measure.content
-    contents = similarity(identity(made), identity(truths))
-    made_styles, true_styles = measure.style(made), measure.style(truths)
-    styles = similarity(made_styles, true_styles)
+    contents = similarity(identity(images), identity(truths))
+    image_styles, truth_styles = measure.style(images), measure.style(truths)
+    styles = similarity(image_styles, truth_styles)
     rows = [
-        {"content": content, "style": style, "score": product(content, style)}
+        {"content": content, "style": style, "score": geometric_mean(content, style)}
         for content, style in zip(contents, styles, strict=True)
     ]
     leaks: list[float] = []
     if style_alone:
-        leaks = leak(measure.content(made), measure.content(truths), measure.content([case.picture]))
-    elif ask.task == "content":
-        leaks = leak(made_styles, true_styles, measure.style([case.picture]))
+        leaks = leak(measure.content(images), measure.content(truths), measure.content([case.image]))
+    elif task.kind == "content":
+        leaks = leak(image_styles, truth_styles, measure.style([case.image]))
     for row, value in zip(rows, leaks, strict=False):
         row["leak"] = value
     return rows
 
 
 def evaluate(
-    place: Workspace,
+    workspace: Workspace,
     base: Base,
-    measures: Sequence[Measure],
+    measures: Sequence[CaseMeasure],
     method: Contender,
     cases: dict[str, Case],
     case: Case,
     seed: int,
 ) -> dict[str, Any]:
-    """Train, sample and score; return what scores.json holds.
+    """Train, sample and score; return the contents of scores.json.
 
-    What is there already with the same settings is kept: trainings, pictures, scores.
+    Trainings, images and scores that exist with the same settings are reused.
 
     Raises:
         UserError, MachineError, Interrupted: as trainings and `generate`.
     """
-    folder = place.run_folder(method.name, case, seed)
-    partner, settings = cases[case.partner], settings_hash(place, method, cases, case, seed)
-    found = _read(folder / SCORES)
+    folder = workspace.run_folder(method.name, case, seed)
+    settings = settings_hash(workspace, method, cases, case, seed)
+    stored = _read_json(folder / SCORES)
     names = [measure.name for measure in measures]
-    marks = {measure.name: mark for measure in measures if (mark := getattr(measure, "mark", ""))}
-    same = all(found.get("marks", {}).get(name, mark) == mark for name, mark in marks.items())
-    if found.get("settings") == settings and set(names) <= set(found.get("measures", [])) and same:
-        return found
-    start = time.monotonic()
-    with base_on_cpu(base):
-        alone = method.train(place, case, seed)
-        mixed = method.mix(place, case, partner, seed)
-    trained = time.monotonic()
-    listed, seeds = asks(case, partner, alone, mixed, place.config.token), list(range(place.config.samples))
-    known = _read(folder / SAMPLES)
-    named = [[folder / "samples" / f"{ask.slug}-{number}.png" for number in seeds] for ask in listed]
-    keep = known.get("settings") == settings and all(file.is_file() for files in named for file in files)
-    if not keep:
-        (folder / SAMPLES).unlink(missing_ok=True)  # from now on the pictures may be of two settings
+    hashes = {measure.name: digest for measure in measures if (digest := getattr(measure, "weights_hash", ""))}
+    same = all(stored.get("marks", {}).get(name, digest) == digest for name, digest in hashes.items())
+    if stored.get("settings") == settings and set(names) <= set(stored.get("measures", [])) and same:
+        return stored
+    samples, images = _train_and_sample(workspace, base, method, (case, cases[case.partner]), seed, settings)
     rows = []
-    for ask, files in zip(listed, named, strict=True):
-        made = _opened(files) if keep else _drawn(place, base, ask, seeds, files)
-        values = {measure.name: score(measure, case, ask, made) for measure in measures}
+    for task, files in images:
+        pictures = _open_images(files)
+        values = {measure.name: score_images(measure, case, task, pictures) for measure in measures}
         rows += [
-            {"task": ask.task, "target": ask.target, "seed": number, "file": f"samples/{file.name}"}
-            | {"values": {name: scored[index] for name, scored in values.items()}}
-            for index, (number, file) in enumerate(zip(seeds, files, strict=True))
+            {"task": task.kind, "target": task.target, "seed": number, "file": f"samples/{file.name}"}
+            | {"values": {name: scores[number] for name, scores in values.items()}}
+            for number, file in enumerate(files)
         ]
-    if not keep:
-        seconds = {"training": round(trained - start, 2), "sampling": round(time.monotonic() - trained, 2)}
-        known = {"settings": settings, "seconds": seconds}
-        atomic_write(folder / SAMPLES, json.dumps(known) + "\n")
-    result = {"method": method.name, "case": case.slug, "seed": seed, "measures": names, "marks": marks}
-    result |= {**known, "pictures": rows}
+    result = {"method": method.name, "case": case.slug, "seed": seed, "measures": names, "marks": hashes}
+    result |= {**samples, "pictures": rows}
     atomic_write(folder / SCORES, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def settings_hash(place: Workspace, method: Contender, cases: dict[str, Case], case: Case, seed: int) -> str:
-    """A fingerprint of everything that decides the pictures: recipes, pictures learned, prompts, sampling, version."""
-    config, partner = place.config, cases[case.partner]
-    told = [
+def _train_and_sample(
+    workspace: Workspace, base: Base, method: Contender, pair: tuple[Case, Case], seed: int, settings: str
+) -> tuple[dict[str, Any], list[tuple[Task, list[Path]]]]:
+    """Train on a case and its partner, then sample all tasks unless the images exist with the same settings.
+
+    Returns:
+        The contents of samples.json, and the image files of each task.
+    """
+    case, partner = pair
+    folder, config = workspace.run_folder(method.name, case, seed), workspace.config
+    start = time.monotonic()
+    with base_on_cpu(base):
+        alone = method.train(workspace, case, seed)
+        mixed = method.mix(workspace, case, partner, seed)
+    trained = time.monotonic()
+    seeds = list(range(config.samples))
+    files = [
+        (task, [folder / "samples" / f"{task.slug}-{number}.png" for number in seeds])
+        for task in make_tasks(case, partner, alone, mixed, config.token)
+    ]
+    samples = _read_json(folder / SAMPLES)
+    if samples.get("settings") == settings and all(file.is_file() for _, paths in files for file in paths):
+        return samples, files
+    (folder / SAMPLES).unlink(missing_ok=True)  # from now on the images may be of two settings
+    for task, paths in files:
+        images = sample_task(base, task, seeds, config.sample_steps, config.guidance)
+        for image, path in zip(images, paths, strict=True):
+            write_png(path, image)
+    seconds = {"training": round(trained - start, 2), "sampling": round(time.monotonic() - trained, 2)}
+    samples = {"settings": settings, "seconds": seconds}
+    atomic_write(folder / SAMPLES, json.dumps(samples) + "\n")
+    return samples, files
+
+
+def settings_hash(workspace: Workspace, method: Contender, cases: dict[str, Case], case: Case, seed: int) -> str:
+    """Hash everything that affects the images: recipes, training images, prompts, sampling settings, version."""
+    config, partner = workspace.config, cases[case.partner]
+    values = [
         config.model_dump(mode="json", include={"base", "token", "samples", "sample_steps", "guidance", "precision"}),
-        [plain(recipe) for one in (case, partner) for recipe in method.recipes(place, one, seed)],
-        [_fingerprint(one) for one in (case, partner)],
+        [training_settings(recipe) for one in (case, partner) for recipe in method.recipes(workspace, one, seed)],
+        [_describe_case(one) for one in (case, partner)],
         version("unziplora"),
     ]
-    return fingerprint(told)
+    return json_hash(values)
 
 
-def _fingerprint(case: Case) -> list[str]:
+def _describe_case(case: Case) -> list[str]:
+    """Return the words of a case and a hash of its images."""
     examples = [*case.targets, *case.others, *case.oracle_content, *case.oracle_style]
-    pictures = [case.picture, case.mix, *(picture for example in examples for picture in example.pictures)]
-    sums = hashlib.sha256(b"".join(picture.tobytes() for picture in pictures)).hexdigest()
-    return [case.slug, case.content, case.style, *(example.word for example in examples), sums]
+    images = [case.image, case.mix, *(image for example in examples for image in example.images)]
+    digest = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
+    return [case.slug, case.content, case.style, *(example.word for example in examples), digest]
 
 
-def _drawn(place: Workspace, base: Base, ask: Ask, seeds: Sequence[int], files: Sequence[Path]) -> list[Image.Image]:
-    made = draw(base, ask, seeds, place.config.sample_steps, place.config.guidance)
-    for picture, file in zip(made, files, strict=True):
-        write_png(file, picture)
-    return made
-
-
-def _opened(files: Sequence[Path]) -> list[Image.Image]:
+def _open_images(files: Sequence[Path]) -> list[Image.Image]:
     return [Image.open(file).convert("RGB") for file in files]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing where there is none, or a damaged one: it is made anew."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; return an empty one if the file is missing or damaged, so that it is written again."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

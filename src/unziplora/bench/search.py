@@ -1,4 +1,4 @@
-"""Fair play: the same number of settings, from one grid, tried for every method on the development cases."""
+"""Search for settings: try the same number of settings from one grid for every method, on the development cases."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import tomli_w
 import torch
 from pydantic import BaseModel
 
-from unziplora.bench.bench import measure
 from unziplora.bench.report import Report, summarize
-from unziplora.bench.session import Bench, open_bench
+from unziplora.bench.run import evaluate_methods
+from unziplora.bench.session import Session, open_session
 from unziplora.config.bench import SEARCHED, BenchConfig
 from unziplora.errors import UserError
 from unziplora.utils.files import atomic_write
@@ -26,8 +26,8 @@ RATES = (3e-4, 1e-3, 2e-3, 4e-3)
 RATIOS = (0.25, 0.5, 1.0)
 STEPS = (150, 300, 600)
 RANKS = (8, 16, 32)
-SPREAD = 1024
-"""Points of Sobol's sequence that say in which order the grid is tried."""
+POINTS = 1024
+"""Points of Sobol's sequence that define the order of the grid."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Setting:
     """One point of the grid.
 
     Attributes:
-        rate: learning rate of the content, or of everything where there is one rate.
-        ratio: learning rate of the style, in parts of the content's.
+        rate: learning rate of the content, or of everything if a method has one rate.
+        ratio: learning rate of the style divided by that of the content.
         steps: optimizer steps.
-        rank: of each LoRA.
+        rank: rank of each LoRA.
     """
 
     rate: float
@@ -47,7 +47,7 @@ class Setting:
     rank: int
 
     def overrides(self, method: str) -> dict[str, Any]:
-        """This setting in a method's own keys."""
+        """Return this setting in a method's own keys."""
         size = {"steps": self.steps, "rank": self.rank}
         if method in ("unziplora", "paper"):
             rates = {"content_learning_rate": self.rate, "style_learning_rate": self.rate * self.ratio}
@@ -60,16 +60,16 @@ class Setting:
         return {"learning_rate": self.rate, **size}
 
 
-class Search(BaseModel):
-    """What a search found: every setting's score by method, and the best.
+class SearchResult(BaseModel):
+    """Scores of every setting by method, and the best settings.
 
     Attributes:
-        tried: the settings, in order.
+        tried: settings in the order of the search.
         scores: by method, one score per setting.
-        means: the same with the plain mean of scaled content and style, which decides where scores are equal: a
-            method that is below the base in one half has the score 0 with every setting.
+        means: by method, the arithmetic mean of scaled content and style per setting. It decides between equal scores,
+            because a method that is below the base in one half scores 0 with every setting.
         best: by method, the best setting in the method's own keys.
-        file: the settings as TOML, for `--settings`.
+        file: TOML file with the settings, for `--settings`.
     """
 
     tried: list[dict[str, float]]
@@ -83,74 +83,76 @@ class Search(BaseModel):
         return "\n".join([*lines, f"settings {self.file}"])
 
 
-def grid(count: int) -> list[Setting]:
-    """The first settings of the grid, in the order of Sobol's sequence: already the first few are spread over it.
+def grid_settings(count: int) -> list[Setting]:
+    """Return the first settings of the grid in the order of Sobol's sequence, so that even a few spread over it.
 
     Raises:
-        UserError: the grid has fewer.
+        UserError: the grid contains fewer.
     """
     axes = (RATES, RATIOS, STEPS, RANKS)
-    every = [Setting(*values) for values in product(*axes)]
-    if count > len(every):
-        raise UserError(f"--search {count}: the grid has {len(every)} settings")
-    points = torch.quasirandom.SobolEngine(len(axes)).draw(SPREAD)[1:].tolist()  # the first is a corner of the grid
-    places = [[int(x * len(axis)) for axis, x in zip(axes, point, strict=True)] for point in points]
-    spread = [Setting(RATES[a], RATIOS[b], STEPS[c], RANKS[d]) for a, b, c, d in places]
-    return list(dict.fromkeys([*spread, *every]))[:count]
+    settings = [Setting(*values) for values in product(*axes)]
+    if count > len(settings):
+        raise UserError(f"--search {count} is too large: the grid has {len(settings)} settings")
+    points = torch.quasirandom.SobolEngine(len(axes)).draw(POINTS)[1:].tolist()  # the first is a corner of the grid
+    indices = [[int(x * len(axis)) for axis, x in zip(axes, point, strict=True)] for point in points]
+    spread = [Setting(RATES[a], RATIOS[b], STEPS[c], RANKS[d]) for a, b, c, d in indices]
+    return list(dict.fromkeys([*spread, *settings]))[:count]
 
 
-def search(config: BenchConfig, progress: Callback | None = None, bench: Bench | None = None) -> Search:
-    """Try `config.search` settings for every searchable method and write settings.toml and search.json into `out`.
+def search_settings(
+    config: BenchConfig, progress: Callback | None = None, session: Session | None = None
+) -> SearchResult:
+    """Try `config.search` settings for every searchable method; write settings.toml and search.json into `out`.
 
-    Each setting is a benchmark of its own in `out/search/NN`; the scale is that of base and oracle as they are. The
-    score is the first measure's, the mean over training seeds; where scores are equal, `Search.means` decides.
-    ZipLoRA is searched last, on the best DreamBooth. What `config.settings` says beyond what is tried holds for all,
-    and stands in settings.toml too.
+    Each setting is a benchmark of its own in `out/search/METHOD/NN`. The scale comes from base and oracle with their
+    own settings. The score is that of the first measure, a mean over training seeds; `SearchResult.means` decides
+    between equal scores. ZipLoRA is searched last, on the best DreamBooth LoRAs. Keys of `config.settings` that the
+    grid does not contain apply to all settings, and settings.toml contains them too.
 
     Args:
-        bench: use this one, instead of opening one.
+        session: default: open the configured benchmark.
 
     Raises:
-        UserError, MachineError, Interrupted: as `bench`; the same call continues.
+        UserError, MachineError, Interrupted: as `run_benchmark`; the same call continues.
     """
-    settings = grid(config.search)
-    bench = bench or open_bench(config, progress)
-    ends = measure(bench, ["base", "oracle"])
-    names: list[str] = [name for name in SEARCHED if name in config.methods and name in bench.methods]
-    scores: dict[str, list[float]] = {}
-    means: dict[str, list[float]] = {}
-    best: dict[str, dict[str, Any]] = {}
-    homes: dict[str, Path] = {}
-    given = bench.place.overrides
-    for name in names:
-        folders = [bench.place.folder / "search" / name / f"{number:02d}" for number in range(len(settings))]
-        found: list[tuple[float, float]] = []
-        keys = [_over(given.get(name, {}), setting.overrides(name)) for setting in settings]
-        for folder, those in zip(folders, keys, strict=True):
-            overrides = {**given, **best, name: those}
-            place = replace(bench.place, folder=folder, overrides=overrides, homes=homes)
-            results = measure(replace(bench, place=place), [name])
-            found.append(_score(summarize(config, [*ends, *results], [bench.measures[0].name]), name))
-        winner = found.index(max(found))
-        scores[name], means[name] = [score for score, _ in found], [mean for _, mean in found]
-        best[name], homes = keys[winner], {**homes, name: folders[winner]}
-    file = bench.place.folder / "settings.toml"
+    settings = grid_settings(config.search)
+    session = session or open_session(config, progress)
+    workspace, fixed = session.workspace, session.workspace.overrides
+    ends = evaluate_methods(session, ["base", "oracle"])
+    names: list[str] = [name for name in SEARCHED if name in config.methods and name in session.methods]
     tried = [asdict(setting) for setting in settings]
-    result = Search(tried=tried, scores=scores, means=means, best=best, file=file)
-    told = json.dumps(result.model_dump(mode="json", exclude={"file"}), indent=1)
-    atomic_write(bench.place.folder / "search.json", told + "\n")
-    atomic_write(file, tomli_w.dumps({**given, **best}))
+    result = SearchResult(tried=tried, scores={}, means={}, best={}, file=workspace.folder / "settings.toml")
+    folders: dict[str, Path] = {}
+    for name in names:
+        outcomes: list[tuple[float, float]] = []
+        candidates = [_merge(fixed.get(name, {}), setting.overrides(name)) for setting in settings]
+        for number, candidate in enumerate(candidates):
+            trial = replace(
+                workspace,
+                folder=workspace.folder / "search" / name / f"{number:02d}",
+                overrides={**fixed, **result.best, name: candidate},
+                method_folders=folders,
+            )
+            results = evaluate_methods(replace(session, workspace=trial), [name])
+            outcomes.append(_score(summarize(config, [*ends, *results], [session.measures[0].name]), name))
+        best = outcomes.index(max(outcomes))
+        result.scores[name], result.means[name] = (list(values) for values in zip(*outcomes, strict=True))
+        result.best[name] = candidates[best]
+        folders = {**folders, name: workspace.folder / "search" / name / f"{best:02d}"}
+    summary = json.dumps(result.model_dump(mode="json", exclude={"file"}), indent=1)
+    atomic_write(workspace.folder / "search.json", summary + "\n")
+    atomic_write(result.file, tomli_w.dumps({**fixed, **result.best}))
     return result
 
 
-def _over(given: Mapping[str, Any], tried: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys given with those of a setting above them, in tables within too."""
-    inner = {name: _over(given.get(name, {}), value) for name, value in tried.items() if isinstance(value, Mapping)}
-    return {**given, **tried, **inner}
+def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two tables and the tables within; `upper` wins."""
+    inner = {name: _merge(lower.get(name, {}), value) for name, value in upper.items() if isinstance(value, Mapping)}
+    return {**lower, **upper, **inner}
 
 
 def _score(report: Report, method: str) -> tuple[float, float]:
-    """The headline, and the mean of scaled content and style, means over training seeds.
+    """Return the headline, and the arithmetic mean of scaled content and style; means over training seeds.
 
     Raises:
         UserError: there is no scale.

@@ -1,4 +1,4 @@
-"""Where the benchmark keeps pictures and runs: each training is done once, continued if it was interrupted."""
+"""Folder of a benchmark: each training runs once there and continues after an interruption."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from unziplora.utils.files import atomic_write, write_png
 from unziplora.utils.progress import Callback
 
 WEIGHTS = "weights.txt"
-"""Holds the fingerprint of the base's weights."""
+"""File with the fingerprint of the base's weights."""
 
 PATHS = {"out", "images", "masks", "content_lora", "style_lora", "content_images", "style_images"}
-"""Keys of recipes that say where something lies, and nothing of what is learned."""
+"""Keys of recipes that are locations of files and do not affect the result."""
 
 C = TypeVar("C", bound=TrainingConfig, contravariant=True)
 
 
 class TrainFunction(Protocol[C]):
-    """A training as a function, such as `split`."""
+    """Function that trains as configured, such as `split`."""
 
     def __call__(self, config: C, resume: bool = False, progress: Callback | None = None) -> RunFolder:
         """Train as configured."""
@@ -36,49 +36,49 @@ class TrainFunction(Protocol[C]):
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder of a benchmark.
+    """Folder of a benchmark.
 
     Attributes:
-        config: the benchmark's recipe.
-        folder: absolute.
-        overrides: settings by method; those of a method with several trainings in a table for each.
-        homes: folders of methods whose runs are kept in another benchmark's.
+        config: recipe of the benchmark.
+        folder: absolute path.
+        overrides: settings by method; a method with several trainings has a table for each.
+        method_folders: folders of other benchmarks by method, for methods whose runs are already there.
     """
 
     config: BenchConfig
     folder: Path
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    homes: Mapping[str, Path] = field(default_factory=dict)
+    method_folders: Mapping[str, Path] = field(default_factory=dict)
 
     def claim(self, base: Base) -> None:
-        """Note the base's weights; what is here by other weights would be taken for theirs.
+        """Record the fingerprint of the base's weights, because results of other weights must not be mixed in.
 
         Raises:
-            UserError: the folder's runs and scores are of other weights of that name.
+            UserError: the results in the folder come from other weights of the same name.
         """
-        path, mine = self.folder / WEIGHTS, base.fingerprint()
+        path, current = self.folder / WEIGHTS, base.fingerprint()
         if not path.is_file():
-            atomic_write(path, mine + "\n")
-        elif (found := path.read_text(encoding="utf-8").strip()) != mine:
+            atomic_write(path, current + "\n")
+        elif (recorded := path.read_text(encoding="utf-8").strip()) != current:
             raise UserError(
-                f"{self.folder}: measured with other weights of base {self.config.base!r} ({found}; these are {mine}): "
-                "choose another --out, or the version of the base that it was measured with"
+                f"{self.folder}: measured with other weights of base {self.config.base!r} ({recorded}; these are "
+                f"{current}): choose another --out, or the version of the base that it was measured with"
             )
 
     def run_folder(self, method: str, case: Case, seed: int) -> Path:
-        """Where one method's trainings on a case are kept."""
-        return self.homes.get(method, self.folder) / "runs" / method / case.slug / f"seed-{seed}"
+        """Return the folder of one method's trainings on a case."""
+        return self.method_folders.get(method, self.folder) / "runs" / method / case.slug / f"seed-{seed}"
 
     def settings(self, method: str, training: str | None = None) -> dict[str, Any]:
-        """The overrides of a method, or of one of its trainings."""
-        given = self.overrides.get(method, {})
-        return dict(given if training is None else given.get(training, {}))
+        """Return the overrides of a method, or of one of its trainings."""
+        table = self.overrides.get(method, {})
+        return dict(table if training is None else table.get(training, {}))
 
-    def common(self, case: Case, seed: int) -> dict[str, Any]:
-        """Keys of all trainings on a case."""
+    def shared_settings(self, case: Case, seed: int) -> dict[str, Any]:
+        """Return the keys that all trainings on a case have in common."""
         config = self.config
         return {
-            "images": self.pictures(case, "input", [Example(case.content, (case.picture,))]),
+            "images": self.image_files(case, "input", [Example(case.content, (case.image,))]),
             "base": config.base,
             "token": config.token,
             "seed": seed,
@@ -87,38 +87,38 @@ class Workspace:
             "sample_seeds": [],
         }
 
-    def pictures(self, case: Case, name: str, examples: Sequence[Example]) -> list[Path]:
-        """Pictures of a case as files that trainings can read, written once; a file's name tells what is in it."""
+    def image_files(self, case: Case, name: str, examples: Sequence[Example]) -> list[Path]:
+        """Write images of a case as files for trainings, each once; the file name contains a hash of the image."""
         paths = []
-        for number, picture in enumerate(picture for example in examples for picture in example.pictures):
-            mark = hashlib.sha256(picture.tobytes()).hexdigest()[:8]
-            path = self.folder / "cases" / case.slug / f"{name}-{number}-{mark}.png"
+        for number, image in enumerate(image for example in examples for image in example.images):
+            digest = hashlib.sha256(image.tobytes()).hexdigest()[:8]
+            path = self.folder / "cases" / case.slug / f"{name}-{number}-{digest}.png"
             if not path.is_file():
-                write_png(path, picture)
+                write_png(path, image)
             paths.append(path)
         return paths
 
-    def finish(self, job: TrainFunction[C], config: C) -> RunFolder:
-        """The run of a recipe: as it is if it is finished, else trained, from its last checkpoint if there is one.
+    def train_once(self, train: TrainFunction[C], config: C) -> RunFolder:
+        """Return the finished run of a recipe; train, or continue from the last checkpoint, if it is not finished.
 
         Raises:
-            UserError: a run with other settings is there already; or as the training.
-            MachineError, Interrupted: as the training.
+            UserError: the folder contains a run with other settings; or as `train`.
+            MachineError, Interrupted: as `train`.
         """
         run = RunFolder(config.out)
         if run.config_file.is_file() and (run.card.exists() or run.latest()):
-            _check_same(run, config)
+            _check_settings(run, config)
         if run.card.exists():
             return run
-        return job(config, run.latest() is not None)
+        return train(config, run.latest() is not None)
 
 
-def plain(recipe: TrainingConfig) -> dict[str, Any]:
-    """What a recipe says of the training, wherever its files lie and whatever it is computed on.
+def training_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Return the settings of a recipe that affect the result: no file locations, no device.
 
-    Stored results count as the same: keys that were renamed since, or lost their effect, keep their names and values.
+    Keys that were renamed or merged appear under their old names, so that results stored before remain valid.
     """
-    settings = recipe.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs"})
+    settings = config.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs"})
     settings["sample_steps"] = settings.pop("generated_steps")
     settings["sample_guidance"] = settings.pop("generated_guidance")
     if "official_code" in settings:
@@ -129,25 +129,25 @@ def plain(recipe: TrainingConfig) -> dict[str, Any]:
     return settings
 
 
-def fingerprint(told: Any) -> str:
-    """Sixteen digits that differ where this differs, which is of what JSON can hold."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+def json_hash(value: Any) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _check_same(run: RunFolder, config: TrainingConfig) -> None:
-    """Refuse a run that was made with other settings; where its pictures lie does not matter, only their names."""
+def _check_settings(run: RunFolder, config: TrainingConfig) -> None:
+    """Refuse a run with other settings. Of images only the file names count, because folders can move."""
     saved = run.config(type(config))
     for name in differing(saved, config):
         old, new = getattr(saved, name), getattr(config, name)
-        if _names(old) is None or _names(old) != _names(new):
+        if _file_names(old) is None or _file_names(old) != _file_names(new):
             raise UserError(
                 f"{run.path}: this run was made with {name} {old!r}, not {new!r}: choose another --out for the "
                 "benchmark, or delete this folder"
             )
 
 
-def _names(value: object) -> list[str] | None:
-    """The file names of a path or of several; None of anything else."""
+def _file_names(value: object) -> list[str] | None:
+    """Return the file names of a path or of several; None for anything else."""
     values = value if isinstance(value, list) else [value]
     paths = [item for item in values if isinstance(item, Path)]
     return [path.name for path in paths] if len(paths) == len(values) else None

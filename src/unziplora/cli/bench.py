@@ -9,26 +9,26 @@ from unziplora.utils.progress import Callback
 
 def _run(config: BenchConfig, progress: Callback) -> Output:
     if config.search:
-        from unziplora.bench.search import search
+        from unziplora.bench.search import search_settings
 
-        result = search(config, progress)
+        result = search_settings(config, progress)
         return Output(result.model_dump(mode="json"), str(result))
-    from unziplora.bench.bench import bench
-    from unziplora.bench.published import published_table
+    from unziplora.bench.photos import photo_table
+    from unziplora.bench.run import run_benchmark
 
-    report = bench(config, progress)
-    table = published_table(report) if config.pictures else str(report)
+    report = run_benchmark(config, progress)
+    table = photo_table(report) if config.pictures else str(report)
     return Output(report.model_dump(mode="json"), f"{table}\n\nreport   {config.out / 'report.md'}")
 
 
 def _plan(config: BenchConfig) -> Plan:
     """List the cases."""
-    from unziplora.bench.cases import choose, load_cases
+    from unziplora.bench.cases import load_cases, select_cases
     from unziplora.bench.contenders import read_settings
-    from unziplora.bench.published import published_cases
+    from unziplora.bench.photos import load_photos
 
-    known = published_cases(config.pictures, 64) if config.pictures else load_cases(config.split)
-    cases = choose(known, config.cases, config.quick)
+    known = load_photos(config.pictures, 64) if config.pictures else load_cases(config.split)
+    cases = select_cases(known, config.cases, config.quick)
     read_settings(config.settings)
     lines = [
         f"# {case.slug}: a {case.content} in {case.style} style"

@@ -1,4 +1,4 @@
-"""The small networks that tell drawings, kinds of things and styles apart."""
+"""Small networks that distinguish drawings, kinds of things and styles."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SIDE = 64
-"""Pixels a side of the pictures that the networks see."""
+"""Side in pixels of the networks' input images."""
 
 
 def stage(before: int, channels: int) -> nn.Sequential:
-    """Halve the picture: a strided and a plain 3 × 3 convolution, each with group norm (arXiv 1803.08494) and SiLU."""
+    """Halve the image: a strided and a plain 3 × 3 convolution, each with group norm (arXiv 1803.08494) and SiLU."""
     return nn.Sequential(
         nn.Conv2d(before, channels, 3, 2, 1),
         nn.GroupNorm(8, channels),
@@ -25,10 +25,10 @@ def stage(before: int, channels: int) -> nn.Sequential:
 
 
 class ShapeNet(nn.Module):
-    """Which drawing is shown, and which kind of thing: one trunk, two heads that see where things are.
+    """Embeddings of the drawing and of the kind of thing: one trunk and two heads that depend on position.
 
     Attributes:
-        width: channels of the first of four stages; each next one has twice as many.
+        width: channels of the first of four stages; the number doubles from stage to stage.
         out: length of both embeddings.
     """
 
@@ -41,19 +41,19 @@ class ShapeNet(nn.Module):
             for _ in range(2)
         )
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures [N, 3, 64, 64] in −1…1 to content and concept, each [N, out], rows of unit length."""
-        found = self.trunk(pictures)
-        return F.normalize(self.content(found), dim=1), F.normalize(self.concept(found), dim=1)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed images [N, 3, 64, 64] in −1…1 as content and concept, each [N, out], rows of unit length."""
+        features = self.trunk(images)
+        return F.normalize(self.content(features), dim=1), F.normalize(self.concept(features), dim=1)
 
 
 class StyleNet(nn.Module):
-    """How a picture is drawn: means and spreads of features, so that it does not matter where things are.
+    """Embedding of the style, independent of position: means and deviations of features.
 
-    Moments of features say style, after Huang and Belongie (arXiv 1703.06868).
+    Such moments represent style (Huang and Belongie, arXiv 1703.06868).
 
     Attributes:
-        width: channels of the first of three stages; each next one has twice as many.
+        width: channels of the first of three stages; the number doubles from stage to stage.
         out: length of the embedding.
     """
 
@@ -62,16 +62,16 @@ class StyleNet(nn.Module):
         self.stages = nn.ModuleList([stage(3, width), stage(width, 2 * width), stage(2 * width, 4 * width)])
         self.head = nn.Sequential(nn.Linear(2 * (3 + 7 * width), 192), nn.SiLU(), nn.Linear(192, out))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures [N, 3, 64, 64] in −1…1 to style, [N, out], rows of unit length."""
-        found, moments = pictures, [*_moments(pictures)]
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images [N, 3, 64, 64] in −1…1 as style, [N, out], rows of unit length."""
+        features, moments = images, [*_moments(images)]
         for part in self.stages:
-            found = part(found)
-            moments += _moments(found)
+            features = part(features)
+            moments += _moments(features)
         return F.normalize(self.head(torch.cat(moments, dim=1)), dim=1)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over places, each [N, C]."""
+    """Return mean and standard deviation over positions, each [N, C]."""
     flat = features.flatten(2)
     return flat.mean(2), (flat.var(2, unbiased=False) + 1e-5).sqrt()

@@ -1,4 +1,4 @@
-"""Open the vision models that users name, from a folder or the hub, never from pickles."""
+"""Loader of the vision models that users name, from a folder or the hub, never from pickles."""
 
 from __future__ import annotations
 
@@ -13,58 +13,60 @@ from unziplora.utils.logging import quiet
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What one flag asks for.
+class VisionModelSpec:
+    """Requirements of one flag.
 
     Attributes:
         flag: such as `--clip`, for messages.
-        model, processor: transformers' classes, by name.
-        types: the `model_type`s that will do.
-        needed: what to give, in words.
+        model, processor: names of classes of transformers.
+        types: accepted values of `model_type`.
+        description: accepted models in words, for messages.
     """
 
     flag: str
     model: str
     processor: str
     types: tuple[str, ...]
-    needed: str
+    description: str
 
 
-CLIP = Wanted("--clip", "CLIPModel", "CLIPProcessor", ("clip",), "a CLIP model in .safetensors with its processor")
+CLIP = VisionModelSpec(
+    "--clip", "CLIPModel", "CLIPProcessor", ("clip",), "a CLIP model in .safetensors with its processor"
+)
 
 
-def open_vision(wanted: Wanted, source: str) -> tuple[Any, Any]:
-    """A model of one of the wanted types, complete, frozen, and its processor.
+def load_vision_model(spec: VisionModelSpec, source: str) -> tuple[Any, Any]:
+    """Load a complete, frozen model of an accepted type, and its processor.
 
     Raises:
-        UserError: there is no such model here or on the hub, it is damaged, or it is of another kind.
+        UserError: there is no such model here or on the hub, it is damaged, or it is of another type.
     """
     import transformers
 
     path = Path(source).expanduser()
-    place: dict[str, Any] = {"local_files_only": True} if path.is_dir() else {}
-    where = str(path) if path.is_dir() else source
-    told = f"{wanted.flag} {source}"
+    local: dict[str, Any] = {"local_files_only": True} if path.is_dir() else {}
+    location = str(path) if path.is_dir() else source
+    label = f"{spec.flag} {source}"
     try:
         with quiet():
-            found = transformers.AutoConfig.from_pretrained(where, **place).model_type
-            if found not in wanted.types:
-                raise UserError(f"{told}: this is a {found} model; give {wanted.needed}")
-            extra = {"add_pooling_layer": False} if found == "vit" else {}  # DINO has no pooling layer
-            model, about = getattr(transformers, wanted.model).from_pretrained(
-                where, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra, **place
+            model_type = transformers.AutoConfig.from_pretrained(location, **local).model_type
+            if model_type not in spec.types:
+                raise UserError(f"{label}: this is a {model_type} model; give {spec.description}")
+            extra = {"add_pooling_layer": False} if model_type == "vit" else {}  # DINO has no pooling layer
+            model, info = getattr(transformers, spec.model).from_pretrained(
+                location, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra, **local
             )
-            if missing := sorted(about["missing_keys"]):
+            if missing := sorted(info["missing_keys"]):
                 raise UserError(
-                    f"{told}: {missing[0]} is not in its weights, so its embeddings would be random; "
-                    f"give {wanted.needed}"
+                    f"{label}: {missing[0]} is not in its weights, so its embeddings would be random; "
+                    f"give {spec.description}"
                 )
-            processor = getattr(transformers, wanted.processor).from_pretrained(where, **place)
+            processor = getattr(transformers, spec.processor).from_pretrained(location, **local)
     except UserError:
         raise
-    except Exception as error:  # each library on the way has errors of its own
+    except Exception as error:  # each of the libraries involved has errors of its own
         raise UserError(
-            f"{told}: no model can be loaded from here ({first_line(error)}). Give the folder, or while online the "
-            f"hub id, of {wanted.needed}; or leave {wanted.flag} out"
+            f"{label}: no model can be loaded from here ({first_line(error)}). Give the folder, or while online the "
+            f"hub id, of {spec.description}; or leave {spec.flag} out"
         ) from error
     return model.eval().requires_grad_(False), processor

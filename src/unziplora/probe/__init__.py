@@ -1,0 +1,1 @@
+"""Probe: finds the blocks of a base that decide content and style."""

@@ -22,7 +22,8 @@ from unziplora.errors import UserError
 from unziplora.lora.blocks import block_of
 from unziplora.lora.layer import STREAMS
 from unziplora.metrics.clip import Clip
-from unziplora.metrics.statistics import Measure, Statistics
+from unziplora.metrics.measures import Measure
+from unziplora.metrics.statistics import Statistics
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.text import Prompts

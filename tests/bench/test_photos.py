@@ -13,8 +13,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from unziplora.bench.bench import bench
-from unziplora.bench.published import published_cases, published_measures, published_table
+from unziplora.bench.photos import load_photos, photo_measures, photo_table
+from unziplora.bench.run import run_benchmark
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import resolve
 from unziplora.errors import UserError
@@ -62,33 +62,33 @@ class Redness:
 
 
 def test_cases_hold_the_picture_as_their_truth_and_ask_for_other_words(photos: Path):
-    cases = published_cases(photos, 64)
+    cases = load_photos(photos, 64)
     assert list(cases) == ["cat", "fox"]
     cat = cases["cat"]
     assert (cat.content, cat.style, cat.partner) == ("cat", "pencil sketch", "cat")
-    assert cat.picture.size == (64, 64)
-    assert cat.picture.getpixel((0, 0))[0] > 200
+    assert cat.image.size == (64, 64)
+    assert cat.image.getpixel((0, 0))[0] > 200
     assert "pencil sketch" not in [example.word for example in cat.targets]
     assert "house" not in [example.word for example in cases["fox"].others]
-    assert all(example.pictures == (cat.picture,) for example in (*cat.targets, *cat.others))
+    assert all(example.images == (cat.image,) for example in (*cat.targets, *cat.others))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "names no picture"),
-        ('["cat.jpg"]\ncontent = "cat"\n', "must have the words content and style"),
+        ("", "names no image"),
+        ('["cat.jpg"]\ncontent = "cat"\n', "needs exactly the words content and style"),
         ('["gone.jpg"]\ncontent = "cat"\nstyle = "ink"\n', r"gone\.jpg"),
         (
             '["cat.jpg"]\ncontent = "a"\nstyle = "b"\n["cat.png"]\ncontent = "a"\nstyle = "b"\n',
-            "two pictures are called",
+            "two images are called cat",
         ),
     ],
 )
 def test_what_cannot_be_used_is_named(photos: Path, words: str, message: str):
     (photos / "words.toml").write_text(words)
     with pytest.raises(UserError, match=message):
-        published_cases(photos, 64)
+        load_photos(photos, 64)
 
 
 @pytest.mark.parametrize(
@@ -109,30 +109,32 @@ def test_settings_that_do_not_go_together(keys: dict[str, object], message: str)
 def test_the_table_has_a_row_per_method_without_the_oracle(config: BenchConfig, tiny_base: Base, photos: Path):
     keys = {"pictures": photos, "csd": "a", "clip": "b", "dino": "c", "methods": ["base", "oracle"]}
     both = [Redness("dino-clip: c, b"), Redness("csd: a", channel=2)]
-    report = bench(config.model_copy(update=keys), base=tiny_base, measures=both)
+    report = run_benchmark(config.model_copy(update=keys), base=tiny_base, measures=both)
     assert [row.method for row in report.rows] == ["base"]
     figures = report.rows[0].seeds[0]
     assert set(figures) == {"style CLIP-I", "content DINO", "style CSD", "content CSD"}
     assert len(set(figures.values())) == 4
     text = (config.out / "report.md").read_text()
-    alone = [bench(config.model_copy(update=keys), base=tiny_base, measures=[one]).rows[0].seeds[0] for one in both]
+    alone = [
+        run_benchmark(config.model_copy(update=keys), base=tiny_base, measures=[one]).rows[0].seeds[0] for one in both
+    ]
     assert [set(part) for part in alone] == [{"style CLIP-I", "content DINO"}, {"style CSD", "content CSD"}]
     assert figures == {**alone[0], **alone[1]}
-    assert published_table(report) in text
+    assert photo_table(report) in text
     assert "| method | style CLIP-I | content DINO | style CSD | content CSD |" in text
 
 
 def test_dino_sees_contents_clip_styles_and_csd_both(config: BenchConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("unziplora.bench.published.ImageModel", lambda kind, source, device: (kind, source))
-    first, second = published_measures(config.model_copy(update={"clip": "b", "dino": "c", "csd": "a"}), "cpu")
+    monkeypatch.setattr("unziplora.bench.photos.ImageModel", lambda kind, source, device: (kind, source))
+    first, second = photo_measures(config.model_copy(update={"clip": "b", "dino": "c", "csd": "a"}), "cpu")
     assert (first.contents, first.styles) == (("dino", "c"), ("clip", "b"))
     assert (second.contents, second.styles) == (("csd", "a"), ("csd", "a"))
 
 
 def test_a_named_model_measures(config: BenchConfig, tiny_base: Base, photos: Path, csd: Path):
     given = config.model_copy(update={"pictures": photos, "csd": str(csd), "methods": ["base"]})
-    (row,) = bench(given, base=tiny_base).rows
+    (row,) = run_benchmark(given, base=tiny_base).rows
     assert set(row.seeds[0]) == {"style CSD", "content CSD"}
     assert all(-1 <= value <= 1 for value in row.seeds[0].values())
     with pytest.raises(UserError, match="no model can be loaded from here"):
-        bench(given.model_copy(update={"csd": str(photos)}), base=tiny_base)
+        run_benchmark(given.model_copy(update={"csd": str(photos)}), base=tiny_base)

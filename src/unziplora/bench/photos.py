@@ -1,0 +1,162 @@
+"""Protocol for photos, which have no truth: compare the results with the photo itself.
+
+The style alone is measured by CLIP-I and CSD, the content alone by DINO and CSD, as in UnZipLoRA (arXiv 2412.04465,
+section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unziplora.bench.cases import Case, Example
+from unziplora.bench.report import Report, markdown_table, summarize
+from unziplora.config.bench import BenchConfig
+from unziplora.config.recipe import KINDS, read_toml
+from unziplora.errors import UserError
+from unziplora.images.preprocess import load_image
+from unziplora.metrics.embedders import ImageModel
+from unziplora.metrics.statistics import Images
+from unziplora.utils.files import atomic_write
+
+WORDS = "words.toml"
+STYLES = ("watercolor painting", "pencil sketch", "oil painting", "neon sign")
+"""Styles to show a content in; the photo's own style is left out."""
+
+CONTENTS = ("house", "guitar", "rocket", "penguin")
+"""Contents to show a style on; the photo's own content is left out."""
+
+EXAMPLE = '["cat.jpg"] with content = "cat" and style = "pencil sketch" below it'
+
+
+@dataclass
+class ModelMeasure:
+    """Two image models as a measure.
+
+    Attributes:
+        name: contains the names of the models, so that other models score again.
+        contents: model that compares contents.
+        styles: model that compares styles.
+    """
+
+    name: str
+    contents: ImageModel
+    styles: ImageModel
+
+    def content(self, images: Images) -> Tensor:
+        """Embed the content, [N, D], rows of unit length."""
+        return self.contents.embed(images)
+
+    concept = content
+
+    def style(self, images: Images) -> Tensor:
+        """Embed the style, [N, D], rows of unit length."""
+        return self.styles.embed(images)
+
+
+def load_photos(folder: Path, side: int) -> dict[str, Case]:
+    """Load the photos that `words.toml` in a folder names, each with its words, as cases by slug.
+
+    The truth of every task is the photo itself.
+
+    Raises:
+        UserError: the folder or its words.toml is missing, an entry lacks a word, or an image cannot be read.
+    """
+    entries = read_toml(folder / WORDS)
+    if not entries:
+        raise UserError(f"{folder / WORDS}: names no image; add {EXAMPLE}")
+    stems = [Path(name).stem for name in entries]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise UserError(f"{folder / WORDS}: two images are called {stem}; rename one")
+    return {
+        stem: _read_photo(folder, name, words, side) for stem, (name, words) in zip(stems, entries.items(), strict=True)
+    }
+
+
+def _read_photo(folder: Path, name: str, words: object, side: int) -> Case:
+    if not isinstance(words, dict) or set(words) != set(KINDS):
+        raise UserError(f"{folder / WORDS}: {name!r} needs exactly the words content and style; write {EXAMPLE}")
+    image = load_image(folder / name, side)
+    return Case(
+        slug=Path(name).stem,
+        content=str(words["content"]),
+        style=str(words["style"]),
+        new=True,
+        drawing=name,
+        filter="",
+        seed=0,
+        tint=(1.0, 1.0, 1.0),
+        image=image,
+        targets=tuple(Example(style, (image,)) for style in STYLES if style != words["style"]),
+        others=tuple(Example(content, (image,)) for content in CONTENTS if content != words["content"]),
+        partner=Path(name).stem,  # this protocol does not mix two images
+        mix=image,
+        oracle_content=(),
+        oracle_style=(),
+    )
+
+
+def photo_measures(config: BenchConfig, device: torch.device | str) -> list[ModelMeasure]:
+    """Load the measures that the configured models make: CLIP-I for style with DINO for content, and CSD for both.
+
+    Raises:
+        UserError: a model cannot be loaded.
+    """
+    measures = []
+    if config.clip and config.dino:
+        dino, clip = ImageModel("dino", config.dino, device), ImageModel("clip", config.clip, device)
+        measures.append(ModelMeasure(f"dino-clip: {config.dino}, {config.clip}", dino, clip))
+    if config.csd:
+        csd = ImageModel("csd", config.csd, device)
+        measures.append(ModelMeasure(f"csd: {config.csd}", csd, csd))
+    return measures
+
+
+COLUMNS = {
+    ("dino-clip", "style.style"): "style CLIP-I",
+    ("dino-clip", "content.content"): "content DINO",
+    ("csd", "style.style"): "style CSD",
+    ("csd", "content.content"): "content CSD",
+}
+
+
+def summarize_photos(config: BenchConfig, results: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Report:
+    """Collect the similarities of all measures in one row per method; means over photos."""
+    summary = summarize(config, results, measures)
+    rows = [row.model_copy(update={"seeds": {seed: {} for seed in row.seeds}}) for row in summary.of(measures[0])]
+    for measure in measures:
+        titles = {figure: title for (kind, figure), title in COLUMNS.items() if measure.startswith(f"{kind}:")}
+        for row, source in zip(rows, summary.of(measure), strict=True):
+            for seed, figures in source.seeds.items():
+                row.seeds[seed].update({title: figures[figure] for figure, title in titles.items()})
+    return summary.model_copy(update={"rows": rows, "measures": [measures[0]]})
+
+
+def photo_table(report: Report) -> str:
+    """Format the similarities as a Markdown table."""
+    titles = [title for title in COLUMNS.values() if any(title in f for row in report.rows for f in row.seeds.values())]
+    return markdown_table(report.rows, {title: title for title in titles})
+
+
+def write_photo_report(report: Report, folder: Path) -> None:
+    """Write report.json and report.md.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    config = report.config
+    models = ", ".join(f"{name.upper()} {config[name] or '–'}" for name in ("clip", "dino", "csd"))
+    text = (
+        f"# Photos\n\nunziplora {report.version}, base {config['base']}; mean cosine to the photo that the LoRAs "
+        f"learned from, by {models}.\n\n"
+    )
+    atomic_write(folder / "report.json", report.model_dump_json(indent=1) + "\n")
+    atomic_write(
+        folder / "report.md", text + photo_table(report) + "\n\n± is the standard deviation over training seeds.\n"
+    )

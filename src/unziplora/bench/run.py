@@ -1,0 +1,100 @@
+"""Run of a benchmark: evaluate every method on every case with every seed, then write the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from unziplora.bench.cases import Case
+from unziplora.bench.contenders import Contender
+from unziplora.bench.parallel import evaluate_in_parallel
+from unziplora.bench.photos import summarize_photos, write_photo_report
+from unziplora.bench.report import Report, summarize, write_report
+from unziplora.bench.session import Session, open_session
+from unziplora.config.bench import BenchConfig
+from unziplora.errors import Interrupted
+from unziplora.metrics.measures import CaseMeasure
+from unziplora.models.base import Base
+from unziplora.models.offload import base_on_cpu
+from unziplora.utils.progress import Callback, Progress
+
+
+def run_benchmark(
+    config: BenchConfig,
+    progress: Callback | None = None,
+    *,
+    base: Base | None = None,
+    measures: Sequence[CaseMeasure] | None = None,
+    cases: dict[str, Case] | None = None,
+    methods: dict[str, Contender] | None = None,
+) -> Report:
+    """Measure the configured methods; write report.json, report.md and a contact sheet per case into `out`.
+
+    Results of an earlier call with the same settings are reused: trainings, images, scores.
+
+    Args:
+        config: recipe of the benchmark.
+        progress: called after every method, case and seed.
+        base: base to sample with; default: the configured one.
+        measures: default: the configured ones.
+        cases: default: those of the package.
+        methods: default: those of the package.
+
+    Raises:
+        UserError: a case, a setting or a measure does not exist; `out` contains a run with other settings.
+        MachineError: out of memory, disk full, no permission.
+        Interrupted: stopped on request; the same call continues.
+    """
+    session = open_session(config, progress, base, measures, cases, methods)
+    names = [name for name in config.methods if name in session.methods]
+    if config.pictures is not None:
+        names = [name for name in names if name != "oracle"]  # it learns from the truth, which photos lack
+    results = evaluate_methods(session, names)
+    measure_names = [measure.name for measure in session.measures]
+    if config.pictures is not None:
+        report = summarize_photos(config, results, measure_names)
+        write_photo_report(report, session.workspace.folder)
+        return report
+    report = summarize(config, results, measure_names)
+    write_report(report, results, session.selection, session.workspace.folder)
+    return report
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Report an interruption as one of the benchmark, not of the training that was running."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        raise Interrupted("stopped; all finished work is saved, and the same command continues") from None
+
+
+@_resumable()
+def evaluate_methods(session: Session, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the scores of every method, case and seed; a method without training has the first seed only.
+
+    Raises:
+        UserError, MachineError, Interrupted: as `Session.evaluate`.
+    """
+    config = session.workspace.config
+    units: list[tuple[str, str, int]] = []
+    for name in names:
+        seeds = config.training_seeds(name)
+        seeds = seeds if session.methods[name].seeded else seeds[:1]
+        units += [(name, case.slug, seed) for case in session.selection for seed in seeds]
+    if config.workers > 1:
+        with base_on_cpu(session.base):
+            evaluate_in_parallel(partial(open_session, config), session, units, config.workers)
+    results: list[dict[str, Any]] = []
+    start = time.monotonic()
+    for done, (name, case, seed) in enumerate(units):
+        pace = (time.monotonic() - start) / done if done else 0.0
+        message = f"{name}, {case}, seed {seed}"
+        session.progress(Progress(done, len(units), seconds_per_step=pace, message=message))
+        results.append(session.evaluate(name, case, seed))
+    pace = (time.monotonic() - start) / max(1, len(units))
+    session.progress(Progress(len(units), len(units), seconds_per_step=pace))
+    return results
