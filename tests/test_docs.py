@@ -86,17 +86,30 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-def test_imported_names_exist() -> None:
-    imports = [
+def python_names(text: str) -> set[tuple[str, str]]:
+    """The (module, name) pairs that a Python block imports, or reads as an attribute of a module that it imports."""
+    nodes = list(ast.walk(ast.parse(text)))
+    modules = {
+        alias.asname or alias.name: alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    }
+    attributes = {
+        (modules[node.value.id], node.attr)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+    }
+    imports = {
         (node.module, alias.name)
-        for page in PAGES
-        for text in blocks(page, "python")
-        for node in ast.walk(ast.parse(text))
+        for node in nodes
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
-    ]
-    assert ("unziplora.methods.unziplora.method", "split") in imports
-    assert [pair for pair in imports if not hasattr(import_module(pair[0]), pair[1])] == []
+    }
+    return attributes | imports
+
+
+def test_python_names_exist() -> None:
+    names = set().union(*(python_names(text) for page in PAGES for text in blocks(page, "python")))
+    assert ("unziplora", "split") in names
+    assert {pair for pair in names if not hasattr(import_module(pair[0]), pair[1])} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
