@@ -15,6 +15,7 @@ from unziplora.models.base import Base, load_base
 def _one_thread() -> None:
     """Tiny tensors are slower on many threads, and results then do not depend on the machine."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as inside the package's long calls
 
 
 @pytest.fixture(scope="session")

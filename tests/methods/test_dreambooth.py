@@ -22,7 +22,7 @@ from unziplora.lora.inject import adapted, attention_linears, remove
 from unziplora.methods.class_images import class_images
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.models.base import Base
-from unziplora.models.text import Embeddings, embed
+from unziplora.models.text import Conditioning, embed
 from unziplora.sampling.pipeline import Settings
 from unziplora.sampling.sample import sample
 from unziplora.training import text_encoder_lora as text_lora
@@ -265,7 +265,7 @@ class TestTextEncoders:
         known = replace(method.examples.conditioning, tokens=rows.tokens, pooled=rows.pooled)
         read: list[str] = []
 
-        def encode(base: Base, texts: list[str]) -> Embeddings:
+        def encode(base: Base, texts: list[str]) -> Conditioning:
             read.extend(texts)
             return text_lora_encode(base, texts)
 

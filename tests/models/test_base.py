@@ -1,7 +1,8 @@
 import json
 import pickle
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from unziplora.formats.safetensors import Header, read_header
 from unziplora.models import hub as base_hub
 from unziplora.models.base import BUNDLED, Base, load_base
 from unziplora.models.checkpoint import clip_tokenizer, is_full_size
-from unziplora.models.device import flush_denormals, pick_device, pick_dtype
+from unziplora.models.device import computing_on, flushed_denormals, pick_device, pick_dtype
 from unziplora.sampling.pipeline import Settings, generate
 
 
@@ -203,7 +204,7 @@ def test_other_single_files_are_refused(tmp_path: Path, keys: list[str], message
 
 def test_small_checkpoint_without_configuration_says_what_to_put_where(tiny_checkpoint: Path, tmp_path: Path):
     path = Path(shutil.copy(tiny_checkpoint, tmp_path / "alone.safetensors"))
-    with pytest.raises(UserError, match="put a folder 'alone' beside"):
+    with pytest.raises(UserError, match="put a folder 'alone' next"):
         load_base(str(path))
 
 
@@ -370,11 +371,52 @@ def test_device_and_precision_by_name():
     assert pick_dtype("bf16", "cpu") == torch.bfloat16
 
 
-def test_a_cpu_takes_denormal_numbers_for_zero_once_a_base_is_loaded(tiny_folder):
-    if not torch.set_flush_denormal(False):
+def product_of_denormals() -> float:
+    return (torch.tensor([1e-40]) * 1).item()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_denormals_are_flushed_on_a_cpu_and_the_former_setting_comes_back(before: bool):
+    if not torch.set_flush_denormal(before):
         pytest.skip("this processor cannot")
-    denormal = torch.tensor([1e-40])
-    flush_denormals("cuda")
-    assert (denormal * 1).item() > 0
-    load_base(str(tiny_folder))
-    assert (denormal * 1).item() == 0
+    try:
+        with flushed_denormals(torch.device("cpu")):
+            assert product_of_denormals() == 0
+        assert (product_of_denormals() == 0) == before
+        with flushed_denormals(torch.device("cuda")):
+            assert (product_of_denormals() == 0) == before
+    finally:
+        torch.set_flush_denormal(True)
+
+
+def test_loading_a_base_leaves_denormals_alone(tiny_folder: Path):
+    torch.set_flush_denormal(False)
+    try:
+        load_base(str(tiny_folder))
+        assert product_of_denormals() > 0
+    finally:
+        torch.set_flush_denormal(True)
+
+
+def test_a_gpu_is_the_current_one_inside_the_context_alone(monkeypatch: pytest.MonkeyPatch):
+    events: list[object] = []
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        events.append(device)
+        yield
+        events.append("restored")
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: events.append("set"))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
+    device = pick_device("cuda:1")
+    assert events == []
+    with computing_on(device):
+        assert events == [torch.device("cuda:1")]
+    assert events == [torch.device("cuda:1"), "restored"]
+
+
+def test_a_folders_name_keeps_its_dots(tiny_folder: Path, tmp_path: Path):
+    (tmp_path / "sdxl-v1.0").symlink_to(tiny_folder)
+    assert load_base(str(tmp_path / "sdxl-v1.0")).name == "sdxl-v1.0"

@@ -5,7 +5,7 @@ import torch
 
 from unziplora.errors import UserError
 from unziplora.models.base import Base
-from unziplora.models.text import Prompts, cut, embed, embed_negative, embed_prompts, join_streams, time_ids
+from unziplora.models.text import Prompts, embed, embed_negative, embed_prompts, join_streams, time_ids, unread_end
 
 
 def test_embeddings_are_the_pipelines_own(shared_base: Base):
@@ -53,7 +53,7 @@ def test_over_long_prompt_is_warned_about_with_what_is_cut(shared_base: Base):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(long.tokens, embed(shared_base, ["a" * 75]).tokens)
-    assert cut(shared_base, "a cat") == ""
+    assert unread_end(shared_base, "a cat") == ""
 
 
 @pytest.mark.parametrize("texts", [("",), ("a cat", " ", "ink"), ("a cat", "a cat", "")])

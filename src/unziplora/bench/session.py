@@ -18,7 +18,7 @@ from unziplora.config.recipe import to_toml
 from unziplora.errors import UserError
 from unziplora.metrics.measures import CaseMeasure, Plain, Trained
 from unziplora.models.base import Base, load_base
-from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.utils.files import atomic_write
 from unziplora.utils.progress import Callback
 
@@ -45,9 +45,10 @@ class Session:
 
     def evaluate(self, method: str, case: str, seed: int) -> dict[str, Any]:
         """Evaluate a method, by name, on a case, by slug. Errors as in `unziplora.bench.evaluate.evaluate`."""
-        return evaluate(
-            self.workspace, self.base, self.measures, self.methods[method], self.cases, self.cases[case], seed
-        )
+        with computing_on(self.base.device):
+            return evaluate(
+                self.workspace, self.base, self.measures, self.methods[method], self.cases, self.cases[case], seed
+            )
 
 
 def open_session(

@@ -16,6 +16,7 @@ from unziplora.cli.output import memory_advice
 from unziplora.config.recipe import read_toml
 from unziplora.config.training import ImageConfig
 from unziplora.errors import UserError
+from unziplora.utils.files import file_stem
 from unziplora.utils.progress import Callback
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _layers(words: str, params: Mapping[str, Any], file: Keys, flags: Keys) -> l
     images = flags.get("images") or file.get("images")
     if not images and not params["resume"]:
         raise UserError(f"no image to learn from: unziplora {words} IMAGE …; see unziplora {words} --help")
-    name = Path(str(images[0])).stem if images and isinstance(images, list) else None
+    name = file_stem(Path(str(images[0]))) if images and isinstance(images, list) else None
     return run_layers(words, file, flags, name, params["resume"])
 
 

@@ -14,6 +14,7 @@ from unziplora.cli.output import memory_advice
 from unziplora.cli.training import prompt_comments, run_layers, run_output
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
+from unziplora.utils.files import file_stem
 from unziplora.utils.progress import Callback
 
 
@@ -30,7 +31,8 @@ def _layers(params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
 
 def _name(lora: Path) -> str:
     """Return the name of a LoRA's run folder, or of its file."""
-    return lora.parent.name or lora.stem if lora.stem in ("content", "style", "lora") else lora.stem
+    stem = file_stem(lora)
+    return lora.parent.name or stem if stem in ("content", "style", "lora") else stem
 
 
 def _run(config: ZipConfig, progress: Callback, resume: bool) -> Output:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.images.preprocess import load_image, load_mask, to_tensor
 from unziplora.methods.class_images import class_images
-from unziplora.models.text import Prompts, embed, image_conditioning, time_ids
+from unziplora.models.base import Base
+from unziplora.models.offload import text_encoders_ready, vae_ready
+from unziplora.models.text import Conditioning, Prompts, embed, image_conditioning, time_ids
 from unziplora.models.vae import encode_images
 from unziplora.sampling.pipeline import Settings
 from unziplora.training.loss import Examples, loss_weights, to_device
@@ -21,17 +25,28 @@ def load_images(config: ImageConfig, size: int) -> list[Image.Image]:
     return [load_image(path, size) for path in config.images]
 
 
+def latents_of(base: Base, images: Sequence[Image.Image]) -> Tensor:
+    """Encode images, [N, C, h, w]; the UNet makes room on a GPU."""
+    with vae_ready(base):
+        return encode_images(base, [to_tensor(image) for image in images])
+
+
+def conditioning_of(base: Base, prompts: Prompts | list[str], size: int, count: int) -> Conditioning:
+    """Encode the prompts of `count` square images of a side in pixels, shared by all or one each."""
+    with text_encoders_ready(base):
+        if isinstance(prompts, Prompts):
+            return image_conditioning(base, prompts, size, count)
+        return embed(base, prompts).with_time_ids(time_ids(size, size, count))
+
+
 def image_examples(
     setup: Setup, config: ImageConfig, pictures: list[Image.Image], prompts: Prompts | list[str]
 ) -> Examples:
     """The pictures as latents, the prompts (for all, or one each) as conditioning, masks as weights of the loss."""
-    latents = encode_images(setup.base, [to_tensor(picture) for picture in pictures])
+    latents = latents_of(setup.base, pictures)
     masks = [load_mask(m, setup.size, picture=p) for m, p in zip(config.masks, config.images, strict=False)]
     weights = loss_weights(masks, latents, config.background_weight)
-    if isinstance(prompts, Prompts):
-        seen = image_conditioning(setup.base, prompts, setup.size, len(pictures))
-    else:
-        seen = embed(setup.base, prompts).with_time_ids(time_ids(setup.size, setup.size, len(pictures)))
+    seen = conditioning_of(setup.base, prompts, setup.size, len(pictures))
     return to_device(Examples(latents, seen, weights), setup.base)
 
 
@@ -44,5 +59,5 @@ def class_examples(
         size, steps=config.generated_steps, guidance=config.generated_guidance, batch_size=config.batch_size
     )
     pictures = class_images(setup.base, prompts.full, count, settings, setup.report, folder)
-    latents = encode_images(setup.base, [to_tensor(picture) for picture in pictures])
-    return to_device(Examples(latents, image_conditioning(setup.base, prompts, size, count)), setup.base)
+    latents = latents_of(setup.base, pictures)
+    return to_device(Examples(latents, conditioning_of(setup.base, prompts, size, count)), setup.base)

@@ -1,4 +1,4 @@
-"""Open a base model of SDXL's topology, whatever form it comes in: one `load_base` for all."""
+"""Base models of SDXL's topology, opened by `load_base` from any form in which they come."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.formats.safetensors import Header, read_header
 from unziplora.models import checkpoint as base_checkpoint
 from unziplora.models import folder as base_files
-from unziplora.models.device import flush_denormals
 from unziplora.models.hub import download, names_a_model
-from unziplora.utils.files import absolute
+from unziplora.utils.files import absolute, file_stem
 from unziplora.utils.logging import quiet
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 FINGERPRINTED = 16_384
-"""Tensors of up to twice as many numbers count in full: of SDXL's UNet, the first and the last layer among others."""
+"""Numbers of each tensor in a fingerprint. Tensors up to twice as large count in full, such as SDXL's first layer."""
 
 SAMPLE_SIZE = 128
-"""Side of the latents of a base whose configuration tells none: SDXL's."""
+"""Side of the latents if the base's configuration has none: SDXL's."""
 
 
 @dataclass
@@ -37,11 +36,11 @@ class Base:
     """A frozen base model, ready for use.
 
     Attributes:
-        pipe: diffusers' own pipeline; everything in it is in eval mode and asks for no gradient.
-        name: what the user called it: 'bundled', a folder's or file's name, or a hub id.
-        resolution: side of the pictures it was trained on, in pixels.
+        pipe: diffusers' own pipeline; all its models are in eval mode and require no gradient.
+        name: 'bundled', the name of a folder or file, or a hub id.
+        resolution: side of the images it was trained on, in pixels.
         prediction_type: 'epsilon' or 'v_prediction', from the scheduler's configuration.
-        device: where it computes; parts of it may be elsewhere meanwhile (`models.offload`).
+        device: where it computes; `models.offload` may temporarily move parts elsewhere.
     """
 
     pipe: StableDiffusionXLPipeline
@@ -56,7 +55,7 @@ class Base:
 
     @property
     def vae(self) -> AutoencoderKL:
-        """Kept in fp32 where the base says so (`force_upcast`): SDXL's overflows in fp16."""
+        """VAE, in fp32 if its configuration has `force_upcast`: SDXL's overflows in fp16."""
         return self.pipe.vae
 
     @property
@@ -81,38 +80,34 @@ class Base:
         return self.unet.dtype
 
     def forked_rng(self) -> AbstractContextManager[None]:
-        """Have torch's random states, of the CPU and of the base's GPU, afterwards as they were before."""
+        """Restore torch's random states afterwards, of the CPU and of the base's GPU."""
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell weights apart: of small tensors in full, of large in part; alike in fp32 and bf16."""
+        """Hash the weights to 16 hex digits, small tensors in full, large ones in part; fp32 and bf16 give the same."""
         digest = hashlib.sha256()
         for part in (self.unet, self.vae, *self.text_encoders):
             for name, tensor in part.state_dict().items():
                 flat = tensor.detach().flatten()
-                some = flat[:: max(1, flat.numel() // FINGERPRINTED)].to("cpu", torch.bfloat16)
-                digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.view(torch.int16).numpy().tobytes())
+                sample = flat[:: max(1, flat.numel() // FINGERPRINTED)].to("cpu", torch.bfloat16)
+                digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
 def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Base:
     """Open 'bundled', a diffusers folder, a hub id or a single .safetensors checkpoint, frozen, in eval mode.
 
-    A single file that is not of SDXL's own size needs its configuration beside it, see `config_folder`. On a CPU
-    denormal numbers count as zero from then on, see `flush_denormals`.
+    A single file that is not of SDXL's own size needs its configuration next to it, see `config_folder`.
 
     Raises:
         UserError: nothing is there, a part is missing or damaged, or it is not of SDXL's topology.
         MachineError: the hub cannot be reached, or memory does not suffice.
     """
-    flush_denormals(device)
     with _failures(source):
         path = _locate(source, dtype)
         with quiet():
             pipe = _from_file(path, dtype) if path.is_file() else _from_folder(path, dtype)
-        given = Path(source).expanduser()
-        name = "bundled" if is_bundled(source) else absolute(given).stem if given.exists() else source
-        return _finish(pipe, name, device)
+        return _finish(pipe, _name(source), device)
 
 
 @contextmanager
@@ -139,8 +134,13 @@ def borrowed(pipe: StableDiffusionXLPipeline) -> Iterator[Base]:
         pipe.set_progress_bar_config(**shown)
 
 
+def _name(source: str) -> str:
+    path = Path(source).expanduser()
+    return "bundled" if is_bundled(source) else file_stem(absolute(path)) if path.exists() else source
+
+
 def _locate(source: str, dtype: torch.dtype) -> Path:
-    """The folder or file that a source stands for, fetched from the hub if need be."""
+    """Return the folder or file of a source, downloaded from the hub if necessary."""
     if is_bundled(source):
         return _bundled()
     path = Path(source).expanduser()
@@ -156,7 +156,7 @@ def _locate(source: str, dtype: torch.dtype) -> Path:
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     variant = base_files.check_folder(folder, half=dtype != torch.float32)
-    pipe = StableDiffusionXLPipeline.from_pretrained(
+    return StableDiffusionXLPipeline.from_pretrained(
         folder,
         dtype={"default": dtype, "vae": _vae_dtype(folder, dtype)},
         variant=variant,
@@ -164,7 +164,6 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
         local_files_only=True,
         add_watermarker=False,
     )
-    return pipe
 
 
 def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
@@ -192,10 +191,10 @@ def _file_vae(path: Path, folder: Path, dtype: torch.dtype) -> AutoencoderKL:
 
 
 def described(path: Path) -> tuple[Path, Header]:
-    """The folder that describes a single-file checkpoint, and its header; no weights are read.
+    """Return the configuration folder of a single-file checkpoint, and its header; no weights are read.
 
     Raises:
-        UserError: it is no complete SDXL checkpoint, or nothing describes it.
+        UserError: it is not a complete SDXL checkpoint, or it has no configuration folder.
     """
     base_files.check_suffix(path)
     header = read_header(path)
@@ -204,13 +203,13 @@ def described(path: Path) -> tuple[Path, Header]:
 
 
 def config_folder(path: Path, header: Header) -> Path:
-    """The folder that describes a single-file checkpoint.
+    """Return the configuration folder of a single-file checkpoint.
 
-    In this order: a folder of the file's name without its suffix; the folder that holds the file, when it
-    is a diffusers folder; SDXL's own configuration, when the file's UNet has SDXL's sizes.
+    In this order: a folder of the file's name without its suffix; the folder that contains the file, if it
+    is a diffusers folder; SDXL's own configuration, if the file's UNet has SDXL's sizes.
 
     Raises:
-        UserError: none of them is there.
+        UserError: none of them exists.
     """
     for folder in (path.with_suffix(""), path.parent):
         if (folder / "model_index.json").is_file():
@@ -218,8 +217,8 @@ def config_folder(path: Path, header: Header) -> Path:
     if base_checkpoint.is_full_size(header):
         return BUNDLED / "sdxl"
     raise UserError(
-        f"{path}: not of SDXL's own size, so its configuration is needed: put a folder {path.stem!r} beside the "
-        "file, with the model_index.json, the config.json of each part and the tokenizers of a diffusers folder"
+        f"{path}: this checkpoint is not of SDXL's own size and has no configuration; put a folder {path.stem!r} next "
+        "to the file, with the model_index.json, the config.json of each part and the tokenizers of a diffusers folder"
     )
 
 
@@ -246,17 +245,17 @@ def _finish(pipe: StableDiffusionXLPipeline, name: str, device: str | torch.devi
 
 
 def latent_side(config: Mapping[str, Any]) -> int:
-    """The side of the latents that a UNet is made for; its configuration may have one for each direction, or none."""
+    """Return the side of the latents that a UNet is made for; its configuration may contain one, two or none."""
     size = config["sample_size"] or SAMPLE_SIZE
     return int(size) if isinstance(size, int) else max(size)
 
 
 @contextmanager
 def _failures(source: str) -> Iterator[None]:
-    """Turn what the libraries raise on bad files and full memory into messages for a person."""
+    """Translate the libraries' errors on bad files and full memory into messages for a person."""
     try:
         yield
-    except NotImplementedError as error:  # a tensor left on the meta device: the file had none for it
+    except NotImplementedError as error:  # a tensor is still on the meta device: the file does not contain it
         raise UserError(f"base {source!r}: weights are missing from the file; download it again") from error
     except PermissionError as error:
         raise MachineError(f"base {source!r}: no permission to read {error.filename or 'it'}") from error
@@ -267,5 +266,6 @@ def _failures(source: str) -> Iterator[None]:
                 "choose precision bf16 or a smaller base"
             ) from error
         raise UserError(
-            f"base {source!r} cannot be loaded: {first_line(error)}. Fetch it anew, or convert it to a diffusers folder"
+            f"base {source!r} cannot be loaded: {first_line(error)}. Download it again, or convert it to a "
+            "diffusers folder"
         ) from error

@@ -1,6 +1,9 @@
-"""Which device and which number format to compute in."""
+"""Choice of device and number format, and process-wide settings that hold only while a call computes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -9,7 +12,7 @@ from unziplora.errors import UserError, first_line
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of a name; 'auto' is CUDA, else Apple's MPS, else the CPU.
+    """Return the device of a name; 'auto' is CUDA, else Apple's MPS, else the CPU.
 
     Raises:
         UserError: this machine or this build of torch has no such device.
@@ -19,8 +22,6 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # for what asks the present device: memory statistics, 8-bit optimizers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"device {name!r} is not available here ({first_line(error)}); use auto or cpu, or install torch "
@@ -29,18 +30,36 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def flush_denormals(device: torch.device | str) -> None:
-    """Have a CPU take numbers below 1e-38 for zero, in this process from now on: it multiplies others ten times faster.
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Set up the process for a long computation on a device, and restore its former state afterwards.
 
-    Attention to words that hardly matter gives gradients as small as that. torch's worker threads take the setting
-    over from the thread that starts them, so this comes before the first large operation.
+    A GPU becomes the current one, which memory statistics, CUDA graphs and 8-bit optimizers ask for. On a CPU
+    denormals are flushed.
     """
-    if torch.device(device).type == "cpu":
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, flushed_denormals(device):
+        yield
+
+
+@contextmanager
+def flushed_denormals(device: torch.device) -> Iterator[None]:
+    """Temporarily flush denormals to zero if the device is a CPU, where they make multiplication ten times slower.
+
+    Attention to words that hardly matter has gradients that small. torch's worker threads take the setting over
+    from the thread that starts them, so this context must be entered before the first large operation.
+    """
+    before = (torch.full((1,), 1e-40) * 1).item() == 0  # torch has no getter
+    if device.type == "cpu":
         torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def pick_dtype(precision: Precision, device: torch.device | str) -> torch.dtype:
-    """The number format of a name; 'auto' is bf16 where the device computes in it, else fp16, fp32 on a CPU."""
+    """Return the number format of a name; 'auto' is bf16 where the device computes in it, else fp16, fp32 on a CPU."""
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     device = torch.device(device)

@@ -1,4 +1,4 @@
-"""Which parts of a base are on the device: a GPU may not hold all of them beside what is computed."""
+"""Temporary device placement: a GPU may be too small for all parts of a base next to what is computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unziplora.models.base import Base
 
 @contextmanager
 def moved_to(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Have modules on a device for a while; they go back to where they were."""
+    """Temporarily move modules to a device; each returns to where it was."""
     homes = [_device(module) for module in modules]
     try:
         for module in modules:
@@ -26,21 +26,28 @@ def moved_to(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
 
 @contextmanager
 def on_cpu(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Have modules that are on a GPU in the machine's memory for a while; others stay."""
+    """Temporarily move modules from a GPU to the CPU; modules elsewhere stay."""
     with moved_to([module for module in modules if _device(module).type == "cuda"], torch.device("cpu")):
         yield
 
 
 @contextmanager
 def base_on_cpu(base: Base) -> Iterator[None]:
-    """Have a whole base off its GPU for a while: another one is trained on there."""
+    """Temporarily move a whole base off its GPU, where another one is trained."""
     with on_cpu([base.unet, base.vae, *base.text_encoders]):
         yield
 
 
 @contextmanager
+def vae_ready(base: Base) -> Iterator[None]:
+    """Prepare a base for encoding images: the UNet makes room on a GPU."""
+    with on_cpu([base.unet]):
+        yield
+
+
+@contextmanager
 def text_encoders_ready(base: Base) -> Iterator[None]:
-    """Have the text encoders on the base's device; if they must come for it, the UNet makes room for them."""
+    """Prepare a base for encoding prompts: text encoders that are elsewhere come, and then the UNet makes room."""
     absent = any(_device(encoder) != base.device for encoder in base.text_encoders)
     with on_cpu([base.unet] if absent else []), moved_to(base.text_encoders, base.device):
         yield

@@ -1,10 +1,10 @@
-"""Prompts and their embeddings: one for all, or three that stay separate (arXiv 2412.04465, section 3.2)."""
+"""Prompts and their conditioning: one prompt for all, or three that stay separate (arXiv 2412.04465, section 3.2)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from unziplora.errors import UserError
 from unziplora.models.base import Base
-from unziplora.models.offload import text_encoders_ready
 from unziplora.utils.logging import quiet
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -21,10 +20,10 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a picture shall show: one prompt, or that and what each of the two LoRAs shall see of it.
+    """Prompts of an image: one, or one for the base and one for each of the two LoRAs.
 
     Attributes:
-        full: seen by the frozen base, and by every LoRA where the other two are not given.
+        full: seen by the frozen base, and by every LoRA if the other two are None.
         content: seen by the content LoRA.
         style: seen by the style LoRA.
     """
@@ -36,7 +35,7 @@ class Prompts:
     def __post_init__(self) -> None:
         for name, text in (("full", self.full), ("content", self.content), ("style", self.style)):
             if text is not None and not text.strip():
-                raise UserError(f"the {name} prompt is empty: say what the picture shall show")
+                raise UserError(f"the {name} prompt is empty: describe the image")
         if (self.content is None) != (self.style is None):
             raise UserError("three prompts go together: give both a content and a style prompt, or neither")
 
@@ -46,62 +45,82 @@ class Prompts:
         return self.content is not None
 
 
+class ConditioningSource(Protocol):
+    """Conditioning of N images, available row by row."""
+
+    def take(self, index: Tensor) -> Conditioning:
+        """Return the rows at these indices."""
+
+
 @dataclass(frozen=True)
-class Embeddings:
-    """Text embeddings of B prompts.
+class Conditioning:
+    """Conditioning of B images: prompts as the UNet sees them, and the images' sizes.
 
     Attributes:
-        tokens: hidden states of both text encoders, [B, T, D], or three streams joined, [B, T, 3·D].
-        pooled: pooled embedding of the second text encoder, [B, P].
+        tokens: hidden states of both text encoders, [B, T, D], or of three prompts joined, [B, T, 3·D].
+        pooled: pooled embedding of the full prompt by the second text encoder, [B, P].
+        time_ids: original size, crop and target size in pixels, [B, 6]; None if only prompts are encoded.
     """
 
     tokens: Tensor
     pooled: Tensor
+    time_ids: Tensor | None = None
 
-    def repeat(self, count: int) -> Embeddings:
-        """The rows repeated, for a batch of pictures."""
-        return Embeddings(self.tokens.repeat(count, 1, 1), self.pooled.repeat(count, 1))
+    def take(self, index: Tensor) -> Conditioning:
+        """Return the rows at these indices."""
+        return self._map(lambda rows: rows[index])
 
-    def with_time_ids(self, ids: Tensor) -> Conditioning:
-        """All that the UNet is told, with the size conditioning [B, 6] of the pictures."""
-        return Conditioning(self.tokens, self.pooled, ids)
+    def repeat(self, count: int) -> Conditioning:
+        """Repeat the rows for a batch of images."""
+        return self._map(lambda rows: rows.repeat(count, *[1] * (rows.dim() - 1)))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
+        """Convert to another device and another number format."""
+        return self._map(lambda rows: rows.to(device, dtype))
+
+    def with_time_ids(self, ids: Tensor | None) -> Conditioning:
+        """Replace the size conditioning, [B, 6]."""
+        return replace(self, time_ids=ids)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        sizes = None if self.time_ids is None else change(self.time_ids)
+        return Conditioning(change(self.tokens), change(self.pooled), sizes)
 
 
 @torch.no_grad()
-def embed(base: Base, prompts: Sequence[str]) -> Embeddings:
-    """Encode prompts exactly as diffusers' pipeline does, on the UNet's device, [B, T, D] and [B, P].
+def embed(base: Base, prompts: Sequence[str]) -> Conditioning:
+    """Encode prompts exactly as diffusers' pipeline does, by text encoders on the base's device.
 
     Each prompt is encoded by itself, so that its embedding does not depend on its neighbors. A prompt
-    longer than CLIP's 75 tokens is warned about, with the words that are cut.
+    longer than CLIP's 75 tokens causes a warning with the words that are not read.
     """
     for text in dict.fromkeys(prompts):
-        _warn_if_cut(base, text)
-    with text_encoders_ready(base), quiet():
-        rows = encode_each(base, prompts)
-    return Embeddings(rows.tokens.to(base.dtype), rows.pooled.to(base.dtype))
+        _warn_if_unread(base, text)
+    with quiet():
+        return encode_each(base, prompts).to(base.device, base.dtype)
 
 
-def encode_each(base: Base, prompts: Sequence[str]) -> Embeddings:
-    """Encode prompts one by one, each once, by text encoders that are on the device; gradients flow through them."""
+def encode_each(base: Base, prompts: Sequence[str]) -> Conditioning:
+    """Encode prompts one by one, each once, by text encoders on the base's device; gradients flow through them."""
     rows = {text: encode_batch(base, [text]) for text in dict.fromkeys(prompts)}
-    return Embeddings(
+    return Conditioning(
         torch.cat([rows[text].tokens for text in prompts]), torch.cat([rows[text].pooled for text in prompts])
     )
 
 
-def encode_batch(base: Base, prompts: Sequence[str]) -> Embeddings:
-    """Encode prompts in one batch, by text encoders that are on the device; gradients flow through them."""
+def encode_batch(base: Base, prompts: Sequence[str]) -> Conditioning:
+    """Encode prompts in one batch, by text encoders on the base's device; gradients flow through them."""
     tokens, _, pooled, _ = base.pipe.encode_prompt(list(prompts), device=base.device, do_classifier_free_guidance=False)
-    return Embeddings(tokens, pooled)
+    return Conditioning(tokens, pooled)
 
 
-def embed_negative(base: Base, prompts: Sequence[str]) -> Embeddings:
-    """Encode negative prompts; an empty one is zeros where the base was trained so (as SDXL was)."""
-    embeddings = embed(base, prompts)
+def embed_negative(base: Base, prompts: Sequence[str]) -> Conditioning:
+    """Encode negative prompts; an empty one is zeros if the base was trained so (as SDXL was)."""
+    rows = embed(base, prompts)
     if base.pipe.config.get("force_zeros_for_empty_prompt", True):
-        kept = torch.tensor([bool(text.strip()) for text in prompts], device=base.device)
-        return Embeddings(embeddings.tokens * kept[:, None, None], embeddings.pooled * kept[:, None])
-    return embeddings
+        nonempty = torch.tensor([bool(text.strip()) for text in prompts], device=base.device)
+        return Conditioning(rows.tokens * nonempty[:, None, None], rows.pooled * nonempty[:, None])
+    return rows
 
 
 def join_streams(full: Tensor, content: Tensor, style: Tensor) -> Tensor:
@@ -112,69 +131,36 @@ def join_streams(full: Tensor, content: Tensor, style: Tensor) -> Tensor:
     return torch.cat([full, content, style], dim=-1)
 
 
-def embed_prompts(base: Base, prompts: Prompts) -> Embeddings:
-    """The embeddings of one picture's prompts: plain, or three joined where the LoRAs see their own.
-
-    The pooled embedding is the full prompt's.
-    """
+def embed_prompts(base: Base, prompts: Prompts) -> Conditioning:
+    """Encode one image's prompts: one as it is, three joined; the pooled embedding is the full prompt's."""
     if not prompts.separate:
         return embed(base, [prompts.full])
     return join_rows(embed(base, [text or "" for text in (prompts.full, prompts.content, prompts.style)]))
 
 
-def join_rows(streams: Embeddings) -> Embeddings:
-    """Three prompts' embeddings as one row: tokens joined, pooled of the first."""
-    return Embeddings(join_streams(*streams.tokens.split(1)), streams.pooled[:1])
+def join_rows(rows: Conditioning) -> Conditioning:
+    """Join the rows of three prompts into one: all tokens, and the first prompt's pooled embedding."""
+    return Conditioning(join_streams(*rows.tokens.split(1)), rows.pooled[:1])
+
+
+def image_conditioning(base: Base, prompts: Prompts, resolution: int, count: int) -> Conditioning:
+    """Encode the prompts that `count` uncropped square images of a side in pixels share."""
+    return embed_prompts(base, prompts).repeat(count).with_time_ids(time_ids(resolution, resolution, count))
 
 
 def time_ids(width: int, height: int, count: int = 1) -> Tensor:
-    """SDXL's size conditioning for uncropped pictures: original size, crop, target size, in pixels, [B, 6]."""
+    """Return SDXL's size conditioning for uncropped images: original size, crop, target size, in pixels, [B, 6]."""
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(count, 1)
 
 
-def cut(base: Base, text: str) -> str:
-    """The end of a prompt that CLIP does not read, because it reads 75 tokens at most."""
+def unread_end(base: Base, text: str) -> str:
+    """Return the end of a prompt that CLIP does not read, because it reads at most 75 tokens."""
     tokenizer = base.tokenizers[0]
     ids = tokenizer(text, verbose=False).input_ids
     return tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])
 
 
-def _warn_if_cut(base: Base, text: str) -> None:
-    if lost := cut(base, text):
+def _warn_if_unread(base: Base, text: str) -> None:
+    if unread := unread_end(base, text):
         limit = base.tokenizers[0].model_max_length - 2
-        warnings.warn(f"prompt {text[:40]!r}…: CLIP reads {limit} tokens; not read: {lost!r}", stacklevel=4)
-
-
-class ConditioningSource(Protocol):
-    """The conditioning of pictures, as far as a step asks for it."""
-
-    def take(self, index: Tensor) -> Conditioning:
-        """The rows at these indices."""
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told about B pictures.
-
-    Attributes:
-        tokens: token embeddings [B, T, D], or three joined on the feature axis [B, T, 3·D].
-        pooled: pooled embedding of the full prompt, [B, P].
-        time_ids: original size, crop and target size, [B, 6].
-    """
-
-    tokens: Tensor
-    pooled: Tensor
-    time_ids: Tensor
-
-    def take(self, index: Tensor) -> Conditioning:
-        """The rows at these indices."""
-        return Conditioning(self.tokens[index], self.pooled[index], self.time_ids[index])
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
-        """The same on another device and in another number format."""
-        return Conditioning(*(x.to(device, dtype) for x in (self.tokens, self.pooled, self.time_ids)))
-
-
-def image_conditioning(base: Base, prompts: Prompts, resolution: int, count: int) -> Conditioning:
-    """Conditioning of `count` uncropped square pictures of a side in pixels that share the prompts."""
-    return embed_prompts(base, prompts).repeat(count).with_time_ids(time_ids(resolution, resolution, count))
+        warnings.warn(f"prompt {text[:40]!r}…: CLIP reads {limit} tokens; not read: {unread!r}", stacklevel=4)

@@ -25,7 +25,7 @@ from unziplora.metrics.clip import Clip
 from unziplora.metrics.measures import Measure
 from unziplora.metrics.statistics import Statistics
 from unziplora.models.base import Base, load_base
-from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.text import Prompts
 from unziplora.probe.plot import picture_sheet, plot
 from unziplora.probe.scores import ALL, Findings, judge, movement, plain, score_rows, to_toml
@@ -67,11 +67,12 @@ def find_blocks(
     pairs = config.word_pairs()
     moved: dict[str, list[Tensor]] = {axis: [] for axis in KINDS}
     shown: Drawn = {}
-    for number, pair in enumerate(pairs):
-        drawn = draw(base, config, pair, blocks, part(progress, number, len(pairs)))
-        shown = shown or drawn
-        for axis in KINDS:
-            moved[axis].append(movements(measure, axis, drawn[axis]))
+    with computing_on(base.device):
+        for number, pair in enumerate(pairs):
+            drawn = draw(base, config, pair, blocks, part(progress, number, len(pairs)))
+            shown = shown or drawn
+            for axis in KINDS:
+                moved[axis].append(movements(measure, axis, drawn[axis]))
     values = {axis: torch.stack(moved[axis], dim=1) for axis in KINDS}  # [blocks + all, pairs, seeds]
     rows = score_rows([*blocks, ALL], values, base.name)
     findings = judge(rows, config.content_blocks, config.style_blocks, base.name, type(measure).__name__.lower())

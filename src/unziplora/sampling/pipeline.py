@@ -17,7 +17,7 @@ from unziplora.lora.inject import inject, unwrap
 from unziplora.lora.layer import BranchedLinear
 from unziplora.models.base import Base
 from unziplora.models.offload import moved_to, text_encoders_ready
-from unziplora.models.text import Embeddings, Prompts, embed_negative, embed_prompts, join_rows
+from unziplora.models.text import Conditioning, Prompts, embed_negative, embed_prompts, join_rows
 from unziplora.models.vae import unscale_latents
 from unziplora.sampling.schedulers import make_scheduler
 
@@ -101,8 +101,8 @@ def generate_latents(
 
 def _denoise(
     base: Base,
-    positive: Embeddings,
-    negative: Embeddings | None,
+    positive: Conditioning,
+    negative: Conditioning | None,
     seeds: Sequence[int],
     settings: Settings,
     size: tuple[int, int],
@@ -188,7 +188,7 @@ def _decoded(vae: AutoencoderKL, latent: Tensor) -> Tensor:
         vae.tile_sample_min_size, vae.tile_latent_min_size = sizes
 
 
-def _negative(base: Base, settings: Settings, prompts: Prompts) -> Embeddings | None:
+def _negative(base: Base, settings: Settings, prompts: Prompts) -> Conditioning | None:
     if settings.guidance <= 1:
         return None
     texts = settings.negative

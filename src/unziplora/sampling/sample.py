@@ -19,7 +19,7 @@ from unziplora.formats.files import read_lora
 from unziplora.formats.safetensors import body_hash
 from unziplora.lora.weights import check_strengths
 from unziplora.models.base import Base, load_base
-from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.folder import read_json
 from unziplora.models.sizes import base_folder
 from unziplora.models.text import Prompts
@@ -27,7 +27,7 @@ from unziplora.runs.folder import MERGED
 from unziplora.sampling.adapters import AttachedLoras, Part
 from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate, generate_latents
 from unziplora.sampling.sources import Source, choose_base, find_source, guidance, plan, with_metadata
-from unziplora.utils.files import absolute, atomic_write
+from unziplora.utils.files import absolute, atomic_write, file_stem
 
 __all__ = ["Session", "Settings", "StepCallback", "decode", "generate", "generate_latents", "open_session", "sample"]
 
@@ -75,12 +75,13 @@ def open_session(config: GenerationConfig, base: Base | None = None) -> Iterator
         shared_name(source.file): lora.metadata.get("sshs_model_hash") or body_hash(source.file)
         for source, lora in zip(sources, loras, strict=True)
     }
-    mounted = AttachedLoras(base, parts, separate=prompts[0].separate)
-    try:
-        mounted.turn(**strengths(config, sources))
-        yield Session(base, mounted, prompts, settings(config, sources), hashes)
-    finally:
-        mounted.remove()
+    with computing_on(base.device):
+        mounted = AttachedLoras(base, parts, separate=prompts[0].separate)
+        try:
+            mounted.turn(**strengths(config, sources))
+            yield Session(base, mounted, prompts, settings(config, sources), hashes)
+        finally:
+            mounted.remove()
 
 
 def find_sources(config: GenerationConfig) -> list[Source]:
@@ -222,7 +223,8 @@ def describe(
 def shared_name(file: Path) -> str:
     """A LoRA file as others may know it: its name, after that of its run if every run has a file of that name."""
     path = absolute(file)
-    return f"{path.parent.name}-{path.stem}" if path.stem in (*KINDS, MERGED) else path.stem
+    stem = file_stem(path)
+    return f"{path.parent.name}-{stem}" if stem in (*KINDS, MERGED) else stem
 
 
 def write_image(picture: Image.Image, path: Path, text: dict[str, str]) -> Path:

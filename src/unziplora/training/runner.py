@@ -24,7 +24,7 @@ from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import shape
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base, load_base
-from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.sizes import must_be_fetched
 from unziplora.runs.folder import RunFolder, differing
 from unziplora.runs.model_card import About, base_name, card, folder_argument, shared_settings
@@ -68,7 +68,8 @@ def run_training(
     def work(run: RunFolder) -> None:
         job = Job(kind, config, progress or (lambda _: None), run, base)
         try:
-            job.do()
+            with computing_on(pick_device(config.device)):
+                job.do()
         except KeyboardInterrupt:  # outside the loop, which finishes its step
             if not run.card.exists():
                 raise job.stopped("stopped; what is not saved yet will be done again") from None

@@ -27,18 +27,17 @@ class Reading:
     Attributes:
         base: its text encoders are on the device.
         prompts: one per picture.
-        time_ids: [N, 6].
+        encoded: the same, encoded before; only its size conditioning is used.
     """
 
     base: Base
     prompts: Sequence[str]
-    time_ids: Tensor
+    encoded: Conditioning
 
     def take(self, index: Tensor) -> Conditioning:
         """The rows at these indices."""
-        return encode_each(self.base, [self.prompts[number] for number in index.tolist()]).with_time_ids(
-            self.time_ids[index]
-        )
+        rows = encode_each(self.base, [self.prompts[number] for number in index.tolist()])
+        return rows.with_time_ids(self.encoded.take(index).time_ids)
 
 
 class TextLora:
@@ -89,7 +88,7 @@ class TextLora:
 
     def read(self, examples: Examples, prior: bool = False) -> Reading:
         """The examples' conditioning with embeddings that gradients flow through to the adapters."""
-        return Reading(self.base, self.prior_prompts if prior else self.prompts, examples.conditioning.time_ids)
+        return Reading(self.base, self.prior_prompts if prior else self.prompts, examples.conditioning)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trained matrices for a checkpoint."""

@@ -21,6 +21,12 @@ LOCKED_BYTE = 1 << 30
 """What is locked on Windows, where nobody else can read a locked byte: one far behind what the file says."""
 
 
+_SUFFIXES = {
+    *(".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl"),
+}
+
+
 def atomic_write(path: Path, data: bytes | str | Writer) -> None:
     """Write a file atomically: bytes, text (UTF-8), or whatever a function writes into an open file.
 
@@ -134,6 +140,11 @@ def _umask() -> int:
 def absolute(path: Path) -> Path:
     """An absolute path whose links keep their names: in the hub's cache they lead to files without a suffix."""
     return Path(os.path.abspath(path))
+
+
+def file_stem(path: Path) -> str:
+    """Return a path's name without the suffix of a model or image file; other dots belong to the name."""
+    return path.stem if path.suffix.lower() in _SUFFIXES else path.name
 
 
 def free_folder(folder: Path) -> Path:

@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.config.split import SplitConfig
-from unziplora.methods.data import class_examples, image_examples, load_images
+from unziplora.methods.data import class_examples, conditioning_of, image_examples, load_images
 from unziplora.methods.unziplora.style_phrase import learn_style_phrase
-from unziplora.models.text import Conditioning, Prompts, image_conditioning
+from unziplora.models.text import Conditioning, Prompts
 from unziplora.training.loss import Examples, to_device
 from unziplora.training.method import Setup
 from unziplora.training.text_encoder_lora import TextLora
@@ -73,7 +73,7 @@ def encode_training_data(config: SplitConfig, setup: Setup) -> TrainingData:
     examples = image_examples(setup, config, pictures, prompts)
 
     def with_prompts(prompts: Prompts) -> Examples:
-        rows = image_conditioning(setup.base, prompts, setup.size, len(pictures))
+        rows = conditioning_of(setup.base, prompts, setup.size, len(pictures))
         return to_device(replace(examples, conditioning=rows), setup.base)
 
     text, alone = None, {}

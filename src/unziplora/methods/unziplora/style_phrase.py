@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.images.filters import filtered
-from unziplora.images.preprocess import to_tensor
+from unziplora.methods.data import latents_of
 from unziplora.methods.unziplora.textual_inversion import Phrase
 from unziplora.models.base import Base
 from unziplora.models.offload import moved_to
 from unziplora.models.text import Conditioning, encode_batch, join_streams
-from unziplora.models.vae import encode_images
 from unziplora.training.cuda_graphs import recording
 from unziplora.training.loss import Examples, denoising_loss, generator, to_device
 from unziplora.training.method import Setup
@@ -88,7 +87,7 @@ def learn_style_phrase(
 def _with_variants(base: Base, pictures: Sequence[Image.Image], examples: Examples) -> Examples:
     """The pictures, then all of them under the first filter, the second …; told as the pictures are."""
     by_filter = zip(*(filtered(picture)[1:] for picture in pictures), strict=True)
-    more = encode_images(base, [to_tensor(picture) for row in by_filter for picture in row])
+    more = latents_of(base, [picture for row in by_filter for picture in row])
     latents = torch.cat([examples.latents, more.to(examples.latents)])
     index = torch.arange(len(latents)) % len(pictures)
     weights = None if examples.weights is None else examples.weights[index]
@@ -124,7 +123,7 @@ def learn_phrase(
             with phrase.applied(index * phrase.readings // len(examples.latents)), autocast():
                 rows = encode_batch(phrase.base, [prompt] * len(index))
                 weights = None if examples.weights is None else examples.weights[index]
-                conditioning = rows.with_time_ids(examples.conditioning.time_ids[index])
+                conditioning = rows.with_time_ids(examples.conditioning.take(index).time_ids)
                 drawn = Examples(examples.latents[index], conditioning, weights)
                 loss = denoising_loss(phrase.base.unet, scheduler, drawn, draw=draw, **config.noising())
             optimizer.zero_grad()

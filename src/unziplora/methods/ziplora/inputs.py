@@ -16,13 +16,12 @@ from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
 from unziplora.formats.safetensors import read_header
-from unziplora.images.preprocess import to_tensor
 from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.lora.weights import Lora, format_shape, text_tensors
 from unziplora.methods.class_images import FIRST_SEED
+from unziplora.methods.data import conditioning_of, latents_of
 from unziplora.models.base import Base
-from unziplora.models.text import Prompts, image_conditioning
-from unziplora.models.vae import encode_images
+from unziplora.models.text import Prompts
 from unziplora.sampling.adapters import AttachedLoras, Part
 from unziplora.sampling.pipeline import Settings, generate_latents
 from unziplora.sampling.sources import Source, at_hand, common_base, find_source, with_metadata
@@ -156,7 +155,7 @@ def learned(
     texts = AttachedLoras(base, told)
 
     def read(name: str) -> Examples:
-        made = image_conditioning(base, Prompts(prompts[name]), setup.size, len(latents[name]))
+        made = conditioning_of(base, Prompts(prompts[name]), setup.size, len(latents[name]))
         return to_device(Examples(latents[name], made), base)
 
     merged = {name: read(name) for name in KINDS}
@@ -171,7 +170,7 @@ def learned(
 def _latents(setup: Setup, config: ZipConfig, part: Part, pictures: list[Image.Image]) -> Tensor:
     """Latents of the pictures, or of some that the base makes with this LoRA in it, [N, C, h, w]."""
     if pictures:
-        return encode_images(setup.base, [to_tensor(picture) for picture in pictures])
+        return latents_of(setup.base, pictures)
     text = config.prompts()[part.name]
     setup.report(f"the {part.name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
     settings = Settings.square(
