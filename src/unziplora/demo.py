@@ -27,7 +27,7 @@ from unziplora.models.base import BUNDLED, Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import inspect_base
 from unziplora.sampling.pipeline import decode, generate_latents
-from unziplora.sampling.sample import open_session
+from unziplora.sampling.session import open_session
 from unziplora.utils.files import free_folder, write_png
 from unziplora.utils.progress import Callback, Progress, duration
 

@@ -17,7 +17,8 @@ from unziplora.formats.files import read_lora
 from unziplora.lora.blocks import BLORA_BLOCKS, read_blocks
 from unziplora.lora.weights import blocks
 from unziplora.methods.blora import BLora
-from unziplora.sampling.sources import find_source, plan
+from unziplora.sampling.prompts import plan_prompts
+from unziplora.sampling.sources import find_lora
 from unziplora.training.runner import run_training
 from unziplora.utils.progress import Progress
 
@@ -94,10 +95,10 @@ def test_the_card_and_sampling_know_its_words(config: Make, tmp_path: Path):
     assert read_lora(run.content).metadata["modelspec.trigger_phrase"] == "A v7"
     assert read_lora(run.style).metadata["modelspec.trigger_phrase"] == "in v7 style"
     assert "B-LoRA" in run.card.read_text()
-    content, style = find_source(run.path, "content"), find_source(run.path, "style")
-    assert plan(SampleConfig(content=run.path), [content])[0].full == "A v7"
-    assert plan(SampleConfig(style=run.path), [style])[0].full == "an image in v7 style"
-    both = plan(SampleConfig(content=run.path, style=run.path, mode="direct"), [content, style])
+    content, style = find_lora(run.path, "content"), find_lora(run.path, "style")
+    assert plan_prompts(SampleConfig(content=run.path), [content])[0].full == "A v7"
+    assert plan_prompts(SampleConfig(style=run.path), [style])[0].full == "an image in v7 style"
+    both = plan_prompts(SampleConfig(content=run.path, style=run.path, mode="direct"), [content, style])
     assert both[0].full == "A v7"
 
 

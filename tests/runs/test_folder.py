@@ -16,9 +16,9 @@ from PIL import Image
 
 from unziplora.config.split import SplitConfig
 from unziplora.errors import MachineError, UserError
-from unziplora.runs.folder import RunFolder, loras_of
+from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import base_name
-from unziplora.sampling.sources import find_source
+from unziplora.sampling.sources import find_lora, loras_of
 from unziplora.training.runner import in_run_folder
 from unziplora.utils.files import atomic_folder, atomic_write
 
@@ -301,8 +301,8 @@ def test_a_run_that_stopped_between_its_files_is_no_content_alone(run: RunFolder
     run.content.touch()
     assert loras_of(run.path) == {"content": run.path, "style": run.path}
     with pytest.raises(UserError, match=r"no style\.safetensors in it; the run is not finished: resume it"):
-        find_source(run.path, "style")
+        find_lora(run.path, "style")
     run.card.touch()
     assert loras_of(run.path) == {"content": run.path}
-    with pytest.raises(UserError, match=r"it holds content\.safetensors: give the file that you mean"):
-        find_source(run.path, "style")
+    with pytest.raises(UserError, match=r"it contains content\.safetensors: give the file that you mean"):
+        find_lora(run.path, "style")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from unziplora.errors import UserError
@@ -13,7 +14,7 @@ from unziplora.lora.algebra import Pair
 from unziplora.lora.weights import Lora, text_tensors
 from unziplora.models.base import Base
 from unziplora.models.text import encode_batch
-from unziplora.sampling.adapters import AttachedLoras, Part
+from unziplora.sampling.adapters import AttachedLoras, NamedLora
 
 LAYER = "text_encoder.text_model.encoder.layers.0"
 LAYER_2 = "text_encoder_2.text_model.encoder.layers.0"
@@ -44,7 +45,7 @@ def folded(base: Base, loras: list[dict[str, Pair]]) -> tuple[Tensor, Tensor]:
     for lora in loras:
         for path, (down, up) in lora.items():
             linear(base, path).weight += up @ down
-    found = said(base)
+    found = output(base)
     for weight, value in reversed(before):
         weight.copy_(value)
     return found
@@ -54,21 +55,18 @@ CONTENT = {f"{LAYER}.self_attn.q_proj": 2, f"{LAYER_2}.self_attn.out_proj": 2}
 STYLE = {f"{LAYER}.self_attn.q_proj": 3, f"{LAYER}.self_attn.v_proj": 3}
 
 
-def part(name: str, lora: dict[str, Pair]) -> Part:
-    return Part(name, Lora({}, text=text_tensors(lora)), {}, f"{name}.safetensors")
+def named(name: str, modules: dict[str, Pair]) -> NamedLora:
+    return NamedLora(name, Lora({}, text=text_tensors(modules)), {}, f"{name}.safetensors")
 
 
 @contextmanager
-def mounted(base: Base, *parts: Part) -> Iterator[AttachedLoras]:
+def attached(base: Base, *parts: NamedLora) -> Iterator[AttachedLoras]:
     """The text encoders are those of all tests: they go back as they were."""
-    found = AttachedLoras(base, list(parts))
-    try:
-        yield found
-    finally:
-        found.remove()
+    with AttachedLoras(base, list(parts)) as loras:
+        yield loras
 
 
-def said(base: Base) -> tuple[Tensor, Tensor]:
+def output(base: Base) -> tuple[Tensor, Tensor]:
     rows = encode_batch(base, ["a cat"])
     return rows.tokens, rows.pooled
 
@@ -79,11 +77,11 @@ def test_two_parts_for_text_encoders_act_together_by_their_dials_and_go_again(fr
     content, style = pairs(base, CONTENT), pairs(base, STYLE)
     plain, both, alone = (folded(base, loras) for loras in ([], [content, style], [content]))
     assert not torch.allclose(both[0], alone[0], atol=1e-2)
-    with mounted(base, part("content", content), part("style", style)) as dials:
+    with attached(base, named("content", content), named("style", style)) as dials:
         for wanted, strengths in ((both, {}), (alone, {"style": 0.0}), (both, {"style": 1.0})):
-            dials.turn(**strengths)
-            torch.testing.assert_close(said(base), wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(said(base), plain, rtol=0, atol=0)
+            dials.set_strengths(**strengths)
+            torch.testing.assert_close(output(base), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output(base), plain, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -91,8 +89,8 @@ def test_parts_act_together_before_any_dial_is_turned(fresh_base) -> None:
     base = fresh_base()
     content, style = pairs(base, CONTENT), pairs(base, STYLE)
     wanted = folded(base, [content, style])
-    with mounted(base, part("content", content), part("style", style)):
-        torch.testing.assert_close(said(base), wanted, rtol=1e-4, atol=1e-4)
+    with attached(base, named("content", content), named("style", style)):
+        torch.testing.assert_close(output(base), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +107,8 @@ def test_any_module_of_any_rank_is_taken(fresh_base, ranks: dict[str, int]) -> N
     base = fresh_base()
     lora = pairs(base, ranks)
     wanted = folded(base, [lora])
-    with mounted(base, part("content", lora)):
-        torch.testing.assert_close(said(base), wanted, rtol=1e-4, atol=1e-4)
+    with attached(base, named("content", lora)):
+        torch.testing.assert_close(output(base), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +124,33 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(fresh_base, path, shape,
     text = text_tensors({path: (torch.zeros(2, shape[1]), torch.zeros(shape[0], 2))})
     unet = tiny.random_lora(base.unet, 1)
     with pytest.raises(UserError, match=words):
-        AttachedLoras(base, [Part("content", Lora(unet, text=text), {}, "cat.safetensors")])
+        AttachedLoras(base, [NamedLora("content", Lora(unet, text=text), {}, "cat.safetensors")])
     assert not any("lora" in name for encoder in base.text_encoders for name, _ in encoder.named_parameters())
     assert not [name for name, _ in base.unet.named_parameters() if "branches" in name]
+
+
+@torch.no_grad()
+def test_adapters_of_others_stay_and_stay_active(fresh_base) -> None:
+    base = fresh_base()
+    theirs, ours = pairs(base, CONTENT), pairs(base, STYLE)
+    plain = output(base)
+    with attached(base, named("theirs", theirs)):
+        before = output(base)
+        with attached(base, named("style", ours)):
+            assert not torch.allclose(output(base)[0], before[0], atol=1e-2)
+        torch.testing.assert_close(output(base), before, rtol=0, atol=0)
+        assert not any("style" in name for encoder in base.text_encoders for name, _ in encoder.named_parameters())
+    torch.testing.assert_close(output(base), plain, rtol=0, atol=0)
+    assert not any("lora" in name for encoder in base.text_encoders for name, _ in encoder.named_parameters())
+
+
+def test_adapters_of_others_in_the_unet_stay(fresh_base) -> None:
+    base = fresh_base()
+    convolution = {"down_blocks.1.resnets.0.conv1": (torch.ones(2, 8, 3, 3), torch.ones(16, 2, 1, 1))}
+    other = LoraConfig(r=2, target_modules=["down_blocks.0.resnets.0.conv1"])
+    base.unet.add_adapter(other, adapter_name="theirs")
+    with AttachedLoras(base, [NamedLora("style", Lora(convolution), {}, "style.safetensors")]):
+        assert set(base.unet.peft_config) == {"theirs", "style"}
+    assert set(base.unet.peft_config) == {"theirs"}
+    assert base.unet.active_adapters() == ["theirs"]
+    assert not any("style" in name for name, _ in base.unet.named_parameters())

@@ -225,7 +225,7 @@ def test_a_picture_that_does_not_fit_in_memory_is_decoded_in_tiles(tiny_base: Ba
     assert distance(picture, expected) < 0.6 * distance(other, expected)
     assert (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size) == (False, *sizes)
     monkeypatch.setattr(type(vae), "decode", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
-    with pytest.raises(OutOfMemory, match="decoding a picture"):
+    with pytest.raises(OutOfMemory, match="decoding an image"):
         decode(tiny_base, latents)
 
 
@@ -243,7 +243,7 @@ def test_a_decoder_that_does_not_even_fit_by_itself(
         raise error
 
     monkeypatch.setattr(tiny_base.vae, "to", full)
-    with pytest.raises(OutOfMemory, match="decoding a picture"):
+    with pytest.raises(OutOfMemory, match="decoding an image"):
         decode(tiny_base, torch.zeros(1, 4, 8, 8))
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from unziplora.config.bases import SDXL
+from unziplora.config.bases import BUNDLED_BASE, SDXL
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.config.sample import SampleConfig
@@ -22,8 +22,10 @@ from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import Settings, generate_latents
-from unziplora.sampling.sample import find_sources, open_session, sample, shared_name, with_headers
-from unziplora.sampling.sources import choose_base, find_source, plan
+from unziplora.sampling.prompts import plan_prompts
+from unziplora.sampling.sample import sample
+from unziplora.sampling.session import open_session, shared_name
+from unziplora.sampling.sources import LoraSource, choose_base, find_lora, find_loras, loras_of
 
 FAST = Settings(steps=2)
 
@@ -267,20 +269,20 @@ def test_every_lora_is_called_by_the_words_of_its_own_run(tmp_path: Path, conten
         config.out.mkdir()
         (config.out / "config.toml").write_text(to_toml(config))
         for kind in ("content", "style"):
-            (config.out / f"{kind}.safetensors").touch()
-    sources = [find_source(tmp_path / content, "content"), find_source(tmp_path / style, "style")]
+            save_file({"x": torch.zeros(1)}, config.out / f"{kind}.safetensors")
+    sources = [find_lora(tmp_path / content, "content"), find_lora(tmp_path / style, "style")]
     config = SampleConfig(content=tmp_path / content, style=tmp_path / style, mode="separate")
-    (prompts,) = plan(config, sources)
+    (prompts,) = plan_prompts(config, sources)
     assert (prompts.full, prompts.content, prompts.style) == wanted
 
 
 def test_words_are_filled_into_prompts(cat: Path, dog: Path):
-    sources = [find_source(cat, "content"), find_source(dog, "style")]
+    sources = [find_lora(cat, "content"), find_lora(dog, "style")]
     config = SampleConfig(content=cat, style=dog, prompts=["{token} {content} as {style} style"])
-    (prompts,) = plan(config, sources)
+    (prompts,) = plan_prompts(config, sources)
     assert prompts == Prompts("sks cat as oil paint style", "a sks cat", "an image in oil paint style")
     with pytest.raises(UserError, match=r"\{color\} is not known here; known: \{token\}, \{content\}, \{style\}"):
-        plan(SampleConfig(content=cat, style=dog, prompts=["{color}"]), sources)
+        plan_prompts(SampleConfig(content=cat, style=dog, prompts=["{color}"]), sources)
 
 
 def test_different_bases_ask_for_a_choice(cat: Path, dog: Path, tmp_path: Path):
@@ -289,7 +291,7 @@ def test_different_bases_ask_for_a_choice(cat: Path, dog: Path, tmp_path: Path):
     text = (dog / "config.toml").read_text().splitlines()
     (other / "config.toml").write_text("\n".join('base = "x/y"' if t.startswith("base =") else t for t in text))
     (other / "style.safetensors").write_bytes((dog / "style.safetensors").read_bytes())
-    sources = [find_source(cat, "content"), find_source(other, "style")]
+    sources = [find_lora(cat, "content"), find_lora(other, "style")]
     config = SampleConfig(content=cat, style=other)
     with pytest.raises(UserError, match="different bases"):
         choose_base(config, sources)
@@ -310,21 +312,21 @@ class TestBaseOfAFile:
         config = SampleConfig(content=file, prompts=["x"])
         with pytest.raises(UserError, match=r"my-content\.safetensors: trained on ponyXL\.safetensors, .* with --base"):
             sample(config)
-        sources = with_headers(config, find_sources(config))
+        sources = find_loras(config)
         assert choose_base(config.model_copy(update={"base": "x/y"}), sources) == "x/y"
 
     @pytest.mark.parametrize("name", ["sd_xl_base_1.0_0.9vae.safetensors", "stabilityai/stable-diffusion-xl-base-1.0"])
     def test_sdxl_is_known_by_its_files_names(self, tiny_base: Base, tmp_path: Path, name: str):
         config = SampleConfig(content=headed(tmp_path, tiny_base, "content", ss_sd_model_name=name))
-        assert choose_base(config, with_headers(config, find_sources(config))) == SDXL
+        assert choose_base(config, find_loras(config)) == SDXL
 
     def test_a_run_tells_the_path_to_a_files_name(self, tiny_base: Base, tiny_folder: Path, cat: Path, tmp_path: Path):
         style = headed(tmp_path, tiny_base, "style", ss_sd_model_name=tiny_folder.name)
         config = SampleConfig(content=cat, style=style)
-        assert choose_base(config, with_headers(config, find_sources(config))) == str(tiny_folder)
+        assert choose_base(config, find_loras(config)) == str(tiny_folder)
         other = SampleConfig(content=cat, style=headed(tmp_path, tiny_base, "style", ss_sd_model_name="ponyXL"))
         with pytest.raises(UserError, match="different bases"):
-            choose_base(other, with_headers(other, find_sources(other)))
+            choose_base(other, find_loras(other))
 
     def test_trigger_words_are_told_where_a_prompt_is_asked_for(self, tiny_base: Base, tmp_path: Path):
         tags = json.dumps({"10_cat": {"mycat": 10, "sitting": 3}})
@@ -348,11 +350,11 @@ def test_refusals_of_sources(tiny_base: Base, cat: Path, tmp_path: Path):
 
     refused("no such run folder or LoRA file", content=tmp_path / "nowhere")
     refused("cannot be opened", content="x" * 300)
-    refused("this is no run folder", content=tmp_path)
+    refused("this is not a run folder", content=tmp_path)
     (tmp_path / "config.toml").touch()
     refused("the run is not finished", content=tmp_path)
     (tmp_path / "lora.safetensors").touch()
-    refused(r"it holds lora\.safetensors: give the file that you mean", content=tmp_path)
+    refused(r"it contains lora\.safetensors: give the file that you mean", content=tmp_path)
     (tmp_path / "lora.safetensors").unlink()
     refused(
         "has no modules in block 'up_block'; it has down_blocks.1.attentions.0",
@@ -363,7 +365,7 @@ def test_refusals_of_sources(tiny_base: Base, cat: Path, tmp_path: Path):
     refused("pickle", content=tmp_path / "evil.safetensors")
     plain = tmp_path / "plain.safetensors"
     write_lora(Lora(tiny.random_lora(tiny_base.unet, 1)), plain)
-    refused("say what to show with --prompts", content=plain)
+    refused("describe the image with --prompts", content=plain)
     refused("give --style-prompt", content=cat, style=plain, mode="separate", prompts=["x"])
     refused("is a file", content=cat, out=plain)
     assert not (tmp_path / "out").exists()
@@ -404,7 +406,65 @@ def test_scheduler_is_found_by_its_usual_names():
     assert SampleConfig(prompts=["x"], scheduler="Euler a").scheduler == "euler_a"
 
 
-def test_a_lora_behind_a_link_is_told_by_the_links_name(tmp_path: Path):
+def test_shared_name_is_that_of_the_link_and_keeps_other_dots(tmp_path: Path):
     (tmp_path / "31e35c80").touch()
     (tmp_path / "ink.safetensors").symlink_to(tmp_path / "31e35c80")
     assert shared_name(tmp_path / "ink.safetensors") == "ink"
+    assert shared_name(tmp_path / "ink-v1.5.safetensors") == "ink-v1.5"
+    assert shared_name(tmp_path / "ink-v1.5") == "ink-v1.5"
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_every_lora_file_is_read_once(
+    tiny_base: Base, cat: Path, dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool
+):
+    read: list[Path] = []
+
+    def counted(path: Path, *arguments: object) -> Lora:
+        read.append(path)
+        return read_lora(path, *arguments)
+
+    monkeypatch.setattr("unziplora.sampling.session.read_lora", counted)
+    monkeypatch.setattr("unziplora.sampling.session.load_base", lambda *_: tiny_base)
+    base = tiny_base if loaded else None
+    sample(SampleConfig(content=cat, style=dog, steps=1, seeds=[0, 1], out=tmp_path / "out"), base)
+    assert read == [cat / "content.safetensors", dog / "style.safetensors"]
+    file = cat / "style.safetensors"
+    sample(SampleConfig(content=file, style=file, mode="direct", prompts=["x"], steps=1, out=tmp_path / "out"), base)
+    assert read[2:] == [file]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "kind"),
+    [
+        ("freestyle-cat", None, "content"),
+        ("lifestyle", None, "content"),
+        ("cat", None, "content"),
+        ("ink_style", None, "style"),
+        ("PixelArtStyle", None, "style"),
+        ("Styles-XL-v1.0", None, "style"),
+        ("freestyle-cat", "UnZipLoRA (arXiv 2412.04465), style LoRA", "style"),
+        ("ink_style", "UnZipLoRA (arXiv 2412.04465), content LoRA", "content"),
+        ("ink_style", "ZipLoRA (arXiv 2311.13600), lora LoRA", "content"),
+    ],
+)
+def test_a_file_is_a_style_by_its_header_or_a_word_of_its_name(
+    tmp_path: Path, name: str, method: str | None, kind: str
+):
+    file = tmp_path / f"{name}.safetensors"
+    save_file({"x": torch.zeros(1)}, file, {"unziplora.method": method} if method else None)
+    assert loras_of(file) == {kind: file}
+
+
+def test_the_bundled_base_by_its_path_is_the_bundled_base():
+    sources = [
+        LoraSource("content", Path("a.safetensors"), {"base": "bundled"}),
+        LoraSource("style", Path("b.safetensors"), {"base": str(BUNDLED_BASE)}),
+    ]
+    assert choose_base(SampleConfig(content="a", style="b"), sources) == "bundled"
+
+
+def test_own_words_with_braces_are_not_filled_again():
+    settings = {"token": "sks", "content": "{cat}", "style": "ink", "content_prompt": "a {token} {content}"}
+    source = LoraSource("content", Path("a.safetensors"), settings)
+    assert plan_prompts(SampleConfig(content="a"), [source]) == [Prompts("a sks {cat}")]

@@ -22,7 +22,7 @@ from unziplora.metrics.measures import CaseMeasure
 from unziplora.models.base import Base
 from unziplora.models.offload import base_on_cpu
 from unziplora.models.text import Prompts
-from unziplora.sampling.adapters import AttachedLoras, Part
+from unziplora.sampling.adapters import AttachedLoras, NamedLora
 from unziplora.sampling.pipeline import Settings, generate
 from unziplora.utils.files import atomic_write, write_png
 
@@ -87,12 +87,9 @@ def _present(**loras: Lora | None) -> dict[str, Lora]:
 
 def sample_task(base: Base, task: Task, seeds: Sequence[int], steps: int, guidance: float) -> list[Image.Image]:
     """Sample one image per seed and restore the base. Raises as `AttachedLoras` and `generate`."""
-    parts = [Part(name, lora, {}, f"{name} LoRA") for name, lora in task.loras.items()]
-    attached = AttachedLoras(base, parts, separate=task.prompts.separate)
-    try:
+    loras = [NamedLora(name, lora, {}, f"{name} LoRA") for name, lora in task.loras.items()]
+    with AttachedLoras(base, loras, separate=task.prompts.separate):
         return generate(base, task.prompts, seeds, Settings(steps=steps, guidance=guidance, batch_size=len(seeds)))
-    finally:
-        attached.remove()
 
 
 def score_images(measure: CaseMeasure, case: Case, task: Task, images: Sequence[Image.Image]) -> list[dict[str, float]]:

@@ -11,13 +11,16 @@ import click
 from unziplora.cli.command import Keys, Output, Plan, RecipeCommand
 from unziplora.cli.options import ExpandedPath
 from unziplora.config.sample import GenerationConfig, GridConfig, SampleConfig
-from unziplora.runs.folder import loras_of
 from unziplora.utils.progress import Callback, counted
 
 
 def _layers(params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
     """Combine the TOML file, the LoRAs of the run named first (most often content and style), and the flags."""
-    return [file, {} if params["run"] is None else {**loras_of(params["run"])}, flags]
+    if params["run"] is None:
+        return [file, flags]
+    from unziplora.sampling.sources import loras_of
+
+    return [file, {**loras_of(params["run"])}, flags]
 
 
 def _sample(config: SampleConfig, progress: Callback) -> Output:
@@ -38,18 +41,18 @@ def _plan(config: GenerationConfig) -> Plan:
     """Find what follows from the LoRAs: base, guidance and prompts; no weights of a base are read."""
     from unziplora.models.device import pick_device
     from unziplora.models.sizes import inspect_base
-    from unziplora.sampling.sample import check_out, find_sources, with_headers
-    from unziplora.sampling.sources import choose_base, guidance, plan
+    from unziplora.sampling.sample import check_out
+    from unziplora.sampling.session import plan_sampling
 
     check_out(config)
     pick_device(config.device)
-    sources = with_headers(config, find_sources(config))
-    base, prompts, scale = choose_base(config, sources), plan(config, sources), guidance(config, sources)
-    inspect_base(base)
-    lines = [f"# base: {base}", f"# guidance: {scale:g}", *(f"# prompt: {prompt.full}" for prompt in prompts)]
+    plan = plan_sampling(config)
+    inspect_base(plan.base)
+    guidance, prompts = plan.settings.guidance, plan.prompts
+    lines = [f"# base: {plan.base}", f"# guidance: {guidance:g}", *(f"# prompt: {prompt.full}" for prompt in prompts)]
     if isinstance(config, GridConfig):
         lines.append("# rows: {}, columns: {}".format(*config.axes()))
-    data = {"base": base, "guidance": scale, "prompts": [asdict(prompt) for prompt in prompts]}
+    data = {"base": plan.base, "guidance": guidance, "prompts": [asdict(prompt) for prompt in prompts]}
     return Plan(config, data, "\n".join(lines))
 
 

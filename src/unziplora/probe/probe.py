@@ -29,7 +29,7 @@ from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.text import Prompts
 from unziplora.probe.plot import picture_sheet, plot
 from unziplora.probe.scores import ALL, Findings, judge, movement, plain, score_rows, to_toml
-from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate_latents, part
+from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate_latents, nested_progress
 from unziplora.utils.files import atomic_write, explain, write_png
 
 PARTS = ("down_blocks", "mid_block", "up_blocks")
@@ -69,7 +69,7 @@ def find_blocks(
     shown: Drawn = {}
     with computing_on(base.device):
         for number, pair in enumerate(pairs):
-            drawn = draw(base, config, pair, blocks, part(progress, number, len(pairs)))
+            drawn = draw(base, config, pair, blocks, nested_progress(progress, number, len(pairs)))
             shown = shown or drawn
             for axis in KINDS:
                 moved[axis].append(movements(measure, axis, drawn[axis]))
@@ -141,7 +141,7 @@ def draw(
         tasks += [(prompt, other, choice) for choice in [*([block] for block in blocks), blocks]]
         tasks.append((other, other, ()))
     made = [
-        decode(base, swap(base, *task, config.seeds, settings, part(progress, number, len(tasks))))
+        decode(base, swap(base, *task, config.seeds, settings, nested_progress(progress, number, len(tasks))))
         for number, task in enumerate(tasks)
     ]
     half = len(blocks) + 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from unziplora.config.recipe import KINDS, Recipe, read_toml, resolve, to_toml
+from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
 from unziplora.lora.blocks import NAMED
 from unziplora.utils.files import absolute, atomic_folder, atomic_write, explain, lock_file, write_png
@@ -260,22 +260,6 @@ class RunFolder:
         path = self.samples / f"{name}.png"
         write_png(path, picture)
         return path
-
-
-def loras_of(run: Path) -> dict[str, Path]:
-    """What a run folder gives to sample, by kind: its content and its style LoRA, or its one LoRA for both.
-
-    A file is one LoRA: a style's if its name says so, else a content's. An unfinished run should have both: one that
-    stopped between its two files must not pass for a content alone.
-    """
-    folder = run.expanduser()
-    if folder.is_file():
-        return {"style" if "style" in run.stem.lower() else "content": run}
-    merged = folder / f"{MERGED}.safetensors"
-    if merged.is_file():
-        return {"content": merged}
-    found = {kind: run for kind in KINDS if (folder / f"{kind}.safetensors").is_file()}
-    return found if found and not RunFolder(folder).unfinished else dict.fromkeys(KINDS, run)
 
 
 def with_absolute_paths(config: R) -> R:

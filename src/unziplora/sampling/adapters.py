@@ -1,4 +1,4 @@
-"""LoRAs in a base, each with a dial: branches of our own where they can be, PEFT's adapters for the rest."""
+"""LoRAs attached to a base with adjustable strengths: our own branches where possible, PEFT's adapters otherwise."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,14 +22,14 @@ from unziplora.utils.logging import quiet
 
 
 @dataclass(frozen=True)
-class Part:
-    """A LoRA to be mounted.
+class NamedLora:
+    """A LoRA to attach.
 
     Attributes:
-        name: 'content' or 'style' (its prompt, where there are three), or any other name.
-        lora: strength 1.
-        blocks: strength of the modules whose path begins so; the longest beginning counts.
-        source: where it came from, for messages.
+        name: 'content' or 'style' (the LoRA then sees its own of three prompts), or any other name.
+        lora: weights at strength 1.
+        blocks: strength of the modules whose path begins with a name; the longest name counts.
+        source: its file or origin, for messages.
     """
 
     name: str
@@ -38,76 +39,81 @@ class Part:
 
 
 class AttachedLoras:
-    """LoRAs in a base's UNet (and text encoders), all at strength 1 until a dial is turned."""
+    """LoRAs in a base's UNet and text encoders, all at strength 1 at first; a context that removes them at its end."""
 
-    def __init__(self, base: Base, parts: list[Part], separate: bool = False) -> None:
-        """Put LoRAs into the base; call `remove` to have it back as it was.
+    def __init__(self, base: Base, loras: list[NamedLora], separate: bool = False) -> None:
+        """Attach LoRAs to a base; `remove` restores it.
 
         Args:
-            separate: for three prompts: our own branches are needed.
+            separate: the LoRAs see prompts of their own, which needs our own branches.
 
         Raises:
-            UserError: a LoRA does not fit the base, names no block, or cannot take a prompt of its own.
+            UserError: a LoRA does not fit the base, has no block of a name, or cannot see a prompt of its own.
         """
         self.base = base
-        self.names = [part.name for part in parts]
+        self.names = [named.name for named in loras]
         self._branches: dict[str, dict[str, Branch]] = {}
-        parts = [replace(part, lora=scale_blocks(part.lora, part.blocks, part.source)) for part in parts]
-        for part in parts:
-            check_fits(part.lora, base.unet, part.source, f"base {base.name}")
-        foreign = [part for part in parts if _convolutions(base, part)]
-        if foreign and separate:
+        self._active = {model: _active_adapters(model) for model in (base.unet, *base.text_encoders)}
+        loras = [replace(named, lora=scale_blocks(named.lora, named.blocks, named.source)) for named in loras]
+        for named in loras:
+            check_fits(named.lora, base.unet, named.source, f"base {base.name}")
+        convolutional = [named for named in loras if _has_convolutions(base, named)]
+        if convolutional and separate:
             raise UserError(
-                f"{foreign[0].source}: it changes convolutions, which cannot see a prompt of their own; use "
+                f"{convolutional[0].source}: it changes convolutions, which cannot see a prompt of their own; use "
                 "--mode direct"
             )
-        self._peft = bool(foreign)
-        self._told = [part.name for part in parts if part.lora.text]  # whose text encoders' part PEFT has
-        self._weights = dict.fromkeys(self.names, 1.0)
+        self._peft_unet = bool(convolutional)
+        self._peft_names = [named.name for named in loras if self._peft_unet or named.lora.text]
+        self._strengths = dict.fromkeys(self.names, 1.0)
         try:
-            for part in parts:
-                if self._peft:
-                    _load_peft(base, part)
+            for named in loras:
+                if self._peft_unet:
+                    _load_peft(base, named)
                 else:
-                    self._add(part)
-            self.turn()  # PEFT leaves only the adapter that was loaded last at work
+                    self._add(named)
+            self.set_strengths()  # PEFT activates only the adapter that was loaded last
         except UserError:
             self.remove()
             raise
 
-    def _add(self, part: Part) -> None:
-        stream = part.name if part.name in STREAMS else "full"
-        pairs = {path: (down.flatten(1), up.flatten(1)) for path, (down, up) in part.lora.modules.items()}
-        self._branches[part.name] = add_lora(self.base.unet, part.name, pairs, stream=stream)
-        if part.lora.text:
-            _load_peft(self.base, replace(part, lora=replace(part.lora, modules={})))
+    def __enter__(self) -> AttachedLoras:
+        return self
 
-    def turn(self, **strengths: float) -> None:
-        """Set the strength of LoRAs by name; block strengths are in their weights already."""
-        self._weights.update(strengths)
-        if self._peft:
-            self.base.pipe.set_adapters(list(self._weights), list(self._weights.values()))
-            return
-        if self._told:
-            self.base.pipe.set_adapters(self._told, [self._weights[name] for name in self._told])
-        for name, strength in strengths.items():
-            for branch in self._branches[name].values():
-                branch.strength = strength
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _add(self, named: NamedLora) -> None:
+        stream = named.name if named.name in STREAMS else "full"
+        pairs = {path: (down.flatten(1), up.flatten(1)) for path, (down, up) in named.lora.modules.items()}
+        self._branches[named.name] = add_lora(self.base.unet, named.name, pairs, stream=stream)
+        if named.lora.text:
+            _load_peft(self.base, replace(named, lora=replace(named.lora, modules={})))
+
+    def set_strengths(self, **strengths: float) -> None:
+        """Set the strength of LoRAs by name; block strengths are part of their weights."""
+        self._strengths.update(strengths)
+        if self._peft_names:
+            self.base.pipe.set_adapters(self._peft_names, [self._strengths[name] for name in self._peft_names])
+        for name, branches in self._branches.items():
+            for branch in branches.values():
+                branch.strength = self._strengths[name]
 
     @contextmanager
-    def without(self, *names: str) -> Iterator[None]:
-        """Have LoRAs at strength 0 for a while; names that are not mounted count for nothing."""
-        before = {name: self._weights[name] for name in names if name in self._weights}
-        self.turn(**dict.fromkeys(before, 0.0))
+    def muted(self, *names: str) -> Iterator[None]:
+        """Temporarily set LoRAs to strength 0; names that are not attached are ignored."""
+        before = {name: self._strengths[name] for name in names if name in self._strengths}
+        self.set_strengths(**dict.fromkeys(before, 0.0))
         try:
             yield
         finally:
-            self.turn(**before)
+            self.set_strengths(**before)
 
     def remove(self) -> None:
-        """Take these LoRAs out again; other branches stay, but what PEFT has put into the base goes with them."""
-        if self._peft or self._told:
-            self.base.pipe.unload_lora_weights()
+        """Detach these LoRAs; branches and adapters that others attached stay, and are active as before."""
+        if self._peft_names:
+            for model, active in self._active.items():
+                _delete_adapters(model, self._peft_names, active)
         unet = self.base.unet
         for name, branches in self._branches.items():
             for path in branches:
@@ -115,34 +121,57 @@ class AttachedLoras:
                 del layer.branches[name]
                 if not layer.branches:
                     unwrap(unet, path)
-        self._branches = {}
+        self._branches, self._peft_names = {}, []
 
 
-def _convolutions(base: Base, part: Part) -> bool:
-    return any(isinstance(base.unet.get_submodule(path), nn.Conv2d) for path in part.lora.modules)
+def _active_adapters(model: nn.Module) -> list[str]:
+    """Return PEFT's active adapters of a model."""
+    if not getattr(model, "peft_config", None):
+        return []
+    active = model.active_adapters()  # type: ignore[operator]
+    return [active] if isinstance(active, str) else list(active)
 
 
-def _load_peft(base: Base, part: Part) -> None:
-    """The UNet's part through diffusers' own loader, where alpha is rank, so that the pairs count as they are."""
+def _delete_adapters(model: nn.Module, names: list[str], active: list[str]) -> None:
+    """Delete PEFT's adapters by name and activate others again; PEFT's layers are removed with the last adapter."""
+    own = [name for name in names if name in getattr(model, "peft_config", {})]
+    if own and isinstance(model, PreTrainedModel):
+        model.delete_adapter(own)
+    elif own:
+        model.delete_adapters(own)  # type: ignore[operator]
+    if getattr(model, "peft_config", None):
+        model.set_adapter(active)  # type: ignore[operator]
+    elif own and isinstance(model, PreTrainedModel):
+        recurse_remove_peft_layers(model)
+    elif own:
+        model.unload_lora()  # type: ignore[operator]
+
+
+def _has_convolutions(base: Base, named: NamedLora) -> bool:
+    return any(isinstance(base.unet.get_submodule(path), nn.Conv2d) for path in named.lora.modules)
+
+
+def _load_peft(base: Base, named: NamedLora) -> None:
+    """Load the UNet's modules by diffusers' loader, whose default alpha is the rank: the pairs count as they are."""
     state: dict[str, Tensor] = {}
-    for path, (down, up) in part.lora.modules.items():
+    for path, (down, up) in named.lora.modules.items():
         state[f"unet.{path}.lora_A.weight"] = down.clone()
         state[f"unet.{path}.lora_B.weight"] = up.clone()
     try:
         with quiet(), base.forked_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two LoRAs in one encoder are meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two LoRAs in one encoder are intended
             if state:
-                base.pipe.load_lora_weights(state, adapter_name=part.name)
+                base.pipe.load_lora_weights(state, adapter_name=named.name)
             for name, encoder in zip(ENCODERS, base.text_encoders, strict=True):
-                _load_text(base, name, encoder, part)
+                _load_text(base, name, encoder, named)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise misfit(part.lora, part.source, f"base {base.name}", first_line(error)) from error
+        raise misfit(named.lora, named.source, f"base {base.name}", first_line(error)) from error
 
 
-def _load_text(base: Base, name: str, encoder: PreTrainedModel, part: Part) -> None:
-    """A text encoder's part as an adapter of PEFT, told module by module.
+def _load_text(base: Base, name: str, encoder: PreTrainedModel, named: NamedLora) -> None:
+    """Load a text encoder's modules as an adapter of PEFT, with the rank of each module.
 
-    diffusers' own loader guesses ranks from attention alone: it fails where there is none, or another rank beside it.
+    diffusers' own loader infers ranks from attention layers alone: it fails if there are none, or if others differ.
     """
     shapes = {
         path: (module.out_features, module.in_features)
@@ -151,16 +180,16 @@ def _load_text(base: Base, name: str, encoder: PreTrainedModel, part: Part) -> N
     }
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for full, pair in part.lora.text_modules.items():
+    for full, pair in named.lora.text_modules.items():
         component, _, path = full.partition(".")
         if component != name:
             continue
-        path = path if path in shapes else path.removeprefix("text_model.")  # a level that transformers 5 leaves out
-        check_shape(part.lora, full, pair, shapes.get(path), part.source, f"base {base.name}")
+        path = path if path in shapes else path.removeprefix("text_model.")  # transformers 5 leaves out this level
+        check_shape(named.lora, full, pair, shapes.get(path), named.source, f"base {base.name}")
         down, up = pair
         ranks[path] = down.shape[0]
         state |= {f"{path}.lora_A.weight": down.clone(), f"{path}.lora_B.weight": up.clone()}
     if state:
-        told = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)  # strength 1
-        encoder.load_adapter(adapter_name=part.name, adapter_state_dict=state, peft_config=told)
-        encoder.to(dtype=encoder.dtype)  # PEFT makes adapters in fp32
+        config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)  # strength 1
+        encoder.load_adapter(adapter_name=named.name, adapter_state_dict=state, peft_config=config)
+        encoder.to(dtype=encoder.dtype)  # PEFT creates adapters in fp32

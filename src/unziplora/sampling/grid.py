@@ -1,4 +1,4 @@
-"""Labelled grids of pictures, and the job `grid`: strength × strength, or prompts × seeds."""
+"""Labeled grids of images: strength × strength, or prompts × seeds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import Image
 from unziplora.config.sample import GridConfig
 from unziplora.images.sheet import sheet
 from unziplora.models.base import Base
-from unziplora.models.text import Prompts
-from unziplora.sampling.pipeline import StepCallback, decode, generate_latents, part
-from unziplora.sampling.sample import Sample, Session, describe, open_session, write_image
+from unziplora.sampling.pipeline import StepCallback, decode, generate_latents, nested_progress
+from unziplora.sampling.sample import Sample, describe, write_image
+from unziplora.sampling.session import SamplingSession, open_session
 
 
 def grid(config: GridConfig, base: Base | None = None, progress: StepCallback | None = None) -> Path:
@@ -28,10 +28,10 @@ def draw_grid(config: GridConfig, base: Base | None = None, progress: StepCallba
     """Generate the images of a grid and put them on one labeled sheet.
 
     Args:
-        base: sample with this one, instead of loading the configured one.
+        base: replaces the configured base.
 
     Raises:
-        UserError: something given does not exist, is damaged, or does not fit together.
+        UserError: a LoRA, the base or a prompt is missing, damaged or does not fit.
         MachineError: out of memory.
     """
     with open_session(config, base) as session:
@@ -42,7 +42,7 @@ def draw_grid(config: GridConfig, base: Base | None = None, progress: StepCallba
         for y, line in enumerate(cells):
             images.append([])
             for x, cell in enumerate(line):
-                report = part(progress, y * len(across) + x, total)
+                report = nested_progress(progress, y * len(across) + x, total)
                 images[-1].append(_cell(config, session, cell, report))
         drawn = sheet(images, [_label(*row, session) for row in down], [_label(*column, session) for column in across])
         text = describe(config, session, session.prompts[0], images[0][0], config.seeds[0])
@@ -55,18 +55,19 @@ def _values(config: GridConfig, axis: str) -> list[Any]:
     return list({"seed": config.seeds}.get(axis) or getattr(config, f"{axis}s"))
 
 
-def _cell(config: GridConfig, session: Session, cell: dict[str, Any], report: StepCallback | None) -> Image.Image:
-    """One picture: what an axis does not say is as configured."""
-    dials = {name: cell[f"{name}_strength"] for name in session.mounted.names if f"{name}_strength" in cell}
-    session.mounted.turn(**dials)
+def _cell(
+    config: GridConfig, session: SamplingSession, cell: dict[str, Any], report: StepCallback | None
+) -> Image.Image:
+    """Generate the image of a cell; settings that no axis changes are as configured."""
+    strengths = {name: cell[f"{name}_strength"] for name in session.loras.names if f"{name}_strength" in cell}
+    session.loras.set_strengths(**strengths)
     prompts = session.prompts[cell.get("prompt", 0)]
     seed = cell.get("seed", config.seeds[0])
     latents = generate_latents(session.base, prompts, [seed], session.settings, report)
     return decode(session.base, latents)[0]
 
 
-def _label(axis: str, value: Any, session: Session) -> str:
+def _label(axis: str, value: Any, session: SamplingSession) -> str:
     if axis == "prompt":
-        prompts: Prompts = session.prompts[value]
-        return prompts.full
+        return session.prompts[value].full
     return f"{axis.removesuffix('_strength')} {value if axis == 'seed' else format(value, 'g')}"

@@ -1,4 +1,4 @@
-"""Make pictures: with a base alone or with LoRAs in it, from one prompt or from three separate ones."""
+"""Generation of images by a base with any LoRAs attached, from one prompt or from three separate ones."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from unziplora.models.vae import unscale_latents
 from unziplora.sampling.schedulers import make_scheduler
 
 StepCallback = Callable[[int, int], None]
-"""Called with (denoising steps done, steps in all), over all pictures."""
+"""Callback with (finished, total) denoising steps of all images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to sample.
+    """Settings of the sampler.
 
     Attributes:
         steps: denoising steps.
         guidance: classifier-free guidance (arXiv 2207.12598); 1 switches it off.
         guidance_rescale: φ of arXiv 2305.08891, useful with zero-terminal SNR.
-        negative: what to steer away from; three in the order full, content, style, or one for all.
+        negative: negative prompt; three in the order full, content, style, or one for all.
         width, height: pixels, multiples of 8; None is the base's own size.
         scheduler: 'base' or a name of `SCHEDULERS`.
-        batch_size: pictures computed at once.
+        batch_size: images computed at once.
     """
 
     steps: int = 30
@@ -50,7 +50,7 @@ class Settings:
 
     @classmethod
     def square(cls, side: int | None, *, steps: int, guidance: float, batch_size: int = 1) -> Settings:
-        """Pictures of a side in pixels; None is the base's own size."""
+        """Return settings for square images of a side in pixels; None is the base's own size."""
         return cls(steps=steps, guidance=guidance, width=side, height=side, batch_size=batch_size)
 
 
@@ -61,7 +61,7 @@ def generate(
     settings: Settings | None = None,
     progress: StepCallback | None = None,
 ) -> list[Image.Image]:
-    """Make one picture per seed with whatever LoRAs are in the UNet: `generate_latents`, then `decode`."""
+    """Generate one image per seed with the LoRAs that are attached: `generate_latents`, then `decode`."""
     return decode(base, generate_latents(base, prompts, seeds, settings, progress))
 
 
@@ -76,8 +76,8 @@ def generate_latents(
     """Denoise one latent per seed, [N, C, h, w] on the UNet's device, in the UNet's scaling.
 
     With three prompts the base sees the full one and each LoRA its own (arXiv 2412.04465, section 3.2): their
-    embeddings are joined on the feature axis, and so are their negative ones. A picture depends on its seed
-    alone, not on the others made with it; the global random state is not touched. The UNet is left as it was.
+    embeddings are joined on the feature axis, and so are their negative ones. An image depends on its seed
+    alone, not on the others of its batch; the global random state is not touched. The UNet is left as it was.
 
     Raises:
         UserError: no seeds, a size that does not fit, an unknown scheduler, an empty prompt.
@@ -87,14 +87,14 @@ def generate_latents(
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     width, height = settings.width or base.resolution, settings.height or base.resolution
     _check(base, seeds, settings, width, height)
-    make_scheduler(base, settings.scheduler)  # a wrong name is told before any work
+    make_scheduler(base, settings.scheduler)  # reports a wrong name before any work
     results = []
     with _memory(f"{settings.batch_size} × {width}×{height} pixels"), _ready(base, prompts):
         with text_encoders_ready(base):
             positive, negative = embed_prompts(base, prompts), _negative(base, settings, prompts)
         for start in range(0, len(seeds), settings.batch_size):
             batch = seeds[start : start + settings.batch_size]
-            report = _share(progress, settings.steps, start, len(batch), len(seeds))
+            report = _batch_progress(progress, settings.steps, start, len(batch), len(seeds))
             results.append(_denoise(base, positive, negative, batch, settings, (height, width), report))
     return torch.cat(results)
 
@@ -108,7 +108,7 @@ def _denoise(
     size: tuple[int, int],
     report: Callable[[int], None],
 ) -> Tensor:
-    """diffusers' own SDXL pipeline around the UNet alone, for a batch of seeds."""
+    """Denoise a batch of seeds by diffusers' own SDXL pipeline around the UNet alone."""
     pipe = StableDiffusionXLPipeline(
         vae=None,
         text_encoder=None,
@@ -123,7 +123,7 @@ def _denoise(
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     shape = (1, base.unet.config.in_channels, *(side // pipe.vae_scale_factor for side in size))
-    # drawn in fp32 on the CPU: the same start whatever the device and the number format
+    # drawn in fp32 on the CPU: the same start on every device and in every number format
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
     def step_done(pipe: object, step: int, timestep: object, tensors: dict) -> dict:
@@ -151,29 +151,29 @@ def _denoise(
 
 @torch.no_grad()
 def decode(base: Base, latents: Tensor) -> list[Image.Image]:
-    """Latents [N, C, h, w] in the UNet's scaling → pictures, one at a time, in the VAE's own number format.
+    """Decode latents [N, C, h, w] in the UNet's scaling to images, one at a time, in the VAE's own number format.
 
     Raises:
         OutOfMemory: memory does not suffice.
     """
-    vae, pictures = base.vae, []
-    with _memory("decoding a picture"), moved_to([vae], latents.device):
+    vae, images = base.vae, []
+    with _memory("decoding an image"), moved_to([vae], latents.device):
         for row in latents.to(vae.dtype).split(1):
             if not torch.isfinite(row).all():
-                warnings.warn("a picture came out as NaN: take precision bf16 or fp32", stacklevel=3)
+                warnings.warn("an image contains NaN; choose precision bf16 or fp32", stacklevel=3)
             image = _decoded(vae, unscale_latents(base, row).nan_to_num())
-            pictures += base.pipe.image_processor.postprocess(image.float(), output_type="pil")
-    return pictures
+            images += base.pipe.image_processor.postprocess(image.float(), output_type="pil")
+    return images
 
 
 def _decoded(vae: AutoencoderKL, latent: Tensor) -> Tensor:
-    """A latent as a picture in −1…1, [1, 3, H, W]; tile by tile where memory does not suffice for the whole."""
+    """Decode a latent to an image in −1…1, [1, 3, H, W]; tile by tile if memory does not suffice for the whole."""
     try:
         return vae.decode(latent, return_dict=False)[0]
     except RuntimeError as error:
         if not out_of_memory(error) or not hasattr(vae, "tile_latent_min_size") or vae.use_tiling:
             raise
-    # Here and not above: what did not fit is held by the error until it is done with.
+    # Not inside `except`: the error keeps references to the tensors that did not fit.
     if latent.device.type == "cuda":
         torch.cuda.empty_cache()
     elif latent.device.type == "mps":
@@ -201,7 +201,7 @@ def _negative(base: Base, settings: Settings, prompts: Prompts) -> Conditioning 
 
 @contextmanager
 def _ready(base: Base, prompts: Prompts) -> Iterator[None]:
-    """The UNet in eval mode; for three prompts, with every cross-attention K and V able to split them."""
+    """Prepare the UNet: eval mode, and for three prompts, every cross-attention K and V able to split them."""
     unet, was_training = base.unet, base.unet.training
     unet.eval()
     added = []
@@ -234,18 +234,20 @@ def _check(base: Base, seeds: Sequence[int], settings: Settings, width: int, hei
             raise UserError(f"{name} {side}: must be a multiple of {unit}; the nearest is {near}")
 
 
-def _share(progress: StepCallback | None, steps: int, start: int, count: int, pictures: int) -> Callable[[int], None]:
-    """Report a batch's steps as part of the whole."""
+def _batch_progress(
+    progress: StepCallback | None, steps: int, start: int, count: int, images: int
+) -> Callable[[int], None]:
+    """Report a batch's steps as a portion of the whole."""
 
     def report(done: int) -> None:
         if progress:
-            progress(steps * start + done * count, steps * pictures)
+            progress(steps * start + done * count, steps * images)
 
     return report
 
 
-def part(progress: StepCallback | None, index: int, count: int) -> StepCallback | None:
-    """Report one part's steps as a share of the whole, of `count` parts alike."""
+def nested_progress(progress: StepCallback | None, index: int, count: int) -> StepCallback | None:
+    """Report the steps of one of `count` equal parts as a portion of the whole."""
     if progress is None:
         return None
     return lambda done, steps: progress(index * steps + done, count * steps)
@@ -259,5 +261,5 @@ def _memory(what: str) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"out of memory ({what}: {first_line(error)}): take a smaller size, batch_size 1 or precision bf16"
+            f"out of memory ({what}: {first_line(error)}); choose a smaller size, batch_size 1 or precision bf16"
         ) from error

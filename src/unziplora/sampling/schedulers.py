@@ -1,4 +1,4 @@
-"""Samplers by the names that users know, set up from the base's own noise schedule."""
+"""Schedulers by their usual names, configured from the base's own noise schedule."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def make_scheduler(base: Base, name: str = "base") -> Any:
-    """A fresh scheduler; 'base' is the one that the base comes with.
+    """Create a scheduler; 'base' is the one that the base comes with.
 
     Prediction type and noise schedule are the base's. With zero-terminal SNR, sampling starts at the last
     timestep (arXiv 2305.08891, section 3.3).
 
     Raises:
-        UserError: there is no scheduler of that name, or it knows no zero-terminal SNR and the base needs it.
+        UserError: there is no scheduler of that name, or it lacks zero-terminal SNR, which the base needs.
     """
-    import diffusers  # here, so that the names alone are had without it
+    import diffusers  # takes seconds
 
     try:
         key = find_name(name)
@@ -35,7 +35,7 @@ def make_scheduler(base: Base, name: str = "base") -> Any:
     if base.zero_terminal_snr:
         if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
             raise UserError(
-                f"scheduler {name!r} knows no zero-terminal SNR, which {base.name} was trained with; use euler, "
+                f"scheduler {name!r} lacks zero-terminal SNR, which {base.name} was trained with; use euler, "
                 "ddim or dpm++_2m"
             )
         changes["timestep_spacing"] = "trailing"

@@ -33,11 +33,11 @@ from unziplora.methods.ziplora.inputs import complete, merge, read_loras
 from unziplora.methods.ziplora.method import ZipLora, scale_input, zip_loras
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
-from unziplora.runs.folder import loras_of
-from unziplora.sampling.adapters import AttachedLoras, Part
+from unziplora.sampling.adapters import AttachedLoras, NamedLora
 from unziplora.sampling.pipeline import Settings, generate_latents
+from unziplora.sampling.prompts import plan_prompts
 from unziplora.sampling.sample import sample
-from unziplora.sampling.sources import find_source, plan
+from unziplora.sampling.sources import find_lora, loras_of
 from unziplora.training import runner as job
 from unziplora.training.loss import generator
 from unziplora.training.method import Setup
@@ -329,7 +329,7 @@ class TestPictures:
         method = build(tiny_base, config(content_images=[], teacher_images=2, generated_guidance=2), told)
         assert told == ["the content LoRA makes 2 pictures to learn from: a sks cat"]
         other = fresh_base()
-        mounted = AttachedLoras(other, [Part("content", loras["content"], {}, "")])
+        mounted = AttachedLoras(other, [NamedLora("content", loras["content"], {}, "")])
         settings = Settings(steps=1, guidance=2.0, width=64, height=64)
         wanted = generate_latents(other, "a sks cat", [FIRST_SEED, FIRST_SEED + 1], settings)
         torch.testing.assert_close(method.learned.alone["content"].latents, wanted)
@@ -400,8 +400,8 @@ class TestRun:
             torch.testing.assert_close(delta(merged.modules[path]), delta(pair))
             torch.testing.assert_close(delta(twin.modules[path]), delta(pair))
         assert loras_of(run.path) == {"content": run.lora("lora")}
-        source = find_source(run.lora("lora"), "content")
-        assert plan(SampleConfig(content=run.lora("lora")), [source])[0].full == "a sks cat in ink style"
+        source = find_lora(run.lora("lora"), "content")
+        assert plan_prompts(SampleConfig(content=run.lora("lora")), [source])[0].full == "a sks cat in ink style"
         (path,) = sample(SampleConfig(content=run.lora("lora"), steps=1, device="cpu", out=tmp_path / "made"))
         assert path.is_file()
 

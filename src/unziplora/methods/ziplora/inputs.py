@@ -15,16 +15,15 @@ from unziplora.config.recipe import KINDS, resolve
 from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
-from unziplora.formats.safetensors import read_header
 from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.lora.weights import Lora, format_shape, text_tensors
 from unziplora.methods.class_images import FIRST_SEED
 from unziplora.methods.data import conditioning_of, latents_of
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
-from unziplora.sampling.adapters import AttachedLoras, Part
+from unziplora.sampling.adapters import AttachedLoras, NamedLora
 from unziplora.sampling.pipeline import Settings, generate_latents
-from unziplora.sampling.sources import Source, at_hand, common_base, find_source, with_metadata
+from unziplora.sampling.sources import find_lora, require_available, training_base
 from unziplora.training.loss import Examples, to_device
 from unziplora.training.method import Setup
 
@@ -39,9 +38,9 @@ def complete(config: ZipConfig, base: Base | None = None) -> ZipConfig:
         UserError: a LoRA is not there, or they were trained on different bases, or on one that is needed and not here.
     """
     given = {name: value for name, value in config.model_dump(exclude_unset=True).items() if value is not None}
-    sources = {name: _source(getattr(config, f"{name}_lora"), name) for name in KINDS}
+    sources = {name: find_lora(getattr(config, f"{name}_lora"), name) for name in KINDS}
     found: dict[str, Any] = {}
-    for run in (source.run for source in reversed(sources.values()) if source.run.get("sample_guidance")):
+    for run in (source.settings for source in reversed(sources.values()) if source.settings.get("sample_guidance")):
         found["sample_guidance"] = run["sample_guidance"]
         found["generated_guidance"] = run.get("generated_guidance", run["sample_guidance"])  # one key, in older runs
     for name, source in sources.items():
@@ -49,22 +48,16 @@ def complete(config: ZipConfig, base: Base | None = None) -> ZipConfig:
         if prompt := source.filled_prompt(name) or (source.trigger if config.method == "direct" else None):
             found[f"{name}_prompt"] = prompt
         if config.method == "zip":
-            pictures = [Path(path) for path in source.run.get("images", [])]
+            pictures = [Path(path) for path in source.settings.get("images", [])]
             found[f"{name}_images"] = [path for path in pictures if path.is_file()]
     if base is not None:
         found["base"] = base.name
-    elif "base" not in given and (common := common_base(sources.values())):
-        found["base"] = common if config.method == "direct" else at_hand(common, sources.values())
+    elif "base" not in given and (common := training_base(sources.values())):
+        found["base"] = common if config.method == "direct" else require_available(common, sources.values())
     values = {**found, **given}
     if values.keys() >= {"content_prompt", "style_prompt"}:
         values.setdefault("full_prompt", joined_prompt(values["content_prompt"], values["style_prompt"]))
     return resolve(ZipConfig, values)
-
-
-def _source(path: Path, name: str) -> Source:
-    """A LoRA file with its run's settings: those beside it, or those in its header."""
-    source = find_source(path, name)
-    return with_metadata(source, read_header(source.file).metadata)
 
 
 def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) -> dict[str, Lora]:
@@ -78,7 +71,7 @@ def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) 
     """
     loras = {}
     for name in KINDS:
-        lora = read_lora(find_source(getattr(config, f"{name}_lora"), name).file, unet_config)
+        lora = read_lora(find_lora(getattr(config, f"{name}_lora"), name).file, unet_config)
         strength = getattr(config, f"{name}_strength")
         modules = {path: scale(pair, strength) for path, pair in lora.modules.items()}
         text = text_tensors({path: scale(pair, strength) for path, pair in lora.text_modules.items()})
@@ -149,7 +142,7 @@ def learned(
 ) -> LearnedExamples:
     """What the LoRAs learned: their pictures, else some that each makes itself; text encoders are changed in place."""
     base, prompts = setup.base, config.prompts()
-    parts = {name: Part(name, lora, {}, str(getattr(config, f"{name}_lora"))) for name, lora in loras.items()}
+    parts = {name: NamedLora(name, lora, {}, str(getattr(config, f"{name}_lora"))) for name, lora in loras.items()}
     latents = {name: _latents(setup, config, parts[name], pictures[name]) for name in KINDS}
     told = [replace(part, lora=replace(part.lora, modules={})) for part in parts.values() if part.lora.text]
     texts = AttachedLoras(base, told)
@@ -162,12 +155,12 @@ def learned(
     alone = dict(merged)
     for name in KINDS:
         if others := [part.name for part in told if part.name != name]:
-            with texts.without(*others):
+            with texts.muted(*others):
                 alone[name] = read(name)
     return LearnedExamples(alone, merged, texts)
 
 
-def _latents(setup: Setup, config: ZipConfig, part: Part, pictures: list[Image.Image]) -> Tensor:
+def _latents(setup: Setup, config: ZipConfig, part: NamedLora, pictures: list[Image.Image]) -> Tensor:
     """Latents of the pictures, or of some that the base makes with this LoRA in it, [N, C, h, w]."""
     if pictures:
         return latents_of(setup.base, pictures)
@@ -177,8 +170,5 @@ def _latents(setup: Setup, config: ZipConfig, part: Part, pictures: list[Image.I
         setup.size, steps=config.generated_steps, guidance=config.generated_guidance, batch_size=config.batch_size
     )
     seeds = [FIRST_SEED + number for number in range(config.teacher_images)]
-    mounted = AttachedLoras(setup.base, [part])
-    try:
+    with AttachedLoras(setup.base, [part]):
         return generate_latents(setup.base, text, seeds, settings)
-    finally:
-        mounted.remove()

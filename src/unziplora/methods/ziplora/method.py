@@ -219,7 +219,7 @@ class ZipLora(Method[ZipConfig]):
     @contextmanager
     def off(self, names: tuple[str, ...]) -> Iterator[None]:
         """Switch LoRAs off; `scales` switches the scales off."""
-        with self.learned.texts.without(*names), self._unet_off(names):
+        with self.learned.texts.muted(*names), self._unet_off(names):
             yield
 
     @contextmanager

@@ -1,0 +1,115 @@
+"""Sampling sessions: a base with the LoRAs of a configuration attached, and the prompts to sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from unziplora.config.recipe import KINDS
+from unziplora.config.sample import GenerationConfig, read_blocks
+from unziplora.formats.files import read_lora
+from unziplora.formats.safetensors import body_hash
+from unziplora.lora.weights import check_strengths
+from unziplora.models.base import Base, load_base
+from unziplora.models.device import computing_on, pick_device, pick_dtype
+from unziplora.models.folder import read_json
+from unziplora.models.sizes import base_folder
+from unziplora.models.text import Prompts
+from unziplora.runs.folder import MERGED
+from unziplora.sampling.adapters import AttachedLoras, NamedLora
+from unziplora.sampling.pipeline import Settings
+from unziplora.sampling.prompts import plan_prompts
+from unziplora.sampling.sources import choose_base, choose_guidance, find_loras
+from unziplora.utils.files import absolute, file_stem
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Everything about a sampling session that needs no weights of a base.
+
+    Attributes:
+        base: name of the base.
+        loras: the LoRAs 'content' and 'style' that are configured.
+        prompts: one entry per image of a seed.
+        settings: settings of the sampler.
+    """
+
+    base: str
+    loras: list[NamedLora]
+    prompts: list[Prompts]
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class SamplingSession:
+    """A base with LoRAs attached, and the prompts to sample.
+
+    Attributes:
+        base: with the LoRAs at the configured strengths.
+        loras: the LoRAs 'content' and 'style' that are configured, with adjustable strengths.
+        prompts: one entry per image of a seed.
+        settings: settings of the sampler.
+        hashes: hash of each LoRA's file, by a name that reveals nothing of the machine.
+    """
+
+    base: Base
+    loras: AttachedLoras
+    prompts: list[Prompts]
+    settings: Settings
+    hashes: dict[str, str]
+
+
+@contextmanager
+def open_session(config: GenerationConfig, base: Base | None = None) -> Iterator[SamplingSession]:
+    """Load a base and attach LoRAs for sampling; a base that is passed in is left as it was.
+
+    Raises:
+        UserError, MachineError: as `plan_sampling`, `load_base` and `AttachedLoras`.
+    """
+    plan = plan_sampling(config, base)
+    if base is None:
+        device = pick_device(config.device)
+        base = load_base(plan.base, pick_dtype(config.precision, device), device)
+    files = {Path(named.source): named.lora.metadata.get("sshs_model_hash") for named in plan.loras}
+    hashes = {shared_name(file): recorded or body_hash(file) for file, recorded in files.items()}
+    separate = plan.prompts[0].separate
+    with computing_on(base.device), AttachedLoras(base, plan.loras, separate) as loras:
+        loras.set_strengths(**{name: getattr(config, f"{name}_strength") for name in loras.names})
+        yield SamplingSession(base, loras, plan.prompts, plan.settings, hashes)
+
+
+def plan_sampling(config: GenerationConfig, base: Base | None = None) -> SamplingPlan:
+    """Read the LoRAs of a configuration and fill its prompts; of a base, only the configuration is read.
+
+    Raises:
+        UserError: a LoRA, the base or a prompt is missing, damaged or does not fit.
+        MachineError: a file cannot be read.
+    """
+    sources = find_loras(config)
+    name = choose_base(config, sources) if base is None else base.name
+    prompts = plan_prompts(config, sources)
+    unet_config = _unet_config(name) if base is None else base.unet.config
+    files = {file: read_lora(file, unet_config) for file in dict.fromkeys(source.file for source in sources)}
+    loras = []
+    for source in sources:
+        blocks = read_blocks(getattr(config, f"{source.kind}_blocks"))
+        check_strengths(files[source.file], blocks, str(source.file))
+        loras.append(NamedLora(source.kind, files[source.file], blocks, str(source.file)))
+    keys = {"steps", "guidance_rescale", "negative", "width", "height", "scheduler", "batch_size"}
+    settings = Settings(guidance=choose_guidance(config, sources), **config.model_dump(include=keys))
+    return SamplingPlan(name, loras, prompts, settings)
+
+
+def _unet_config(base: str) -> dict[str, object] | None:
+    """Read the configuration of a base's UNet, or return None if the base must be downloaded first."""
+    folder = base_folder(base)
+    return None if folder is None else read_json(folder / "unet" / "config.json")
+
+
+def shared_name(file: Path) -> str:
+    """Return a LoRA file's name for others; if every run has a file of that name, its run's name comes first."""
+    path = absolute(file)
+    stem = file_stem(path)
+    return f"{path.parent.name}-{stem}" if stem in (*KINDS, MERGED) else stem
