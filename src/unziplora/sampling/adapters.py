@@ -133,18 +133,20 @@ def _active_adapters(model: nn.Module) -> list[str]:
 
 
 def _delete_adapters(model: nn.Module, names: list[str], active: list[str]) -> None:
-    """Delete PEFT's adapters by name and activate others again; PEFT's layers are removed with the last adapter."""
-    own = [name for name in names if name in getattr(model, "peft_config", {})]
+    """Activate the adapters of others again and delete our own by name; PEFT's layers go with the last adapter."""
+    present = set(getattr(model, "peft_config", {}))
+    own = [name for name in names if name in present]
+    if present - set(own):
+        model.set_adapter(active)  # type: ignore[operator]
     if own and isinstance(model, PreTrainedModel):
         model.delete_adapter(own)
     elif own:
         model.delete_adapters(own)  # type: ignore[operator]
-    if getattr(model, "peft_config", None):
-        model.set_adapter(active)  # type: ignore[operator]
-    elif own and isinstance(model, PreTrainedModel):
-        recurse_remove_peft_layers(model)
-    elif own:
-        model.unload_lora()  # type: ignore[operator]
+    if present and present == set(own):
+        if isinstance(model, PreTrainedModel):
+            recurse_remove_peft_layers(model)
+        else:
+            model.unload_lora()  # type: ignore[operator]
 
 
 def _has_convolutions(base: Base, named: NamedLora) -> bool:
