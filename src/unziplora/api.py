@@ -37,10 +37,11 @@ from unziplora.methods.unziplora import method as unzip
 from unziplora.methods.ziplora import method as ziplora
 from unziplora.models.base import Base, borrowed, load_base
 from unziplora.probe import probe
-from unziplora.runs.folder import IMAGES, RunFolder, loras_of
+from unziplora.runs.folder import IMAGES, RunFolder
 from unziplora.sampling import grid as grids
 from unziplora.sampling import sample as samples
-from unziplora.utils.files import free_folder, write_png
+from unziplora.sampling.sources import loras_of
+from unziplora.utils.files import file_stem, free_folder, write_png
 from unziplora.utils.logging import quiet
 from unziplora.utils.progress import Callback, counted, show
 
@@ -350,7 +351,7 @@ def _train(
 
 def _default_folder(images: Sequence[ImageSource], name: str) -> Path:
     """Choose a new folder in `runs`, named after the first image file, else after the words."""
-    files = [Path(image).stem for image in images if not isinstance(image, Image.Image)]
+    files = [file_stem(Path(image)) for image in images if not isinstance(image, Image.Image)]
     name = re.sub(r"[^\w.-]+", "-", files[0] if files else name).strip(".-")
     return free_folder(Path("runs") / (name or "image"))
 
