@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from unziplora.formats import names as keys
+from unziplora.formats.names import to_kohya
 from unziplora.lora.algebra import delta
 from unziplora.lora.inject import attention_linears
 from unziplora.lora.weights import Lora
@@ -68,7 +68,7 @@ KOHYA = ("lora_down.weight", "lora_up.weight")
 def kohya(lora, blocks="sgm", alpha=None):
     tensors = {}
     for path, (down, up) in lora.modules.items():
-        name = keys.to_kohya(path, blocks)
+        name = to_kohya(path, blocks)
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         if alpha is not None:
             tensors[f"{name}.alpha"] = torch.tensor(alpha(path))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.files import read_lora, write_lora
-from unziplora.formats.safetensors import open_tensors
+from unziplora.formats.safetensors import read_tensors
 from unziplora.lora.weights import Lora
 from unziplora.models.folder import read_header
 from unziplora.utils import files as atomic
@@ -129,7 +129,7 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, low):
     length = int.from_bytes(path.read_bytes()[:8], "little")
     head, body = path.read_bytes()[8 : 8 + length], path.read_bytes()[8 + length :]
     path.write_bytes((0x10000 + low).to_bytes(8, "little") + head.ljust(0x10000 + low) + body)
-    tensors, _ = open_tensors(path)
+    tensors, _ = read_tensors(path)
     assert tensors["x"].tolist() == [0, 1, 2]
     assert read_header(path).shapes == {"x": (3,)}
 
@@ -160,7 +160,7 @@ BLOCKS = ("down_blocks_0", "mid_block", "up_blocks_3")
             factors(["transformer.single_transformer_blocks.0.attn.to_q"], parts=("lora_A.weight", "lora_B.weight")),
             "for FLUX",
         ),
-        (factors(["diffusion_model.joint_blocks.0.x_block.attn.proj"]), "for SD3"),
+        (factors(["diffusion_model.joint_blocks.0.x_block.attn.proj"]), "for Stable Diffusion 3"),
         (
             factors(["transformer.transformer_blocks.0.attn.to_q"], parts=("lora_A.weight", "lora_B.weight")),
             "transformer",
@@ -173,7 +173,7 @@ BLOCKS = ("down_blocks_0", "mid_block", "up_blocks_3")
         ({"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)}, "textual inversion"),
         ({"control_model.x.weight": torch.ones(2)}, "ControlNet"),
         ({"decoder.conv_in.weight": torch.ones(2)}, "a VAE"),
-        ({"x": torch.ones(2)}, "no model"),
+        ({"x": torch.ones(2)}, "a file of an unknown kind, not a LoRA"),
     ],
 )
 def test_other_families_and_other_things(file, tensors, match):

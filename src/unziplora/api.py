@@ -304,7 +304,7 @@ def load_adapter(pipe: StableDiffusionXLPipeline, name: str, lora: Lora, strengt
         UserError: the LoRA does not fit the pipeline's UNet.
     """
     check_fits(lora, pipe.unet, f"the {name} LoRA", "this pipeline")
-    pairs = {path: scale(pair, strength) for path, pair in {**lora.modules, **lora.text_modules}.items()}
+    pairs = {path: scale(pair, strength) for path, pair in {**lora.modules, **lora.text}.items()}
     tensors, _ = writers.diffusers(pairs, None)
     active = {other: _adapter_strength(pipe, other) for other in pipe.get_active_adapters() if other != name}
     if any(name in adapters for adapters in pipe.get_list_adapters().values()):

@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from unziplora.errors import UserError
-from unziplora.formats import names as keys
 from unziplora.formats.files import LAYOUTS, read_lora, write_lora
 from unziplora.formats.header import metadata_for
+from unziplora.formats.names import to_kohya
+from unziplora.formats.sdxl import to_sgm
 from unziplora.lora.algebra import delta
 from unziplora.lora.inject import attention_linears, inject, remove
-from unziplora.lora.weights import Lora, blocks, check_fits, scale_blocks, text_tensors
+from unziplora.lora.weights import Lora, blocks, check_fits, scale_blocks
 
 # --- round trips
 
@@ -29,11 +30,11 @@ def test_a_round_trip_keeps_every_update(tmp_path, layout, rank, alpha):
     unet = tiny_unet()
     lora = make(every_kind(unet), rank)
     down, up = torch.randn(2, 24), torch.randn(24, 2)
-    lora = Lora(lora.modules, text=text_tensors({TEXT: (down, up)}))
+    lora = Lora(lora.modules, text={TEXT: (down, up)})
     write_lora(lora, tmp_path / "a.safetensors", layout, alpha, dtype="fp32")
     back = read_lora(tmp_path / "a.safetensors")
     same(lora, back, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(delta(back.text_modules[TEXT]), up @ down)
+    torch.testing.assert_close(delta(back.text[TEXT]), up @ down)
     check_fits(back, unet)
 
 
@@ -115,7 +116,7 @@ def test_layouts_of_old_and_other_writers(tmp_path, name):
     for path, pair in lora.modules.items():
         old = path.replace(".to_", ".processor.to_").replace("to_out.0", "to_out")
         for index, tensor in enumerate(pair):
-            parts = {"AB": "AB"[index], "downup": ("down", "up")[index], "sgm": keys.to_sgm(path)}
+            parts = {"AB": "AB"[index], "downup": ("down", "up")[index], "sgm": to_sgm(path)}
             tensors[name.format(path=path, old=old, **parts)] = tensor
     same(lora, read_lora(store(tmp_path / "a.safetensors", tensors)))
 
@@ -166,7 +167,7 @@ def test_text_encoders_of_either_layout(tmp_path):
     for tensors in (flat, dotted):
         back = read_lora(store(tmp_path / "a.safetensors", tensors))
         assert not back.modules
-        torch.testing.assert_close(back.text, text_tensors({TEXT: (down, up)}))
+        torch.testing.assert_close(back.text, {TEXT: (down, up)})
 
 
 # --- diffusers itself
@@ -221,7 +222,7 @@ def test_diffusers_loads_text_encoders_too(tmp_path):
     pipe = tiny.pipeline()
     layer = TEXT.removesuffix(".q_proj")
     pairs = {f"{layer}.{end}": (torch.randn(2, 24), torch.randn(24, 2)) for end in ("q_proj", "v_proj", "out_proj")}
-    lora = Lora(make().modules, text=text_tensors(pairs))
+    lora = Lora(make().modules, text=pairs)
     for layout in ("kohya", "diffusers"):
         write_lora(lora, tmp_path / "a.safetensors", layout, alpha=0.5, dtype="fp32")
         pipe.load_lora_weights(str(tmp_path / "a.safetensors"), adapter_name=layout)
@@ -334,7 +335,7 @@ def test_a_base_with_blocks_of_another_length(tmp_path, known):
     store(
         path,
         {
-            f"{keys.to_kohya(p, layers=1)}.{part}": t
+            f"{to_kohya(p, layers=1)}.{part}": t
             for p, pair in lora.modules.items()
             for part, t in zip(KOHYA, pair, strict=True)
         },

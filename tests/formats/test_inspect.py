@@ -9,13 +9,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from unziplora.errors import UserError
-from unziplora.formats import names as keys
+from unziplora.formats.convert import convert, resize_file
 from unziplora.formats.files import LAYOUTS, read_lora, write_lora
 from unziplora.formats.header import metadata_for
-from unziplora.formats.inspect import convert, inspect, resize_file
+from unziplora.formats.inspect import inspect
+from unziplora.formats.names import to_kohya, unflatten
 from unziplora.formats.programs import PROGRAMS
+from unziplora.formats.sdxl import to_sgm, unet_module
 from unziplora.lora.algebra import delta
-from unziplora.lora.weights import Lora, text_tensors
+from unziplora.lora.weights import Lora
 
 
 def full(only=""):
@@ -146,7 +148,7 @@ def test_conversion_mends_a_header_that_hides_the_file(tmp_path):
 
 
 def test_a_file_for_text_encoders_alone_has_the_layout_of_its_names(tmp_path):
-    text = text_tensors({TEXT: (torch.ones(2, 1280), torch.ones(1280, 2))})
+    text = {TEXT: (torch.ones(2, 1280), torch.ones(1280, 2))}
     for layout, named in (("kohya", "kohya"), ("kohya-diffusers", "kohya"), ("diffusers", "diffusers")):
         write_lora(Lora({}, text=text), tmp_path / "a.safetensors", layout)
         assert inspect(tmp_path / "a.safetensors").layout == named
@@ -169,7 +171,7 @@ def test_a_small_base_opens_in_diffusers_alone(tmp_path):
 def test_a_layout_that_nobody_checked_is_called_unknown(tmp_path):
     lora = full(".attn1.to_q")
     tensors = {
-        f"diffusion_model.{keys.to_sgm(path)}.{name}.weight": tensor
+        f"diffusion_model.{to_sgm(path)}.{name}.weight": tensor
         for path, pair in lora.modules.items()
         for name, tensor in zip(("lora_down", "lora_up"), pair, strict=True)
     }
@@ -182,12 +184,12 @@ def test_a_layout_that_nobody_checked_is_called_unknown(tmp_path):
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_every_layout_becomes_every_other(tmp_path, source, target):
-    lora = Lora(make().modules, text=text_tensors({TEXT: (torch.randn(3, 24), torch.randn(24, 3))}))
+    lora = Lora(make().modules, text={TEXT: (torch.randn(3, 24), torch.randn(24, 3))})
     write_lora(lora, tmp_path / "a.safetensors", source, metadata={"modelspec.title": "cat"}, dtype="fp32")
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", target)
     back = read_lora(tmp_path / "b.safetensors")
     same(lora, back, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(delta(back.text_modules[TEXT]), delta(lora.text_modules[TEXT]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(delta(back.text[TEXT]), delta(lora.text[TEXT]), atol=1e-5, rtol=1e-5)
     assert back.metadata["modelspec.title"] == "cat"
     assert ("lora_adapter_metadata" in back.metadata) == (target == "diffusers")
 
@@ -198,8 +200,8 @@ def test_conversion_of_a_kohya_file_keeps_its_numbers_bit_for_bit(tmp_path):
     convert(path, tmp_path / "b.safetensors")
     for name, tensor in load_file(tmp_path / "b.safetensors").items():
         flat, _, part = name.partition(".")
-        original = keys.unet_module(keys.unflatten(flat.removeprefix("lora_unet_")))
-        assert torch.equal(tensor, tensors[f"{keys.to_kohya(original, 'diffusers')}.{part}"])
+        original = unet_module(unflatten(flat.removeprefix("lora_unet_")))
+        assert torch.equal(tensor, tensors[f"{to_kohya(original, 'diffusers')}.{part}"])
 
 
 def test_an_existing_file_is_spared_unless_asked(tmp_path):
@@ -241,7 +243,7 @@ def test_resize_to_a_share_of_energy(tmp_path):
 
 
 def test_resize_keeps_text_encoders_and_storage(tmp_path):
-    text = text_tensors({TEXT: (torch.randn(3, 24), torch.randn(24, 3))})
+    text = {TEXT: (torch.randn(3, 24), torch.randn(24, 3))}
     write_lora(Lora(make().modules, text=text), tmp_path / "a.safetensors", dtype="bf16")
     resize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=1, layout="diffusers")
     with safe_open(tmp_path / "b.safetensors", "pt") as file:

@@ -10,7 +10,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import nn
 
-from unziplora.formats import names as keys
+from unziplora.formats.names import to_kohya, unflatten
+from unziplora.formats.sdxl import from_sgm, text_module, to_sgm, unet_module
 from unziplora.lora.inject import attention_linears
 
 
@@ -36,10 +37,10 @@ def test_the_recorded_list_is_sdxl():
 
 def test_all_722_names_equal_the_recorded_ones():
     for kohya, path, _ in sdxl.recorded():
-        assert keys.to_kohya(path) == kohya
-        assert keys.unet_module(keys.unflatten(kohya.removeprefix("lora_unet_"))) == path
-        flat = keys.to_kohya(path, "diffusers").removeprefix("lora_unet_")
-        assert keys.unet_module(keys.unflatten(flat)) == path
+        assert to_kohya(path) == kohya
+        assert unet_module(unflatten(kohya.removeprefix("lora_unet_"))) == path
+        flat = to_kohya(path, "diffusers").removeprefix("lora_unet_")
+        assert unet_module(unflatten(flat)) == path
 
 
 @pytest.mark.parametrize("unet", [sdxl.unet(), tiny.unet()], ids=["full", "tiny"])
@@ -49,7 +50,7 @@ def test_sgm_names_of_all_weights_are_those_of_diffusers_checkpoint_converter(un
     checkpoint = {}
     for index, name in enumerate(names):
         module, _, kind = name.rpartition(".")
-        checkpoint[f"model.diffusion_model.{keys.to_sgm(module)}.{kind}"] = torch.tensor(index)
+        checkpoint[f"model.diffusion_model.{to_sgm(module)}.{kind}"] = torch.tensor(index)
     converted = convert_ldm_unet_checkpoint(checkpoint, dict(unet.config))
     assert {name: int(index) for name, index in converted.items()} == {n: i for i, n in enumerate(names)}
 
@@ -60,7 +61,7 @@ def test_names_equal_those_of_diffusers_lora_reader():
     file = {}
     for index, path in enumerate(paths):
         for part in ("lora_down", "lora_up"):
-            file[f"{keys.to_kohya(path)}.{part}.weight"] = torch.tensor(index)
+            file[f"{to_kohya(path)}.{part}.weight"] = torch.tensor(index)
     mapped = _maybe_map_sgm_blocks_to_diffusers(file, unet.config)
     found, _ = _convert_non_diffusers_lora_to_diffusers(mapped)
     peft = convert_unet_state_dict_to_peft(found)
@@ -72,28 +73,28 @@ def test_names_equal_those_of_diffusers_lora_reader():
 def test_there_and_back_for_every_module():
     paths = linears(sdxl.unet())
     assert len(paths) == 794
-    assert len({keys.to_sgm(path) for path in paths}) == len(paths)
+    assert len({to_sgm(path) for path in paths}) == len(paths)
     for path in paths:
-        assert keys.from_sgm(keys.to_sgm(path)) == path
-        assert keys.unflatten(path.replace(".", "_")) == path
-        assert keys.unflatten(keys.to_sgm(path).replace(".", "_")) == keys.to_sgm(path)
+        assert from_sgm(to_sgm(path)) == path
+        assert unflatten(path.replace(".", "_")) == path
+        assert unflatten(to_sgm(path).replace(".", "_")) == to_sgm(path)
 
 
 def test_the_blocks_that_matter():
-    assert keys.to_sgm("up_blocks.0.attentions.0.proj_in") == "output_blocks.0.1.proj_in"  # B-LoRA's content
-    assert keys.to_sgm("up_blocks.0.attentions.1.proj_in") == "output_blocks.1.1.proj_in"  # B-LoRA's style
-    assert keys.to_sgm("mid_block.attentions.0.proj_in") == "middle_block.1.proj_in"
-    assert keys.to_sgm("down_blocks.2.attentions.1.proj_in") == "input_blocks.8.1.proj_in"
+    assert to_sgm("up_blocks.0.attentions.0.proj_in") == "output_blocks.0.1.proj_in"  # B-LoRA's content
+    assert to_sgm("up_blocks.0.attentions.1.proj_in") == "output_blocks.1.1.proj_in"  # B-LoRA's style
+    assert to_sgm("mid_block.attentions.0.proj_in") == "middle_block.1.proj_in"
+    assert to_sgm("down_blocks.2.attentions.1.proj_in") == "input_blocks.8.1.proj_in"
 
 
 def test_an_upsampler_without_attention_before_it():
-    assert keys.from_sgm("output_blocks.2.1.conv") == keys.from_sgm("output_blocks.2.2.conv")
+    assert from_sgm("output_blocks.2.1.conv") == from_sgm("output_blocks.2.2.conv")
 
 
 def test_blocks_of_another_length():
-    assert keys.to_sgm("down_blocks.1.attentions.0.proj_in", layers=1) == "input_blocks.3.1.proj_in"
+    assert to_sgm("down_blocks.1.attentions.0.proj_in", layers=1) == "input_blocks.3.1.proj_in"
     for path in ("down_blocks.1.attentions.0.proj_in", "up_blocks.1.attentions.1.proj_out"):
-        assert keys.from_sgm(keys.to_sgm(path, 1), 1) == path
+        assert from_sgm(to_sgm(path, 1), 1) == path
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_blocks_of_another_length():
     ["", "down_blocks.1", "mid_block.attentions.0.to_q", "up_blocks.0.attentions.0.transformer_blocks.0.attn3.to_q"],
 )
 def test_names_of_no_module_are_refused(name):
-    for function in (keys.to_sgm, keys.unet_module):
+    for function in (to_sgm, unet_module):
         with pytest.raises(ValueError, match="no module"):
             function(name)
 
@@ -111,18 +112,20 @@ def test_names_of_no_module_are_refused(name):
 )
 def test_sgm_names_of_no_module_are_refused(name):
     with pytest.raises(ValueError, match="no module"):
-        keys.from_sgm(name)
+        from_sgm(name)
 
 
 def test_a_flattened_name_with_strange_letters_is_refused():
     with pytest.raises(ValueError, match="flattened"):
-        keys.unflatten("mid_block_ä")
+        unflatten("mid_block_ä")
 
 
 def test_text_encoders():
     path = "text_encoder_2.text_model.encoder.layers.31.self_attn.out_proj"
     kohya = "lora_te2_text_model_encoder_layers_31_self_attn_out_proj"
-    assert keys.text_to_kohya(path) == kohya
-    assert keys.unflatten(kohya.removeprefix("lora_te2_")) == path.removeprefix("text_encoder_2.")
-    assert keys.is_text_module("text_model.encoder.layers.0.mlp.fc1")
-    assert not keys.is_text_module("text_model.encoder.layers.0.mlp.fc3")
+    assert to_kohya(path) == kohya
+    assert unflatten(kohya.removeprefix("lora_te2_")) == path.removeprefix("text_encoder_2.")
+    assert text_module("encoder.layers.0.mlp.fc1") == "text_model.encoder.layers.0.mlp.fc1"
+    assert text_module("text_model.encoder.layers.0.self_attn.to_out").endswith("self_attn.out_proj")
+    with pytest.raises(ValueError, match="no module"):
+        text_module("text_model.encoder.layers.0.mlp.fc3")

@@ -17,7 +17,7 @@ from unziplora.errors import UserError
 from unziplora.formats.files import read_lora, write_lora
 from unziplora.lora.algebra import Pair
 from unziplora.lora.inject import add_lora
-from unziplora.lora.weights import Lora, text_tensors
+from unziplora.lora.weights import Lora
 from unziplora.methods.blora import train_blora
 from unziplora.methods.dreambooth import train_dreambooth
 from unziplora.methods.unziplora.method import split
@@ -61,7 +61,7 @@ def configured(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
             draw = torch.Generator().manual_seed(0)
             text: Pair = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)
             for number, part in enumerate(("content", "style")):
-                lora = Lora(random_lora(base.unet, number), text=text_tensors({TEXT: text}))
+                lora = Lora(random_lora(base.unet, number), text={TEXT: text})
                 write_lora(lora, tmp_path / f"{part}.safetensors")
                 common[f"{part}_lora"] = tmp_path / f"{part}.safetensors"
         else:

@@ -192,7 +192,7 @@ def test_other_noise_schedules_are_refused(folder: Path, change: dict):
         (["lora_unet_input_blocks_4_1_proj_in.alpha"], "a LoRA"),
         (["down_blocks.0.resnets.0.conv1.weight"], "UNet alone"),
         (["model.diffusion_model.x", "conditioner.embedders.1.model.x"], "without VAE, first text encoder"),
-        (["something"], "something else"),
+        (["something"], "a file of an unknown kind"),
     ],
 )
 def test_other_single_files_are_refused(tmp_path: Path, keys: list[str], message: str):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unziplora.errors import UserError
 from unziplora.lora.algebra import Pair
-from unziplora.lora.weights import Lora, text_tensors
+from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 from unziplora.models.text import encode_batch
 from unziplora.sampling.adapters import AttachedLoras, NamedLora
@@ -56,7 +56,7 @@ STYLE = {f"{LAYER}.self_attn.q_proj": 3, f"{LAYER}.self_attn.v_proj": 3}
 
 
 def named(name: str, modules: dict[str, Pair]) -> NamedLora:
-    return NamedLora(name, Lora({}, text=text_tensors(modules)), {}, f"{name}.safetensors")
+    return NamedLora(name, Lora({}, text=modules), {}, f"{name}.safetensors")
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def test_any_module_of_any_rank_is_taken(fresh_base, ranks: dict[str, int]) -> N
 )
 def test_what_does_not_fit_is_named_and_nothing_is_left(fresh_base, path, shape, words: str) -> None:
     base = fresh_base()
-    text = text_tensors({path: (torch.zeros(2, shape[1]), torch.zeros(shape[0], 2))})
+    text = {path: (torch.zeros(2, shape[1]), torch.zeros(shape[0], 2))}
     unet = tiny.random_lora(base.unet, 1)
     with pytest.raises(UserError, match=words):
         AttachedLoras(base, [NamedLora("content", Lora(unet, text=text), {}, "cat.safetensors")])

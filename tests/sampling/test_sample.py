@@ -15,7 +15,7 @@ from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.files import read_lora, write_lora
-from unziplora.formats.safetensors import body_hash, open_tensors
+from unziplora.formats.safetensors import body_hash, read_tensors
 from unziplora.lora.algebra import fold_output
 from unziplora.lora.inject import adapted, add_lora, attention_linears
 from unziplora.lora.weights import Lora
@@ -214,7 +214,7 @@ def test_pictures_are_named_by_seed_and_carry_their_settings(tiny_base: Base, ca
 
 
 def test_a_lora_that_does_not_tell_its_hash_has_the_same_one(cat: Path, tmp_path: Path):
-    tensors, metadata = open_tensors(cat / "style.safetensors")
+    tensors, metadata = read_tensors(cat / "style.safetensors")
     save_file(tensors, tmp_path / "plain.safetensors")
     assert body_hash(tmp_path / "plain.safetensors") == metadata["sshs_model_hash"]
 

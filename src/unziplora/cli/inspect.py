@@ -60,7 +60,7 @@ def _loras(path: Path) -> list[Path]:
 def run_convert(source: Path, target: Path, layout: str, dtype: str | None, force: bool, as_json: bool) -> None:
     """Carry out `convert`."""
     with stdout_to_stderr():
-        from unziplora.formats.inspect import convert
+        from unziplora.formats.convert import convert
 
         lora = convert(source, target, layout, dtype=dtype, overwrite=force)
     size = target.stat().st_size
@@ -82,7 +82,7 @@ def run_resize(
     if rank is None and energy is None:
         raise UserError("no size to resize to: give --rank 16, or --energy 0.95")
     with stdout_to_stderr():
-        from unziplora.formats.inspect import resize_file
+        from unziplora.formats.convert import resize_file
 
         result = resize_file(source, target, rank, energy, layout, dtype, overwrite=force)
     low, high = min(result.ranks), max(result.ranks)

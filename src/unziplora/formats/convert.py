@@ -1,4 +1,4 @@
-"""LoRA files in another layout or of another rank."""
+"""LoRA files converted to another layout or resized to a lower rank."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import Tensor
 
 from unziplora.errors import UserError
 from unziplora.formats.files import DTYPES, read_lora, write_lora
-from unziplora.lora import algebra
-from unziplora.lora.algebra import Pair
-from unziplora.lora.weights import Lora, text_tensors
+from unziplora.lora.algebra import Pair, norm, resize
+from unziplora.lora.weights import Lora
 
 T = TypeVar("T")
 
@@ -27,28 +26,34 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> Lora:
-    """Write a LoRA file anew in another layout; every ΔW and the metadata stay. Returns what was written.
+    """Write a LoRA file in another layout with the same ΔW and metadata, and return the LoRA.
 
     Raises:
         UserError: see `read_lora` and `write_lora`; `dst` exists and `overwrite` is not set.
         MachineError: disk full, no permission.
     """
     lora = read_lora(src)
-    _spare(dst, overwrite)
+    _refuse_to_overwrite(dst, overwrite)
     write_lora(lora, dst, layout, dtype=dtype or stored_dtype(src))
     return lora
 
 
-class Resized(BaseModel):
-    """Outcome of a change of rank."""
+class ResizeResult(BaseModel):
+    """Ranks of a resized LoRA file and the share of the update that remains.
+
+    Attributes:
+        path: the new file.
+        ranks: rank → number of modules.
+        energy: remaining share of Σ‖ΔW‖² over all modules.
+        worst: smallest remaining share of one module.
+        worst_module: the module with that share.
+    """
 
     path: Path
     ranks: dict[int, int]
     energy: float
-    """Share of Σ‖ΔW‖² that was kept, over all modules."""
     worst: float
     worst_module: str
-    """The module that kept the smallest share, and that share."""
 
 
 def resize_file(
@@ -59,48 +64,47 @@ def resize_file(
     layout: str = "kohya",
     dtype: str | None = None,
     overwrite: bool = False,
-) -> Resized:
-    """Write a LoRA file of lower rank: each module's best approximation (SVD) of a rank or share of energy.
+) -> ResizeResult:
+    """Write a LoRA file with each module's best approximation (SVD) of a lower rank.
 
     Args:
-        src: any layout.
+        src: file of any layout.
         dst: file to write.
-        rank: the highest rank; modules of a lower one keep theirs.
-        energy: keep as few directions as hold this share of ‖ΔW‖² per module, 0 < energy ≤ 1.
-        layout: of the new file.
-        dtype: of the new file; default: that of the old.
+        rank: highest rank of a module.
+        energy: lowest share of each module's ‖ΔW‖² to keep, 0 < energy ≤ 1.
+        layout: layout of the new file.
+        dtype: number format of the new file; default: that of `src`.
         overwrite: replace `dst` if it exists.
 
     Raises:
-        UserError: neither or impossible rank and energy, see also `convert`.
+        UserError: rank and energy are both missing or out of range; see also `convert`.
         MachineError: disk full, no permission.
     """
     if rank is None and energy is None:
-        raise UserError("say to what to resize: a rank, or a share of energy such as 0.95")
+        raise UserError("resize needs a rank, or a share of energy to keep such as 0.95")
     if rank is not None and rank < 1:
         raise UserError(f"rank must be 1 or more, not {rank}")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy is a share, greater than 0 and at most 1, not {energy:g}")
     lora = read_lora(src)
-    _spare(dst, overwrite)
-    old = {**lora.modules, **lora.text_modules}
-    new = {path: algebra.resize(pair, rank, energy) for path, pair in old.items()}
-    modules = {path: pair for path, pair in new.items() if path in lora.modules}
-    text = text_tensors({path: pair for path, pair in new.items() if path not in lora.modules})
+    _refuse_to_overwrite(dst, overwrite)
+    modules, text = (
+        {path: resize(pair, rank, energy) for path, pair in part.items()} for part in (lora.modules, lora.text)
+    )
     write_lora(Lora(modules, lora.metadata, text), dst, layout, dtype=dtype or stored_dtype(src))
-    return _kept(Path(dst), old, new)
+    return _result(Path(dst), {**lora.modules, **lora.text}, {**modules, **text})
 
 
-def _kept(path: Path, old: dict[str, Pair], new: dict[str, Pair]) -> Resized:
-    before = {name: algebra.norm(pair) ** 2 for name, pair in old.items()}
-    after = {name: algebra.norm(pair) ** 2 for name, pair in new.items()}
-    # A best approximation is orthogonal to what it leaves out, so the squared norms divide; 0 keeps all of 0.
+def _result(path: Path, old: dict[str, Pair], new: dict[str, Pair]) -> ResizeResult:
+    before = {name: norm(pair) ** 2 for name, pair in old.items()}
+    after = {name: norm(pair) ** 2 for name, pair in new.items()}
+    # A best approximation is orthogonal to what it leaves out, so squared norms add up. An untrained module keeps 1.
     shares = {name: min(after[name] / total, 1.0) if total > 0 else 1.0 for name, total in before.items()}
     worst = min(shares, key=lambda name: shares[name])
     total = sum(before.values())
-    return Resized(
+    return ResizeResult(
         path=path,
-        ranks=counted(down.shape[0] for down, _ in new.values()),
+        ranks=count(down.shape[0] for down, _ in new.values()),
         energy=min(sum(after.values()) / total, 1.0) if total > 0 else 1.0,
         worst=shares[worst],
         worst_module=worst,
@@ -108,23 +112,23 @@ def _kept(path: Path, old: dict[str, Pair], new: dict[str, Pair]) -> Resized:
 
 
 def stored_dtype(path: str | Path) -> str:
-    """The precision that a file's factors are stored in, as `write_lora` names it; others become fp32."""
+    """Return the number format of a file's factors by `write_lora`'s name; fp32 if there are several or another."""
     with safe_open(path, "pt") as file:
-        found = {file.get_slice(name).get_dtype() for name in file.keys() if not name.endswith(".alpha")}  # noqa: SIM118
-    return {"F16": "fp16", "BF16": "bf16"}.get(found.pop(), "fp32") if len(found) == 1 else "fp32"
+        dtypes = {file.get_slice(name).get_dtype() for name in file.keys() if not name.endswith(".alpha")}  # noqa: SIM118
+    return {"F16": "fp16", "BF16": "bf16"}.get(dtypes.pop(), "fp32") if len(dtypes) == 1 else "fp32"
 
 
-def _spare(dst: str | Path, overwrite: bool) -> None:
+def _refuse_to_overwrite(dst: str | Path, overwrite: bool) -> None:
     if not overwrite and Path(dst).is_file():
         raise UserError(f"{dst} exists already: choose another name, or replace it with --force")
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """A tensor's type as `write_lora` names it, or as torch does."""
+    """Return a tensor's number format by `write_lora`'s name, or by torch's."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     return names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
-def counted(values: Iterable[T]) -> dict[T, int]:
-    """How often each value occurs, the most frequent first."""
+def count(values: Iterable[T]) -> dict[T, int]:
+    """Return the number of times each value occurs, the most frequent first."""
     return dict(Counter(values).most_common())

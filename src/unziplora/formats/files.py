@@ -1,9 +1,9 @@
-"""Reading and writing LoRA files: any layout in, every fault named, nothing half-written."""
+"""LoRA files: read from any layout, written in three, whole or not at all."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from unziplora.errors import UserError
-from unziplora.formats import families
-from unziplora.formats import names as keys
-from unziplora.formats import writers as layouts
-from unziplora.formats.header import LAYERS_KEY, header
-from unziplora.formats.readers import PEFT_PREFIX, Grouped, group
-from unziplora.formats.safetensors import open_tensors, write_safetensors
-from unziplora.lora.algebra import balanced, shape
-from unziplora.lora.weights import Lora, text_tensors
+from unziplora.formats import identify, writers
+from unziplora.formats.header import LAYERS_KEY, complete_metadata
+from unziplora.formats.names import PEFT_PREFIX
+from unziplora.formats.readers import FileModules, group_by_module
+from unziplora.formats.safetensors import read_tensors, write_safetensors
+from unziplora.formats.sdxl import LAYERS, has_sdxl_widths, other_unet
+from unziplora.lora.algebra import balance, shape
+from unziplora.lora.weights import Lora
 
 Layout = Literal["kohya", "kohya-diffusers", "diffusers"]
 LAYOUTS: tuple[Layout, ...] = ("kohya", "kohya-diffusers", "diffusers")
@@ -30,74 +30,78 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
 
     Args:
         path: a .safetensors file.
-        unet_config: the base UNet's configuration, if known: settles doubts about small bases.
+        unet_config: configuration of the base's UNet, if known. Files for a small base cannot always be read
+            without it.
 
     Raises:
-        UserError: no such file, not a safetensors file, broken, for another family, not a plain LoRA.
+        UserError: the file is missing, damaged, for another family, or not a plain LoRA.
         MachineError: the file cannot be read.
     """
     path = Path(path)
-    tensors, metadata = open_tensors(path)
-    grouped = understand(path, tensors, metadata, unet_config)
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
-    if broken:
+    tensors, metadata = read_tensors(path)
+    modules = read_modules(path, tensors, metadata, unet_config)
+    if broken := not_finite(tensors):
         raise UserError(
             f"{path}: {len(broken)} tensors hold NaN or infinity, the first: {broken[0]}. "
             "The training had diverged or overflowed; take an earlier checkpoint"
         )
-    text = {name: factors.pair() for name, factors in grouped.text.items()}
-    modules = {name: factors.pair() for name, factors in grouped.unet.items()}
-    alphas = {factors.alpha for factors in (*grouped.unet.values(), *grouped.text.values())}
-    return Lora(modules, metadata, text_tensors(text), alphas.pop() if len(alphas) == 1 else None)
+    unet, text = ({name: factors.pair() for name, factors in part.items()} for part in (modules.unet, modules.text))
+    alphas = {factors.alpha for factors in modules.all.values()}
+    return Lora(unet, metadata, text, alphas.pop() if len(alphas) == 1 else None)
 
 
-def understand(
+def read_modules(
     path: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     unet_config: Mapping[str, Any] | None = None,
-) -> Grouped:
-    """Group a file's tensors by module, or say what the file is instead.
+) -> FileModules:
+    """Group a file's tensors by module.
 
     Raises:
-        UserError: it is no LoRA for an SDXL-topology UNet.
+        UserError: the file is not a LoRA for a UNet of SDXL's topology; the message names what it is instead.
     """
-    names = list(tensors)
-    if kind := families.not_a_lora(names):
+    if (kind := identify.kind(tensors)) != identify.LORA:
         raise UserError(f"{path}: this is {kind}, not a LoRA")
-    if family := families.other_family(names):
+    if family := identify.family(tensors):
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
     config = dict(unet_config or {})
     try:
-        metadata = {**metadata, **_peft_config(path, names)}
-        grouped = group(tensors, metadata, _layers(metadata, config))
+        metadata = {**metadata, **_peft_config(path, tensors)}
+        modules = group_by_module(tensors, metadata, _layers(metadata, config))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    shapes = {name: shape((factors.down, factors.up))[:2] for name, factors in grouped.unet.items()}
-    family = families.unet_family(shapes, config.get("cross_attention_dim"))
+    family = other_unet(modules.shapes, config.get("cross_attention_dim"))
     if family and "unziplora.version" not in metadata:  # our own files are for SDXL's topology, whatever its widths
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
-    return grouped
+    return modules
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that contain NaN or infinity."""
+    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
 
 
 def _layers(metadata: Mapping[str, str], config: Mapping[str, Any]) -> int:
-    """Resnets per block, which sgm's names depend on: 2 as in SDXL, unless the file or the base says otherwise."""
+    """Return the resnets per block, which sgm's names depend on: those of the file's header, of the base, or SDXL's."""
     if LAYERS_KEY in metadata and metadata[LAYERS_KEY].isdigit():
         return int(metadata[LAYERS_KEY])
     layers = config.get("layers_per_block")
-    return layers if isinstance(layers, int) and "unziplora.version" not in metadata else keys.LAYERS
+    return layers if isinstance(layers, int) and "unziplora.version" not in metadata else LAYERS
 
 
-def _peft_config(path: Path, names: list[str]) -> dict[str, str]:
-    """The configuration that PEFT writes beside its own files, where the alpha is, as diffusers' metadata."""
+def _peft_config(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """Read the configuration next to a file that PEFT wrote, which contains the alpha, as diffusers' metadata."""
     if not any(name.startswith(PEFT_PREFIX) for name in names):
         return {}
     config = path.parent / "adapter_config.json"
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
-        return {layouts.ADAPTER_METADATA: json.dumps({f"unet.{key}": value for key, value in values.items()})}
+        return {writers.ADAPTER_METADATA: json.dumps({f"unet.{key}": value for key, value in values.items()})}
     except (OSError, ValueError, AttributeError):
-        raise UserError(f"a PEFT adapter's alpha is in {config.name}, which is missing beside it, or broken") from None
+        raise UserError(
+            f"a PEFT adapter's alpha is in {config.name}, which is missing or broken; copy it next to this file"
+        ) from None
 
 
 def write_lora(
@@ -111,13 +115,13 @@ def write_lora(
     """Write a LoRA to a .safetensors file, whole or not at all.
 
     Args:
-        lora: strength 1; ΔW of the file equals its ΔW.
-        path: file to write or replace; folders above it are made.
-        layout: "kohya" (sgm block names: what every program loads), "kohya-diffusers" (diffusers' block names)
+        lora: every ΔW is written at strength 1.
+        path: file to write or replace; missing folders are created.
+        layout: "kohya" (sgm block names, which every program loads), "kohya-diffusers" (diffusers' block names)
             or "diffusers" (PEFT's names, for diffusers alone).
-        alpha: one for all modules; default: in layout "diffusers" each module's rank, else that of the file it was read
-            from, or the highest rank.
-        metadata: see `metadata_for`; default: that of the LoRA.
+        alpha: one for all modules. The default is each module's rank in layout "diffusers"; in the others the LoRA's
+            own alpha, or else the highest rank.
+        metadata: see `metadata_for`; default: the LoRA's own.
         dtype: "fp16", "bf16" or "fp32".
 
     Raises:
@@ -126,28 +130,28 @@ def write_lora(
     """
     path = Path(path)
     _check_request(lora, path, layout, alpha, dtype)
-    pairs = {**lora.modules, **lora.text_modules}
+    pairs = {**lora.modules, **lora.text}
     ranks = {down.shape[0] for down, _ in pairs.values()}
-    chosen = float(alpha or (layout != "diffusers" and lora.alpha) or max(ranks))
+    file_alpha = float(alpha or (layout != "diffusers" and lora.alpha) or max(ranks))
+    metadata = lora.metadata if metadata is None else metadata
     adapter = {}
-    described = lora.metadata if metadata is None else metadata
-    fit = balanced if dtype == "fp16" else None
+    fit = balance if dtype == "fp16" else None
     if layout == "diffusers":
-        tensors, adapter[layouts.ADAPTER_METADATA] = layouts.diffusers(pairs, alpha, fit)
+        tensors, adapter[writers.ADAPTER_METADATA] = writers.diffusers(pairs, alpha, fit)
     else:
-        spelling = "sgm" if layout == "kohya" else "diffusers"
-        tensors = layouts.kohya(pairs, chosen, spelling, _layers(described, {}), fit)
-    head = header(
-        described,
+        blocks = "sgm" if layout == "kohya" else "diffusers"
+        tensors = writers.kohya(pairs, file_alpha, blocks, _layers(metadata, {}), fit)
+    header = complete_metadata(
+        metadata,
         ranks=ranks,
-        alpha=chosen,
-        full_size=families.sdxl_sized({name: shape(pair)[:2] for name, pair in lora.modules.items()}),
+        alpha=file_alpha,
+        full_size=has_sdxl_widths({name: shape(pair)[:2] for name, pair in lora.modules.items()}),
         kohya=layout != "diffusers",
     )
-    # an alpha that is rounded would scale its whole module
+    # Rounding an alpha would scale its whole module.
     dtypes = {name: "fp32" if name.endswith(".alpha") else dtype for name in tensors}
     stored = {name: _store(path, name, tensor, dtypes[name]) for name, tensor in tensors.items()}
-    write_safetensors(path, stored, {**head, **adapter})
+    write_safetensors(path, stored, {**header, **adapter})
 
 
 def _check_request(lora: Lora, path: Path, layout: str, alpha: float | None, dtype: str) -> None:
@@ -166,7 +170,7 @@ def _check_request(lora: Lora, path: Path, layout: str, alpha: float | None, dty
 
 
 def _store(path: Path, name: str, tensor: Tensor, dtype: str) -> Tensor:
-    """A tensor as it is stored; one that does not fit is an error, not an infinity."""
+    """Convert a tensor to a number format, and refuse one with values that the format turns into infinity."""
     stored = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
     if not torch.isfinite(stored).all():
         cause = "holds NaN or infinity" if not torch.isfinite(tensor).all() else f"is too large for {dtype}"

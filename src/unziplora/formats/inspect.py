@@ -1,29 +1,25 @@
-"""What a LoRA file holds and which programs load it; conversion between layouts and ranks."""
+"""Inspection of a LoRA file: layout, base, ranks, alphas, blocks, metadata, and the programs that load it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel
-from torch import Tensor
 
-from unziplora.formats import families
-from unziplora.formats.convert import Resized, convert, counted, dtype_name, resize_file
-from unziplora.formats.files import understand
+from unziplora.formats.convert import count, dtype_name
+from unziplora.formats.files import not_finite, read_modules
 from unziplora.formats.header import trigger_words
-from unziplora.formats.programs import Verdict, loads_in
-from unziplora.formats.readers import Factors, Grouped
-from unziplora.formats.safetensors import open_tensors
-from unziplora.lora import algebra
+from unziplora.formats.programs import Verdict, verdicts_on
+from unziplora.formats.readers import StoredFactors
+from unziplora.formats.safetensors import read_tensors
+from unziplora.formats.sdxl import has_sdxl_widths
+from unziplora.lora.algebra import norm
 from unziplora.lora.blocks import block_of
-
-__all__ = ["Block", "Inspection", "Resized", "Verdict", "convert", "inspect", "resize_file"]
 
 
 class Block(BaseModel):
-    """The modules of one block and their share of the whole update, Σ‖ΔW‖² of the block over that of the file."""
+    """Modules of one block and their share of the whole update: Σ‖ΔW‖² of the block over that of the file."""
 
     modules: int
     untrained: int
@@ -31,7 +27,7 @@ class Block(BaseModel):
 
 
 class Inspection(BaseModel):
-    """What a LoRA file holds."""
+    """Contents of a LoRA file and the verdicts on it."""
 
     path: Path
     bytes: int
@@ -54,7 +50,7 @@ class Inspection(BaseModel):
     problems: list[str]
 
     def lines(self) -> list[str]:
-        """The findings as plain text, one fact per line."""
+        """Return the contents as plain text, one fact per line."""
         metadata = [f"  {key}: {_short(value)}" for key, value in sorted(self.metadata.items())]
         return [
             f"{self.path}  {self.bytes / 1e6:.1f} MB",
@@ -78,45 +74,44 @@ class Inspection(BaseModel):
 
 
 def inspect(path: str | Path) -> Inspection:
-    """What a LoRA file holds: layout, blocks, ranks, alphas, metadata, and which programs load it.
+    """Read a LoRA file of any layout and describe it.
 
     Raises:
-        UserError: the file is missing, damaged or no LoRA for SDXL (says what it is instead).
+        UserError: the file is missing, damaged or not a LoRA for SDXL; the message names what it is instead.
         MachineError: the file cannot be read.
     """
     path = Path(path)
-    tensors, metadata = open_tensors(path)
-    grouped = understand(path, tensors, metadata)
-    factors = {**grouped.unet, **grouped.text}
+    tensors, metadata = read_tensors(path)
+    modules = read_modules(path, tensors, metadata)
+    factors = modules.all
     untrained = [name for name, f in factors.items() if not f.up.any() or not f.down.any()]
-    shapes = {name: algebra.shape((f.down, f.up))[:2] for name, f in grouped.unet.items()}
-    full_size = families.sdxl_sized(shapes)
+    full_size = has_sdxl_widths(modules.shapes)
     return Inspection(
         path=path,
         bytes=path.stat().st_size,
-        layout=grouped.layout,
+        layout=modules.layout,
         base="SDXL" if full_size else "a base of SDXL's topology, of another size",
         trained_on=metadata.get("ss_sd_model_name", ""),
-        modules=len(grouped.unet),
-        text_modules=len(grouped.text),
+        modules=len(modules.unet),
+        text_modules=len(modules.text),
         parameters=sum(f.down.numel() + f.up.numel() for f in factors.values()),
-        ranks=counted(f.rank for f in factors.values()),
-        alphas=counted("none" if f.alpha is None else f"{f.alpha:g}" for f in factors.values()),
-        strengths=counted(f"{f.strength:g}" for f in factors.values()),
-        dtypes=counted(dtype_name(f.down) for f in factors.values()),
-        kinds=counted(_kind(name) for name in grouped.unet),
-        blocks=_blocks(grouped.unet, set(untrained)),
+        ranks=count(f.rank for f in factors.values()),
+        alphas=count("none" if f.alpha is None else f"{f.alpha:g}" for f in factors.values()),
+        strengths=count(f"{f.strength:g}" for f in factors.values()),
+        dtypes=count(dtype_name(f.down) for f in factors.values()),
+        kinds=count(_kind(name) for name in modules.unet),
+        blocks=_blocks(modules.unet, set(untrained)),
         untrained=untrained,
         trigger_words=trigger_words(metadata),
         metadata=metadata,
-        loads_in=loads_in(grouped, full_size, metadata),
-        problems=_problems(grouped, tensors, untrained),
+        loads_in=verdicts_on(modules, full_size, metadata),
+        problems=_problems(not_finite(tensors), untrained, len(factors)),
     )
 
 
-def _blocks(unet: dict[str, Factors], untrained: set[str]) -> dict[str, Block]:
+def _blocks(unet: dict[str, StoredFactors], untrained: set[str]) -> dict[str, Block]:
     members: dict[str, list[str]] = {}
-    energy = {name: algebra.norm(factors.pair()) ** 2 for name, factors in unet.items()}
+    energy = {name: norm(factors.pair()) ** 2 for name, factors in unet.items()}
     for name in unet:
         members.setdefault(block_of(name), []).append(name)
     total = sum(energy.values())
@@ -130,16 +125,15 @@ def _blocks(unet: dict[str, Factors], untrained: set[str]) -> dict[str, Block]:
     }
 
 
-def _problems(grouped: Grouped, tensors: dict[str, Tensor], untrained: list[str]) -> list[str]:
-    found = []
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+def _problems(broken: list[str], untrained: list[str], modules: int) -> list[str]:
+    problems = []
     if broken:
-        found.append(f"{len(broken)} tensors hold NaN or infinity, the first: {broken[0]}; the file is useless")
-    if len(untrained) == len(grouped.unet) + len(grouped.text):
-        found.append("untrained: ΔW = 0 in every module")
+        problems.append(f"{len(broken)} tensors hold NaN or infinity, the first: {broken[0]}; the file is useless")
+    if len(untrained) == modules:
+        problems.append("untrained: ΔW = 0 in every module")
     elif untrained:
-        found.append(f"{len(untrained)} modules are untrained (ΔW = 0), the first: {untrained[0]}")
-    return found
+        problems.append(f"{len(untrained)} modules are untrained (ΔW = 0), the first: {untrained[0]}")
+    return problems
 
 
 def _kind(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Which programs load a LoRA file, by its layout and header."""
+"""Programs that load LoRA files, and their verdict on a file by its layout and header."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from unziplora.formats.header import says_sdxl
-from unziplora.formats.readers import Grouped
+from unziplora.formats.readers import FileModules
+from unziplora.formats.sdxl import names_sdxl
 from unziplora.formats.writers import ADAPTER_METADATA
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 
 
 class Verdict(BaseModel):
-    """Whether a program loads a file, and why."""
+    """Answer to the question if a program loads a file, with the reason."""
 
     answer: Answer
     reason: str
@@ -52,24 +52,24 @@ _BY_LAYOUT: dict[str, dict[str, tuple[Answer, str]]] = {
 }
 
 
-def loads_in(grouped: Grouped, full_size: bool, metadata: dict[str, str]) -> dict[str, Verdict]:
-    """Which programs load a file, and why not where they do not.
+def verdicts_on(modules: FileModules, full_size: bool, metadata: dict[str, str]) -> dict[str, Verdict]:
+    """Return each program's verdict on a file.
 
     Args:
-        grouped: the file's modules.
+        modules: the file's modules.
         full_size: they have the widths of SDXL itself.
         metadata: the file's header.
     """
-    verdicts = dict(_BY_LAYOUT.get(grouped.layout, {}))
-    if grouped.layout == "diffusers":
-        verdicts["ComfyUI"] = _comfyui_drops(list(grouped.unet))
-    if grouped.layout.startswith("kohya"):
-        if not says_sdxl(metadata):
+    verdicts = dict(_BY_LAYOUT.get(modules.layout, {}))
+    if modules.layout == "diffusers":
+        verdicts["ComfyUI"] = _comfyui(list(modules.unet))
+    if modules.layout.startswith("kohya"):
+        if not names_sdxl(metadata):
             verdicts["A1111"] = ("partly", "hidden as SD 1: the header lacks ss_base_model_version = sdxl_…")
-        if len({factors.alpha for factors in grouped.unet.values()}) > 1 and verdicts["diffusers"][0] == "yes":
+        if len({factors.alpha for factors in modules.unet.values()}) > 1 and verdicts["diffusers"][0] == "yes":
             verdicts["diffusers"] = ("partly", "alphas differ: attention modules load at a wrong strength")
-        added = [path for path in grouped.unet if path.startswith("add_embedding.")]
-        if added and grouped.layout == "kohya-diffusers":
+        added = [path for path in modules.unet if path.startswith("add_embedding.")]
+        if added and modules.layout == "kohya-diffusers":
             verdicts["diffusers"] = ("partly", f"drops {len(added)} modules of add_embedding, without an error")
         if ADAPTER_METADATA in metadata:
             verdicts["diffusers"] = ("no", f"raises: kohya names with {ADAPTER_METADATA} in the header")
@@ -81,10 +81,10 @@ def loads_in(grouped: Grouped, full_size: bool, metadata: dict[str, str]) -> dic
     return {name: Verdict(answer=answer, reason=reason) for name, (answer, reason) in answers.items()}
 
 
-def _comfyui_drops(modules: list[str]) -> tuple[Answer, str]:
-    """ComfyUI knows diffusers' attention modules only by their old names, `attn1.processor.to_q`."""
-    attention = sum(".attn" in path for path in modules)
-    rest = len(modules) - attention
+def _comfyui(paths: list[str]) -> tuple[Answer, str]:
+    """Return ComfyUI's verdict: it reads diffusers' attention modules by their old names only, `….processor.to_q`."""
+    attention = sum(".attn" in path for path in paths)
     if not attention:
         return "yes", "all modules"
-    return ("partly" if rest else "no"), f"drops {attention} attention modules of {len(modules)}, without an error"
+    answer: Answer = "partly" if len(paths) > attention else "no"
+    return answer, f"drops {attention} attention modules of {len(paths)}, without an error"

@@ -1,4 +1,4 @@
-"""LoRA files written as dictionaries: modules spelt out by the names of a layout."""
+"""LoRA files written as dictionaries: pairs of matrices by the names of a layout."""
 
 from __future__ import annotations
 
@@ -9,43 +9,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unziplora.formats import names as keys
+from unziplora.formats.names import to_kohya
+from unziplora.formats.sdxl import LAYERS
 from unziplora.lora.algebra import Pair
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-"""Header key in which diffusers keeps rank and alpha of its own layout (and of no other: it raises)."""
-
+"""Header key in which diffusers stores rank and alpha of its own layout (and of no other: it raises)."""
 
 Fit = Callable[[Pair], Pair]
-"""What makes a pair fit the numbers that it is stored in, ΔW unchanged."""
+"""A function that prepares a pair for the number format it is stored in and leaves ΔW unchanged."""
 
 
 def kohya(
-    pairs: Mapping[str, Pair], alpha: float, blocks: str = "sgm", layers: int = keys.LAYERS, fit: Fit | None = None
+    pairs: Mapping[str, Pair], alpha: float, blocks: str = "sgm", layers: int = LAYERS, fit: Fit | None = None
 ) -> dict[str, Tensor]:
-    """UNet and text encoder modules by kohya's names, one alpha for all: B is multiplied by rank / alpha.
+    """Return the tensors of a file with kohya's names and one alpha for all modules.
+
+    Programs multiply B A by alpha / rank, so B is stored as B · rank / alpha.
 
     Args:
-        pairs: UNet modules by diffusers' path, those of text encoders by `text_encoder…` path.
+        pairs: UNet modules by diffusers' path, text encoder modules by path with the encoder's name in front.
         alpha: written for every module.
-        blocks: "sgm" or "diffusers" spelling inside the names.
-        layers: resnets per down block of the base, for sgm's.
-        fit: applied to every pair as it is written.
+        blocks: block names, "sgm" or "diffusers".
+        layers: resnets per down block of the base, for sgm's block names.
+        fit: applied to every pair that is written.
     """
     tensors = {}
     for path, (down, up) in pairs.items():
-        text = path.startswith("text_encoder")
-        name = keys.text_to_kohya(path) if text else keys.to_kohya(path, blocks, layers)
+        name = to_kohya(path, blocks, layers)
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
-        written = down, up * (down.shape[0] / alpha)
-        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = fit(written) if fit else written
+        pair = down, up * (down.shape[0] / alpha)
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = fit(pair) if fit else pair
     return tensors
 
 
 def diffusers(pairs: Mapping[str, Pair], alpha: float | None, fit: Fit | None = None) -> tuple[dict[str, Tensor], str]:
-    """All modules by diffusers/PEFT's names, and the adapter metadata (JSON) that keeps ranks and alpha.
+    """Return the tensors of a file with diffusers' (PEFT's) names, and its adapter metadata: ranks and alpha as JSON.
 
-    Without a chosen alpha each module's is its rank: right also for readers that know no adapter metadata.
+    Args:
+        pairs: see `kohya`.
+        alpha: one for all modules. With None each module's alpha is its rank, so that programs that ignore the
+            adapter metadata apply the right strength.
+        fit: applied to every pair that is written.
     """
     tensors: dict[str, Tensor] = {}
     adapter: dict[str, Any] = {}
@@ -53,10 +58,10 @@ def diffusers(pairs: Mapping[str, Pair], alpha: float | None, fit: Fit | None = 
     for path, (down, up) in pairs.items():
         name = path if path.startswith("text_encoder") else f"unet.{path}"
         rank = down.shape[0]
-        written = down, up if alpha is None else up * (rank / alpha)
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = fit(written) if fit else written
+        pair = down, up if alpha is None else up * (rank / alpha)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = fit(pair) if fit else pair
         component, _, module = name.partition(".")
-        # transformers 5 has no `text_model.` level, 4 has; PEFT matches the ends of names, so leave it out.
+        # transformers 4 has a level `text_model.`, 5 has not; PEFT matches the ends of names, so leave it out.
         ranks.setdefault(component, {})[module.removeprefix("text_model.")] = rank
     for component, by_module in ranks.items():
         common = max(set(by_module.values()), key=lambda rank: (list(by_module.values()).count(rank), rank))

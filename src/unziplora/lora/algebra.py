@@ -94,7 +94,7 @@ def resize(pair: Pair, rank: int | None = None, energy: float | None = None) -> 
     return _shaped(root[:, None] * vh[:keep], u[:, :keep] * root, pair)
 
 
-def balanced(pair: Pair) -> Pair:
+def balance(pair: Pair) -> Pair:
     """The same product, exactly, with a power of two moved from A to B where B is so small that fp16 loses digits.
 
     Such a B results from an alpha far below the rank that was folded into it, or of a short training.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from unziplora.errors import UserError
 from unziplora.lora.algebra import Pair, scale, shape
@@ -19,27 +19,15 @@ class Lora:
     Attributes:
         modules: diffusers' path of a UNet module → (A [rank, in], B [out, rank]) in fp32.
         metadata: the header of its file.
-        text: tensors of text encoders, if any, by diffusers/PEFT's names, such as
-            `text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight`.
-        alpha: what its file said for all modules; written again, so that rounding changes nothing.
+        text: path of a text encoder's module, such as `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`
+            → its pair.
+        alpha: the one alpha of all modules in its file. Written again, so that no number in the file is rounded.
     """
 
     modules: dict[str, Pair]
     metadata: dict[str, str] = field(default_factory=dict)
-    text: dict[str, Tensor] = field(default_factory=dict)
+    text: dict[str, Pair] = field(default_factory=dict)
     alpha: float | None = None
-
-    @property
-    def text_modules(self) -> dict[str, Pair]:
-        """The text encoders' modules as pairs, by path with the encoder's name before."""
-        paths = [name.removesuffix(".lora_A.weight") for name in self.text if name.endswith(".lora_A.weight")]
-        return {path: (self.text[f"{path}.lora_A.weight"], self.text[f"{path}.lora_B.weight"]) for path in paths}
-
-
-def text_tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
-    """Pairs of text encoder modules as `Lora.text`."""
-    factors = {path: {"lora_A": down, "lora_B": up} for path, (down, up) in pairs.items()}
-    return {f"{path}.{name}.weight": tensor for path, by_name in factors.items() for name, tensor in by_name.items()}
 
 
 def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA", base: str = "this base") -> None:

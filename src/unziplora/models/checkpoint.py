@@ -10,26 +10,11 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from unziplora.errors import UserError
+from unziplora.formats import identify
 from unziplora.formats.safetensors import Header
 from unziplora.models.folder import other_family
 
 LDM = "model.diffusion_model."
-# What a checkpoint of another family holds, by a key that only it has. Prefixes count.
-FAMILIES = {
-    "conditioner.embedders.0.model.": "the SDXL refiner",
-    "cond_stage_model.model.": "Stable Diffusion 2",
-    "cond_stage_model.transformer.": "Stable Diffusion 1",
-    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
-    "joint_blocks.": "Stable Diffusion 3",
-    "model.diffusion_model.double_blocks.": "FLUX",
-    "double_blocks.": "FLUX",
-    "edm_mean": "Playground 2.5 (EDM noise schedule)",
-    "edm_vpred.": "CosXL (EDM noise schedule)",
-    "control_model.": "a ControlNet",
-    "lora_": "a LoRA, not a base model",
-    "unet.": "a LoRA, not a base model",
-    "down_blocks.": "a UNet alone, in diffusers names",
-}
 
 
 def check_checkpoint(path: Path, header: Header) -> None:
@@ -39,9 +24,11 @@ def check_checkpoint(path: Path, header: Header) -> None:
         UserError: another family, a LoRA, or a part is missing.
     """
     shapes = header.shapes
-    for prefix, family in FAMILIES.items():
-        if any(key.startswith(prefix) for key in shapes):
-            raise other_family(str(path), family)
+    kind, family = identify.kind(shapes), identify.family(shapes)
+    if family and kind != identify.LORA:
+        raise other_family(str(path), family)
+    if kind != identify.CHECKPOINT:
+        raise other_family(str(path), kind)
     entry = shapes.get(LDM + "input_blocks.0.0.weight", (0, 4))
     if entry[1] == 9:
         raise other_family(str(path), "an inpainting model (9 input channels)")
@@ -52,8 +39,6 @@ def check_checkpoint(path: Path, header: Header) -> None:
         "conditioner.embedders.1.model.": "second text encoder",
     }
     missing = [name for prefix, name in wanted.items() if not any(key.startswith(prefix) for key in shapes)]
-    if len(missing) == len(wanted):
-        raise other_family(str(path), "something else")
     if missing:
         raise UserError(
             f"{path}: no complete checkpoint, without {', '.join(missing)}; use a full checkpoint or a diffusers folder"

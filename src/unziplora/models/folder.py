@@ -9,20 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from unziplora.errors import UserError
-from unziplora.formats.safetensors import PICKLES, UNPICKLE, read_header
+from unziplora.formats.identify import PICKLES, UNPICKLE, pipeline_family
+from unziplora.formats.safetensors import read_header
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # model.safetensors, diffusion_pytorch_model.fp16.safetensors, model-00001-of-00002.safetensors …
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
-CLASSES = {
-    "StableDiffusionPipeline": "Stable Diffusion 1 or 2",
-    "StableDiffusion3Pipeline": "Stable Diffusion 3",
-    "FluxPipeline": "FLUX",
-    "Flux2Pipeline": "FLUX.2",
-    "PixArtSigmaPipeline": "PixArt",
-    "KolorsPipeline": "Kolors",
-}
 
 
 def check_suffix(path: Path) -> None:
@@ -106,9 +99,9 @@ def check_class(index: dict[str, Any], source: str) -> None:
     Raises:
         UserError: it is not an SDXL pipeline.
     """
-    name = index.get("_class_name")
-    if not str(name).startswith("StableDiffusionXL"):
-        raise other_family(source, CLASSES.get(str(name), f"a {name}"))
+    name = str(index.get("_class_name"))
+    if not name.startswith("StableDiffusionXL"):
+        raise other_family(source, pipeline_family(name))
 
 
 def check_unet_config(folder: Path, source: str) -> None:

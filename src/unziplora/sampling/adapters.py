@@ -182,7 +182,7 @@ def _load_text(base: Base, name: str, encoder: PreTrainedModel, named: NamedLora
     }
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for full, pair in named.lora.text_modules.items():
+    for full, pair in named.lora.text.items():
         component, _, path = full.partition(".")
         if component != name:
             continue

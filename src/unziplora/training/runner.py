@@ -18,9 +18,9 @@ from torch.amp import GradScaler
 
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import Interrupted, OutOfMemory, UserError
-from unziplora.formats.families import sdxl_sized
 from unziplora.formats.files import write_lora
 from unziplora.formats.header import metadata_for
+from unziplora.formats.sdxl import has_sdxl_widths
 from unziplora.lora.algebra import shape
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base, load_base
@@ -263,7 +263,7 @@ def write_card(run: RunFolder, config: TrainingConfig, about: About, loras: Mapp
         MachineError: disk full, no permission.
     """
     shapes = {path: shape(pair)[:2] for lora in loras.values() for path, pair in lora.modules.items()}
-    atomic_write(run.card, card(run, config, about, sdxl_sized(shapes)))
+    atomic_write(run.card, card(run, config, about, has_sdxl_widths(shapes)))
 
 
 def autocast_for(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractContextManager[object]]:

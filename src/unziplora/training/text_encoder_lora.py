@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from unziplora.formats.names import text_module
+from unziplora.formats.sdxl import text_module
+from unziplora.lora.algebra import Pair
 from unziplora.models.base import Base
 from unziplora.models.text import ENCODERS, TARGETS, Conditioning, encode_each
 from unziplora.training.loss import Examples, generator
@@ -100,11 +101,12 @@ class TextLora:
         for name, parameter in self.named_parameters().items():
             parameter.copy_(state[name])
 
-    def export(self) -> dict[str, Tensor]:
-        """The adapters as `Lora.text`: diffusers' names, fp32, alpha folded into B."""
-        tensors = {}
+    def export(self) -> dict[str, Pair]:
+        """Return the adapters as `Lora.text`: fp32, alpha folded into B."""
+        pairs = {}
         for name, encoder in zip(ENCODERS, self.base.text_encoders, strict=True):
-            for path, tensor in get_peft_model_state_dict(encoder, adapter_name="default").items():
-                factor = self.strength if ".lora_B." in path else 1.0
-                tensors[f"{name}.{text_module(path)}"] = tensor.detach().float().cpu() * factor
-        return tensors
+            state = get_peft_model_state_dict(encoder, adapter_name="default")
+            for path in (key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")):
+                down, up = (state[f"{path}.{factor}.weight"].detach().float().cpu() for factor in ("lora_A", "lora_B"))
+                pairs[f"{name}.{text_module(path)}"] = down, up * self.strength
+        return pairs

@@ -27,7 +27,7 @@ from unziplora.formats.header import metadata_for
 from unziplora.lora.algebra import Pair, delta
 from unziplora.lora.inject import attention_linears, remove
 from unziplora.lora.layer import Branch
-from unziplora.lora.weights import Lora, text_tensors
+from unziplora.lora.weights import Lora
 from unziplora.methods.class_images import FIRST_SEED
 from unziplora.methods.ziplora.inputs import complete, merge, read_loras
 from unziplora.methods.ziplora.method import ZipLora, scale_input, zip_loras
@@ -482,15 +482,15 @@ class TestDirect:
         conv = torch.randn(2, 8, 3, 3, generator=draw), torch.randn(8, 2, 1, 1, generator=draw)
         text = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)
         name = "down_blocks.0.resnets.0.conv1"
-        other = replace(loras["style"], modules={**loras["style"].modules, name: conv}, text=text_tensors({TEXT: text}))
+        other = replace(loras["style"], modules={**loras["style"].modules, name: conv}, text={TEXT: text})
         write_lora(other, files["style"], metadata={"ss_resolution": "(512, 512)"}, dtype="fp32")
-        both = replace(loras["content"], text=text_tensors({TEXT: text}))
+        both = replace(loras["content"], text={TEXT: text})
         write_lora(both, files["content"], metadata={"modelspec.prediction_type": "v"}, dtype="fp32")
         merged = read_lora(zip_loras(config(method="direct", style_strength=0.5)).lora("lora"))
         torch.testing.assert_close(delta(merged.modules[name]), 0.5 * delta(conv))
-        (path,) = merged.text_modules
-        torch.testing.assert_close(delta(merged.text_modules[path]), 1.5 * delta(text))
-        assert merged.text_modules[path][0].shape[0] == 4
+        (path,) = merged.text
+        torch.testing.assert_close(delta(merged.text[path]), 1.5 * delta(text))
+        assert merged.text[path][0].shape[0] == 4
         assert merged.metadata["modelspec.prediction_type"] == "v"
         assert merged.metadata["ss_resolution"] == "(512, 512)"  # the content's header is silent
         assert "ss_zero_terminal_snr" not in merged.metadata  # nobody tells
@@ -507,7 +507,7 @@ class TestTextEncoders:
         """What the style LoRA changes in a text encoder."""
         draw = torch.Generator().manual_seed(3)
         made = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)
-        write_lora(replace(loras["style"], text=text_tensors({TEXT: made})), files["style"], dtype="fp32")
+        write_lora(replace(loras["style"], text={TEXT: made}), files["style"], dtype="fp32")
         return made
 
     def test_each_lora_learnt_with_its_own_and_the_merged_one_reads_with_both(
@@ -541,14 +541,14 @@ class TestTextEncoders:
     def test_are_in_the_merged_file_at_their_strength(self, config: Make, pair: Pair):
         run = zip_loras(config(style_strength=0.5, parts=True, sample_seeds=[1]))
         for name in ("lora", "style"):
-            assert read_lora(run.lora(name)).text_modules.keys() == {TEXT}
-            torch.testing.assert_close(delta(read_lora(run.lora(name)).text_modules[TEXT]), 0.5 * delta(pair))
+            assert read_lora(run.lora(name)).text.keys() == {TEXT}
+            torch.testing.assert_close(delta(read_lora(run.lora(name)).text[TEXT]), 0.5 * delta(pair))
         assert not read_lora(run.content).text
 
     def test_of_a_lora_that_makes_its_own_pictures(self, own_base: Base, config: Make, pair: Pair):
         method = build(own_base, config(style_images=[], teacher_images=1))
         assert method.learned.alone["style"].latents.shape[0] == 1
-        assert method.text["style"][f"{TEXT}.lora_A.weight"].shape == pair[0].shape
+        assert method.text["style"][TEXT][0].shape == pair[0].shape
 
 
 class TestRefusals:

@@ -16,7 +16,7 @@ from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
 from unziplora.lora.algebra import Pair, cat, scale, shape
-from unziplora.lora.weights import Lora, format_shape, text_tensors
+from unziplora.lora.weights import Lora, format_shape
 from unziplora.methods.class_images import FIRST_SEED
 from unziplora.methods.data import conditioning_of, latents_of
 from unziplora.models.base import Base
@@ -74,9 +74,9 @@ def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) 
         lora = read_lora(find_lora(getattr(config, f"{name}_lora"), name).file, unet_config)
         strength = getattr(config, f"{name}_strength")
         modules = {path: scale(pair, strength) for path, pair in lora.modules.items()}
-        text = text_tensors({path: scale(pair, strength) for path, pair in lora.text_modules.items()})
+        text = {path: scale(pair, strength) for path, pair in lora.text.items()}
         loras[name] = replace(lora, modules=modules, text=text)
-    content, style = ({**loras[name].modules, **loras[name].text_modules} for name in KINDS)
+    content, style = ({**loras[name].modules, **loras[name].text} for name in KINDS)
     for path in content.keys() & style.keys():
         one, two = shape(content[path]), shape(style[path])
         if one != two:
@@ -89,8 +89,8 @@ def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) 
 
 def merge(loras: Mapping[str, Lora]) -> Lora:
     """The LoRA of the sum of several, exactly: of rank Σ rᵢ where they share a module; text encoders included."""
-    unet, text = _summed([lora.modules for lora in loras.values()]), [lora.text_modules for lora in loras.values()]
-    return Lora(unet, text=text_tensors(_summed(text)))
+    unet, text = [lora.modules for lora in loras.values()], [lora.text for lora in loras.values()]
+    return Lora(_summed(unet), text=_summed(text))
 
 
 def _summed(parts: list[dict[str, Pair]]) -> dict[str, Pair]:
