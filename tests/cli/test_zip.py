@@ -107,7 +107,7 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
         (["cat.png", "fox.safetensors", *PROMPTS], "cat.png: not a safetensors file"),
         (
             FILES,
-            "cat.safetensors and fox.safetensors: no word of what was trained; give what the LoRA learned as "
+            "cat.safetensors and fox.safetensors: training prompt unknown; give the prompt that the LoRA learned as "
             "--content-prompt and --style-prompt",
         ),
         ([*FILES, *PROMPTS, "--base", "nowhere"], "base 'nowhere': no such file or folder"),

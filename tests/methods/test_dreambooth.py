@@ -103,7 +103,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
-            ({"content": None}, "say what the pictures show"),
+            ({"content": None}, "nothing to learn: give a word"),
             ({"prompts": ["a", "b", "c"]}, "3 prompts for 2 images"),
             ({"content": " "}, "must not be blank"),
             ({"targets": ["convolutions"]}, "targets"),

@@ -45,10 +45,8 @@ bench_command = RecipeCommand(
     _plan,
     help="""Measure methods against the truth: images that show the correct result.
 
-    A case is a drawing under a filter. The same drawing under other filters, and the same filter on other
-    drawings, exist too. Every method learns from the one image; what its LoRAs draw alone, together and mixed
-    with another case's is compared with the truth. 0 is the base without LoRA, 1 an oracle that has learned
-    from many images.
+    A case is a drawing under a filter; the same drawing under other filters, and other drawings under this filter,
+    are the truth. 0 is the base without LoRA, 1 an oracle that has learned from many images.
 
     \b
       unziplora bench --quick --methods base --methods unziplora --methods oracle

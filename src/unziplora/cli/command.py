@@ -82,7 +82,7 @@ class RecipeCommand(click.Command):
                 ["--config", "config_file"],
                 type=ExpandedPath(),
                 metavar="FILE",
-                help="TOML file with settings; flags win over it.",
+                help="TOML file with settings; flags override it.",
             ),
             click.Option(["--dry-run"], is_flag=True, help=f"Show all settings; {dry_run}."),
             *([resume] if resumable else []),
@@ -129,7 +129,7 @@ class RecipeCommand(click.Command):
                 groups.setdefault(f"Expert: {param.group}", []).append(record)
         for title, records in groups.items():
             with formatter.section(title):
-                formatter.write_dl(records, col_max=28)
+                formatter.write_dl(records, col_max=22)
 
 
 _ALL = "unziplora.help_all"

@@ -19,10 +19,7 @@ the style with --style; everything else has a default.
   unziplora split cat.jpg --content cat --style "pencil sketch" --out runs/cat
 
 The run folder then contains content.safetensors, style.safetensors, sample images, and a README with
-the trigger words. Ctrl-C saves the run; --resume continues it. --dry-run shows all settings and the
-memory they need.
-
-Settings come from the preset, the file of --config and the flags; later ones win.
+the trigger words. Ctrl-C saves the run; --resume continues it.
 """
 
 

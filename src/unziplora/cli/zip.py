@@ -62,7 +62,7 @@ _NOTES = {
     "style_lora": ["the same as STYLE"],
     "content_images": ["repeatable"],
     "style_images": ["repeatable"],
-    "base": ["default: the one that both LoRAs were trained on"],
+    "base": ["default: the LoRAs' own"],
     "out": ["default: runs/CONTENT-STYLE"],
     "sample_guidance": ["default: as in the LoRAs' runs, else 5"],
     "generated_guidance": ["default: as in the LoRAs' runs, else 5"],
@@ -84,8 +84,7 @@ zip_command = RecipeCommand(
         --style-prompt "an image in pencil sketch style"
       unziplora zip runs/cat runs/fox --method direct --style-strength 0.7
 
-    Prompts, images and the base come from the LoRAs' own runs where these are known. The run folder then
-    contains lora.safetensors, samples, and a README. --method direct adds the two as they are, without a base.
+    Prompts, images and the base come from the LoRAs' own runs where these are known.
     """,
     short_help="Merge a content LoRA and a style LoRA into one.",
     dry_run="train nothing",

@@ -1,4 +1,4 @@
-"""The recipe of `bench`: which methods, on which cases, how trained, sampled and measured."""
+"""Recipe of `bench`: methods, cases, training, sampling and measures."""
 
 from __future__ import annotations
 
@@ -25,65 +25,69 @@ MethodName = Literal[
     "oracle",
 ]
 ABLATION: tuple[MethodName, ...] = ("joint", "prompt", "column", "block", "words", "unziplora")
-"""Joint training of two LoRAs without any separation; with one of the paper's separations more at a time; then the
-preset without its steps alone, and the preset."""
+"""Joint training of two LoRAs without separation; then with one more of the paper's separations each; then the preset
+without its steps alone; then the preset."""
 
 SEARCHED: tuple[MethodName, ...] = ("unziplora", "paper", "dreambooth", "blora", "ziplora")
-"""Methods with settings of their own; the others take them over from these, or have none to choose."""
+"""Methods with settings of their own; the others inherit them from these, or have none to choose."""
 
 
 class BenchConfig(Recipe):
-    """Measure methods against pictures that show what they should have made."""
+    """Measure methods against images that show the correct result."""
 
     out: Path = key(Path("bench"), "Folder for runs, scores and report; the same command continues it.", "Input")
     base: str = key("bundled", "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
-    split: Literal["dev", "test"] = key("dev", "Cases for choosing settings, or those for the final figures.", "Input")
+    split: Literal["dev", "test"] = key(
+        "dev", "dev: cases for choosing settings; test: cases for the final figures.", "Input"
+    )
     cases: list[str] = key([], "Cases by name; default: all of the split.", "Input", expert=True)
     pictures: Path | None = key(
         None,
-        "Instead: a folder of real pictures and words.toml, measured by the models named with clip, dino, csd.",
+        "Folder of photos and words.toml to measure instead, by the models of clip, dino and csd.",
         "Input",
     )
     quick: bool = key(False, "Only the first two cases and the first seed.", "Input")
     settings: Path | None = key(
-        None, "TOML file with settings per method, as a search writes it; a search keeps what it does not try.", "Input"
+        None,
+        "TOML file with settings per method, as a search writes it; a search keeps the keys that it does not try.",
+        "Input",
     )
 
     methods: list[MethodName] = key(
         [name for name in get_args(MethodName) if name != "paper"],
         "base: no LoRA; unziplora: its preset; paper: as published; joint, prompt, column, block: no separation, then "
-        "one of the paper's more each; words: the preset without its steps alone; dreambooth; ziplora and direct (the "
-        "sum) of its LoRAs; blora; oracle: trained on the truth. The scale needs base and oracle.",
+        "one more of the paper's each; words: the preset without its steps alone; dreambooth; ziplora, direct: its "
+        "LoRAs merged or added; blora; oracle: trained on the truth. The scale needs base and oracle.",
         "Method",
         min_length=1,
     )
     measures: list[Literal["trained", "plain"]] = key(
         ["trained", "plain"],
-        "What pictures are compared by; the first one makes the headline.",
+        "Measures to compare images by; the first one decides the headline.",
         "Method",
         min_length=1,
         expert=True,
     )
-    clip: str | None = key(None, "CLIP model for pictures: folder or hub id.", "Method", min_length=1, expert=True)
-    dino: str | None = key(None, "DINO model for pictures: folder or hub id.", "Method", min_length=1, expert=True)
-    csd: str | None = key(None, "CSD model for pictures: folder or hub id.", "Method", min_length=1, expert=True)
+    clip: str | None = key(None, "CLIP model for --pictures: folder or hub id.", "Method", min_length=1, expert=True)
+    dino: str | None = key(None, "DINO model for --pictures: folder or hub id.", "Method", min_length=1, expert=True)
+    csd: str | None = key(None, "CSD model for --pictures: folder or hub id.", "Method", min_length=1, expert=True)
     search: int = key(
-        0, "Search instead: the number of grid settings to try for each method; writes settings.toml.", "Method", ge=0
+        0, "Number of settings to try per method; writes settings.toml instead of a report.", "Method", ge=0
     )
     token: str = key("sks", "Rare word that stands for the subject.", "Method", min_length=1, expert=True)
     seeds: list[int] = key([0, 1, 2], "Training seeds.", "Training", min_length=1)
     oracle_seeds: int | None = key(
         None,
-        "Train the oracle, which takes the longest, with only this many of the seeds; default: with all.",
+        "Number of seeds for the oracle, which takes the longest to train; default: all.",
         "Training",
         ge=1,
         expert=True,
     )
     precision: Precision = key("auto", "Number format of the base.", "Training", expert=True)
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
-    workers: int = key(1, "Processes that share the work, the cores and the GPUs.", "Training", ge=1)
+    workers: int = key(1, "Processes that share the work.", "Training", ge=1)
 
-    samples: int = key(2, "Pictures per prompt.", "Sampling", ge=1, expert=True)
+    samples: int = key(2, "Images per prompt.", "Sampling", ge=1, expert=True)
     sample_steps: int = key(20, "Denoising steps.", "Sampling", ge=1, expert=True)
     guidance: float = key(2.5, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1, expert=True)
 
@@ -102,18 +106,16 @@ class BenchConfig(Recipe):
             raise ValueError(f"nothing to search settings for: name some of {', '.join(SEARCHED)} with --methods")
         models = bool(self.csd or (self.clip and self.dino))
         if self.pictures is not None and not models:
-            raise ValueError("pictures are measured by models: give --clip and --dino, or --csd, or all three")
+            raise ValueError("photos are measured by models: give --clip and --dino, or --csd, or all three")
         if self.pictures is None and (self.clip or self.dino or self.csd):
-            raise ValueError("--clip, --dino and --csd measure real pictures: give --pictures FOLDER too")
+            raise ValueError("--clip, --dino and --csd measure photos: give --pictures FOLDER too")
         if self.pictures is not None and (self.search or self.cases):
             raise ValueError("--pictures goes with neither --search nor --cases: there is no truth to choose by")
         if self.pictures is not None and set(self.methods) == {"oracle"}:
-            raise ValueError(
-                "the oracle learns from the truth, and of real pictures there is none: name other --methods"
-            )
+            raise ValueError("the oracle learns from the truth, which photos do not have: name other --methods")
         return self
 
     def training_seeds(self, method: str) -> list[int]:
-        """The seeds that a method is trained with."""
+        """Return the seeds that a method is trained with."""
         seeds = self.seeds[:1] if self.quick else self.seeds
         return seeds[: self.oracle_seeds] if method == "oracle" else seeds

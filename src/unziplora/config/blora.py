@@ -1,4 +1,4 @@
-"""The recipe of `train blora`, and its presets."""
+"""Recipe of `train blora`, and its presets."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from unziplora.config.training import SMALL, ImageConfig
 
 
 class BLoraConfig(ImageConfig):
-    """Train a LoRA in two blocks of the UNet, which then are a content and a style LoRA (B-LoRA, arXiv 2403.14572)."""
+    """Train a LoRA in two blocks of the UNet: one becomes the content LoRA, one the style LoRA (arXiv 2403.14572)."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}, "bundled": {**SMALL, "learning_rate": 1e-3}}
 
-    content: str | None = key(None, "Word for the subject; names the files' card, is not trained.", "Input")
-    style: str | None = key(None, "Phrase for the style; names the files' card, is not trained.", "Input")
+    content: str | None = key(None, "Word for the subject; only names the run, is not trained.", "Input")
+    style: str | None = key(None, "Phrase for the style; only names the run, is not trained.", "Input")
     preset: Literal["auto", "default", "bundled"] = key(
-        "auto", "Named settings below your own; auto is 'bundled' for that base, else 'default'.", "Input"
+        "auto", "Settings that yours override; auto: bundled on the bundled base, else default.", "Input"
     )
-    full_prompt: str = key("A {token}", "Prompt of the training.", "Prompts")
-    content_prompt: str = key("A {token}", "Prompt that calls the content up.", "Prompts")
-    style_prompt: str = key("an image in {token} style", "Prompt that calls the style up.", "Prompts")
+    full_prompt: str = key("A {token}", "Training prompt.", "Prompts", expert=True)
+    content_prompt: str = key("A {token}", "Prompt that invokes the content.", "Prompts", expert=True)
+    style_prompt: str = key("an image in {token} style", "Prompt that invokes the style.", "Prompts", expert=True)
     blocks: str = key(
         "blora",
         "Block map: 'blora' (one block each, as published), 'sdxl' (UnZipLoRA's), 'bundled' (for that base) or a TOML "
         "file.",
         "Method",
         private=True,
+        expert=True,
     )
     steps: int = key(1000, "Optimizer steps.", "Training", ge=1)
     learning_rate: float = key(5e-5, "Learning rate.", "Training", ge=0)

@@ -1,4 +1,4 @@
-"""The recipe of `blocks`: which words are swapped, and how pictures are made and measured."""
+"""Recipe of `blocks`: the words to swap, and the settings of the images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unziplora.config.templates import fill
 
 
 class WordPair(NamedTuple):
-    """The words of prompt P, and those that prompt Q has in their place: one of the two is swapped at a time."""
+    """Words of prompt P and their replacements in prompt Q; one of the two is swapped at a time."""
 
     content: str
     style: str
@@ -25,7 +25,7 @@ class ProbeConfig(Recipe):
     """Find the blocks of a base that decide content and style (B-LoRA's probe, arXiv 2403.14572, section 4)."""
 
     base: str = key(SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
-    out: Path = key(Path("blocks"), "Folder to create for the block map, the figures and the pictures.", "Input")
+    out: Path = key(Path("blocks"), "Folder to create for the block map, the figures and the images.", "Input")
 
     contents: list[str] = key(
         ["house", "guitar", "cactus", "rocket", "penguin", "banana"],
@@ -39,7 +39,7 @@ class ProbeConfig(Recipe):
         "Prompts",
         min_length=2,
     )
-    prompt: str = key("a {content} in {style} style", "Prompt of every picture.", "Prompts", expert=True)
+    prompt: str = key("a {content} in {style} style", "Prompt of every image.", "Prompts", expert=True)
 
     pairs: int = key(8, "Pairs of prompts on each axis.", "Method", ge=1, expert=True)
     clip: str | None = key(
@@ -48,14 +48,14 @@ class ProbeConfig(Recipe):
         "Method",
         min_length=1,
     )
-    content_blocks: int = key(2, "Blocks that the map gives to content, at most.", "Method", ge=0, expert=True)
-    style_blocks: int = key(4, "Blocks that the map gives to style, at most.", "Method", ge=0, expert=True)
+    content_blocks: int = key(2, "Maximum number of blocks for content in the map.", "Method", ge=0, expert=True)
+    style_blocks: int = key(4, "Maximum number of blocks for style in the map.", "Method", ge=0, expert=True)
 
-    seeds: list[int] = key([0, 1], "Pictures of each prompt.", "Sampling", min_length=1)
+    seeds: list[int] = key([0, 1], "Seeds; one image of each prompt per seed.", "Sampling", min_length=1)
     steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
     guidance: float = key(5.0, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1, expert=True)
     resolution: int | None = key(
-        None, "Side of the pictures in pixels; default: the base's own.", "Sampling", ge=8, expert=True
+        None, "Side of the images in pixels; default: the base's own.", "Sampling", ge=8, expert=True
     )
     batch_size: int = key(1, "Seeds computed at once.", "Sampling", ge=1, expert=True)
     precision: Precision = key("auto", "Number format of the base.", "Sampling", expert=True)
@@ -64,13 +64,13 @@ class ProbeConfig(Recipe):
     @field_validator("contents", "styles")
     @classmethod
     def _distinct(cls, words: list[str]) -> list[str]:
-        plain = [word.strip() for word in words]
-        if not all(plain):
+        stripped = [word.strip() for word in words]
+        if not all(stripped):
             raise ValueError("a word is empty")
-        twice = {word for word in plain if [other.lower() for other in plain].count(word.lower()) > 1}
+        twice = {word for word in stripped if [other.lower() for other in stripped].count(word.lower()) > 1}
         if twice:
             raise ValueError(f"{sorted(twice)[0]!r} is there twice")
-        return plain
+        return stripped
 
     @field_validator("prompt")
     @classmethod
@@ -96,13 +96,13 @@ class ProbeConfig(Recipe):
         return self
 
     def word_pairs(self) -> list[WordPair]:
-        """The pairs: every word has its turn, and no swap comes twice on an axis."""
+        """Return the pairs: every word is swapped in turn, and no swap occurs twice on an axis."""
         contents, styles = self.contents, self.styles
-        found = []
+        pairs = []
         for number in range(self.pairs):
             turn, first = divmod(number, len(contents))
             look = (first + turn) % len(styles)
-            found.append(
+            pairs.append(
                 WordPair(
                     contents[first],
                     styles[look],
@@ -110,8 +110,8 @@ class ProbeConfig(Recipe):
                     styles[(look + 1 + turn % (len(styles) - 1)) % len(styles)],
                 )
             )
-        return found
+        return pairs
 
     def fill(self, content: str, style: str) -> str:
-        """The prompt with a content word and a style phrase."""
+        """Fill a content word and a style phrase into the prompt."""
         return fill(self.prompt, {"content": content, "style": style})

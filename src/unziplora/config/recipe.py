@@ -27,7 +27,7 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 R = TypeVar("R", bound="Recipe")
 
 GROUPS = ("Input", "Prompts", "Method", "Training", "Output")
-"""The groups of keys in the order of `--help` and of the documentation; others follow."""
+"""Groups of keys in the order of `--help` and of the documentation; other groups follow."""
 
 
 def key(
@@ -89,11 +89,11 @@ class Recipe(BaseModel):
 
     @classmethod
     def keys(cls) -> dict[str, FieldInfo]:
-        """Return the declarations of the keys, ordered by group."""
+        """Return the declarations of the keys, ordered by group; required ones first."""
 
-        def place(item: tuple[str, FieldInfo]) -> int:
+        def place(item: tuple[str, FieldInfo]) -> tuple[int, bool]:
             group = group_of(item[1])
-            return GROUPS.index(group) if group in GROUPS else len(GROUPS)
+            return GROUPS.index(group) if group in GROUPS else len(GROUPS), not item[1].is_required()
 
         return dict(sorted(cls.model_fields.items(), key=place))
 

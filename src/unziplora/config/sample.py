@@ -1,4 +1,4 @@
-"""What `sample` and `grid` are told: the same models serve TOML file, flags and Python."""
+"""Recipes of `sample` and `grid`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import field_validator, model_validator
 
 from unziplora.config.recipe import KINDS, Precision, Recipe, key, natural_seeds
 
-# name → diffusers class and what to change in its configuration. Latents are never clipped to −1…1.
+# name → diffusers class and changes to its configuration; latents are never clipped to −1…1
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
@@ -36,35 +36,33 @@ Axis = Literal["auto", "prompt", "seed", "content_strength", "style_strength"]
 class GenerationConfig(Recipe):
     """Keys that `sample` and `grid` share."""
 
-    content: Path | None = key(None, "Run folder or LoRA file that gives the content.", "Input")
-    style: Path | None = key(None, "Run folder or LoRA file that gives the style.", "Input")
+    content: Path | None = key(None, "Run folder or LoRA file for the content.", "Input")
+    style: Path | None = key(None, "Run folder or LoRA file for the style.", "Input")
     base: str | None = key(None, "Base model; default: the one that the run was trained on.", "Input")
     out: Path = key(Path("samples"), "Folder for the images.", "Input")
 
     prompts: list[str] = key(
         [],
-        "What to show; {token}, {content} and {style} stand for the runs' words. Default: the runs' own prompts.",
+        "Prompt; {token}, {content} and {style} stand for the runs' words. Default: the runs' own prompts.",
         "Prompts",
     )
     content_prompt: str | None = key(
-        None, "What the content LoRA sees in separate mode; default: as in its run.", "Prompts", expert=True
+        None, "Prompt for the content LoRA in separate mode; default: as in its run.", "Prompts", expert=True
     )
     style_prompt: str | None = key(
-        None, "What the style LoRA sees in separate mode; default: as in its run.", "Prompts", expert=True
+        None, "Prompt for the style LoRA in separate mode; default: as in its run.", "Prompts", expert=True
     )
     mode: Literal["auto", "separate", "direct"] = key(
         "auto",
-        "Both LoRAs together: separate prompts (as in training), or direct addition with one prompt, as UIs do; "
-        "auto: separate where the words are known.",
+        "Combination of both LoRAs. separate: a prompt for each, as in training; direct: one prompt, as in most UIs; "
+        "auto: separate if the words are known.",
         "Prompts",
         expert=True,
     )
-    negative: str = key("", "What to steer away from.", "Prompts")
+    negative: str = key("", "Negative prompt.", "Prompts")
 
-    content_strength: float = key(
-        1.0, "Strength of the content LoRA; 0 switches it off.", "Strength", allow_inf_nan=False
-    )
-    style_strength: float = key(1.0, "Strength of the style LoRA; 0 switches it off.", "Strength", allow_inf_nan=False)
+    content_strength: float = key(1.0, "Strength of the content LoRA.", "Strength", allow_inf_nan=False)
+    style_strength: float = key(1.0, "Strength of the style LoRA.", "Strength", allow_inf_nan=False)
     content_blocks: list[str] = key(
         [], "Strength per block of the content LoRA, such as up_blocks.0.attentions.1=0.5.", "Strength", expert=True
     )
@@ -80,7 +78,7 @@ class GenerationConfig(Recipe):
     scheduler: str = key("base", f"Sampler: {', '.join(SCHEDULER_NAMES)}.", "Sampling")
     width: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
     height: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
-    seeds: list[int] = key([0], "One picture per seed and prompt.", "Sampling", min_length=1)
+    seeds: list[int] = key([0], "Seeds; one image per seed and prompt.", "Sampling", min_length=1)
     precision: Precision = key("auto", "Number format of the base.", "Sampling", expert=True)
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")
 
@@ -111,11 +109,11 @@ class GenerationConfig(Recipe):
             if getattr(self, f"{name}_blocks") and getattr(self, name) is None:
                 raise ValueError(f"{name}_blocks without a {name} LoRA: give --{name} too")
             if getattr(self, f"{name}_prompt") is not None and (self.mode == "direct" or not both):
-                raise ValueError(f"{name}_prompt is for both LoRAs with separate prompts: use --prompts")
+                raise ValueError(f"{name}_prompt is for two LoRAs with separate prompts: use --prompts")
         if self.mode == "separate" and not both:
-            raise ValueError("mode separate is for both LoRAs together: give --content and --style")
+            raise ValueError("mode separate is for two LoRAs: give --content and --style")
         if any(not text.strip() for text in [*self.prompts, self.content_prompt or "-", self.style_prompt or "-"]):
-            raise ValueError("a prompt is empty: say what the picture shall show")
+            raise ValueError("a prompt is empty: describe the image")
         if self.content is None and self.style is None and not self.prompts:
             raise ValueError("nothing to show: give --content, --style or --prompts")
         return self
@@ -128,18 +126,17 @@ class SampleConfig(GenerationConfig):
 
 
 class GridConfig(GenerationConfig):
-    """Make a labeled grid of pictures: strength × strength, or prompts × seeds."""
+    """Generate a labeled grid of images: strength × strength, or prompts × seeds."""
 
-    out: Path = key(Path("grid.png"), "Picture file to write.", "Input")
+    out: Path = key(Path("grid.png"), "PNG file to write.", "Input")
     rows: Axis = key(
         "auto",
-        "What changes from row to row; auto: content strength where both LoRAs are given, else prompts.",
+        "Axis from row to row; auto: content strength with two LoRAs, else prompts.",
         "Grid",
     )
     columns: Axis = key(
         "auto",
-        "What changes along a row; auto: style strength where both LoRAs are given, else the strengths that are, or "
-        "seeds.",
+        "Axis along a row; auto: style strength with two LoRAs, else the strengths that are listed, or seeds.",
         "Grid",
     )
     content_strengths: list[float] = key([0.0, 0.5, 1.0], "Strengths on a content axis.", "Grid", min_length=1)
@@ -163,7 +160,7 @@ class GridConfig(GenerationConfig):
         for name in KINDS:
             shown = f"{name}_strength" in (rows, columns)
             if shown and self._chosen(f"{name}_strength"):
-                raise ValueError(f"{name}_strength is what an axis changes: give {name}_strengths, or another axis")
+                raise ValueError(f"an axis changes {name}_strength: give {name}_strengths, or choose another axis")
             if not shown and self._chosen(f"{name}_strengths"):
                 raise ValueError(f"no axis shows {name}_strengths: add --columns {name}_strength")
         for axis, values in (("prompt", self.prompts), ("seed", self.seeds)):
@@ -172,7 +169,7 @@ class GridConfig(GenerationConfig):
         return self
 
     def axes(self) -> tuple[str, str]:
-        """What rows and columns show."""
+        """Return the axes of rows and columns."""
         both = self.content is not None and self.style is not None and len(self.prompts) < 2
         rows = "content_strength" if both and self.columns != "content_strength" else "prompt"
         columns = "style_strength" if both and self.rows != "style_strength" else "seed"
@@ -211,10 +208,10 @@ def read_blocks(entries: list[str]) -> dict[str, float]:
 
 
 def find_name(name: str) -> str:
-    """The key of `SCHEDULERS` (or 'base') that a user means by a name such as 'DPM++ 2M Karras'.
+    """Return the key of `SCHEDULERS` (or 'base') for a name such as 'DPM++ 2M Karras'.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no scheduler has this name.
     """
     key = name.strip().lower().replace(" ", "_").replace("-", "_")
     if key not in SCHEDULER_NAMES:

@@ -1,4 +1,4 @@
-"""The recipe of `split`, and its presets."""
+"""Recipe of `split`, and its presets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAPER: dict[str, Any] = {
     "precision": "fp16",
 }
 
-# Found by trials on drawings and filters that the small base has not seen (experiments/README.md).
+# Chosen by trials on drawings and filters that the bundled base has not seen (experiments/README.md).
 BUNDLED: dict[str, Any] = {
     **SMALL,
     "steps": 240,
@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER, "bundled": 
 
 
 class SplitConfig(ImageConfig):
-    """Split one picture (or a few of one subject in one style) into a content and a style LoRA."""
+    """Split one image (or a few of one subject in one style) into a content and a style LoRA."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
@@ -65,77 +65,102 @@ class SplitConfig(ImageConfig):
     style: str = key(..., 'Phrase for the style, such as "pencil sketch".', "Input", min_length=1)
     preset: Literal["auto", "default", "paper", "bundled"] = key(
         "auto",
-        "Named settings below your own. default: for SDXL; paper: as published; bundled: for the small base; auto: "
-        "bundled on that base, else default.",
+        "Settings that yours override; paper: as published; auto: bundled on the bundled base, else default.",
         "Input",
     )
-    full_prompt: str = key("a {token} {content} in {style} style", "Prompt of the whole picture.", "Prompts")
-    content_prompt: str = key("a {token} {content}", "Prompt that the content LoRA sees.", "Prompts")
-    style_prompt: str = key("an image in {style} style", "Prompt that the style LoRA sees.", "Prompts")
+    full_prompt: str = key("a {token} {content} in {style} style", "Prompt of the whole image.", "Prompts", expert=True)
+    content_prompt: str = key("a {token} {content}", "Prompt that the content LoRA sees.", "Prompts", expert=True)
+    style_prompt: str = key("an image in {style} style", "Prompt that the style LoRA sees.", "Prompts", expert=True)
 
     content_learning_rate: float = key(5e-5, "Learning rate of the content LoRA.", "Training", ge=0)
     style_learning_rate: float = key(5e-5, "Learning rate of the style LoRA.", "Training", ge=0)
-    scale_learning_rate: float = key(5e-3, "Learning rate of the column scales.", "Training", ge=0)
+    scale_learning_rate: float = key(5e-3, "Learning rate of the column scales.", "Training", ge=0, expert=True)
 
     # method (UnZipLoRA, arXiv 2412.04465)
-    prompt_separation: bool = key(True, "Each LoRA sees its own prompt in cross-attention K and V.", "Method")
-    column_separation: bool = key(True, "Each LoRA trains only its most important output columns.", "Method")
-    block_separation: bool = key(True, "Blocks known for content or style train one LoRA fully.", "Method")
+    prompt_separation: bool = key(
+        True, "Give each LoRA its own prompt in cross-attention K and V.", "Method", expert=True
+    )
+    column_separation: bool = key(
+        True, "Train only the most important output columns of each LoRA.", "Method", expert=True
+    )
+    block_separation: bool = key(
+        True, "Train one LoRA fully in blocks known for content or style.", "Method", expert=True
+    )
     blocks: str = key(
         "sdxl",
         "Block map: 'sdxl' (as published), 'bundled' (for that base), 'blora' (one block each) or a TOML file.",
         "Method",
         private=True,
+        expert=True,
     )
-    column_periods: int = key(3, "Times that columns are chosen, evenly over the run.", "Method", ge=1)
-    column_share: float = key(0.3, "Share of columns that a LoRA holds after the last choice.", "Method", gt=0, le=1)
-    column_warmup: int = key(10, "Steps with all columns open before each choice.", "Method", ge=1)
-    score_timesteps: int = key(8, "Noisy latents over which column scores are accumulated.", "Method", ge=1)
+    column_periods: int = key(3, "Number of column choices, spread evenly over the run.", "Method", ge=1, expert=True)
+    column_share: float = key(
+        0.3, "Share of columns that a LoRA keeps after the last choice.", "Method", gt=0, le=1, expert=True
+    )
+    column_warmup: int = key(10, "Steps with all columns open before each choice.", "Method", ge=1, expert=True)
+    score_timesteps: int = key(
+        8, "Noisy latents over which column scores are accumulated.", "Method", ge=1, expert=True
+    )
     orthogonality: float = key(
         0.5,
-        "Weight of the mean |m_c · m_s| of the column scales; higher, the LoRAs share fewer columns.",
+        "Weight of the mean |m_c · m_s| of the column scales; a higher weight makes the LoRAs share fewer columns.",
         "Method",
         ge=0,
+        expert=True,
     )
     official_code: bool = key(
         False,
         "Reproduce faults of the official code: column scores by threshold on scaled gradients, strict choice, random "
         "start, decay of masked columns.",
         "Method",
+        expert=True,
     )
     phrase_steps: int = key(
         0,
-        "Steps before all others in which the style phrase itself is learned (textual inversion); the style LoRA then "
-        "has a part for the text encoders. 0: none.",
+        "Steps that first learn the style phrase itself (textual inversion); the style LoRA then has a part for the "
+        "text encoders. 0: none.",
         "Method",
         ge=0,
+        expert=True,
     )
-    phrase_learning_rate: float = key(5e-3, "Learning rate of the phrase's embeddings.", "Method", gt=0)
+    phrase_learning_rate: float = key(5e-3, "Learning rate of the phrase's embeddings.", "Method", gt=0, expert=True)
     phrase_words: list[str] = key(
-        [], "Words of styles that the base knows well: the phrase is learned as a mixture of them as well.", "Method"
-    )
-    phrase_word_rate: float = key(1e-2, "Learning rate of the shares of these words.", "Method", gt=0)
-    content_alone: float = key(
-        0.0, "Share of the steps in which the content LoRA learns the picture without the other.", "Method", ge=0, lt=1
-    )
-    content_variants: bool = key(
-        False,
-        "In the steps of content_alone show the picture under plain filters too, each with words of its own; needs "
-        "phrase_steps.",
+        [],
+        "Words of styles that the base knows well; the phrase is learned as a mixture of them too.",
         "Method",
+        expert=True,
     )
-    style_alone: float = key(
+    phrase_word_rate: float = key(1e-2, "Learning rate of the shares of phrase_words.", "Method", gt=0, expert=True)
+    content_alone: float = key(
         0.0,
-        "Share of the steps in which the style LoRA learns the picture without the other, with the style prompt alone.",
+        "Share of steps in which the content LoRA learns the image without the style LoRA.",
         "Method",
         ge=0,
         lt=1,
+        expert=True,
     )
-    content_prior: float = key(0.0, "Weight of prior preservation for the content LoRA.", "Method", ge=0)
-    style_prior: float = key(0.0, "Weight of prior preservation for the style LoRA.", "Method", ge=0)
-    prior_images: int = key(16, "Number of class pictures per prior; the base makes them.", "Method", ge=1)
-    content_class_prompt: str = key("a {content}", "Class prompt of the content prior.", "Method")
-    style_class_prompt: str = key("an image", "Class prompt of the style prior.", "Method")
+    content_variants: bool = key(
+        False,
+        "In the steps of content_alone, show the image under simple filters too, each with its own words; needs "
+        "phrase_steps.",
+        "Method",
+        expert=True,
+    )
+    style_alone: float = key(
+        0.0,
+        "Share of steps in which the style LoRA learns the image without the content LoRA, with the style prompt only.",
+        "Method",
+        ge=0,
+        lt=1,
+        expert=True,
+    )
+    content_prior: float = key(0.0, "Weight of prior preservation for the content LoRA.", "Method", ge=0, expert=True)
+    style_prior: float = key(0.0, "Weight of prior preservation for the style LoRA.", "Method", ge=0, expert=True)
+    prior_images: int = key(
+        16, "Number of class images per prior; the base generates them.", "Method", ge=1, expert=True
+    )
+    content_class_prompt: str = key("a {content}", "Class prompt of the content prior.", "Method", expert=True)
+    style_class_prompt: str = key("an image", "Class prompt of the style prior.", "Method", expert=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> SplitConfig:
@@ -161,14 +186,14 @@ class SplitConfig(ImageConfig):
         return self
 
     def filled_prompts(self) -> dict[str, str]:
-        """The three prompts."""
+        """Return the three prompts."""
         return self.prompts()
 
     def prior_weights(self) -> dict[str, float]:
-        """The weight of prior preservation by LoRA."""
+        """Return the weight of prior preservation by LoRA."""
         return {"content": self.content_prior, "style": self.style_prior}
 
     def prompts(self) -> dict[str, str]:
-        """The three prompts with the words filled in, by the names full, content and style."""
+        """Return the filled prompts by the names full, content and style."""
         templates = {"full": self.full_prompt, "content": self.content_prompt, "style": self.style_prompt}
         return {name: self.fill(text) for name, text in templates.items()}

@@ -1,4 +1,4 @@
-"""What every training shares: the base, the LoRA's size, optimization, output, and the pictures learned from."""
+"""Keys that all trainings share: base, LoRA size, optimization, output, and the images to learn from."""
 
 from __future__ import annotations
 
@@ -21,68 +21,67 @@ SMALL: dict[str, Any] = {
     "sample_subject": "house",
     "sample_style": "neon sign",
 }
-"""What every training on the small base that ships with the package sets: a minute or two on a laptop CPU."""
+"""Settings for any training on the bundled base: a minute or two on a laptop CPU."""
 
 
 class TrainingConfig(Recipe):
-    """Common keys of all recipes that train."""
+    """Keys of all trainings."""
 
     out: Path = key(..., "Run folder to create.", "Input", private=True, may_change=True)
     base: str = key(SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
     resolution: int | None = key(
         None,
-        "Side of the training picture in pixels, a multiple of 32 for SDXL; less needs less memory; default: the "
-        "base's own.",
+        "Side of the training image in pixels, for SDXL a multiple of 32; default: the base's own.",
         "Input",
         ge=16,
     )
-    token: str = key("sks", "Rare word that stands for this very subject.", "Prompts", min_length=1, expert=True)
+    token: str = key("sks", "Rare word that stands for this particular subject.", "Prompts", min_length=1, expert=True)
 
     steps: int = key(600, "Optimizer steps.", "Training", ge=1)
-    batch_size: int = key(1, "Noisy latents per step.", "Training", ge=1)
+    batch_size: int = key(1, "Noisy latents per step.", "Training", ge=1, expert=True)
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = key(
         "adamw",
-        "adamw8bit needs less memory, and bitsandbytes; prodigy finds the step size itself: set learning rates to 1.",
+        "adamw8bit saves memory; prodigy adapts the step size (set learning rates to 1).",
         "Training",
     )
     betas: tuple[float, float] = key((0.9, 0.999), "Adam's betas.", "Training", expert=True)
     schedule: Literal["constant", "cosine"] = key(
-        "constant", "Learning-rate schedule; cosine ends at zero.", "Training", expert=True
+        "constant", "Learning-rate schedule; cosine decays to zero.", "Training", expert=True
     )
     schedule_warmup: int = key(0, "Steps of linear learning-rate warm-up.", "Training", ge=0, expert=True)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", "Training", gt=0, expert=True)
+    max_grad_norm: float = key(1.0, "Norm to which gradients are clipped.", "Training", gt=0, expert=True)
     min_snr_gamma: float | None = key(
-        None, "Min-SNR weighting (arXiv 2303.09556), usually 5.", "Training", gt=0, expert=True
+        None, "Gamma of min-SNR weighting (arXiv 2303.09556); usually 5.", "Training", gt=0, expert=True
     )
     noise_offset: float = key(
         0.0,
-        "A constant added to the noise of each channel, for very dark or bright pictures; usually 0.05.",
+        "Offset added to the noise of each channel, for very dark or bright images; usually 0.05.",
         "Training",
         ge=0,
         expert=True,
     )
     timestep_shift: float = key(
         1.0,
-        "Above 1, more steps train at high noise, where layout and background colors are decided; 1 is uniform.",
+        "Above 1, more steps train at high noise, which decides layout and background colors; 1 is uniform.",
         "Training",
         gt=0,
         expert=True,
     )
     precision: Precision = key(
         "auto",
-        "Arithmetic of the frozen base; auto: bf16 where the device has it, else fp16, fp32 on CPU.",
+        "Number format of the frozen base; auto: bf16 if the GPU supports it, else fp16; fp32 on a CPU.",
         "Training",
         expert=True,
     )
     gradient_checkpointing: bool = key(
         False,
-        "Slower, with much less memory: for SDXL at 1024 px about 9 GiB instead of 17.",
+        "Save memory at the cost of speed: about 9 GiB instead of 17 for SDXL.",
         "Training",
         may_change=True,
     )
     cuda_graphs: bool = key(
         True,
-        "On NVIDIA GPUs, record a step and replay it: the same result, sooner where the GPU waits for Python. Not with "
+        "On NVIDIA GPUs, record a step and replay it: the same result, faster if the GPU waits for Python. Not with "
         "gradient checkpointing.",
         "Training",
         may_change=True,
@@ -99,25 +98,29 @@ class TrainingConfig(Recipe):
         5.0, "Classifier-free guidance for images that a training generates itself.", "Training", ge=1, expert=True
     )
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training", may_change=True)
-    seed: int = key(0, "Seed of everything random.", "Training", ge=0)
+    seed: int = key(0, "Random seed.", "Training", ge=0)
 
-    save_precision: Literal["fp16", "bf16", "fp32"] = key("fp16", "Number format in the files.", "Output", expert=True)
+    save_precision: Literal["fp16", "bf16", "fp32"] = key(
+        "fp16", "Number format of the LoRA files.", "Output", expert=True
+    )
     formats: list[Literal["kohya", "diffusers"]] = key(
         ["kohya"],
-        "File layouts to write; kohya's, which every program reads, is always among them.",
+        "File layouts to write; kohya's, which every program reads, is always included.",
         "Output",
         may_change=True,
         expert=True,
     )
     checkpoint_every: int = key(
         200,
-        "Steps between checkpoints; 0: only at the end and when interrupted.",
+        "Steps between checkpoints; 0: only at the end and on interruption.",
         "Output",
         ge=0,
         may_change=True,
         expert=True,
     )
-    sample_every: int = key(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0, may_change=True)
+    sample_every: int = key(
+        0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0, may_change=True, expert=True
+    )
     sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1, may_change=True, expert=True)
     sample_guidance: float = key(
         5.0, "Classifier-free guidance of samples.", "Output", ge=1, may_change=True, expert=True
@@ -144,15 +147,15 @@ class TrainingConfig(Recipe):
         return betas
 
     def noising(self) -> dict[str, Any]:
-        """How noisy latents are drawn and weighted: keywords of `objective.denoising_loss`."""
+        """Return the keywords of `training.loss.denoising_loss` that decide how latents are noised and weighted."""
         return self.model_dump(include={"batch_size", "min_snr_gamma", "noise_offset", "timestep_shift"})
 
     def samples_at_once(self) -> int:
-        """Pictures of a sample sheet computed together; with guidance each counts twice, and a step's batch fits."""
+        """Return how many images of a sample sheet fit at once: guidance doubles each, and a training batch fits."""
         return max(1, min(self.batch_size // 2, len(self.sample_seeds)))
 
     def words(self) -> dict[str, str]:
-        """The user's words by the names under which prompt templates call them."""
+        """Return the user's words by the placeholders of prompt templates."""
         named = {name: getattr(self, name, None) for name in ("token", "content", "style")}
         return {name: word for name, word in named.items() if word}
 
@@ -160,47 +163,49 @@ class TrainingConfig(Recipe):
         """Fill {token}, {content} and {style} into a prompt template.
 
         Raises:
-            UserError: the template asks for something else, or for a word that is not given.
+            UserError: the template has another placeholder, or one whose word is not set.
         """
         return fill(template, self.words())
 
     def style_trigger(self, template: str, word: str = "{style}") -> str:
-        """What calls a style up behind any subject, from the template of the prompt that it was trained with."""
+        """Return the words that invoke a style after any subject, from the template of its training prompt."""
         prompt, end = self.fill(template), self.fill(f"in {word} style")
         return end if prompt.endswith(end) else style_words(prompt)
 
     def check_rates(self, **rates: float) -> None:
-        """Refuse learning rates that do not go with the optimizer."""
+        """Refuse learning rates that do not fit the optimizer."""
         if self.optimizer == "prodigy" and any(0 < rate < 0.1 for rate in rates.values()):
             got = " and ".join(f"{rate:g}" for rate in rates.values())
             raise ValueError(
-                f"Prodigy finds the step size itself, and its learning rates are factors (got {got}): "
+                f"Prodigy adapts the step size, so its learning rates are factors (got {got}): "
                 f"set {' and '.join(rates)} to 1"
             )
 
     def filled_prompts(self) -> dict[str, str]:
-        """The prompts that templates make, by name, to be shown before a run."""
+        """Return the filled prompts by name, to show them before a run."""
         templates = {name.removesuffix("_prompt"): text for name, text in self if name.endswith("_prompt") and text}
         return {name: self.fill(text) for name, text in templates.items()}
 
 
 class ImageConfig(TrainingConfig):
-    """Common keys of the recipes that learn from pictures."""
+    """Keys of all trainings on images."""
 
     images: list[Path] = key(
         ...,
-        "Picture file, or several that share what is to be learned.",
+        "Image file, or several that share what is to be learned.",
         "Input",
         min_length=1,
         private=True,
         expert=True,
     )
-    masks: list[Path] = key([], "Subject masks, one per picture: white counts in the loss.", "Input", private=True)
+    masks: list[Path] = key(
+        [], "Subject masks, one per image; white areas count in the loss.", "Input", private=True, expert=True
+    )
     background_weight: float = key(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1, expert=True)
 
     rank: int = key(
         64,
-        "Rank of the LoRA (of each, where there are two); all attentions of SDXL make 2.9 MB per rank.",
+        "Rank of each LoRA; 2.9 MB per rank in SDXL's attentions.",
         "Training",
         ge=1,
     )
@@ -221,7 +226,7 @@ class ImageConfig(TrainingConfig):
     )
 
     def prior_weights(self) -> dict[str, float]:
-        """The weight of prior preservation by LoRA; none, unless a recipe has it."""
+        """Return the weight of prior preservation by LoRA."""
         return {}
 
     @field_validator("content", "style", "token", check_fields=False)
@@ -239,6 +244,6 @@ class ImageConfig(TrainingConfig):
 
 
 def style_words(style: str) -> str:
-    """What calls a style up behind any subject: of "an image in ink style" the end, else the whole prompt."""
+    """Return the words that invoke a style after any subject: the end of "an image in ink style", else the whole."""
     end = re.search(r".*\b(in .+ style)$", style)
     return end[1] if end else style

@@ -1,4 +1,4 @@
-"""The recipe of `zip`: a content LoRA and a style LoRA become one."""
+"""Recipe of `zip`: a content LoRA and a style LoRA become one."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from unziplora.errors import UserError
 class ZipConfig(TrainingConfig):
     """Merge a content LoRA and a style LoRA into one, by trained column scales (ZipLoRA, arXiv 2311.13600) or a sum."""
 
-    content_lora: Path = key(..., "Run folder or LoRA file that gives the content.", "Input", private=True)
-    style_lora: Path = key(..., "Run folder or LoRA file that gives the style.", "Input", private=True)
+    content_lora: Path = key(..., "Run folder or LoRA file for the content.", "Input", private=True, expert=True)
+    style_lora: Path = key(..., "Run folder or LoRA file for the style.", "Input", private=True, expert=True)
     content_images: list[Path] = key(
         [],
-        "Pictures that the content LoRA learned; default: its run's. Without any, or with 'none', it generates some.",
+        "Images that the content LoRA learned; default: its run's; none: the LoRA generates some.",
         "Input",
         private=True,
     )
     style_images: list[Path] = key(
         [],
-        "Pictures that the style LoRA learned; default: its run's. Without any, or with 'none', it generates some.",
+        "Images that the style LoRA learned; default: its run's; none: the LoRA generates some.",
         "Input",
         private=True,
     )
 
-    content_prompt: str | None = key(
-        None, "Prompt that the content LoRA learned; default: as in its run, required for other files.", "Prompts"
-    )
-    style_prompt: str | None = key(
-        None, "Prompt that the style LoRA learned; default: as in its run, required for other files.", "Prompts"
-    )
+    content_prompt: str | None = key(None, "Prompt that the content LoRA learned; default: its run's.", "Prompts")
+    style_prompt: str | None = key(None, "Prompt that the style LoRA learned; default: its run's.", "Prompts")
     full_prompt: str | None = key(
-        None, "Prompt of both together, for samples and the card; default: made of the two.", "Prompts"
+        None, "Prompt of both together, for samples and the card; default: joined from the two.", "Prompts", expert=True
     )
 
     method: Literal["zip", "direct"] = key(
-        "zip", "Train column scales so that both work together, or add the LoRAs as they are (no base).", "Method"
+        "zip",
+        "zip: train column scales so that both work together; direct: add the LoRAs as they are, without a base.",
+        "Method",
     )
-    content_strength: float = key(1.0, "Strength of the content LoRA before merging.", "Method", allow_inf_nan=False)
-    style_strength: float = key(1.0, "Strength of the style LoRA before merging.", "Method", allow_inf_nan=False)
-    orthogonality: float = key(0.01, "Weight of the mean |m_c · m_s| of the column scales.", "Method", ge=0)
-    teacher_images: int = key(4, "Pictures that a LoRA without any makes.", "Method", ge=1)
+    content_strength: float = key(1.0, "Strength of the content LoRA.", "Method", allow_inf_nan=False)
+    style_strength: float = key(1.0, "Strength of the style LoRA.", "Method", allow_inf_nan=False)
+    orthogonality: float = key(
+        0.01, "Weight of the mean |m_c · m_s| of the column scales.", "Method", ge=0, expert=True
+    )
+    teacher_images: int = key(4, "Number of images that a LoRA generates if it has none.", "Method", ge=1, expert=True)
 
     steps: int = key(100, "Optimizer steps.", "Training", ge=1)
     # Adam moves a scale by about this much per step: at 5e-5, ziplora-pytorch's rate, by 0.005 in 100 steps.
     learning_rate: float = key(1e-2, "Learning rate of the column scales.", "Training", ge=0)
 
-    parts: bool = key(False, "Write the two scaled LoRAs too; their sum is the merged one.", "Output")
+    parts: bool = key(False, "Write the two scaled LoRAs too; their sum is the merged one.", "Output", expert=True)
 
     @field_validator("content_prompt", "style_prompt", "full_prompt")
     @classmethod
@@ -64,31 +64,31 @@ class ZipConfig(TrainingConfig):
     @model_validator(mode="after")
     def _consistent(self) -> ZipConfig:
         if self.optimizer == "prodigy":
-            raise ValueError("Prodigy is for matrices: column scales are trained by adamw")
+            raise ValueError("Prodigy does not suit column scales: set optimizer to adamw")
         return self
 
     def filled_prompts(self) -> dict[str, str]:
-        """The three prompts."""
+        """Return the three prompts."""
         return self.prompts()
 
     def prompts(self) -> dict[str, str]:
-        """The three prompts with the token filled in, by the names full, content and style.
+        """Return the filled prompts by the names full, content and style.
 
         Raises:
-            UserError: a prompt is neither given nor known.
+            UserError: a prompt is neither set nor known from a run.
         """
-        told = {"content": self.content_prompt, "style": self.style_prompt}
-        silent = [name for name, text in told.items() if text is None]
-        if silent:
-            files = " and ".join(str(getattr(self, f"{name}_lora")) for name in silent)
-            flags = " and ".join(f"--{name}-prompt" for name in silent)
-            raise UserError(f"{files}: no word of what was trained; give what the LoRA learned as {flags}")
-        content, style = (self.fill(text or "") for text in told.values())
+        templates = {"content": self.content_prompt, "style": self.style_prompt}
+        missing = [name for name, text in templates.items() if text is None]
+        if missing:
+            files = " and ".join(str(getattr(self, f"{name}_lora")) for name in missing)
+            flags = " and ".join(f"--{name}-prompt" for name in missing)
+            raise UserError(f"{files}: training prompt unknown; give the prompt that the LoRA learned as {flags}")
+        content, style = (self.fill(text or "") for text in templates.values())
         full = self.fill(self.full_prompt) if self.full_prompt else joined_prompt(content, style)
         return {"full": full, "content": content, "style": style}
 
 
 def joined_prompt(content: str, style: str) -> str:
-    """A prompt of both: "a sks cat" with "an image in ink style" is "a sks cat in ink style", else after a comma."""
+    """Join two prompts: "a sks cat" and "an image in ink style" give "a sks cat in ink style"; else with a comma."""
     words = style_words(style)
     return f"{content} {words}" if words.startswith("in ") else f"{content}, {words}"

@@ -578,7 +578,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"content_prompt": None}, "no word of what was trained(.|\n)*--content-prompt"),
+            ({"content_prompt": None}, "training prompt unknown(.|\n)*--content-prompt"),
             ({"style_prompt": "a {thing}"}, "is not known here"),
             ({"style_lora": Path("gone.safetensors")}, "no such run folder or LoRA file"),
             ({"content_images": [Path("gone.png")]}, "no such picture"),
