@@ -17,7 +17,7 @@ from unziplora.config.bench import ABLATION
 from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.lora.algebra import delta
-from unziplora.lora.inject import adapted
+from unziplora.lora.inject import adapted_layers
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
@@ -103,7 +103,7 @@ def test_drawing_uses_the_loras_and_leaves_the_base_as_it_was(
     )
     assert before.tobytes() == after.tobytes()
     assert len({picture.tobytes() for picture in (before, first, second)}) == 3
-    assert not adapted(tiny_base.unet)
+    assert not adapted_layers(tiny_base.unet)
 
 
 class TestEvaluate:

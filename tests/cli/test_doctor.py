@@ -15,7 +15,7 @@ from unziplora.cli import doctor
 from unziplora.cli.doctor import GIB, Check, Device, Report, advice, examine
 from unziplora.config.bases import BUNDLED_BASE, SDXL
 from unziplora.errors import UserError
-from unziplora.lora.inject import of_kinds
+from unziplora.lora.inject import filter_targets
 from unziplora.models.base import load_base
 from unziplora.models.sizes import inspect_base
 
@@ -112,7 +112,7 @@ class TestSizes:
         sizes = inspect_base(SDXL)
         assert sizes.unet == 2_567_463_684
         assert sizes.vae == 83_653_863
-        attention = of_kinds(sizes.names, ["attention"])
+        attention = filter_targets(sizes.names, ["attention"])
         assert (len(sizes.names), len(attention)) == (722, 560)
         assert sizes.adapter(64, attention) == 92_897_280
         assert sizes.resolution == 1024

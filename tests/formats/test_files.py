@@ -18,7 +18,7 @@ from unziplora.formats.names import to_kohya
 from unziplora.formats.sdxl import to_sgm
 from unziplora.lora.algebra import delta
 from unziplora.lora.inject import attention_linears, inject, remove
-from unziplora.lora.weights import Lora, blocks, check_fits, scale_blocks
+from unziplora.lora.weights import Lora, check_fits, lora_blocks, scale_blocks
 
 # --- round trips
 
@@ -319,7 +319,7 @@ def test_blocks_are_scaled_by_the_longest_name():
         factor = 2.0 if "up_blocks.0.attentions.1." in path else 0.5 if path.startswith("up") else 1.0
         factor = 0.0 if path.startswith("mid") else factor
         torch.testing.assert_close(delta(pair), factor * delta(lora.modules[path]))
-    assert "mid_block.attentions.0" in blocks(lora)
+    assert "mid_block.attentions.0" in lora_blocks(lora)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["base known", "base unknown"])

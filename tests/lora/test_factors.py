@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unziplora.lora.factors import joint_factors
-from unziplora.lora.inject import adapted, add_lora, attention_linears, remove
+from unziplora.lora.inject import adapted_layers, add_lora, attention_linears, remove
 from unziplora.lora.layer import Branch, BranchedLinear
 
 RANK = 3
@@ -74,7 +74,7 @@ def test_outputs_and_gradients_are_those_of_layers_by_themselves(unet, alone, st
 
 def test_layers_are_given_factors_in_a_pass_and_none_after_it(unet):
     predict(unet)
-    layer, seen = next(iter(adapted(unet).values())), []
+    layer, seen = next(iter(adapted_layers(unet).values())), []
     layer.base.register_forward_hook(lambda *_: seen.append(layer.factors))
     predict(unet)
     assert set(seen[0]) == {0}, "both LoRAs of a self-attention read the same"
@@ -85,7 +85,7 @@ def test_layers_are_given_factors_in_a_pass_and_none_after_it(unet):
 def test_what_changes_between_passes_counts_in_the_next(unet, alone, change):
     before = predict(unet).detach()
     for each in (unet, alone):
-        for layer in adapted(each).values():
+        for layer in adapted_layers(each).values():
             branch = layer.branch("content")
             with torch.no_grad():
                 if change == "weights":
@@ -118,7 +118,7 @@ def test_with_gradient_checkpointing_nothing_is_shared_and_all_is_the_same(unet)
     _, plain = gradients(unet)
     unet.enable_gradient_checkpointing()
     unet.train()
-    layer, seen = next(iter(adapted(unet).values())), []
+    layer, seen = next(iter(adapted_layers(unet).values())), []
     layer.base.register_forward_hook(lambda *_: seen.append(layer.factors))
     _, found = gradients(unet)
     assert seen == [None, None], "computed twice, by itself"
@@ -129,10 +129,10 @@ def test_with_gradient_checkpointing_nothing_is_shared_and_all_is_the_same(unet)
 def test_a_copy_of_a_unet_adapts_itself(unet):
     other = copy.deepcopy(unet)
     with torch.no_grad():
-        for layer in adapted(other).values():
+        for layer in adapted_layers(other).values():
             layer.branch("style").up.zero_()
     assert not torch.allclose(predict(other), predict(unet))
-    assert other.joint_factors.layers == adapted(other)
+    assert other.joint_factors.layers == adapted_layers(other)
 
 
 def test_a_unet_without_loras_has_no_hooks(unet):
@@ -142,7 +142,7 @@ def test_a_unet_without_loras_has_no_hooks(unet):
     assert not plain._forward_pre_hooks
     assert not plain._forward_hooks
     assert not hasattr(plain, "joint_factors")
-    assert unet.joint_factors.layers == adapted(unet), "that of the copy is its own"
+    assert unet.joint_factors.layers == adapted_layers(unet), "that of the copy is its own"
 
 
 def test_joint_factors_are_those_of_the_equation_in_the_type_asked_for():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unziplora.lora.inject import adapted, add_lora, attention_linears, inject, remove
+from unziplora.lora.inject import adapted_layers, add_lora, attention_linears, inject, remove
 from unziplora.lora.layer import BranchedLinear
 
 RANK, IN, OUT = 3, 8, 6
@@ -128,7 +128,7 @@ def test_injection_reaches_every_attention_layer_and_can_be_undone(tiny_base):
     modules = {path: (torch.randn(2, unet.get_submodule(path).in_features),) for path in paths}
     modules = {p: (down, torch.randn(unet.get_submodule(p).out_features, 2)) for p, (down,) in modules.items()}
     add_lora(unet, "content", modules, stream="content")
-    assert list(adapted(unet)) == paths
+    assert list(adapted_layers(unet)) == paths
     remove(unet)
     after = unet.state_dict()
     assert list(after) == list(before)

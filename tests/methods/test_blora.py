@@ -15,7 +15,7 @@ from unziplora.config.sample import SampleConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora
 from unziplora.lora.blocks import BLORA_BLOCKS, read_blocks
-from unziplora.lora.weights import blocks
+from unziplora.lora.weights import lora_blocks
 from unziplora.methods.blora import BLora
 from unziplora.sampling.prompts import plan_prompts
 from unziplora.sampling.sources import find_lora
@@ -53,15 +53,15 @@ def test_each_half_trains_in_its_own_block_and_nowhere_else(config: Make):
     run = run_training(BLora, config())
     for file, own in ((run.content, BLORA_BLOCKS.content), (run.style, BLORA_BLOCKS.style)):
         lora = read_lora(file)
-        assert blocks(lora) == list(own)
+        assert lora_blocks(lora) == list(own)
         assert all(up.abs().max() > 0 for _, up in lora.modules.values())
 
 
 def test_a_map_of_ones_own_says_the_blocks(config: Make, tmp_path: Path):
     (tmp_path / "map.toml").write_text('content = ["mid_block.attentions.0"]\nstyle = ["down_blocks.1"]\n')
     run = run_training(BLora, config(blocks=str(tmp_path / "map.toml")))
-    assert blocks(read_lora(run.content)) == ["mid_block.attentions.0"]
-    assert blocks(read_lora(run.style)) == ["down_blocks.1.attentions.0", "down_blocks.1.attentions.1"]
+    assert lora_blocks(read_lora(run.content)) == ["mid_block.attentions.0"]
+    assert lora_blocks(read_lora(run.style)) == ["down_blocks.1.attentions.0", "down_blocks.1.attentions.1"]
     (tmp_path / "wrong.toml").write_text('content = ["up_blocks.7"]\nstyle = ["mid_block"]\n')
     with pytest.raises(UserError, match=r"up_blocks\.7"):
         run_training(BLora, config(blocks=str(tmp_path / "wrong.toml"), out=tmp_path / "other"))

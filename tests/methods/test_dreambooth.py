@@ -19,7 +19,7 @@ from unziplora.config.recipe import resolve
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats import writers
 from unziplora.formats.files import read_lora
-from unziplora.lora.inject import adapted, attention_linears, remove
+from unziplora.lora.inject import adapted_layers, attention_linears, remove
 from unziplora.methods.class_images import class_images
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.models.base import Base
@@ -131,7 +131,7 @@ def test_only_the_lora_trains_and_only_where_it_shall(tiny_base: Base, config: M
     run(method)
     assert all(path.endswith((".proj", ".net.2", "proj_in", "proj_out")) for path in method.branches)
     assert all(branch.delta().abs().max() > 0 for branch in method.branches.values())
-    assert {"content"} == {name for layer in adapted(tiny_base.unet).values() for name in layer.branches}
+    assert {"content"} == {name for layer in adapted_layers(tiny_base.unet).values() for name in layer.branches}
     remove(tiny_base.unet)
     after = tiny_base.unet.state_dict()
     assert all(torch.equal(after[name], value) for name, value in frozen.items())

@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import SDXL_BLOCKS
-from unziplora.lora.inject import adapted
+from unziplora.lora.inject import adapted_layers
 from unziplora.methods.unziplora.data import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
@@ -25,7 +25,7 @@ def method() -> UnZipLora:
 
 
 def test_sdxl_has_560_attention_linears_and_the_published_count_of_parameters(method):
-    assert len(adapted(method.unet)) == 560
+    assert len(adapted_layers(method.unet)) == 560
     for name in ("content", "style"):
         branches = method.branches[name].values()
         assert len(branches) == 560
@@ -38,7 +38,7 @@ def test_sdxl_has_560_attention_linears_and_the_published_count_of_parameters(me
 
 
 def test_every_block_of_the_map_exists_in_sdxl(method):
-    paths = list(adapted(method.unet))
+    paths = list(adapted_layers(method.unet))
     counts = {
         block: sum(path.startswith(block + ".") for path in paths) for block in SDXL_BLOCKS.content + SDXL_BLOCKS.style
     }

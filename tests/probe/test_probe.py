@@ -10,7 +10,7 @@ from PIL import Image
 from unziplora.config.probe import ProbeConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.lora.blocks import check_blocks, read_blocks
-from unziplora.lora.inject import adapted, attention_linears
+from unziplora.lora.inject import adapted_layers, attention_linears
 from unziplora.metrics.statistics import Statistics
 from unziplora.models.base import Base
 from unziplora.models.text import embed, embed_negative
@@ -90,7 +90,7 @@ class TestSwap:
             assert hooks(tiny_base) == 17
         swap(tiny_base, P, Q, BLOCKS, [3], Settings(steps=1))
         assert hooks(tiny_base) == 0
-        assert not adapted(tiny_base.unet)
+        assert not adapted_layers(tiny_base.unet)
 
     def test_leaves_no_hook_behind_after_a_fault(self, tiny_base: Base):
         def stop(done: int, total: int) -> None:
@@ -102,7 +102,7 @@ class TestSwap:
         with pytest.raises(UserError):
             swap(tiny_base, P, Q, BLOCKS, [], FAST)
         assert hooks(tiny_base) == 0
-        assert not adapted(tiny_base.unet)
+        assert not adapted_layers(tiny_base.unet)
 
 
 class Gray:

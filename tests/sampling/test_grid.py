@@ -10,7 +10,7 @@ from unziplora.config.sample import GridConfig
 from unziplora.errors import UserError
 from unziplora.formats.files import write_lora
 from unziplora.images.sheet import sheet
-from unziplora.lora.inject import adapted, add_lora
+from unziplora.lora.inject import adapted_layers, add_lora
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 from unziplora.sampling.grid import grid
@@ -90,7 +90,7 @@ def test_strength_grid_shows_every_pair(fresh_base, loras: dict[str, Path], tmp_
     seen = []
     path = grid(config, base, lambda *report: seen.append(report))
     assert seen[-1] == (6, 6)
-    assert not adapted(base.unet)
+    assert not adapted_layers(base.unet)
     with Image.open(path) as picture:
         picture.load()
         assert json.loads(picture.text["unziplora"])["style_strengths"] == [0, 0.5, 1]
@@ -101,7 +101,7 @@ def test_strength_grid_shows_every_pair(fresh_base, loras: dict[str, Path], tmp_
     expected = []
     for content in (0.0, 1.0):
         for style in (0.0, 0.5, 1.0):
-            for layer in adapted(base.unet).values():
+            for layer in adapted_layers(base.unet).values():
                 layer.branches["content"].strength, layer.branches["style"].strength = content, style
             expected += generate(base, "a cat", [0], Settings(steps=1))
     assert [cell.tobytes() for cell in shown] == [picture.tobytes() for picture in expected]

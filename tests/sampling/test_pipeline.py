@@ -8,7 +8,7 @@ from tiny import random_lora
 
 from unziplora.config.sample import SCHEDULERS
 from unziplora.errors import MachineError, OutOfMemory, UserError
-from unziplora.lora.inject import adapted, add_lora, attention_linears
+from unziplora.lora.inject import adapted_layers, add_lora, attention_linears
 from unziplora.lora.layer import BranchedLinear
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
@@ -29,7 +29,7 @@ def split_base(tiny_base: Base) -> Base:
 
 
 def turn(base: Base, **strengths: float) -> None:
-    for layer in adapted(base.unet).values():
+    for layer in adapted_layers(base.unet).values():
         for name, strength in strengths.items():
             layer.branches[name].strength = strength
 
@@ -78,10 +78,10 @@ def test_three_prompts_work_on_layers_without_loras(tiny_base: Base):
     """B-LoRA adapts two blocks alone; the other cross-attentions must split the joined embeddings too."""
     paths = [p for p in attention_linears(tiny_base.unet) if p.startswith("up_blocks.0.attentions.0")]
     add_lora(tiny_base.unet, "content", random_lora(tiny_base.unet, 1, paths), stream="content")
-    before = set(adapted(tiny_base.unet))
+    before = set(adapted_layers(tiny_base.unet))
     text = CAT.full
     joined = generate_latents(tiny_base, Prompts(text, text, text), [0], FAST)
-    assert set(adapted(tiny_base.unet)) == before == set(paths)
+    assert set(adapted_layers(tiny_base.unet)) == before == set(paths)
     assert torch.equal(joined, generate_latents(tiny_base, text, [0], FAST))
 
 

@@ -17,7 +17,7 @@ from unziplora.errors import MachineError, UserError
 from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.safetensors import body_hash, read_tensors
 from unziplora.lora.algebra import fold_output
-from unziplora.lora.inject import adapted, add_lora, attention_linears
+from unziplora.lora.inject import adapted_layers, add_lora, attention_linears
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
@@ -130,7 +130,7 @@ def test_longest_block_name_counts_and_multiplies_the_strength(tiny_base: Base, 
     config = SampleConfig(content=cat, content_strength=3, content_blocks=blocks)
     plain = read_lora(cat / "content.safetensors").modules
     with open_session(config, tiny_base):
-        found = {path: layer.branches["content"].delta() for path, layer in adapted(tiny_base.unet).items()}
+        found = {path: layer.branches["content"].delta() for path, layer in adapted_layers(tiny_base.unet).items()}
     for path, delta in found.items():
         down, up = plain[path]
         kept = path.startswith("up_blocks.0.attentions.1.")
@@ -140,7 +140,7 @@ def test_longest_block_name_counts_and_multiplies_the_strength(tiny_base: Base, 
 
 def test_the_base_is_left_as_it_was(tiny_base: Base, shared_base: Base, cat: Path):
     latents(SampleConfig(content=cat, style=cat), tiny_base)
-    assert not adapted(tiny_base.unet)
+    assert not adapted_layers(tiny_base.unet)
     assert tiny_base.unet.state_dict().keys() == shared_base.unet.state_dict().keys()
 
 
@@ -340,7 +340,7 @@ def test_lora_for_another_size_does_not_fit(tiny_base: Base, tmp_path: Path):
     write_lora(Lora(pairs), tmp_path / "wide.safetensors", dtype="fp32")
     with pytest.raises(UserError, match="does not fit base tiny-xl"):
         latents(SampleConfig(content=tmp_path / "wide.safetensors", prompts=["x"]), tiny_base)
-    assert not adapted(tiny_base.unet)
+    assert not adapted_layers(tiny_base.unet)
 
 
 def test_refusals_of_sources(tiny_base: Base, cat: Path, tmp_path: Path):

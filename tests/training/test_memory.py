@@ -15,7 +15,7 @@ from unziplora.cli.doctor import FITTING, GIB
 from unziplora.config.bases import SDXL
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig
-from unziplora.lora.inject import add_lora, of_kinds
+from unziplora.lora.inject import add_lora, filter_targets
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.sizes import Sizes, inspect_base
 from unziplora.training import activations
@@ -40,7 +40,7 @@ class TestMemory:
         sizes = inspect_base(str(tiny_folder))
         config = recipe(base=str(tiny_folder), rank=4)
         parts = {line.part: line for line in split_memory(config, sizes).lines}
-        attention = [sizes.layers[path] for path in of_kinds(sizes.names, ["attention"])]
+        attention = [sizes.layers[path] for path in filter_targets(sizes.names, ["attention"])]
         trained = 2 * 4 * sum(i + o for i, o in attention)
         columns = 2 * sum(o for _, o in attention)
         assert parts["UNet"].bytes == 4 * sizes.unet
@@ -121,7 +121,7 @@ class TestMemory:
             config = DreamBoothConfig(
                 images=["cat.png"], content="cat", out="run", text_encoders=texts, precision="bf16"
             )
-            found = estimate(config, sizes, {"content": of_kinds(sizes.names, ["attention"])})
+            found = estimate(config, sizes, {"content": filter_targets(sizes.names, ["attention"])})
             parts.append({line.part: line.bytes for line in found.lines})
         assert "VAE and text encoders" not in parts[0]
         assert parts[1]["VAE and text encoders"] == 2 * sizes.text

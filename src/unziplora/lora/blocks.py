@@ -19,12 +19,12 @@ class BlockMap:
     def owner(self, path: str) -> str | None:
         """`content` or `style`, if the layer at this module path lies in one of their blocks."""
         for name in KINDS:
-            if any(inside(path, block) for block in getattr(self, name)):
+            if any(is_inside(path, block) for block in getattr(self, name)):
                 return name
         return None
 
 
-def inside(path: str, block: str) -> bool:
+def is_inside(path: str, block: str) -> bool:
     """Whether a module path lies in a block, or in another beginning of a path, at a dot."""
     return path == block or path.startswith(block + ".")
 
@@ -47,27 +47,27 @@ BLORA_BLOCKS = BlockMap(content=("up_blocks.0.attentions.0",), style=("up_blocks
 # (experiments/blocks.md).
 BUNDLED_BLOCKS = BlockMap(content=("down_blocks", "mid_block", "up_blocks.0"), style=("up_blocks.1",))
 
-NAMED = {"sdxl": SDXL_BLOCKS, "blora": BLORA_BLOCKS, "bundled": BUNDLED_BLOCKS}
+BLOCK_MAPS = {"sdxl": SDXL_BLOCKS, "blora": BLORA_BLOCKS, "bundled": BUNDLED_BLOCKS}
 
 
 def read_blocks(source: str) -> BlockMap:
-    """The block map of a name (`NAMED`), or one from a TOML file with the lists `content` and `style`.
+    """The block map of a name (`BLOCK_MAPS`), or one from a TOML file with the lists `content` and `style`.
 
     Raises:
         UserError: no such name, the file is missing or malformed, or a block, or a part of it, is listed for both.
     """
-    if source in NAMED:
-        return NAMED[source]
+    if source in BLOCK_MAPS:
+        return BLOCK_MAPS[source]
     path = Path(source).expanduser()
     if not source.endswith(".toml") and not path.is_file():
-        raise UserError(f"no block map {source!r}: there are {', '.join(NAMED)}, or give a TOML file")
+        raise UserError(f"no block map {source!r}: there are {', '.join(BLOCK_MAPS)}, or give a TOML file")
     table = read_toml(path)
     if set(table) != set(KINDS):
         raise UserError(f"{source}: a block map has the two lists 'content' and 'style', found {sorted(table)}")
     for name, blocks in table.items():
         if not isinstance(blocks, list) or not all(isinstance(block, str) for block in blocks):
             raise UserError(f"{source}: {name} must be a list of block names such as 'up_blocks.0.attentions.1'")
-    both = [one for one in table["content"] for two in table["style"] if inside(one, two) or inside(two, one)]
+    both = [one for one in table["content"] for two in table["style"] if is_inside(one, two) or is_inside(two, one)]
     if both:
         raise UserError(f"{source}: {', '.join(sorted(set(both)))} cannot belong to both content and style")
     return BlockMap(tuple(table["content"]), tuple(table["style"]))

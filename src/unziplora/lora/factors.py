@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unziplora.lora.layer import Branch, BranchedLinear, Factors, own_factors
+from unziplora.lora.layer import Branch, BranchedLinear, Factors, layer_factors
 
 
 class _ScaledRows(torch.autograd.Function):
@@ -65,8 +65,8 @@ class JointFactors:
     def __init__(self, unet: nn.Module) -> None:
         self.layers: dict[str, BranchedLinear] = {}
         self.handles = (
-            unet.register_forward_pre_hook(self.give),
-            unet.register_forward_hook(self.take_back, always_call=True),
+            unet.register_forward_pre_hook(self.compute),
+            unet.register_forward_hook(self.discard, always_call=True),
         )
 
     def detach(self) -> None:
@@ -74,7 +74,7 @@ class JointFactors:
         for handle in self.handles:
             handle.remove()
 
-    def give(self, unet: nn.Module, *_: Any) -> None:
+    def compute(self, unet: nn.Module, *_: Any) -> None:
         """Compute the factors; a layer that finds another number of prompts than last time still makes its own."""
         if _checkpointing(unet):
             return
@@ -83,7 +83,7 @@ class JointFactors:
             layer.factors = {}
             for stream, branches in layer.groups().items():
                 if len({branch.up.shape for branch in branches}) > 1:
-                    layer.factors[stream] = own_factors(branches)
+                    layer.factors[stream] = layer_factors(branches)
                     continue
                 kind = (layer.in_features, branches[0].up.shape, *(branch.strength for branch in branches))
                 key = (_dtype(layer.base.weight), branches[0].up.device, kind)
@@ -93,7 +93,7 @@ class JointFactors:
             for place, stream, factors in zip(places, streams, joint_factors(layers, dtype), strict=True):
                 place[stream] = factors
 
-    def take_back(self, *_: Any) -> None:
+    def discard(self, *_: Any) -> None:
         """Weights may change until the next pass."""
         for layer in self.layers.values():
             layer.factors = None

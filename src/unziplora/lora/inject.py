@@ -17,7 +17,7 @@ TARGETS = {
 """Kinds of linear layers in a UNet's transformers, by how their paths end."""
 
 
-def adapted(unet: nn.Module) -> dict[str, BranchedLinear]:
+def adapted_layers(unet: nn.Module) -> dict[str, BranchedLinear]:
     """The adapted layers of a UNet by module path, such as `mid_block…attn1.to_q`."""
     return {name: module for name, module in unet.named_modules() if isinstance(module, BranchedLinear)}
 
@@ -92,17 +92,17 @@ def _replace(unet: nn.Module, path: str, module: nn.Module) -> None:
 
 def remove(unet: nn.Module) -> None:
     """Take all LoRA branches off and put the frozen linear layers back, exactly as they were."""
-    for path in adapted(unet):
+    for path in adapted_layers(unet):
         unwrap(unet, path)
 
 
 def target_linears(unet: nn.Module, targets: Iterable[str]) -> list[str]:
     """Paths of the linear layers of some kinds (`TARGETS`) in a UNet's transformers, in module order."""
     linears = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, BranchedLinear))]
-    return of_kinds([name for name in linears if ".attentions." in name], targets)
+    return filter_targets([name for name in linears if ".attentions." in name], targets)
 
 
-def of_kinds(paths: Iterable[str], targets: Iterable[str]) -> list[str]:
+def filter_targets(paths: Iterable[str], targets: Iterable[str]) -> list[str]:
     """Those of the paths that lead to layers of some kinds (`TARGETS`)."""
     ends = tuple(end for target in targets for end in TARGETS[target])
     return [path for path in paths if path.endswith(ends)]

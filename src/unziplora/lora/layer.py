@@ -111,7 +111,7 @@ class BranchedLinear(nn.Module):
                 y = y + _observed(streams[self.stream_of(branch)], branch).to(y.dtype)
         factors = self.factors
         if factors is None:
-            factors = {stream: own_factors(branches) for stream, branches in self.groups().items()}
+            factors = {stream: layer_factors(branches) for stream, branches in self.groups().items()}
         for stream, pair in factors.items():
             y = _add_low_rank(y, streams[stream], pair)
         return y
@@ -153,7 +153,7 @@ class _Observed(torch.autograd.Function):
         return grad @ up.to(grad.dtype) @ down.to(grad.dtype), None, None, None, None
 
 
-def own_factors(branches: Sequence[Branch]) -> Factors:
+def layer_factors(branches: Sequence[Branch]) -> Factors:
     """The factors of one layer, whose branches may have any ranks and strengths."""
     down = torch.cat([branch.down for branch in branches])
     return down, torch.cat([branch.columns()[:, None] * branch.up for branch in branches], dim=1)

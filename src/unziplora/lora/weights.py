@@ -9,7 +9,7 @@ from torch import nn
 
 from unziplora.errors import UserError
 from unziplora.lora.algebra import Pair, scale, shape
-from unziplora.lora.blocks import block_of, inside
+from unziplora.lora.blocks import block_of, is_inside
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ def check_shape(lora: Lora, path: str, pair: Pair, wanted: tuple[int, ...] | Non
         UserError: it is missing or of another shape.
     """
     if wanted is None:
-        raise misfit(lora, name, base, f"the base has no {path}")
+        raise wrong_base_error(lora, name, base, f"the base has no {path}")
     if shape(pair) != wanted:
         shapes = f"{format_shape(shape(pair))} in the LoRA and {format_shape(wanted)} in the base"
-        raise misfit(lora, name, base, f"{path} is {shapes}")
+        raise wrong_base_error(lora, name, base, f"{path} is {shapes}")
 
 
-def misfit(lora: Lora, name: str, base: str, why: str) -> UserError:
+def wrong_base_error(lora: Lora, name: str, base: str, why: str) -> UserError:
     """The error for a LoRA that was made for another base."""
     trained = lora.metadata.get("ss_sd_model_name") or lora.metadata.get("ss_base_model_version")
     told = f"; it was trained on {trained}" if trained else ""
@@ -79,7 +79,7 @@ def scale_blocks(lora: Lora, strengths: Mapping[str, float], name: str = "the Lo
     check_strengths(lora, strengths, name)
     modules = {}
     for path, pair in lora.modules.items():
-        fitting = [name for name in strengths if inside(path, name)]
+        fitting = [name for name in strengths if is_inside(path, name)]
         modules[path] = scale(pair, strengths[max(fitting, key=len)]) if fitting else pair
     return replace(lora, modules=modules)
 
@@ -91,10 +91,10 @@ def check_strengths(lora: Lora, strengths: Mapping[str, float], name: str = "the
         UserError: a name fits no module of this LoRA.
     """
     for block in sorted(strengths):
-        if not any(inside(path, block) for path in lora.modules):
-            raise UserError(f"{name} has no modules in block {block!r}; it has {', '.join(blocks(lora))}")
+        if not any(is_inside(path, block) for path in lora.modules):
+            raise UserError(f"{name} has no modules in block {block!r}; it has {', '.join(lora_blocks(lora))}")
 
 
-def blocks(lora: Lora) -> list[str]:
+def lora_blocks(lora: Lora) -> list[str]:
     """The blocks that a LoRA has modules in, such as `up_blocks.0.attentions.1`, in order of their names."""
     return sorted({block_of(path) for path in lora.modules})

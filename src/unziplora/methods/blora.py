@@ -14,7 +14,7 @@ from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import KINDS
 from unziplora.errors import UserError
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
-from unziplora.lora.inject import attention_linears, of_kinds
+from unziplora.lora.inject import attention_linears, filter_targets
 from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
 from unziplora.methods.data import image_examples, load_images
@@ -83,7 +83,7 @@ class BLora(Method[BLoraConfig]):
     @classmethod
     def layers(cls, config: BLoraConfig, paths: list[str]) -> dict[str, list[str]]:
         """The attentions of each LoRA's blocks."""
-        blocks, attention = read_blocks(config.blocks), of_kinds(paths, ["attention"])
+        blocks, attention = read_blocks(config.blocks), filter_targets(paths, ["attention"])
         return {name: [path for path in attention if blocks.owner(path) == name] for name in KINDS}
 
     @classmethod

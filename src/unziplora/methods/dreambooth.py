@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.lora.inject import of_kinds, target_linears
+from unziplora.lora.inject import filter_targets, target_linears
 from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
 from unziplora.methods.data import class_examples, image_examples, load_images
@@ -79,7 +79,7 @@ class DreamBooth(Method[DreamBoothConfig]):
     @classmethod
     def layers(cls, config: DreamBoothConfig, paths: list[str]) -> dict[str, list[str]]:
         """One LoRA on the layers that are asked for."""
-        return {config.product: of_kinds(paths, config.targets)}
+        return {config.product: filter_targets(paths, config.targets)}
 
     @classmethod
     def build(cls, config: DreamBoothConfig, setup: Setup) -> DreamBooth:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
-from unziplora.lora.blocks import NAMED
+from unziplora.lora.blocks import BLOCK_MAPS
 from unziplora.utils.files import absolute, atomic_folder, atomic_write, explain, lock_file, write_png
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def with_absolute_paths(config: R) -> R:
             paths[name] = [absolute(item) for item in value]
     for name in ("base", "blocks"):  # a file or folder, or a name that stays one, whatever files are called so
         value = getattr(config, name, None)
-        if value is not None and value not in NAMED and Path(value).expanduser().exists():
+        if value is not None and value not in BLOCK_MAPS and Path(value).expanduser().exists():
             paths[name] = str(absolute(Path(value).expanduser()))
     return config.model_copy(update=paths)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from unziplora.errors import UserError, first_line
 from unziplora.lora.inject import add_lora, unwrap
 from unziplora.lora.layer import STREAMS, Branch
-from unziplora.lora.weights import Lora, check_fits, check_shape, misfit, scale_blocks
+from unziplora.lora.weights import Lora, check_fits, check_shape, scale_blocks, wrong_base_error
 from unziplora.models.base import Base
 from unziplora.models.text import ENCODERS
 from unziplora.utils.logging import quiet
@@ -167,7 +167,7 @@ def _load_peft(base: Base, named: NamedLora) -> None:
             for name, encoder in zip(ENCODERS, base.text_encoders, strict=True):
                 _load_text(base, name, encoder, named)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise misfit(named.lora, named.source, f"base {base.name}", first_line(error)) from error
+        raise wrong_base_error(named.lora, named.source, f"base {base.name}", first_line(error)) from error
 
 
 def _load_text(base: Base, name: str, encoder: PreTrainedModel, named: NamedLora) -> None:

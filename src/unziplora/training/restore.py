@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from unziplora.errors import UserError
-from unziplora.lora.inject import adapted, remove
+from unziplora.lora.inject import adapted_layers, remove
 from unziplora.models.base import Base
 
 
@@ -18,7 +18,7 @@ def restored(base: Base) -> Iterator[None]:
         UserError: the base contains LoRAs already, which would be removed with the run's own.
     """
     parts = [base.unet, base.vae, *base.text_encoders]
-    if adapted(base.unet) or any(getattr(part, "peft_config", None) for part in parts):
+    if adapted_layers(base.unet) or any(getattr(part, "peft_config", None) for part in parts):
         raise UserError(f"base {base.name}: it contains LoRAs already; remove them before a run")
     before = [(part, part.training, part.device) for part in parts]
     checkpointing = base.unet.is_gradient_checkpointing

@@ -9,7 +9,7 @@ from splits import build, config, examples, scheduler
 
 from unziplora.errors import UserError
 from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
-from unziplora.lora.inject import adapted, remove
+from unziplora.lora.inject import adapted_layers, remove
 from unziplora.methods.unziplora.data import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
@@ -32,7 +32,7 @@ def test_every_combination_of_switches_trains_both_loras_and_never_the_base(tiny
     frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
     method = build(tiny_base, prompt_separation=prompt, column_separation=column, block_separation=block)
     run(method)
-    layers = adapted(tiny_base.unet)
+    layers = adapted_layers(tiny_base.unet)
     assert all(layer.base.weight.grad is None for layer in layers.values())
     for name in ("content", "style"):
         moved = {path for path, b in method.branches[name].items() if b.delta().abs().max() > 0}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unziplora.config.recipe import KINDS
 from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
-from unziplora.lora.inject import attention_linears, of_kinds
+from unziplora.lora.inject import attention_linears, filter_targets
 from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
 from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
@@ -97,7 +97,7 @@ class UnZipLora(Method[SplitConfig]):
     @classmethod
     def layers(cls, config: SplitConfig, paths: list[str]) -> dict[str, list[str]]:
         """Both LoRAs on all attentions."""
-        return dict.fromkeys(KINDS, of_kinds(paths, ["attention"]))
+        return dict.fromkeys(KINDS, filter_targets(paths, ["attention"]))
 
     @classmethod
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
