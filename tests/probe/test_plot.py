@@ -1,15 +1,15 @@
 from PIL import Image
 
-from unziplora.probe.plot import COLORS, LEFT, ROW, TOP, WIDE, picture_sheet, plot
-from unziplora.probe.scores import ALL, Row, Score, judge
+from unziplora.probe.plot import COLORS, LEFT, ROW, TOP, WIDE, image_sheet, plot
+from unziplora.probe.scores import ALL, BlockScores, Score, judge
 
 
-def row(content: float, style: float, error: float | None = None) -> Row:
-    return Row(content=Score(mean=content, error=error, pairs=2), style=Score(mean=style, error=error, pairs=2))
+def row(content: float, style: float, error: float | None = None) -> BlockScores:
+    return BlockScores(content=Score(mean=content, error=error, pairs=2), style=Score(mean=style, error=error, pairs=2))
 
 
-def widths(picture: Image.Image, number: int, axis: str) -> int:
-    """The longest run of an axis's color in a block's row."""
+def bar_width(picture: Image.Image, number: int, axis: str) -> int:
+    """Return the largest number of pixels in an axis's color in a line of a block's row."""
     rows = range(TOP + number * ROW, TOP + (number + 1) * ROW)
     return max(sum(picture.getpixel((x, y)) == COLORS[axis] for x in range(LEFT, LEFT + WIDE)) for y in rows)
 
@@ -19,13 +19,13 @@ def test_bars_are_as_long_as_the_movements():
     picture = plot(judge(rows, 2, 4, base="tiny-xl", measure="statistics"))
     assert picture.height > TOP + 2 * ROW
     # the axis ends at the largest movement, 0.4
-    assert abs(widths(picture, 0, "content") - WIDE) <= 1
-    assert abs(widths(picture, 0, "style") - WIDE / 4) <= 1
-    assert widths(picture, 1, "content") <= 1
-    assert abs(widths(picture, 1, "style") - WIDE / 2) <= 1
+    assert abs(bar_width(picture, 0, "content") - WIDE) <= 1
+    assert abs(bar_width(picture, 0, "style") - WIDE / 4) <= 1
+    assert bar_width(picture, 1, "content") <= 1
+    assert abs(bar_width(picture, 1, "style") - WIDE / 2) <= 1
 
 
-def test_whiskers_are_drawn_over_the_bars():
+def test_error_adds_whiskers():
     rows = {"up_blocks.0.attentions.0": row(0.3, 0.1, error=0.05), ALL: row(1, 1)}
     plain, whiskers = (
         plot(judge({**rows, "up_blocks.0.attentions.0": found}, 2, 4, base="x", measure="statistics"))
@@ -37,7 +37,7 @@ def test_whiskers_are_drawn_over_the_bars():
 
 def test_sheet_has_a_row_per_block_and_a_column_per_swap():
     columns = [[Image.new("RGB", (32, 32), (red, 0, 0)) for red in (10, 20, 30)] for _ in range(2)]
-    picture = picture_sheet(columns, ["P", "a", "Q"], ["dog for cat", "oil for ink"])
+    picture = image_sheet(columns, ["P", "a", "Q"], ["dog for cat", "oil for ink"])
     for number, red in enumerate((30, 20, 10)):  # from below, pictures lie 4 pixels apart
         y = picture.height - 4 - 192 // 2 - number * 196
         assert picture.getpixel((picture.width - 100, y)) == picture.getpixel((picture.width - 300, y)) == (red, 0, 0)

@@ -9,10 +9,10 @@ from unziplora.utils.progress import Callback, counted
 
 def _run(config: ProbeConfig, progress: Callback) -> Output:
     from unziplora.probe.probe import find_blocks
-    from unziplora.probe.scores import table
+    from unziplora.probe.scores import format_findings
 
     findings = find_blocks(config, progress=counted(progress))
-    lines = [table(findings), "", *(f"{name:<9} {path}" for name, path in findings.files.items())]
+    lines = [format_findings(findings), "", *(f"{name:<9} {path}" for name, path in findings.files.items())]
     return Output(findings.model_dump(mode="json"), "\n".join(lines))
 
 

@@ -1,4 +1,4 @@
-"""The probe's findings as a plot, and its pictures as a sheet."""
+"""Plot and contact sheet of the probe."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from unziplora.config.recipe import KINDS
 from unziplora.images.sheet import INK, PAPER, sheet
 from unziplora.probe.scores import Findings, Score
 
-COLORS = {"content": (0, 114, 178), "style": (230, 159, 0)}  # told apart by color-blind eyes too (Okabe and Ito)
+COLORS = {"content": (0, 114, 178), "style": (230, 159, 0)}  # distinct for color-blind people too (Okabe and Ito)
 FAINT = (224, 224, 224)
-SMALL = 192  # pixels: side of a picture in the sheet
+SMALL = 192  # pixels: side of an image in the sheet
 BAR, ROW = 11, 36  # pixels: height of a bar, and of a block's row
 LEFT, WIDE, RIGHT, TOP, BOTTOM = 260, 520, 90, 74, 40  # pixels around and in the field of the bars
 
 
 def plot(findings: Findings) -> Image.Image:
-    """A row per block with a bar for content and one for style, whiskers for the standard error."""
+    """Draw a row per block, with a bar for content and one for style, and whiskers for the standard error."""
     font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=13)
     height = TOP + ROW * len(findings.blocks) + BOTTOM
     canvas = Image.new("RGB", (LEFT + WIDE + RIGHT, height), PAPER)
     draw = ImageDraw.Draw(canvas)
     scores = [getattr(row, axis) for row in findings.blocks.values() for axis in KINDS]
-    tenths = max(1, min(10, -(-int(1000 * max(map(_upper, scores))) // 100)))
+    tenths = max(1, min(10, -(-int(1000 * max(map(_upper_end, scores))) // 100)))
     draw.text((16, 12), f"{findings.base}: movement towards the other prompt, block by block", INK, font)
     for number, axis in enumerate(KINDS):
         x = LEFT + 110 * number
@@ -41,12 +41,12 @@ def plot(findings: Findings) -> Image.Image:
         if owner:
             draw.text((LEFT + WIDE + 14, middle), owner, INK, small, anchor="lm")
         for axis, y in zip(KINDS, (middle - BAR - 1, middle + 1), strict=True):
-            _bar(draw, getattr(row, axis), y, WIDE * 10 / tenths, axis)
+            _draw_bar(draw, getattr(row, axis), y, WIDE * 10 / tenths, axis)
     return canvas
 
 
-def _bar(draw: ImageDraw.ImageDraw, score: Score, y: int, scale: float, axis: str) -> None:
-    """One bar from the top y on; `scale` is pixels for a movement of 1."""
+def _draw_bar(draw: ImageDraw.ImageDraw, score: Score, y: int, scale: float, axis: str) -> None:
+    """Draw one bar below y; `scale` is pixels for a movement of 1."""
     end = LEFT + min(scale * score.mean, WIDE)
     draw.rectangle((LEFT, y, max(LEFT, round(end)), y + BAR - 1), COLORS[axis])
     if score.error:
@@ -57,16 +57,16 @@ def _bar(draw: ImageDraw.ImageDraw, score: Score, y: int, scale: float, axis: st
             draw.line((x, middle - 3, x, middle + 3), INK)
 
 
-def _upper(score: Score) -> float:
+def _upper_end(score: Score) -> float:
     return score.mean + (score.error or 0.0)
 
 
-def picture_sheet(columns: Sequence[Sequence[Image.Image]], rows: Sequence[str], heads: Sequence[str]) -> Image.Image:
-    """The probe's pictures of one pair: a row for P, for each block, for all blocks, and for Q.
+def image_sheet(columns: Sequence[Sequence[Image.Image]], rows: Sequence[str], heads: Sequence[str]) -> Image.Image:
+    """Lay out the images of one pair: a row for P, for each block, for all blocks, and for Q.
 
     Args:
-        columns: pictures from top to bottom, one column per swap and seed.
+        columns: images from top to bottom, one column per swap and seed.
         rows, heads: labels on the left and on top.
     """
-    small = [[picture.resize((SMALL, SMALL), Image.Resampling.LANCZOS) for picture in column] for column in columns]
+    small = [[image.resize((SMALL, SMALL), Image.Resampling.LANCZOS) for image in column] for column in columns]
     return sheet([list(row) for row in zip(*small, strict=True)], rows, heads)

@@ -1,7 +1,7 @@
-"""The job `blocks`, B-LoRA's probe: one block at a time sees another prompt, and what it changes is measured.
+"""B-LoRA's probe: one block at a time receives another prompt, and the change of the image is measured.
 
-Source: arXiv 2403.14572, section 4. There the other prompt goes into one block of the UNet, and CLIP says how far the
-picture moves to it; here that is measured between pictures, by any `Measure`.
+Source: arXiv 2403.14572, section 4. There, too, the other prompt goes into one block of the UNet, but CLIP compares the
+image with the prompt. Here any `Measure` compares images with images.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from unziplora.metrics.statistics import Statistics
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.text import Prompts
-from unziplora.probe.plot import picture_sheet, plot
-from unziplora.probe.scores import ALL, Findings, judge, movement, plain, score_rows, to_toml
+from unziplora.probe.plot import image_sheet, plot
+from unziplora.probe.scores import ALL, Findings, judge, movement, score_rows, to_lists, to_toml
 from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate_latents, nested_progress
 from unziplora.utils.files import atomic_write, explain, write_png
 
 PARTS = ("down_blocks", "mid_block", "up_blocks")
-SHOWN = 2
-"""Seeds of the first pair that are put on the sheet."""
+SHEET_SEEDS = 2
+"""Number of seeds of the first pair on the sheet."""
 
-Drawn = dict[str, list[list[Image.Image]]]
-"""By axis the pictures of one pair, a row of seeds each: as P, each block, all blocks, as Q."""
+PairImages = dict[str, list[list[Image.Image]]]
+"""Images of one pair by axis, a row of seeds each: prompt P, each block swapped, all blocks swapped, prompt Q."""
 
 
 def find_blocks(
@@ -46,15 +46,15 @@ def find_blocks(
     measure: Measure | None = None,
     progress: StepCallback | None = None,
 ) -> Findings:
-    """Probe every attention block; write blocks.toml, probe.json, probe.png and pictures.png.
+    """Score every attention block; write blocks.toml, probe.json, probe.png and pictures.png.
 
     Args:
-        base: probe this one, instead of loading the configured one.
-        measure: compare by this one, instead of the configured one.
-        progress: called with denoising steps done and steps in all.
+        base: base to probe; default: load the configured one.
+        measure: default: the configured one.
+        progress: called with the finished and the total number of denoising steps.
 
     Raises:
-        UserError: the folder holds something; base, measure or a size is not usable; the base draws the same
+        UserError: the folder is not empty; base, measure or a size is not usable; the base makes the same images
             whatever the words.
         MachineError: out of memory, disk full, no permission.
     """
@@ -65,31 +65,31 @@ def find_blocks(
     blocks = attention_blocks(base.unet)
     _make_out(config)
     pairs = config.word_pairs()
-    moved: dict[str, list[Tensor]] = {axis: [] for axis in KINDS}
-    shown: Drawn = {}
+    values: dict[str, list[Tensor]] = {axis: [] for axis in KINDS}
+    first: PairImages = {}
     with computing_on(base.device):
         for number, pair in enumerate(pairs):
-            drawn = draw(base, config, pair, blocks, nested_progress(progress, number, len(pairs)))
-            shown = shown or drawn
+            images = generate_pair(base, config, pair, blocks, nested_progress(progress, number, len(pairs)))
+            first = first or images
             for axis in KINDS:
-                moved[axis].append(movements(measure, axis, drawn[axis]))
-    values = {axis: torch.stack(moved[axis], dim=1) for axis in KINDS}  # [blocks + all, pairs, seeds]
-    rows = score_rows([*blocks, ALL], values, base.name)
+                values[axis].append(movements(measure, axis, images[axis]))
+    stacked = {axis: torch.stack(values[axis], dim=1) for axis in KINDS}  # [blocks + all, pairs, seeds]
+    rows = score_rows([*blocks, ALL], stacked, base.name)
     findings = judge(rows, config.content_blocks, config.style_blocks, base.name, type(measure).__name__.lower())
-    return write(config, findings, values, shown)
+    return write_findings(config, findings, stacked, first)
 
 
 def attention_blocks(unet: nn.Module) -> list[str]:
-    """The blocks with cross-attention, such as `up_blocks.0.attentions.1`, in the order of computation."""
-    found = dict.fromkeys(block_of(name) for name, _ in unet.named_modules() if name.endswith(".attn2"))
-    return sorted(found, key=lambda block: PARTS.index(block.split(".")[0]))
+    """List the blocks with cross-attention, such as `up_blocks.0.attentions.1`, in the order of computation."""
+    blocks = dict.fromkeys(block_of(name) for name, _ in unet.named_modules() if name.endswith(".attn2"))
+    return sorted(blocks, key=lambda block: PARTS.index(block.split(".")[0]))
 
 
 @contextmanager
 def swapped(unet: nn.Module, blocks: Collection[str]) -> Iterator[None]:
-    """Have the cross-attentions of some blocks see the second of the joined embeddings, instead of the first.
+    """Temporarily give the cross-attention of some blocks the second of the joined embeddings instead of the first.
 
-    It is `attn2` as a whole that is given the second one: its to_k and to_v, and nothing else in it, read it.
+    The hook is on `attn2` as a whole, in which only to_k and to_v read the embedding.
     """
     hooks = []
     try:
@@ -116,18 +116,18 @@ def swap(
     settings: Settings | None = None,
     progress: StepCallback | None = None,
 ) -> Tensor:
-    """Latents of a prompt, [N, C, h, w], of which some blocks' cross-attentions see another one.
+    """Generate latents of a prompt, [N, C, h, w], while the cross-attention of some blocks receives another prompt.
 
-    The pooled embedding, the negative prompt and the noise stay the same. Errors as in `generate_latents`.
+    The pooled embedding, the negative prompt and the noise stay the same. Raises as `generate_latents`.
     """
     with swapped(base.unet, blocks):
         return generate_latents(base, Prompts(prompt, other, prompt), seeds, settings, progress)
 
 
-def draw(
+def generate_pair(
     base: Base, config: ProbeConfig, pair: WordPair, blocks: Sequence[str], progress: StepCallback | None = None
-) -> Drawn:
-    """All pictures of one pair; the pictures of P are the same on both axes."""
+) -> PairImages:
+    """Generate all images of one pair; both axes share the images of P."""
     settings = Settings.square(
         config.resolution, steps=config.steps, guidance=config.guidance, batch_size=config.batch_size
     )
@@ -140,23 +140,23 @@ def draw(
     for other in others.values():
         tasks += [(prompt, other, choice) for choice in [*([block] for block in blocks), blocks]]
         tasks.append((other, other, ()))
-    made = [
+    images = [
         decode(base, swap(base, *task, config.seeds, settings, nested_progress(progress, number, len(tasks))))
         for number, task in enumerate(tasks)
     ]
     half = len(blocks) + 2
-    return {"content": made[: half + 1], "style": [made[0], *made[half + 1 :]]}
+    return {"content": images[: half + 1], "style": [images[0], *images[half + 1 :]]}
 
 
 def movements(measure: Measure, axis: str, rows: Sequence[Sequence[Image.Image]]) -> Tensor:
-    """The movements of one pair on an axis, [rows − 2, seeds], from its pictures as in `Drawn`."""
-    features = getattr(measure, axis)([picture for row in rows for picture in row])
+    """Return the movements of one pair on an axis, [rows − 2, seeds], from images as in `PairImages`."""
+    features = getattr(measure, axis)([image for row in rows for image in row])
     features = features.float().reshape(len(rows), len(rows[0]), -1)
     return movement(features[1:-1], features[0], features[-1])
 
 
 def make_measure(config: ProbeConfig, device: torch.device | str) -> Measure:
-    """The measure of a configuration.
+    """Make the measure of a configuration.
 
     Raises:
         UserError: the CLIP model cannot be loaded.
@@ -164,8 +164,8 @@ def make_measure(config: ProbeConfig, device: torch.device | str) -> Measure:
     return Statistics() if config.clip is None else Clip(config.clip, config.contents, config.styles, device)
 
 
-def write(config: ProbeConfig, findings: Findings, values: dict[str, Tensor], shown: Drawn) -> Findings:
-    """Write all files, the block map last; return the findings with the files' names.
+def write_findings(config: ProbeConfig, findings: Findings, values: dict[str, Tensor], images: PairImages) -> Findings:
+    """Write all files, the block map last; return the findings with the paths of the files.
 
     Raises:
         MachineError: disk full, no permission.
@@ -176,38 +176,38 @@ def write(config: ProbeConfig, findings: Findings, values: dict[str, Tensor], sh
     figures = {
         **findings.model_dump(mode="json", exclude={"files"}),
         "pairs": [pair._asdict() for pair in pairs],
-        "movements": {axis: dict(zip(blocks, plain(values[axis]), strict=True)) for axis in KINDS},
+        "movements": {axis: dict(zip(blocks, to_lists(values[axis]), strict=True)) for axis in KINDS},
         "config": config.model_dump(mode="json"),
         "version": version("unziplora"),
     }
-    write_png(files["pictures"], _sheet(config, findings, shown))
+    write_png(files["pictures"], _sheet(config, findings, images))
     write_png(files["plot"], plot(findings))
     atomic_write(files["figures"], json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     atomic_write(files["map"], to_toml(findings))
     return findings.model_copy(update={"files": {name: str(path) for name, path in files.items()}})
 
 
-def _sheet(config: ProbeConfig, findings: Findings, shown: Drawn) -> Image.Image:
-    pair, seeds = config.word_pairs()[0], config.seeds[:SHOWN]
+def _sheet(config: ProbeConfig, findings: Findings, images: PairImages) -> Image.Image:
+    pair, seeds = config.word_pairs()[0], config.seeds[:SHEET_SEEDS]
     swaps = {"content": f"{pair.other_content} for {pair.content}", "style": f"{pair.other_style} for {pair.style}"}
-    columns = [[row[index] for row in shown[axis]] for axis in KINDS for index in range(len(seeds))]
+    columns = [[row[index] for row in images[axis]] for axis in KINDS for index in range(len(seeds))]
     heads = [f"{swaps[axis]}, seed {seed}" for axis in KINDS for seed in seeds]
-    return picture_sheet(columns, ["first prompt", *findings.blocks, ALL, "other prompt"], heads)
+    return image_sheet(columns, ["first prompt", *findings.blocks, ALL, "other prompt"], heads)
 
 
 def _check_out(config: ProbeConfig) -> None:
     try:
-        taken = config.out.exists() and any(not entry.name.startswith(".") for entry in config.out.iterdir())
+        occupied = config.out.exists() and any(not entry.name.startswith(".") for entry in config.out.iterdir())
     except NotADirectoryError:
-        taken = True
+        occupied = True
     except OSError as error:
         raise explain(config.out, error) from None
-    if taken:
-        raise UserError(f"--out {config.out} exists already and is not an empty folder: choose another")
+    if occupied:
+        raise UserError(f"--out {config.out} exists and is not an empty folder: choose another")
 
 
 def _make_out(config: ProbeConfig) -> None:
-    """Make the folder before the long work, so that a wrong place is told at once."""
+    """Make the folder before the long work, so that an unusable path fails at once."""
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
