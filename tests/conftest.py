@@ -9,6 +9,7 @@ import tiny
 import torch
 
 from unziplora.models.base import Base, load_base
+from unziplora.training.trainer import StepReport, Trainer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,6 +17,20 @@ def _one_thread() -> None:
     """Tiny tensors are slower on many threads, and results then do not depend on the machine."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as inside the package's long calls
+
+
+@pytest.fixture(autouse=True)
+def _steps_draw_nothing_global(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no training step of any test draw from torch's global generator: checkpoints do not contain its state."""
+    step = Trainer.step
+
+    def checked(self: Trainer, number: int) -> StepReport:
+        before = torch.get_rng_state()
+        report = step(self, number)
+        assert torch.equal(torch.get_rng_state(), before), "a step drew from torch's global generator"
+        return report
+
+    monkeypatch.setattr(Trainer, "step", checked)
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,12 @@ class TestDoctor:
     def test_advice_for_a_card(self, gib: int, flags: str) -> None:
         assert advice(CARD.model_copy(update={"memory_total": gib * GIB}), True, True).endswith(flags)
 
+    @pytest.mark.parametrize("gib", [8, 10, 12, 16, 32, 64])
+    def test_apple_gpus_are_never_advised_to_use_8_bit_adamw(self, gib: int) -> None:
+        apple = CARD.model_copy(update={"name": "mps", "model": "Apple GPU", "memory_total": gib * GIB})
+        assert "adamw8bit" not in advice(apple, True, True)
+        assert ("too little" in advice(apple, True, True)) is (gib < 11.5)
+
     def test_advice_for_small_machines(self) -> None:
         assert "too little" in advice(CARD.model_copy(update={"memory_total": 4 * GIB}), True, True)
         assert "pip install bitsandbytes" in advice(CARD.model_copy(update={"memory_total": 10 * GIB}), True, False)

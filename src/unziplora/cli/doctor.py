@@ -169,7 +169,10 @@ def advice(device: Device, bundled: bool, eight_bit: bool) -> str:
 
     small = "try it with: unziplora demo" if bundled else "the bundled small base is not installed"
     gib = device.memory_total / GIB
-    flags = next((flags for least, flags in (FITTING_CPU if device.name == "cpu" else FITTING) if gib >= least), None)
+    table = FITTING_CPU if device.name == "cpu" else FITTING
+    if device.name == "mps":  # bitsandbytes needs CUDA
+        table = [(least, flags) for least, flags in table if "adamw8bit" not in flags]
+    flags = next((flags for least, flags in table if gib >= least), None)
     if device.name == "cpu":
         sdxl = "SDXL does not fit" if flags is None else f"SDXL would fit {flags}but is very slow"
         note = "" if torch.version.cuda else "\nWith an NVIDIA card: this torch is the build for CPUs; README, Install."

@@ -72,6 +72,7 @@ class TrainingConfig(Recipe):
         "Number format of the frozen base; auto: bf16 if the GPU supports it, else fp16; fp32 on a CPU.",
         "Training",
         expert=True,
+        may_change=True,
     )
     gradient_checkpointing: bool = key(
         False,

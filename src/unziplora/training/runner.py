@@ -34,7 +34,7 @@ from unziplora.training.preflight import check_resolution, check_run, warn_of_me
 from unziplora.training.restore import restored
 from unziplora.training.sample_sheet import sample_sheet
 from unziplora.training.trackers import Tracker, trackers
-from unziplora.training.trainer import StepReport, Trainer, train
+from unziplora.training.trainer import NonFiniteLoss, StepReport, Trainer, is_finite, train
 from unziplora.utils.files import atomic_write
 from unziplora.utils.progress import Callback, Progress
 
@@ -109,12 +109,16 @@ class Job(Generic[C]):
     run: RunFolder
     base: Base | None = None  # loaded already
     recent: list[float] = field(default_factory=list)  # seconds of the last steps
+    device: torch.device = field(init=False)
 
     def do(self) -> None:
         """Load, train, export, sample."""
         config, run, base = self.config, self.run, self.base
         device = pick_device(config.device if base is None else str(base.device))
         dtype = pick_dtype(config.precision, device) if base is None else base.dtype
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # an earlier run of this process may have needed more
         with trackers(config.trackers, run.path / "trackers", flat(config)) as curves:
             if base is None:
                 self.report(f"loading base {config.base}{_fetching(config.base)}")
@@ -175,7 +179,23 @@ class Job(Generic[C]):
                     recorder.clear()  # samples need the room
                 self.sample(base, method, f"step-{done:06d}", done)
 
-            return train(trainer, start, after_step, save, sample)
+            try:
+                return train(trainer, start, after_step, save, sample)
+            except NonFiniteLoss as error:
+                raise UserError(f"{error}. {self.after_divergence(half=base.dtype != torch.float32)}") from None
+
+    def after_divergence(self, half: bool) -> str:
+        """Advise what to do after a loss that is not finite.
+
+        Args:
+            half: the base computes in half precision.
+        """
+        latest = self.run.latest()
+        if half and latest is not None and is_finite(latest[1]):
+            command = f"unziplora {self.kind.command} --resume --out {folder_argument(self.run.path)} --precision fp32"
+            return f"The checkpoint after step {latest[0]} is sound; continue from it in fp32:\n  {command}"
+        remedy = "--precision fp32 or lower learning rates" if half else "lower learning rates"
+        return f"Start a new run, into another --out, with {remedy}; a resumed run keeps its learning rates"
 
     def of_the_base(self, method: Method[C], setup: Setup) -> dict[str, Any]:
         """What the files' headers tell of the base and of the picture: keywords of `metadata_for`."""
@@ -209,13 +229,12 @@ class Job(Generic[C]):
         """Report a step with the mean speed of the last twenty."""
         self.recent = [*self.recent[-19:], step.seconds]
         speed = sum(self.recent) / len(self.recent)
-        self.progress(Progress(step.done, self.config.steps, step.loss, speed, peak_memory()))
+        self.progress(Progress(step.done, self.config.steps, step.loss, speed, peak_memory(self.device)))
 
     def report(self, message: str, done: int = 0, memory: bool = False) -> None:
         """Report something worth a line."""
-        self.progress(
-            Progress(done, self.config.steps, memory_bytes=peak_memory() if memory else None, message=message)
-        )
+        peak = peak_memory(self.device) if memory else None
+        self.progress(Progress(done, self.config.steps, memory_bytes=peak, message=message))
 
 
 def write_loras(
@@ -289,8 +308,8 @@ def flat(config: TrainingConfig) -> dict[str, Any]:
     return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
 
 
-def peak_memory() -> int:
-    """Peak bytes of the GPU if one is in use, else the present ones of this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(device: torch.device) -> int:
+    """Return the peak bytes on a CUDA device since the run began, else the present bytes of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss

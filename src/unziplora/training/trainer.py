@@ -37,6 +37,10 @@ class StepReport:
     seconds: float
 
 
+class NonFiniteLoss(UserError):
+    """A step whose loss is infinite or not a number, after which nothing can be learned."""
+
+
 class Trainer:
     """A method with its optimizers, whose whole state can be saved and restored between steps.
 
@@ -57,15 +61,16 @@ class Trainer:
         return [parameter for group in self.groups for parameter in group["params"]]
 
     def save(self, folder: Path) -> None:
-        """Write adapters, masks, scales, optimizers, schedules, loss scaler and RNG states into a folder."""
+        """Write adapters, masks, scales, optimizers, schedules and loss scaler into a folder.
+
+        Random states are not part of it: what a step draws depends on the seed and its number (see `generator`).
+        """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.method.state_dict().items()}
         save_file(tensors, folder / "method.safetensors")
         state = {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
         torch.save(state, folder / "training.pt")
 
@@ -87,15 +92,12 @@ class Trainer:
                 self.scaler.load_state_dict(state["scaler"])
         except (OSError, KeyError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
             raise UserError(f"{folder}: this checkpoint cannot be resumed ({error})") from None
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
 
     def step(self, step: int) -> StepReport:
         """Do one optimizer step.
 
         Raises:
-            UserError: the loss is not a finite number.
+            NonFiniteLoss: the loss is infinite or not a number.
         """
         start = time.perf_counter()
         self.method.before_step(step, 1.0 if self.scaler is None else self.scaler.get_scale())
@@ -114,10 +116,7 @@ class Trainer:
         # Last: a GPU is asked for the whole step before it is waited for.
         total = sum(loss.item() for loss in losses)
         if not math.isfinite(total):
-            raise UserError(
-                f"step {step}: the loss is {total}. Start a new run, into another --out, with lower learning rates or "
-                "with --precision bf16 or fp32"
-            )
+            raise NonFiniteLoss(f"step {step}: the loss is {total}")
         return StepReport(step + 1, total, rate, time.perf_counter() - start)
 
     def _clip(self) -> None:
@@ -142,6 +141,11 @@ class Trainer:
         hook.remove()
         self.scaler.update()
         return bool(steps)
+
+
+def is_finite(checkpoint: Path) -> bool:
+    """Return True if all numbers that a checkpoint's method contains are finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in load_file(checkpoint / "method.safetensors").values())
 
 
 def train(

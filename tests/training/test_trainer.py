@@ -1,0 +1,142 @@
+"""The training loop: loss scaling, checkpoints, losses that are not finite."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from unziplora.training.runner import Job, autocast_for, make_scaler, peak_memory
+from unziplora.training.trainer import NonFiniteLoss, Trainer, is_finite
+
+
+class Line:
+    """A method with one weight, whose loss is a multiple of it."""
+
+    def __init__(self, slopes: list[float]) -> None:
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.slopes = slopes
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"name": "line", "params": [self.weight], "lr": 0.1, "weight_decay": 0.0}]
+
+    def losses(self, step: int) -> list[Tensor]:
+        return [(self.weight * self.slopes[step]).sum()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"weight": self.weight.detach()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.weight.data.copy_(state["weight"])
+
+    def before_step(self, step: int, gradient_scale: float) -> None: ...
+
+    def after_backward(self, step: int) -> None: ...
+
+    def after_step(self, step: int) -> None: ...
+
+
+CONFIG: Any = SimpleNamespace(
+    optimizer="adamw", betas=(0.9, 0.999), schedule="cosine", steps=4, schedule_warmup=1, max_grad_norm=1.0
+)
+
+
+def trained(slopes: list[float], scaler: GradScaler | None = None) -> Trainer:
+    method: Any = Line(slopes)
+    trainer = Trainer(method, CONFIG, scaler)
+    for step in range(len(slopes)):
+        trainer.step(step)
+    return trainer
+
+
+def test_loss_scale_of_a_power_of_two_changes_no_result() -> None:
+    plain, scaled = trained([3.0, -1.0, 2.0]), trained([3.0, -1.0, 2.0], GradScaler("cpu", init_scale=1024.0))
+    assert torch.equal(plain.method.state_dict()["weight"], scaled.method.state_dict()["weight"])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_overflow_skips_the_step_and_halves_the_scale(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    monkeypatch.setattr(
+        "unziplora.training.trainer.make_optimizers",
+        lambda groups, config: [torch.optim.AdamW(groups, betas=config.betas, fused=fused)],
+    )
+    scaler = GradScaler("cpu", init_scale=2.0**127)
+    trainer = trained([4.0], scaler)
+    assert torch.equal(trainer.method.state_dict()["weight"], torch.ones(1))
+    assert scaler.get_scale() == 2.0**126
+    # a fused optimizer skips the step itself, so its schedule moves on
+    assert trainer.schedules[0].last_epoch == int(fused)
+
+
+def test_checkpoint_restores_optimizer_schedule_and_scaler(tmp_path: Path) -> None:
+    slopes = [3.0, -1.0, 2.0, 0.5]
+    whole = trained(slopes, GradScaler("cpu", init_scale=2.0))
+    first = trained(slopes[:2], GradScaler("cpu", init_scale=2.0))
+    first.save(tmp_path)
+    method: Any = Line(slopes)
+    second = Trainer(method, CONFIG, GradScaler("cpu"))
+    torch.manual_seed(3)
+    second.load(tmp_path)
+    assert torch.initial_seed() == 3
+    for step in (2, 3):
+        second.step(step)
+    assert torch.equal(second.method.state_dict()["weight"], whole.method.state_dict()["weight"])
+    assert second.schedules[0].get_last_lr() == whole.schedules[0].get_last_lr()
+
+
+def test_loss_that_is_not_finite_stops_the_run() -> None:
+    with pytest.raises(NonFiniteLoss, match="step 1: the loss is nan"):
+        trained([1.0, float("nan")])
+
+
+class TestAdviceAfterDivergence:
+    def advice(self, folder: Path, half: bool, latest: tuple[int, Path] | None) -> str:
+        run: Any = SimpleNamespace(path=folder, latest=lambda: latest)
+        method: Any = SimpleNamespace(command="split")
+        config: Any = None
+        return Job(method, config, lambda _: None, run).after_divergence(half)
+
+    def test_sound_checkpoint_continues_in_fp32(self, tmp_path: Path) -> None:
+        trained([1.0]).save(tmp_path)
+        assert is_finite(tmp_path)
+        text = self.advice(tmp_path, True, (200, tmp_path))
+        assert (
+            f"after step 200 is sound; continue from it in fp32:\n  unziplora split --resume --out {tmp_path}" in text
+        )
+        assert text.endswith("--precision fp32")
+
+    def test_run_in_fp32_starts_again_because_learning_rates_stay(self, tmp_path: Path) -> None:
+        trained([1.0]).save(tmp_path)
+        text = self.advice(tmp_path, False, (200, tmp_path))
+        assert text == (
+            "Start a new run, into another --out, with lower learning rates; a resumed run keeps its learning rates"
+        )
+
+    def test_damaged_or_missing_checkpoint_is_not_recommended(self, tmp_path: Path) -> None:
+        trainer = trained([1.0])
+        trainer.method.weight.data.fill_(float("nan"))
+        trainer.save(tmp_path)
+        assert not is_finite(tmp_path)
+        for latest in ((200, tmp_path), None):
+            assert "--resume" not in self.advice(tmp_path, True, latest)
+
+
+def test_half_precision_computes_under_autocast_and_fp16_scales_its_loss() -> None:
+    cpu = torch.device("cpu")
+    with autocast_for(cpu, torch.bfloat16)():
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    with autocast_for(cpu, torch.float32)():
+        assert not torch.is_autocast_enabled("cpu")
+    assert make_scaler(cpu, torch.bfloat16) is None
+    assert make_scaler(cpu, torch.float16) is not None
+
+
+def test_peak_memory_is_that_of_the_runs_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {"cuda:1": 7}[str(device)])
+    assert peak_memory(torch.device("cuda:1")) == 7
+    assert peak_memory(torch.device("cpu")) > 2**20
