@@ -39,7 +39,7 @@ def test_a_round_trip_keeps_every_update(tmp_path, layout, rank, alpha):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_722_modules_of_sdxl(tmp_path, layout):
+def test_all_722_modules_of_sdxl_survive_a_round_trip(tmp_path, layout):
     """Every module of the recorded list, at its full width, is written by the recorded name and read back."""
     pairs = {path: (torch.ones(1, shape[1]), torch.full((shape[0], 1), 2.0)) for _, path, shape in sdxl.recorded()}
     path = tmp_path / "a.safetensors"
@@ -54,7 +54,7 @@ def test_all_722_modules_of_sdxl(tmp_path, layout):
     check_fits(back, sdxl.unet())
 
 
-def test_one_alpha_for_all_modules_also_for_mixed_ranks(tmp_path):
+def test_mixed_ranks_are_written_with_one_alpha(tmp_path):
     write_lora(make(rank=lambda i: 1 + i % 4), tmp_path / "a.safetensors", dtype="fp32")
     tensors = load_file(tmp_path / "a.safetensors")
     assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")} == {4.0}
@@ -64,7 +64,7 @@ def test_one_alpha_for_all_modules_also_for_mixed_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "expected"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
 )
-def test_storage_types(tmp_path, dtype, expected):
+def test_dtype_is_that_of_the_factors_and_never_of_the_alphas(tmp_path, dtype, expected):
     lora = make()
     write_lora(lora, tmp_path / "a.safetensors", dtype=dtype)
     stored = load_file(tmp_path / "a.safetensors")
@@ -76,7 +76,7 @@ def test_storage_types(tmp_path, dtype, expected):
 # --- other people's files
 
 
-def test_per_module_alphas_are_folded(tmp_path):
+def test_different_alphas_are_folded_into_b(tmp_path):
     lora = make()
     path = store(tmp_path / "a.safetensors", kohya(lora, alpha=lambda path: 0.5 if "attn1" in path else 4.0))
     for name, (down, up) in read_lora(path).modules.items():
@@ -85,12 +85,12 @@ def test_per_module_alphas_are_folded(tmp_path):
         assert torch.equal(down, lora.modules[name][0])
 
 
-def test_a_missing_alpha_is_strength_one(tmp_path):
+def test_missing_alpha_defaults_to_rank(tmp_path):
     lora = make()
     same(lora, read_lora(store(tmp_path / "a.safetensors", kohya(lora))))
 
 
-def test_mixed_block_names(tmp_path):
+def test_mixed_block_names_are_read(tmp_path):
     lora = make()
     paths = list(lora.modules)
     sgm, plain = (Lora({p: lora.modules[p] for p in part}) for part in (paths[::2], paths[1::2]))
@@ -110,7 +110,7 @@ def test_mixed_block_names(tmp_path):
         "diffusion_model.{sgm}.lora_{downup}.weight",
     ],
 )
-def test_layouts_of_old_and_other_writers(tmp_path, name):
+def test_older_and_foreign_names_are_read(tmp_path, name):
     lora = make()
     tensors = {}
     for path, pair in lora.modules.items():
@@ -121,7 +121,7 @@ def test_layouts_of_old_and_other_writers(tmp_path, name):
     same(lora, read_lora(store(tmp_path / "a.safetensors", tensors)))
 
 
-def test_linear_layers_written_as_convolutions(tmp_path):
+def test_linear_layers_stored_as_1x1_convolutions_are_read(tmp_path):
     lora = make()
     tensors = {key: tensor[:, :, None, None] for key, tensor in kohya(lora).items()}
     back = read_lora(store(tmp_path / "a.safetensors", tensors))
@@ -130,7 +130,7 @@ def test_linear_layers_written_as_convolutions(tmp_path):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_adapter_metadata_gives_the_alphas(tmp_path, rslora):
+def test_alphas_are_read_from_adapter_metadata(tmp_path, rslora):
     lora = make(rank=4)
     special = next(iter(lora.modules))
     adapter = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {special: 2}, "unet.use_rslora": rslora}
@@ -143,7 +143,7 @@ def test_adapter_metadata_gives_the_alphas(tmp_path, rslora):
         torch.testing.assert_close(up, lora.modules[name][1] * strength)
 
 
-def test_peft_files_have_their_alpha_beside_them(tmp_path):
+def test_alpha_of_a_peft_file_is_read_from_adapter_config_json(tmp_path):
     lora = make(rank=4)
     parts = {f"{p}.lora_{n}.weight": t for p, pair in lora.modules.items() for n, t in zip("AB", pair, strict=True)}
     path = store(tmp_path / "a.safetensors", {f"base_model.model.{name}": tensor for name, tensor in parts.items()})
@@ -157,7 +157,7 @@ def test_peft_files_have_their_alpha_beside_them(tmp_path):
         torch.testing.assert_close(up, lora.modules[name][1] * 0.5)
 
 
-def test_text_encoders_of_either_layout(tmp_path):
+def test_text_encoders_are_read_from_kohya_and_old_diffusers_names(tmp_path):
     down, up = torch.randn(2, 24), torch.randn(24, 2)
     flat = {
         f"lora_te2_{TEXT.partition('.')[2].replace('.', '_')}.{part}": t
@@ -218,7 +218,7 @@ def test_diffusers_loads_our_file_as_if_folded_into_the_weights(tmp_path, traine
     torch.testing.assert_close(predict(pipe), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_diffusers_loads_text_encoders_too(tmp_path):
+def test_diffusers_loads_our_text_encoder_modules(tmp_path):
     pipe = tiny.pipeline()
     layer = TEXT.removesuffix(".q_proj")
     pairs = {f"{layer}.{end}": (torch.randn(2, 24), torch.randn(24, 2)) for end in ("q_proj", "v_proj", "out_proj")}
@@ -232,7 +232,7 @@ def test_diffusers_loads_text_encoders_too(tmp_path):
             torch.testing.assert_close(update, delta(pair), atol=1e-5, rtol=1e-5)
 
 
-def test_we_read_what_diffusers_saves(tmp_path, trained):
+def test_files_saved_by_diffusers_are_read(tmp_path, trained):
     layers = {f"{p}.lora_{n}.weight": t for p, pair in trained.modules.items() for n, t in zip("AB", pair, strict=True)}
     tiny.pipeline().save_lora_weights(tmp_path, unet_lora_layers=layers)
     same(trained, read_lora(tmp_path / "pytorch_lora_weights.safetensors"))
@@ -241,7 +241,7 @@ def test_we_read_what_diffusers_saves(tmp_path, trained):
 # --- header
 
 
-def test_the_header(tmp_path):
+def test_header_contains_what_galleries_and_uis_read(tmp_path):
     described = metadata_for(
         title="cat",
         trigger="a sks cat",
@@ -279,21 +279,21 @@ def test_the_header(tmp_path):
     assert "lora_adapter_metadata" not in found  # diffusers raises where a kohya file has it
 
 
-def test_a_small_base_is_not_called_sdxl(tmp_path):
+def test_header_of_a_small_base_does_not_name_sdxl(tmp_path):
     write_lora(make(), tmp_path / "a.safetensors")
     found = header_of(tmp_path / "a.safetensors")
     assert not found["ss_base_model_version"].startswith("sdxl")
     assert "xl-v1-base" not in found["modelspec.architecture"]
 
 
-def test_the_hash_is_that_of_everything_after_the_header(tmp_path):
+def test_hash_covers_everything_after_the_header(tmp_path):
     write_lora(make(), tmp_path / "a.safetensors", metadata={"modelspec.title": "é✓"})
     raw = (tmp_path / "a.safetensors").read_bytes()
     digest = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
     assert header_of(tmp_path / "a.safetensors")["modelspec.hash_sha256"] == f"0x{digest}"
 
 
-def test_conversion_keeps_foreign_metadata_but_not_what_is_no_longer_true(tmp_path):
+def test_foreign_metadata_stay_and_outdated_entries_are_renewed(tmp_path):
     lora = make()
     old = {"ss_learning_rate": "1e-4", "ss_network_dim": "128", "sshs_legacy_hash": "x", "lora_adapter_metadata": "{}"}
     write_lora(Lora(lora.modules, old), tmp_path / "a.safetensors")
@@ -312,7 +312,7 @@ def test_metadata_must_be_strings(tmp_path):
 # --- blocks and bases
 
 
-def test_blocks_are_scaled_by_the_longest_name():
+def test_the_longest_block_name_decides_the_strength():
     lora = make()
     strengths = {"up_blocks": 0.5, "up_blocks.0.attentions.1": 2.0, "mid_block": 0.0}
     for path, pair in scale_blocks(lora, strengths).modules.items():
@@ -323,7 +323,7 @@ def test_blocks_are_scaled_by_the_longest_name():
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["base known", "base unknown"])
-def test_a_base_with_blocks_of_another_length(tmp_path, known):
+def test_names_follow_the_layers_per_block_of_the_base(tmp_path, known):
     unet = tiny.unet(layers_per_block=1)
     lora, path = make(unet=unet), tmp_path / "a.safetensors"
     config = unet.config if known else None
@@ -343,12 +343,12 @@ def test_a_base_with_blocks_of_another_length(tmp_path, known):
     same(lora, read_lora(path, unet.config))
 
 
-def test_a_block_that_is_not_there_is_an_error_that_names_the_blocks():
+def test_an_unknown_block_is_refused_with_the_names_of_the_blocks():
     with pytest.raises(UserError, match=r"up_blocks\.7.*up_blocks\.0\.attentions\.0"):
         scale_blocks(make(), {"up_blocks.7": 1.0})
 
 
-def test_a_lora_that_does_not_fit_the_base():
+def test_a_lora_for_another_base_is_refused():
     unet = tiny.unet()
     lora = make()
     check_fits(lora, unet)
@@ -367,7 +367,7 @@ class TestStrength:
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_an_alpha_that_the_dtype_cannot_hold(self, tmp_path, layout, dtype):
+    def test_strength_is_exact_with_an_alpha_that_the_dtype_would_round(self, tmp_path, layout, dtype):
         down, up = torch.randn(257, 640), torch.randn(640, 257)
         path = tmp_path / "lora.safetensors"
         write_lora(Lora({Q: (down, up)}), path, layout, alpha=0.3, dtype=dtype)
@@ -385,7 +385,7 @@ class TestStrength:
         assert float((read - wanted).norm() / wanted.norm()) < 2e-3
 
 
-def test_an_adapter_that_diffusers_saved_from_the_unet_alone(tmp_path):
+def test_unet_adapters_saved_by_diffusers_are_read(tmp_path):
     unet = tiny.unet()
     count = len([path for path in attention_linears(unet) if path.endswith("to_q")])
     unet.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=["to_q"], init_lora_weights=False))

@@ -33,7 +33,7 @@ def answers(path):
 # --- inspect
 
 
-def test_what_our_own_file_holds(tmp_path):
+def test_our_own_file_is_described(tmp_path):
     path = tmp_path / "cat.safetensors"
     described = metadata_for(title="cat", trigger="a sks cat", base="some/base", thumbnail=Image.new("RGB", (8, 8)))
     write_lora(make(rank=4), path, metadata=described, alpha=2)
@@ -66,7 +66,7 @@ def test_shares_are_those_of_the_dense_updates(tmp_path):
     assert sum(block.share for block in found.values()) == pytest.approx(1)
 
 
-def test_what_is_untrained(tmp_path):
+def test_untrained_modules_are_reported(tmp_path):
     lora = make()
     for path, (down, up) in lora.modules.items():
         if path.startswith("mid_block"):
@@ -81,19 +81,19 @@ def test_what_is_untrained(tmp_path):
     assert inspect(tmp_path / "b.safetensors").problems == ["untrained: ΔW = 0 in every module"]
 
 
-def test_a_diverged_file_is_shown_as_one(tmp_path):
+def test_nan_is_reported(tmp_path):
     tensors = kohya(make())
     next(iter(tensors.values()))[0, 0] = float("nan")
     assert "NaN" in inspect(store(tmp_path / "a.safetensors", tensors)).problems[0]
 
 
-def test_other_things_are_named(tmp_path):
+def test_a_checkpoint_is_refused_by_name(tmp_path):
     path = store(tmp_path / "a.safetensors", {"model.diffusion_model.x.weight": torch.ones(1)})
     with pytest.raises(UserError, match="full checkpoint"):
         inspect(path)
 
 
-def test_strange_tags_do_no_harm(tmp_path):
+def test_malformed_tags_yield_no_trigger_words(tmp_path):
     for value in ("{", "[]", '{"a": 1}', '{"a": {"b": "x"}}', '{"a": {"b": Infinity}}'):
         path = store(tmp_path / "a.safetensors", kohya(make()), {"ss_tag_frequency": value})
         assert inspect(path).trigger_words == []
@@ -123,7 +123,7 @@ def test_diffusers_names_load_in_diffusers_alone(tmp_path):
     assert answers(path) == {**expected, "ComfyUI": "no"}
 
 
-def test_foreign_kohya_files(tmp_path):
+def test_verdicts_on_foreign_kohya_files(tmp_path):
     attention, rest = kohya(full(".attn1")), kohya(full(".attn2"), "diffusers")
     named = {"ss_base_model_version": "sdxl_base_v1-0"}
     path = store(tmp_path / "a.safetensors", {**attention, **rest}, named)
@@ -137,7 +137,7 @@ def test_foreign_kohya_files(tmp_path):
     assert answers(store(path, mixed, named)) == {**yes, "diffusers": "partly"}
 
 
-def test_conversion_mends_a_header_that_hides_the_file(tmp_path):
+def test_conversion_repairs_a_header_that_hides_the_file(tmp_path):
     for wrong in ("", "sd_v1"):
         source = store(tmp_path / "a.safetensors", kohya(full(".attn")), {"ss_base_model_version": wrong})
         convert(source, tmp_path / "b.safetensors", overwrite=True)
@@ -147,7 +147,7 @@ def test_conversion_mends_a_header_that_hides_the_file(tmp_path):
     assert header_of(tmp_path / "b.safetensors")["ss_base_model_version"] == "sdxl_base_v0-9"
 
 
-def test_a_file_for_text_encoders_alone_has_the_layout_of_its_names(tmp_path):
+def test_layout_of_a_text_encoder_file_follows_its_names(tmp_path):
     text = {TEXT: (torch.ones(2, 1280), torch.ones(1280, 2))}
     for layout, named in (("kohya", "kohya"), ("kohya-diffusers", "kohya"), ("diffusers", "diffusers")):
         write_lora(Lora({}, text=text), tmp_path / "a.safetensors", layout)
@@ -168,7 +168,7 @@ def test_a_small_base_opens_in_diffusers_alone(tmp_path):
     assert answers(tmp_path / "a.safetensors") == {**dict.fromkeys(PROGRAMS, "no"), "diffusers": "yes"}
 
 
-def test_a_layout_that_nobody_checked_is_called_unknown(tmp_path):
+def test_verdict_on_an_unchecked_layout_is_unknown(tmp_path):
     lora = full(".attn1.to_q")
     tensors = {
         f"diffusion_model.{to_sgm(path)}.{name}.weight": tensor
@@ -204,7 +204,7 @@ def test_conversion_of_a_kohya_file_keeps_its_numbers_bit_for_bit(tmp_path):
         assert torch.equal(tensor, tensors[f"{to_kohya(original, 'diffusers')}.{part}"])
 
 
-def test_an_existing_file_is_spared_unless_asked(tmp_path):
+def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path):
     path = tmp_path / "a.safetensors"
     write_lora(make(), path)
     with pytest.raises(UserError, match="exists already"):
@@ -242,7 +242,7 @@ def test_resize_to_a_share_of_energy(tmp_path):
     assert len(inspect(tmp_path / "b.safetensors").alphas) == 1
 
 
-def test_resize_keeps_text_encoders_and_storage(tmp_path):
+def test_resize_keeps_text_encoders_and_dtype(tmp_path):
     text = {TEXT: (torch.randn(3, 24), torch.randn(24, 3))}
     write_lora(Lora(make().modules, text=text), tmp_path / "a.safetensors", dtype="bf16")
     resize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=1, layout="diffusers")
@@ -255,7 +255,7 @@ def test_resize_keeps_text_encoders_and_storage(tmp_path):
     ("request_", "match"),
     [({}, "rank, or a share"), ({"rank": 0}, "1 or more"), ({"energy": 0.0}, "share"), ({"energy": 1.1}, "share")],
 )
-def test_sizes_that_mean_nothing(tmp_path, request_, match):
+def test_impossible_ranks_and_energies_are_refused(tmp_path, request_, match):
     write_lora(make(), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=match):
         resize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **request_)

@@ -70,7 +70,7 @@ def test_names_equal_those_of_diffusers_lora_reader():
     }
 
 
-def test_there_and_back_for_every_module():
+def test_every_name_survives_a_round_trip():
     paths = linears(sdxl.unet())
     assert len(paths) == 794
     assert len({to_sgm(path) for path in paths}) == len(paths)
@@ -80,18 +80,18 @@ def test_there_and_back_for_every_module():
         assert unflatten(to_sgm(path).replace(".", "_")) == to_sgm(path)
 
 
-def test_the_blocks_that_matter():
+def test_blocks_have_the_sgm_names_of_the_literature():
     assert to_sgm("up_blocks.0.attentions.0.proj_in") == "output_blocks.0.1.proj_in"  # B-LoRA's content
     assert to_sgm("up_blocks.0.attentions.1.proj_in") == "output_blocks.1.1.proj_in"  # B-LoRA's style
     assert to_sgm("mid_block.attentions.0.proj_in") == "middle_block.1.proj_in"
     assert to_sgm("down_blocks.2.attentions.1.proj_in") == "input_blocks.8.1.proj_in"
 
 
-def test_an_upsampler_without_attention_before_it():
+def test_upsamplers_are_found_with_and_without_attention_before_them():
     assert from_sgm("output_blocks.2.1.conv") == from_sgm("output_blocks.2.2.conv")
 
 
-def test_blocks_of_another_length():
+def test_sgm_names_follow_the_layers_per_block():
     assert to_sgm("down_blocks.1.attentions.0.proj_in", layers=1) == "input_blocks.3.1.proj_in"
     for path in ("down_blocks.1.attentions.0.proj_in", "up_blocks.1.attentions.1.proj_out"):
         assert from_sgm(to_sgm(path, 1), 1) == path
@@ -115,12 +115,12 @@ def test_sgm_names_of_no_module_are_refused(name):
         from_sgm(name)
 
 
-def test_a_flattened_name_with_strange_letters_is_refused():
+def test_a_flattened_name_with_other_letters_is_refused():
     with pytest.raises(ValueError, match="flattened"):
         unflatten("mid_block_ä")
 
 
-def test_text_encoders():
+def test_text_encoder_names():
     path = "text_encoder_2.text_model.encoder.layers.31.self_attn.out_proj"
     kohya = "lora_te2_text_model_encoder_layers_31_self_attn_out_proj"
     assert to_kohya(path) == kohya

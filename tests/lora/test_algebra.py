@@ -52,7 +52,7 @@ def test_a_mask_of_zero_leaves_an_output_untouched():
 
 
 @pytest.mark.parametrize("shapes", [LINEAR, CONV], ids=["linear", "conv"])
-def test_cat_is_the_weighted_sum(shapes):
+def test_cat_equals_the_weighted_sum(shapes):
     pairs = [pair(shapes, seed, rank) for seed, rank in enumerate((1, 4, 6))]
     joined = algebra.cat([algebra.scale(p, w) for p, w in zip(pairs, [1.0, -0.5, 2.0], strict=True)])
     assert joined[0].shape[0] == joined[1].shape[1] == 11
@@ -89,7 +89,7 @@ def test_resize_finds_the_true_rank():
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.6, 0.9, 0.99])
-def test_energy_keeps_just_enough(energy):
+def test_energy_keeps_the_lowest_sufficient_rank(energy):
     both = pair(rank=6)
     s = torch.linalg.svdvals(algebra.delta(both).double()).square()
     rank = algebra.resize(both, energy=energy)[0].shape[0]
@@ -104,7 +104,7 @@ def test_an_untrained_pair_stays_zero_and_keeps_rank_one():
     assert algebra.delta(small).count_nonzero() == 0
 
 
-def test_rank_above_the_layers_width():
+def test_rank_above_the_width_is_reduced():
     both = pair(rank=20)
     small = algebra.resize(both, energy=1.0)
     assert small[0].shape[0] <= 7

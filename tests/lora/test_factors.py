@@ -62,7 +62,7 @@ def alone(unet) -> nn.Module:
 
 
 @pytest.mark.parametrize("streams", [1, 3])
-def test_outputs_and_gradients_are_those_of_layers_by_themselves(unet, alone, streams):
+def test_outputs_and_gradients_equal_those_of_separate_layers(unet, alone, streams):
     predict(unet, streams)  # the first pass finds out how many prompts there are
     (out, found), (wanted, expected) = gradients(unet, streams), gradients(alone, streams)
     torch.testing.assert_close(out, wanted)
@@ -72,7 +72,7 @@ def test_outputs_and_gradients_are_those_of_layers_by_themselves(unet, alone, st
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_layers_are_given_factors_in_a_pass_and_none_after_it(unet):
+def test_layers_have_factors_during_a_pass_and_none_after_it(unet):
     predict(unet)
     layer, seen = next(iter(adapted_layers(unet).values())), []
     layer.base.register_forward_hook(lambda *_: seen.append(layer.factors))
@@ -82,7 +82,7 @@ def test_layers_are_given_factors_in_a_pass_and_none_after_it(unet):
 
 
 @pytest.mark.parametrize("change", ["weights", "strength", "layers"])
-def test_what_changes_between_passes_counts_in_the_next(unet, alone, change):
+def test_changes_between_passes_take_effect_in_the_next(unet, alone, change):
     before = predict(unet).detach()
     for each in (unet, alone):
         for layer in adapted_layers(each).values():
@@ -100,7 +100,7 @@ def test_what_changes_between_passes_counts_in_the_next(unet, alone, change):
     torch.testing.assert_close(after, predict(alone).detach())
 
 
-def test_layers_with_loras_of_unequal_ranks_work_by_themselves(tiny_base):
+def test_layers_with_unequal_ranks_compute_their_own_factors(tiny_base):
     unet = tiny_base.unet.requires_grad_(False)
     add(unet, "content")
     add(unet, "style", rank=5)
@@ -113,7 +113,7 @@ def test_layers_with_loras_of_unequal_ranks_work_by_themselves(tiny_base):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_with_gradient_checkpointing_nothing_is_shared_and_all_is_the_same(unet):
+def test_gradients_with_checkpointing_equal_those_without(unet):
     predict(unet)
     _, plain = gradients(unet)
     unet.enable_gradient_checkpointing()
@@ -126,7 +126,7 @@ def test_with_gradient_checkpointing_nothing_is_shared_and_all_is_the_same(unet)
         torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_copy_of_a_unet_adapts_itself(unet):
+def test_a_copied_unet_computes_its_own_factors(unet):
     other = copy.deepcopy(unet)
     with torch.no_grad():
         for layer in adapted_layers(other).values():
@@ -145,7 +145,7 @@ def test_a_unet_without_loras_has_no_hooks(unet):
     assert unet.joint_factors.layers == adapted_layers(unet), "that of the copy is its own"
 
 
-def test_joint_factors_are_those_of_the_equation_in_the_type_asked_for():
+def test_joint_factors_equal_the_equation_in_the_requested_dtype():
     torch.manual_seed(0)
     layers = [[Branch(torch.randn(RANK, 8), torch.randn(6, RANK), strength) for strength in (1.0, 0.5)] for _ in "ab"]
     for branch in (branch for layer in layers for branch in layer):
@@ -156,7 +156,7 @@ def test_joint_factors_are_those_of_the_equation_in_the_type_asked_for():
         torch.testing.assert_close(up.float() @ down.float(), dense, rtol=0.05, atol=0.1)
 
 
-def test_a_layer_outside_a_unet_still_works_by_itself():
+def test_a_layer_outside_a_unet_computes_its_own_factors():
     layer = BranchedLinear(nn.Linear(8, 6))
     layer.branches["content"] = Branch(torch.randn(RANK, 8), torch.randn(6, RANK))
     x = torch.randn(2, 8)

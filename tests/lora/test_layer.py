@@ -81,7 +81,7 @@ def test_forward_and_gradients_equal_the_dense_equation(layer, joined, observed)
     assert layer.base.weight.grad is None
 
 
-def test_closed_columns_neither_act_nor_learn(layer):
+def test_masked_columns_neither_act_nor_learn(layer):
     closed = layer.branch("content").mask == 0
     x = torch.randn(4, 3 * IN)
     before = layer(x)
@@ -94,7 +94,7 @@ def test_closed_columns_neither_act_nor_learn(layer):
     assert layer.branch("content").scale.grad[closed].abs().max() == 0
 
 
-def test_each_branch_is_blind_to_the_others_prompt(layer):
+def test_a_branch_ignores_the_prompts_of_the_others(layer):
     full, content, style = (torch.randn(2, 5, IN) for _ in range(3))
     layer.branch("style").strength = 0.0
     a = layer(torch.cat([full, content, style], -1))
@@ -120,7 +120,7 @@ def test_low_rank_products_run_in_the_precision_of_autocast(layer):
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.2)
 
 
-def test_injection_reaches_every_attention_layer_and_can_be_undone(tiny_base):
+def test_injection_adapts_every_attention_layer_and_removal_restores_the_unet(tiny_base):
     unet = tiny_base.unet
     paths = attention_linears(unet)
     assert len(paths) == 8 * sum(".transformer_blocks." in n and n.endswith(".attn1") for n, _ in unet.named_modules())
@@ -139,7 +139,7 @@ def test_injection_reaches_every_attention_layer_and_can_be_undone(tiny_base):
     ("path", "message"),
     [("up_blocks.9.attn", "no layer"), ("down_blocks.0", "not a linear layer")],
 )
-def test_injection_refuses_what_is_not_there(tiny_base, path, message):
+def test_injection_refuses_missing_and_other_layers(tiny_base, path, message):
     with pytest.raises(ValueError, match=message):
         inject(tiny_base.unet, [path])
 

@@ -1,7 +1,7 @@
-"""The algebra of LoRA pairs: ΔW = B A (arXiv 2106.09685), computed in fp32, without ΔW wherever it can.
+"""Algebra of LoRA pairs, ΔW = B A (arXiv 2106.09685), in fp32 and where possible without forming ΔW.
 
-A pair is (down, up) = (A, B) with A [rank, in] and B [out, rank]. Those of a convolution, A [rank, in,
-kh, kw] and B [out, rank, 1, 1], are flattened for the computation and come back in their own shapes.
+A pair is (down, up) = (A, B) with A [rank, in] and B [out, rank]. A convolution has A [rank, in, kh, kw] and
+B [out, rank, 1, 1]; they are flattened for the computation, and the results have these shapes again.
 """
 
 from __future__ import annotations
@@ -13,61 +13,62 @@ import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
+"""A and B of one module."""
 
 _FP16_SMALL = 2.0**-10
-"""Below this mean a part of a matrix lies where fp16 has fewer digits, under 6e-5."""
+"""Mean below which part of a matrix is under 6e-5, where fp16 has fewer digits."""
 
 
 def _matrices(pair: Pair) -> Pair:
-    """The pair as two fp32 matrices, A [rank, in·kh·kw] and B [out, rank]."""
+    """Return a pair as two fp32 matrices, A [rank, in·kh·kw] and B [out, rank]."""
     down, up = pair
     return down.float().flatten(1), up.float().flatten(1)
 
 
 def _shaped(down: Tensor, up: Tensor, like: Pair) -> Pair:
-    """Matrices of any rank in the shape (linear or convolution) of another pair."""
+    """Reshape matrices of any rank to the form of another pair, linear or convolution."""
     return down.reshape(-1, *like[0].shape[1:]), up.reshape(up.shape[0], -1, *like[1].shape[2:])
 
 
 def delta(pair: Pair) -> Tensor:
-    """The dense update ΔW = B A in fp32, [out, in] or [out, in, kh, kw]."""
+    """Return the dense update ΔW = B A in fp32, [out, in] or [out, in, kh, kw]."""
     down, up = _matrices(pair)
     return (up @ down).reshape(shape(pair))
 
 
 def shape(pair: Pair) -> tuple[int, ...]:
-    """The shape of ΔW, (out, in) or (out, in, kh, kw)."""
+    """Return the shape of ΔW, (out, in) or (out, in, kh, kw)."""
     down, up = pair
     return up.shape[0], *down.shape[1:]
 
 
 def scale(pair: Pair, weight: float) -> Pair:
-    """The pair of weight · ΔW."""
+    """Return the pair of weight · ΔW."""
     return pair[0].float(), pair[1].float() * weight
 
 
 def fold_output(pair: Pair, columns: Tensor) -> Pair:
-    """The pair of diag(m) ΔW for a factor per output feature, m [out]: B · m[:, None] (arXiv 2412.04465)."""
+    """Return the pair of diag(columns) ΔW, columns [out]: B · columns[:, None] (arXiv 2412.04465)."""
     down, up = pair
     return down.float(), up.float() * columns.float().reshape(-1, *[1] * (up.dim() - 1))
 
 
 def cat(pairs: Sequence[Pair]) -> Pair:
-    """The pair of Σ ΔWᵢ, exactly: the factors joined along the rank, of rank Σ rᵢ."""
+    """Return the pair of Σ ΔWᵢ, exactly, by concatenating the factors to rank Σ rᵢ."""
     return torch.cat([down.float() for down, _ in pairs], dim=0), torch.cat([up.float() for _, up in pairs], dim=1)
 
 
 def norm(pair: Pair) -> float:
-    """The Frobenius norm of ΔW, from the r × r Gram matrices: ‖B A‖² = ⟨BᵀB, A Aᵀ⟩."""
+    """Return the Frobenius norm of ΔW, computed from [rank, rank] Gram matrices: ‖B A‖² = ⟨BᵀB, A Aᵀ⟩."""
     down, up = _matrices(pair)
     return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
 
 def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of ΔW: U [out, k], s [k] falling, Vᵀ [k, in], k ≤ rank.
+    """Return the singular value decomposition of ΔW: U [out, k], s [k] in descending order, Vᵀ [k, in], k ≤ rank.
 
-    By QR of both factors, B = Q_b R_b and Aᵀ = Q_a R_a, only R_b R_aᵀ [rank, rank] is decomposed, so the cost
-    is O((out + in) rank²) and the dense matrix is never formed.
+    With the QR decompositions B = Q_b R_b and Aᵀ = Q_a R_a, only R_b R_aᵀ [rank, rank] has to be decomposed. The
+    cost is O((out + in) rank²), and ΔW is never formed.
     """
     down, up = _matrices(pair)
     q_up, r_up = torch.linalg.qr(up)
@@ -77,27 +78,27 @@ def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def resize(pair: Pair, rank: int | None = None, energy: float | None = None) -> Pair:
-    """The best approximation of ΔW of a lower rank (Eckart–Young), singular values shared by both.
+    """Return the best approximation of ΔW by a lower rank (Eckart–Young): A = √s Vᵀ, B = U √s.
 
     Args:
         pair: the pair to approximate.
-        rank: the most singular values to keep.
-        energy: keep as few as hold this share of ‖ΔW‖², 0 < energy ≤ 1; at least one.
+        rank: highest rank of the result.
+        energy: lowest share of ‖ΔW‖² to keep, 0 < energy ≤ 1. The result has the lowest rank that does, at least 1.
     """
     u, s, vh = svd(pair)
     keep = len(s) if rank is None else min(rank, len(s))
     if energy is not None:
         total = s.double().square().cumsum(0)
-        # The last sum stands for all of it; a small tolerance keeps rounding from adding a useless direction.
+        # A small tolerance keeps rounding errors from adding a useless direction.
         keep = min(keep, int((total < energy * total[-1] * (1 - 1e-9)).sum()) + 1)
     root = s[:keep].sqrt()
     return _shaped(root[:, None] * vh[:keep], u[:, :keep] * root, pair)
 
 
 def balance(pair: Pair) -> Pair:
-    """The same product, exactly, with a power of two moved from A to B where B is so small that fp16 loses digits.
+    """Move a power of two from A to B if B is so small that fp16 loses digits; ΔW stays exactly the same.
 
-    Such a B results from an alpha far below the rank that was folded into it, or of a short training.
+    B is that small after short training, or with an alpha far below the rank folded into it.
     """
     down, up = pair
     size, small = (float(factor.detach().abs().mean()) for factor in pair)

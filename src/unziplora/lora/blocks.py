@@ -1,4 +1,4 @@
-"""Which blocks of the UNet belong to the content LoRA and which to the style LoRA (block separation)."""
+"""Block separation: the blocks of a base that belong to the content LoRA and to the style LoRA."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from unziplora.errors import UserError
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Blocks in which one LoRA trains all columns, as module paths such as `up_blocks.0.attentions.1`."""
+    """Blocks in which one of the two LoRAs trains all columns, as module paths such as `up_blocks.0.attentions.1`."""
 
     content: tuple[str, ...]
     style: tuple[str, ...]
 
     def owner(self, path: str) -> str | None:
-        """`content` or `style`, if the layer at this module path lies in one of their blocks."""
+        """Return `content` or `style` if the layer with this module path is in one of their blocks."""
         for name in KINDS:
             if any(is_inside(path, block) for block in getattr(self, name)):
                 return name
@@ -25,7 +25,7 @@ class BlockMap:
 
 
 def is_inside(path: str, block: str) -> bool:
-    """Whether a module path lies in a block, or in another beginning of a path, at a dot."""
+    """Return whether a module path is in a block; any beginning of a path up to a dot counts as a block."""
     return path == block or path.startswith(block + ".")
 
 
@@ -43,18 +43,18 @@ SDXL_BLOCKS = BlockMap(
 # arXiv 2403.14572, section 4: one block each.
 BLORA_BLOCKS = BlockMap(content=("up_blocks.0.attentions.0",), style=("up_blocks.0.attentions.1",))
 
-# The bundled base draws in its last block alone: a LoRA of everything else leaves every style as it is
-# (experiments/blocks.md).
+# The bundled base decides style in its last block alone (experiments/blocks.md).
 BUNDLED_BLOCKS = BlockMap(content=("down_blocks", "mid_block", "up_blocks.0"), style=("up_blocks.1",))
 
+# Another family of bases adds its maps here, and its levels to `_BLOCK_DEPTH` below.
 BLOCK_MAPS = {"sdxl": SDXL_BLOCKS, "blora": BLORA_BLOCKS, "bundled": BUNDLED_BLOCKS}
 
 
 def read_blocks(source: str) -> BlockMap:
-    """The block map of a name (`BLOCK_MAPS`), or one from a TOML file with the lists `content` and `style`.
+    """Return a block map by name (`BLOCK_MAPS`), or read one from a TOML file with the lists `content` and `style`.
 
     Raises:
-        UserError: no such name, the file is missing or malformed, or a block, or a part of it, is listed for both.
+        UserError: the name is unknown, the file is missing or malformed, or a block or part of it is in both lists.
     """
     if source in BLOCK_MAPS:
         return BLOCK_MAPS[source]
@@ -74,17 +74,20 @@ def read_blocks(source: str) -> BlockMap:
 
 
 def check_blocks(blocks: BlockMap, paths: list[str]) -> None:
-    """Refuse a block map with a block that holds none of the adapted layers.
+    """Check that every block of a map contains one of these layers.
 
     Raises:
-        UserError: names the first such block.
+        UserError: a block contains none; the message names it.
     """
     for block in (*blocks.content, *blocks.style):
         if not any(path.startswith(block + ".") for path in paths):
             raise UserError(f"block map: the base has no attention layers in {block!r}")
 
 
+_BLOCK_DEPTH = {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}
+
+
 def block_of(path: str) -> str:
-    """The block of a module path: `up_blocks.0.attentions.1`, `mid_block.attentions.0`, or the module itself."""
+    """Return a module's block, such as `up_blocks.0.attentions.1`, or the path itself for a module outside blocks."""
     parts = path.split(".")
-    return ".".join(parts[: {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}.get(parts[0], len(parts))])
+    return ".".join(parts[: _BLOCK_DEPTH.get(parts[0], len(parts))])

@@ -1,7 +1,7 @@
-"""The factors of all adapted layers of a UNet, computed together before each of its forward passes.
+"""Factors of all adapted layers of a UNet, computed together before each forward pass.
 
-What a layer multiplies with, A's joined and column-scaled B's joined, takes a dozen small operations and as many again
-backwards. For SDXL's 560 layers it is these that a GPU waits for. Of layers of one shape they are computed at once.
+Stacking a layer's A's and column-scaled B's takes a dozen small operations, and as many in backward. With SDXL's 560
+layers a GPU spends its time waiting for them, so layers of equal shape are computed at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from unziplora.lora.layer import Branch, BranchedLinear, Factors, layer_factors
 
 
 class _ScaledRows(torch.autograd.Function):
-    """diag(columns_i) B_i of N matrices, [N, out, r]; keeps no copy of them for the backward pass."""
+    """diag(columns_i) B_i for columns [N, out] and N matrices B_i [out, r], [N, out, r]; saves no copy for backward."""
 
     @staticmethod
     def forward(ctx: Any, columns: Tensor, *ups: Tensor) -> Tensor:
@@ -27,16 +27,18 @@ class _ScaledRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         columns, *ups = ctx.saved_tensors
         (grad,) = grads
-        wanted = (grad * torch.stack(ups)).sum(-1) if ctx.needs_input_grad[0] else None
-        return wanted, *(grad * columns[..., None]).unbind()
+        columns_grad = (grad * torch.stack(ups)).sum(-1) if ctx.needs_input_grad[0] else None
+        return columns_grad, *(grad * columns[..., None]).unbind()
 
 
 def joint_factors(layers: Sequence[Sequence[Branch]], dtype: torch.dtype) -> list[Factors]:
-    """The factors of layers of one shape, each with equally many branches, of one rank and at the same strengths.
+    """Return the factors of several layers: A's [R, in] and diag(columns) B's [out, R] of each.
+
+    All layers need the same shape, number of branches, rank and strengths.
 
     Args:
-        layers: the branches of each layer that read the same input.
-        dtype: of the factors.
+        layers: branches of each layer that read the same input.
+        dtype: number format of the factors.
     """
     count, branches = len(layers[0]), [branch for layer in layers for branch in layer]
     out, rank = branches[0].up.shape
@@ -44,7 +46,7 @@ def joint_factors(layers: Sequence[Sequence[Branch]], dtype: torch.dtype) -> lis
     scales: list[Tensor] = [branch.scale for branch in branches]
     strengths = [branch.strength for branch in branches]
     if any(strength != 1.0 for strength in strengths):
-        # By numbers: a tensor of them would have to be brought to the GPU.
+        # Multiply by Python numbers: a tensor of strengths would have to be copied to the GPU.
         scales = list(torch._foreach_mul(scales, strengths))
     columns = torch.stack([branch.mask for branch in branches]) * torch.stack(scales)
     up = _ScaledRows.apply(columns, *(branch.up for branch in branches))
@@ -54,12 +56,13 @@ def joint_factors(layers: Sequence[Sequence[Branch]], dtype: torch.dtype) -> lis
 
 
 class JointFactors:
-    """Hooks of a UNet that give its adapted layers their factors for the time of a forward pass.
+    """Hooks of a UNet that compute the factors of its adapted layers before a forward pass and discard them after it.
 
-    With gradient checkpointing every layer makes its own: kept, they would take the memory that it is to save.
+    With gradient checkpointing every layer computes its own, because factors in memory would undo what checkpointing
+    saves.
 
     Attributes:
-        layers: the adapted layers by module path.
+        layers: adapted layers by module path.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -70,12 +73,12 @@ class JointFactors:
         )
 
     def detach(self) -> None:
-        """Take the hooks off: every layer makes its own factors."""
+        """Remove the hooks, so that every layer computes its own factors."""
         for handle in self.handles:
             handle.remove()
 
     def compute(self, unet: nn.Module, *_: Any) -> None:
-        """Compute the factors; a layer that finds another number of prompts than last time still makes its own."""
+        """Compute all factors; a layer whose input has another number of prompts than the last one computes its own."""
         if _checkpointing(unet):
             return
         alike: dict[Any, list[tuple[dict[int, Factors], int, list[Branch]]]] = {}
@@ -94,19 +97,19 @@ class JointFactors:
                 place[stream] = factors
 
     def discard(self, *_: Any) -> None:
-        """Weights may change until the next pass."""
+        """Discard the factors, because weights may change until the next pass."""
         for layer in self.layers.values():
             layer.factors = None
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
-    """What an adapted layer computes in."""
+    """Return the number format that an adapted layer computes in."""
     kind = weight.device.type
     reduced = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on the meta device
     return torch.get_autocast_dtype(kind) if reduced else weight.dtype
 
 
 def _checkpointing(unet: nn.Module) -> bool:
-    """Whether any of the UNet's blocks is computed twice; diffusers' own answer walks through thousands of modules."""
+    """Return whether a block uses gradient checkpointing; diffusers' own test visits thousands of modules."""
     blocks = (block for child in unet.children() for block in (child, *child.children()))
     return any(getattr(block, "gradient_checkpointing", False) for block in blocks)

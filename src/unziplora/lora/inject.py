@@ -1,4 +1,4 @@
-"""Put LoRA branches into a UNet and take them out again."""
+"""LoRA branches in a UNet: where they can go, how they get there, and how the UNet is restored."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ TARGETS = {
     "feed-forward": (".ff.net.0.proj", ".ff.net.2"),
     "projections": (".proj_in", ".proj_out"),
 }
-"""Kinds of linear layers in a UNet's transformers, by how their paths end."""
+"""Kinds of linear layers in a UNet's transformers → endings of their paths."""
 
 
 def adapted_layers(unet: nn.Module) -> dict[str, BranchedLinear]:
-    """The adapted layers of a UNet by module path, such as `mid_block…attn1.to_q`."""
+    """Return the adapted layers of a UNet by module path, such as `mid_block…attn1.to_q`."""
     return {name: module for name, module in unet.named_modules() if isinstance(module, BranchedLinear)}
 
 
 def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
     """Wrap the named linear layers of a UNet in place and return the adapted layers by path.
 
-    Layers that are adapted already are kept, so that several LoRAs can be added one after the other.
+    Adapted layers stay as they are, so that several LoRAs can be added one after the other.
 
     Raises:
-        ValueError: a path names no linear layer of this UNet.
+        ValueError: a path is not that of a linear layer of this UNet.
     """
     layers = {}
     for path in paths:
@@ -46,7 +46,7 @@ def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
 
 
 def _joint_factors(unet: nn.Module) -> JointFactors:
-    """What computes the factors of a UNet's adapted layers together; made with the first of them."""
+    """Return the hooks that compute the factors of a UNet's adapted layers; the first call creates them."""
     hooks = getattr(unet, "joint_factors", None)
     if not isinstance(hooks, JointFactors):
         hooks = JointFactors(unet)
@@ -61,7 +61,18 @@ def add_lora(
     strength: float = 1.0,
     stream: str = "full",
 ) -> dict[str, Branch]:
-    """Add a LoRA given as module path → (down [r, in], up [out, r]); return its branches by path."""
+    """Add a LoRA to a UNet and return its branches by path.
+
+    Args:
+        unet: changed in place.
+        name: name of the branches.
+        modules: module path → (A [rank, in], B [out, rank]).
+        strength: factor of every ΔW.
+        stream: the prompt in a joined conditioning that the branches read (`STREAMS`).
+
+    Raises:
+        ValueError: a module is missing or of another shape.
+    """
     branches = {}
     for path, layer in inject(unet, modules).items():
         down, up = modules[path]
@@ -74,7 +85,7 @@ def add_lora(
 
 
 def unwrap(unet: nn.Module, path: str) -> None:
-    """Put the frozen linear layer of one adapted layer back in its place."""
+    """Replace one adapted layer with its frozen linear layer."""
     layer = unet.get_submodule(path)
     assert isinstance(layer, BranchedLinear), f"{path} is not adapted"
     _replace(unet, path, layer.base)
@@ -91,23 +102,23 @@ def _replace(unet: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def remove(unet: nn.Module) -> None:
-    """Take all LoRA branches off and put the frozen linear layers back, exactly as they were."""
+    """Remove all LoRA branches, so that the UNet has exactly its former layers."""
     for path in adapted_layers(unet):
         unwrap(unet, path)
 
 
 def target_linears(unet: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Paths of the linear layers of some kinds (`TARGETS`) in a UNet's transformers, in module order."""
+    """Return the paths of some kinds of linear layers (`TARGETS`) in a UNet's transformers, in module order."""
     linears = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, BranchedLinear))]
     return filter_targets([name for name in linears if ".attentions." in name], targets)
 
 
 def filter_targets(paths: Iterable[str], targets: Iterable[str]) -> list[str]:
-    """Those of the paths that lead to layers of some kinds (`TARGETS`)."""
+    """Return the paths that lead to some kinds of layers (`TARGETS`)."""
     ends = tuple(end for target in targets for end in TARGETS[target])
     return [path for path in paths if path.endswith(ends)]
 
 
 def attention_linears(unet: nn.Module) -> list[str]:
-    """Paths of q, k, v, out of every attention of an SDXL-topology UNet, in module order (560 for SDXL)."""
+    """Return the paths of q, k, v and out of every attention of a UNet, in module order (560 for SDXL)."""
     return target_linears(unet, ["attention"])

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Factors = tuple[Tensor, Tensor]
-"""A [R, in] and diag(columns) B [out, R] of LoRAs that read the same input, R the sum of their ranks."""
+"""Stacked A's [R, in] and diag(columns) B's [out, R] of branches that read the same input; R is the sum of ranks."""
 
 Observer = Callable[[Tensor, Tensor], None]
+"""A function that receives (∂L/∂ΔW, ΔW) of one branch, both [out, in], in every backward pass."""
 
 STREAMS = ("full", "content", "style")
-"""Order of the prompts' embeddings on the feature axis of a joined [B, tokens, 3·D] conditioning."""
+"""Prompts in the order of their embeddings on the feature axis of a joined conditioning [B, tokens, 3·D]."""
 
 
 class Branch(nn.Module):
@@ -23,11 +24,13 @@ class Branch(nn.Module):
 
     Attributes:
         down: A, [rank, in].
-        up: B, [out, rank]; zeros at the start, so that ΔW = 0.
-        scale: soft column scale m, [out], one per OUTPUT feature.
-        mask: hard 0/1 column mask, [out]; ones when every column is open.
-        strength: alpha / rank, times whatever dial is turned at inference.
-        stream: which prompt's embedding this branch reads where the layer is given several joined ones.
+        up: B, [out, rank]. A new LoRA starts with zeros, so that ΔW = 0.
+        scale: soft column scale, [out], one factor per output feature.
+        mask: hard column mask, [out], 0 or 1; all ones if every column trains.
+        strength: alpha / rank, times the strength set at inference.
+        stream: index in `STREAMS` of the prompt whose embedding the branch reads in a joined conditioning.
+        observer: if set, receives (∂L/∂ΔW, ΔW) during backward. UnZipLoRA scores columns with it. An observed branch
+            gets no gradients of its own.
     """
 
     scale: Tensor
@@ -43,38 +46,43 @@ class Branch(nn.Module):
         self.register_buffer("mask", torch.ones(up.shape[0], device=up.device))
         self.strength = strength
         self.stream = STREAMS.index(stream)
-        # Set while columns are scored: called with (∂L/∂ΔW, ΔW), both [out, in] (see columns.py).
         self.observer: Observer | None = None
 
     def columns(self) -> Tensor:
-        """Factor of each output column, strength · mask ⊙ scale, [out]."""
+        """Return the factor of each column, strength · mask ⊙ scale, [out]."""
         columns = self.mask * self.scale
         return columns if self.strength == 1.0 else columns * self.strength
 
     def delta(self) -> Tensor:
-        """The dense update ΔW = diag(columns) B A, [out, in], in fp32."""
+        """Return the dense update ΔW = diag(columns) B A, [out, in], in fp32."""
         return (self.columns()[:, None] * self.up.float()) @ self.down.float()
 
 
 class BranchedLinear(nn.Module):
-    """y = W0 x₀ + b + Σ_i ΔW_i x_i: a frozen linear layer with LoRA branches that may read different inputs.
+    """A frozen linear layer with LoRA branches: y = W0 x₀ + b + Σ_i ΔW_i x_i.
 
-    Where the input is `n · in` features wide it is n prompts' embeddings joined on the feature axis
-    (`STREAMS`): the frozen layer reads the first, each branch its own (arXiv 2412.04465). An
-    input of the plain width is read by all. The products stay low-rank, and branches that read the same
-    input are computed together: one product with the joined A, one with the joined, column-scaled B.
+    An input of `n · in` features is n prompts' embeddings joined on the feature axis (`STREAMS`). The frozen layer
+    reads the first and each branch its own (arXiv 2412.04465). An input of `in` features is read by all.
+
+    ΔW_i is never formed. Branches with the same input are computed together: one product with their stacked A's, one
+    with their stacked, column-scaled B's.
+
+    Attributes:
+        base: the frozen layer.
+        branches: branches by name.
+        streams: number of prompts in the last input.
+        factors: factors by stream, if `JointFactors` has computed them for this forward pass.
     """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
         self.branches = nn.ModuleDict()
-        self.streams = 1  # prompts that the last input held
-        # Computed for many layers at once (see factors.py), by the stream that they are multiplied with.
+        self.streams = 1
         self.factors: dict[int, Factors] | None = None
 
     def branch(self, name: str) -> Branch:
-        """The branch of that name."""
+        """Return a branch by name."""
         branch = self.branches[name]
         assert isinstance(branch, Branch)
         return branch
@@ -88,7 +96,7 @@ class BranchedLinear(nn.Module):
         return self.base.out_features
 
     def groups(self) -> dict[int, list[Branch]]:
-        """The active branches by the stream that they read, without those that are observed."""
+        """Return the branches that add to the output by the stream they read, without the observed ones."""
         groups: dict[int, list[Branch]] = {}
         for branch in map(self.branch, self.branches):
             if branch.strength and branch.observer is None:
@@ -96,12 +104,12 @@ class BranchedLinear(nn.Module):
         return groups
 
     def stream_of(self, branch: Branch) -> int:
-        """The prompt that a branch reads in an input like the last one."""
+        """Return the index of the prompt that a branch reads in an input like the last one."""
         return branch.stream if self.streams > 1 else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] or [..., n·in] → [..., out]."""
-        joined = x.shape[-1] > self.base.in_features  # a split has a cost of its own, also of one part
+        """Map [..., in] or [..., n·in] to [..., out]."""
+        joined = x.shape[-1] > self.base.in_features  # splitting into one part would cost time too
         streams = x.split(self.base.in_features, dim=-1) if joined else (x,)
         if len(streams) != self.streams:
             self.streams, self.factors = len(streams), None
@@ -118,9 +126,9 @@ class BranchedLinear(nn.Module):
 
 
 def _add_low_rank(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
-    """y + Σ_i (x A_iᵀ) (diag(columns_i) B_i)ᵀ for branches that read the same x, [..., out].
+    """Return y + Σ_i (x A_iᵀ) (diag(columns_i) B_i)ᵀ, [..., out], for branches that read the same x.
 
-    The column factor goes into B, [out, rank], and the sum into the product: no second output in memory.
+    The columns' factors are part of B, and the sum part of the product, so no second output takes memory.
     """
     down, up = factors
     if x.dtype != up.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -130,14 +138,14 @@ def _add_low_rank(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
 
 
 def _observed(x: Tensor, branch: Branch) -> Tensor:
-    """x ΔWᵀ, [..., out], that shows (∂L/∂ΔW, ΔW) to the branch's observer during backward."""
+    """Return x ΔWᵀ, [..., out], and have backward call the branch's observer with (∂L/∂ΔW, ΔW)."""
     up = (branch.columns()[:, None] * branch.up).detach()
-    # The branch's own parameter goes in so that there is a gradient to show even if x needs none.
+    # The branch's parameter is an argument so that backward runs even if x needs no gradient.
     return _Observed.apply(x, branch.down.detach(), up, branch.up, branch.observer)
 
 
 class _Observed(torch.autograd.Function):
-    """x (B A)ᵀ; ΔW and its gradient exist during backward alone, for one layer at a time."""
+    """x (B A)ᵀ with dense ΔW and ∂L/∂ΔW in backward only, so that they take memory for one layer at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, anchor: Tensor, observer: Observer) -> Tensor:
@@ -154,6 +162,6 @@ class _Observed(torch.autograd.Function):
 
 
 def layer_factors(branches: Sequence[Branch]) -> Factors:
-    """The factors of one layer, whose branches may have any ranks and strengths."""
+    """Return the factors of one layer, whose branches may have any ranks and strengths."""
     down = torch.cat([branch.down for branch in branches])
     return down, torch.cat([branch.columns()[:, None] * branch.up for branch in branches], dim=1)

@@ -1,4 +1,4 @@
-"""A LoRA in memory: pairs of matrices by module path, checked against a UNet and scaled by block."""
+"""LoRAs in memory: pairs of matrices by module path, with checks against a base and strengths by block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unziplora.lora.blocks import block_of, is_inside
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA in memory, strength 1: alpha is folded into B.
+    """A LoRA at strength 1, with alpha folded into B.
 
     Attributes:
         modules: diffusers' path of a UNet module → (A [rank, in], B [out, rank]) in fp32.
@@ -31,10 +31,16 @@ class Lora:
 
 
 def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA", base: str = "this base") -> None:
-    """Check that every module of a LoRA exists in a UNet, adapted already or not, and has its shape.
+    """Check that a UNet, adapted or not, has every module of a LoRA in the same shape.
+
+    Args:
+        lora: LoRA to check.
+        unet: the base's UNet.
+        name: name of the LoRA in messages.
+        base: name of the base in messages.
 
     Raises:
-        UserError: names the first module that is missing or of another shape, and the base it was trained on.
+        UserError: a module is missing or of another shape; the message names the base that the LoRA was made for.
     """
     weights = {
         path.removesuffix(".base").removesuffix(".base_layer"): tuple(module.weight.shape)
@@ -45,50 +51,56 @@ def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA", base: str = 
         check_shape(lora, path, pair, weights.get(path), name, base)
 
 
-def check_shape(lora: Lora, path: str, pair: Pair, wanted: tuple[int, ...] | None, name: str, base: str) -> None:
-    """Check one module's pair of a LoRA against the shape of the weight that it changes; None: there is none.
+def check_shape(lora: Lora, path: str, pair: Pair, weight: tuple[int, ...] | None, name: str, base: str) -> None:
+    """Check the shape of one pair of a LoRA against that of the base's weight, None if the base has no such module.
 
     Raises:
-        UserError: it is missing or of another shape.
+        UserError: see `check_fits`.
     """
-    if wanted is None:
+    if weight is None:
         raise wrong_base_error(lora, name, base, f"the base has no {path}")
-    if shape(pair) != wanted:
-        shapes = f"{format_shape(shape(pair))} in the LoRA and {format_shape(wanted)} in the base"
+    if shape(pair) != weight:
+        shapes = f"{format_shape(shape(pair))} in the LoRA and {format_shape(weight)} in the base"
         raise wrong_base_error(lora, name, base, f"{path} is {shapes}")
 
 
 def wrong_base_error(lora: Lora, name: str, base: str, why: str) -> UserError:
-    """The error for a LoRA that was made for another base."""
+    """Return the error for a LoRA that was made for another base."""
     trained = lora.metadata.get("ss_sd_model_name") or lora.metadata.get("ss_base_model_version")
-    told = f"; it was trained on {trained}" if trained else ""
-    return UserError(f"{name} does not fit {base} ({why}){told}. Take the base it was made for")
+    origin = f"; it was trained on {trained}" if trained else ""
+    return UserError(f"{name} does not fit {base} ({why}){origin}. Take the base it was made for")
 
 
 def format_shape(shape: tuple[int, ...]) -> str:
-    """A shape in words: 4×8."""
+    """Return a shape for messages, such as 4×8."""
     return "×".join(map(str, shape))
 
 
 def scale_blocks(lora: Lora, strengths: Mapping[str, float], name: str = "the LoRA") -> Lora:
-    """The LoRA with the ΔW of named blocks multiplied, such as {"up_blocks.0.attentions.1": 0.5}.
+    """Return a LoRA with the ΔW of some blocks multiplied.
 
-    A name may be any beginning of a module's path, at a dot; of several that fit, the longest counts. Errors as in
-    `check_strengths`.
+    Args:
+        lora: LoRA to scale.
+        strengths: block → factor, such as {"up_blocks.0.attentions.1": 0.5}. Any beginning of a module's path up to
+            a dot counts as a block; the longest that fits decides.
+        name: name of the LoRA in messages.
+
+    Raises:
+        UserError: see `check_strengths`.
     """
     check_strengths(lora, strengths, name)
     modules = {}
     for path, pair in lora.modules.items():
-        fitting = [name for name in strengths if is_inside(path, name)]
-        modules[path] = scale(pair, strengths[max(fitting, key=len)]) if fitting else pair
+        blocks = [block for block in strengths if is_inside(path, block)]
+        modules[path] = scale(pair, strengths[max(blocks, key=len)]) if blocks else pair
     return replace(lora, modules=modules)
 
 
 def check_strengths(lora: Lora, strengths: Mapping[str, float], name: str = "the LoRA") -> None:
-    """Refuse strengths of blocks that a LoRA has not.
+    """Check that a LoRA has modules in every block that a strength is set for.
 
     Raises:
-        UserError: a name fits no module of this LoRA.
+        UserError: a block is empty; the message lists the LoRA's blocks.
     """
     for block in sorted(strengths):
         if not any(is_inside(path, block) for path in lora.modules):
@@ -96,5 +108,5 @@ def check_strengths(lora: Lora, strengths: Mapping[str, float], name: str = "the
 
 
 def lora_blocks(lora: Lora) -> list[str]:
-    """The blocks that a LoRA has modules in, such as `up_blocks.0.attentions.1`, in order of their names."""
+    """Return the blocks that a LoRA changes, such as `up_blocks.0.attentions.1`, sorted by name."""
     return sorted({block_of(path) for path in lora.modules})

@@ -1,4 +1,4 @@
-"""Every file that is no LoRA for SDXL, and every fault of the disk: one message each, nothing left behind."""
+"""Refusal of files that are not LoRAs for SDXL, and of impossible writes: one clear message, nothing left behind."""
 
 import errno
 import json
@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.files import read_lora, write_lora
-from unziplora.formats.safetensors import read_tensors
+from unziplora.formats.safetensors import read_header, read_tensors
 from unziplora.lora.weights import Lora
-from unziplora.models.folder import read_header
-from unziplora.utils import files as atomic
+from unziplora.utils import files
 
 
 def refused(path, match):
@@ -45,28 +44,28 @@ def file(tmp_path):
 # --- not a safetensors file
 
 
-def test_no_such_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     refused(tmp_path / "none.safetensors", "no such file")
 
 
-def test_a_folder(tmp_path):
+def test_a_folder_is_refused_with_the_name_of_a_file_in_it(tmp_path):
     refused(tmp_path, "is a folder: name the file$")
     write_lora(make(), tmp_path / "cat.safetensors")
     refused(tmp_path, r"such as cat\.safetensors")
 
 
-def test_an_empty_file(file):
+def test_an_empty_file_is_refused(file):
     file.touch()
     refused(file, "empty")
 
 
 @pytest.mark.parametrize("size", [5, 9, 40, 4000, -1])
-def test_truncated(file, size):
+def test_a_truncated_file_is_refused(file, size):
     file.write_bytes((file.parent / "good.safetensors").read_bytes()[:size])
     refused(file, "truncated|not a safetensors")
 
 
-def test_truncated_in_the_tensors_says_where(file):
+def test_truncated_tensors_are_reported_with_both_sizes(file):
     whole = (file.parent / "good.safetensors").read_bytes()
     file.write_bytes(whole[:-10])
     refused(file, f"truncated at {len(whole) - 10:,} of {len(whole):,} bytes")
@@ -92,7 +91,7 @@ def test_truncated_in_the_tensors_says_where(file):
         (b"GGUF\x03\0\0\0" + bytes(99), "GGUF"),
     ],
 )
-def test_other_files(file, content, match):
+def test_other_file_formats_are_refused(file, content, match):
     file.write_bytes(content)
     refused(file, match)
 
@@ -123,7 +122,7 @@ def test_pickles_are_refused_unopened(tmp_path, name, protocol):
 
 
 @pytest.mark.parametrize("low", [0x80, 0x280, 0x480])
-def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, low):
+def test_a_header_length_that_looks_like_a_pickle_is_read(tmp_path, low):
     path = tmp_path / "a.safetensors"
     save_file({"x": torch.arange(3.0)}, path)
     length = int.from_bytes(path.read_bytes()[:8], "little")
@@ -134,7 +133,7 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(tmp_path, low):
     assert read_header(path).shapes == {"x": (3,)}
 
 
-def test_a_header_nested_beyond_reason(tmp_path):
+def test_a_deeply_nested_header_is_refused(tmp_path):
     head = b'{"a":' * 100_000
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(head).to_bytes(8, "little") + head)
@@ -176,11 +175,11 @@ BLOCKS = ("down_blocks_0", "mid_block", "up_blocks_3")
         ({"x": torch.ones(2)}, "a file of an unknown kind, not a LoRA"),
     ],
 )
-def test_other_families_and_other_things(file, tensors, match):
+def test_other_families_and_kinds_of_model_are_named(file, tensors, match):
     refused(store(file, tensors), match)
 
 
-def test_the_full_size_names_are_not_taken_for_sd(file):
+def test_a_base_of_the_same_text_width_settles_doubts_about_sd(file):
     """A small base of SDXL's topology may have SD's text width: what is known of the base settles it."""
     lora = make(unet=tiny.unet(cross_attention_dim=768))
     assert len(read_lora(store(file, kohya(lora))).modules) == len(lora.modules)
@@ -221,25 +220,25 @@ def test_other_adapters_are_named(file, name, key):
         "unet.x.lora_A.weight",
     ],
 )
-def test_keys_that_are_not_understood_are_an_error(file, key):
+def test_unknown_keys_are_refused(file, key):
     refused(store(file, {**kohya(make()), key: torch.ones(2)}), "1 of .* keys are not understood, the first: ")
 
 
-def test_half_a_module(file):
+def test_a_module_without_a_factor_is_refused(file):
     tensors = kohya(make())
     del tensors[next(key for key in tensors if "attn2_to_v.lora_up" in key)]
     refused(store(file, tensors), r"attn2\.to_v: the up matrix is missing")
     refused(store(file, {f"{Q}.alpha": torch.tensor(1.0)}), "down and up matrix")
 
 
-def test_a_module_named_twice(file):
+def test_a_module_under_two_names_is_refused(file):
     refused(store(file, {**kohya(make()), **kohya(make(), "diffusers")}), "twice")
 
 
 @pytest.mark.parametrize(
     "parts", [("lora_A.one", "lora_B.one", "lora_A.two", "lora_B.two"), ("lora_A", "lora_B", "lora.down", "lora.up")]
 )
-def test_two_adapters_in_one_file(file, parts):
+def test_two_adapters_in_one_file_are_refused(file, parts):
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     shapes = ((2, 8), (8, 2)) * 2
     tensors = {f"{path}.{part}.weight": torch.ones(shape) for part, shape in zip(parts, shapes, strict=True)}
@@ -249,24 +248,24 @@ def test_two_adapters_in_one_file(file, parts):
 @pytest.mark.parametrize(
     "shapes", [((2, 8), (8, 3)), ((0, 8), (8, 0)), ((2, 8), (8, 2, 1, 1)), ((2,), (2,)), ((2, 8, 3, 1), (8, 2, 1, 3))]
 )
-def test_factors_that_do_not_multiply(file, shapes):
+def test_factors_that_do_not_multiply_are_refused(file, shapes):
     tensors = {f"{Q}.{part}": torch.ones(shape) for part, shape in zip(KOHYA, shapes, strict=True)}
     refused(store(file, tensors), "make no LoRA")
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
-def test_an_alpha_without_meaning(file, alpha):
+def test_an_alpha_that_is_not_positive_is_refused(file, alpha):
     refused(store(file, kohya(make(), alpha=lambda path: alpha)), "alpha is")
 
 
-def test_an_alpha_of_two_numbers(file):
+def test_an_alpha_of_two_numbers_is_refused(file):
     tensors = kohya(make(), alpha=lambda path: 1.0)
     tensors[next(key for key in tensors if key.endswith(".alpha"))] = torch.ones(2)
     refused(store(file, tensors), r"alpha \[2\] is no single number")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_diverged_training(file, value):
+def test_nan_and_infinity_are_refused(file, value):
     tensors = kohya(make())
     key = next(key for key in tensors if key.endswith("lora_up.weight"))
     tensors[key][0, 0] = value
@@ -284,13 +283,13 @@ def test_a_diverged_training(file, value):
         ({"alpha": 0}, "alpha must be greater than 0"),
     ],
 )
-def test_bad_requests(tmp_path, request_, match):
+def test_impossible_layouts_dtypes_and_alphas_are_refused(tmp_path, request_, match):
     with pytest.raises(UserError, match=match):
         write_lora(make(), tmp_path / "a.safetensors", **request_)
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_targets(tmp_path):
+def test_impossible_targets_are_refused(tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(UserError, match="is a folder"):
         write_lora(make(), tmp_path / "folder.safetensors")
@@ -300,7 +299,7 @@ def test_bad_targets(tmp_path):
         write_lora(Lora({}), tmp_path / "a.safetensors")
 
 
-def test_values_too_large_for_fp16(tmp_path):
+def test_values_too_large_for_fp16_are_refused(tmp_path):
     lora = make()
     path, (down, up) = next(iter(lora.modules.items()))
     lora.modules[path] = (down, up * 1e6)
@@ -317,7 +316,7 @@ def faults(monkeypatch, name, number):
     def fail(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(atomic.os, name, fail)
+    monkeypatch.setattr(files.os, name, fail)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +328,7 @@ def faults(monkeypatch, name, number):
         (errno.EIO, "cannot be written"),
     ],
 )
-def test_a_fault_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, number, match):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, number, match):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"before")
     faults(monkeypatch, "fsync", number)
@@ -353,18 +352,18 @@ def test_a_real_limit_on_file_size(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_file_in_place_of_a_folder_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match="a file is where a folder should be"):
         write_lora(make(), tmp_path / "file" / "a.safetensors")
 
 
-def test_a_place_that_cannot_be_written_to():
+def test_a_folder_without_write_permission_is_reported():
     with pytest.raises(MachineError, match="/proc/"):
         write_lora(make(), "/proc/unziplora.safetensors")
 
 
-def test_an_unreadable_file(file, monkeypatch):
+def test_an_unreadable_file_is_reported(file, monkeypatch):
     def fail(*args):
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -375,17 +374,17 @@ def test_an_unreadable_file(file, monkeypatch):
             read(file)
 
 
-def test_an_interrupt_while_writing_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(handle):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(atomic.os, "fsync", interrupt)
+    monkeypatch.setattr(files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_lora(make(), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_above_are_made_and_the_file_is_readable_to_others(tmp_path):
+def test_missing_folders_are_created_and_others_can_read_the_file(tmp_path):
     path = tmp_path / "a" / "b" / "c.safetensors"
     old = os.umask(0o022)
     try:
@@ -395,7 +394,7 @@ def test_folders_above_are_made_and_the_file_is_readable_to_others(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_header_that_is_no_adapter_metadata(file):
+def test_malformed_adapter_metadata_is_refused(file):
     lora = make()
     tensors = {
         f"unet.{p}.lora_{n}.weight": t for p, pair in lora.modules.items() for n, t in zip("AB", pair, strict=True)
