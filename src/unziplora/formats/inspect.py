@@ -60,7 +60,7 @@ class Inspection(BaseModel):
             f"rank      {_counts(self.ranks)}",
             f"alpha     {_counts(self.alphas)}; strength {_counts(self.strengths)}",
             f"stored as {_counts(self.dtypes)}, {self.parameters:,} parameters",
-            f"trigger   {', '.join(self.trigger_words) or 'none given'}",
+            f"trigger   {', '.join(self.trigger_words) or 'none'}",
             "blocks    modules · share of the update",
             *(f"  {name:<28} {block.modules:>4} · {_share(block)}" for name, block in self.blocks.items()),
             "loads in",

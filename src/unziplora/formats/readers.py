@@ -114,7 +114,7 @@ def group_by_module(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
 
 
 def _split_key(key: str) -> tuple[str, str, bool]:
-    """Split a key into the module's name and "down", "up" or "alpha", and return whether PEFT spells it so."""
+    """Split a key into the module's name and "down", "up" or "alpha", with a flag for PEFT's spelling."""
     if match := _FACTOR.fullmatch(key):
         return match["module"], _PARTS[match["part"]], match["part"] in "AB"
     if key.endswith(".alpha"):

@@ -63,7 +63,7 @@ def read_blocks(source: str) -> BlockMap:
         raise UserError(f"no block map {source!r}: there are {', '.join(BLOCK_MAPS)}, or give a TOML file")
     table = read_toml(path)
     if set(table) != set(KINDS):
-        raise UserError(f"{source}: a block map has the two lists 'content' and 'style', found {sorted(table)}")
+        raise UserError(f"{source}: a block map has the two lists 'content' and 'style', not {sorted(table)}")
     for name, blocks in table.items():
         if not isinstance(blocks, list) or not all(isinstance(block, str) for block in blocks):
             raise UserError(f"{source}: {name} must be a list of block names such as 'up_blocks.0.attentions.1'")
