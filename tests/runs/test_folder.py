@@ -70,16 +70,20 @@ def test_a_base_behind_a_link_keeps_its_own_name(tmp_path: Path) -> None:
     assert base_name(config) == "my-xl.safetensors"
 
 
-def test_a_run_that_another_process_began_meanwhile_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    create, config = RunFolder.create, recipe(tmp_path / "cat")
+@pytest.mark.parametrize("resume", [False, True])
+def test_folder_stays_locked_from_its_check_to_the_end_of_the_work(tmp_path: Path, resume: bool) -> None:
+    config = recipe(tmp_path / "cat")
+    if resume:
+        RunFolder.create(config.out, config)
 
-    def twice(path: Path, ours: SplitConfig) -> RunFolder:
-        create(path, ours)
-        return create(path, ours.model_copy(update={"rank": 8}))  # nothing is learned yet, so the folder is free
+    def work(run: RunFolder) -> None:
+        for other in (RunFolder.create, RunFolder.resume):
+            with pytest.raises(UserError, match=f"process {os.getpid()} is training into this folder"):
+                other(config.out, config)
 
-    monkeypatch.setattr(RunFolder, "create", twice)
-    with pytest.raises(UserError, match="another process has begun a run here"):
-        in_run_folder(config, False, lambda _: pytest.fail("trained into another's run"))
+    in_run_folder(config, resume, work)
+    with RunFolder(config.out).lock():
+        pass
 
 
 def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -232,6 +236,17 @@ def test_writing_is_atomic(tmp_path: Path) -> None:
     assert path.read_bytes() == b"two"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
     assert path.stat().st_mode & 0o444 == 0o444
+
+
+def test_new_files_get_the_permissions_of_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask belongs to the whole process"))
+        atomic_write(tmp_path / "a.txt", "text")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
 
 
 def test_files_are_synced_by_a_handle_that_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from unziplora.config.bench import BenchConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base
-from unziplora.runs.folder import RunFolder, differing
+from unziplora.runs.folder import RunFolder, changed_settings
 from unziplora.utils.files import atomic_write, write_png
 from unziplora.utils.progress import Callback
 
@@ -137,7 +137,7 @@ def json_hash(value: Any) -> str:
 def _check_settings(run: RunFolder, config: TrainingConfig) -> None:
     """Refuse a run with other settings. Of images only the file names count, because folders can move."""
     saved = run.config(type(config))
-    for name in differing(saved, config):
+    for name in changed_settings(saved, config):
         old, new = getattr(saved, name), getattr(config, name)
         if _file_names(old) is None or _file_names(old) != _file_names(new):
             raise UserError(

@@ -7,15 +7,17 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from filelock import FileLock, Timeout
+
 from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
 from unziplora.errors import UserError
 from unziplora.lora.blocks import BLOCK_MAPS
-from unziplora.utils.files import absolute, atomic_folder, atomic_write, explain, lock_file, write_png
+from unziplora.utils.files import absolute, atomic_folder, atomic_write, explain, write_png
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,28 +78,42 @@ class RunFolder:
         return self.path / "README.md"
 
     @classmethod
-    def create(cls, path: Path, config: Recipe) -> RunFolder:
-        """Make the folder of a new run and write its configuration, with absolute paths.
+    @contextmanager
+    def created(cls, path: Path, config: Recipe) -> Iterator[RunFolder]:
+        """Create the folder of a new run, locked while the context is open, and write its configuration.
 
-        A folder that is empty, or holds a run that has learned nothing yet, is taken.
+        An empty folder, or one of a run that has learned nothing yet, is reused. Paths become absolute.
 
         Raises:
-            UserError: the folder holds something.
+            UserError: the folder contains something, or another process is using it.
             MachineError: no permission, disk full.
         """
         run = cls(path)
-        if not run.is_free():
-            raise UserError(f"{path} {run._taken()}")
+        run._check_free()  # before the lock, which would leave its file in a folder of someone else
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with run.lock():
+        except OSError as error:
+            raise explain(path, error) from None
+        with run.lock():
+            run._check_free()
+            try:
                 run.log_file.unlink(missing_ok=True)
                 run.samples.mkdir(exist_ok=True)
                 run.checkpoints.mkdir(exist_ok=True)
-                atomic_write(run.config_file, to_toml(with_absolute_paths(config)))
-        except OSError as error:
-            raise explain(path, error) from None
-        return run
+            except OSError as error:
+                raise explain(path, error) from None
+            atomic_write(run.config_file, to_toml(with_absolute_paths(config)))
+            yield run
+
+    @classmethod
+    def create(cls, path: Path, config: Recipe) -> RunFolder:
+        """Create the folder of a new run as `created` does, and leave it unlocked."""
+        with cls.created(path, config) as run:
+            return run
+
+    def _check_free(self) -> None:
+        if not self.is_free():
+            raise UserError(f"{self.path} {self._taken()}")
 
     def _taken(self) -> str:
         """What lies where a new run should begin, and what to do."""
@@ -119,23 +135,31 @@ class RunFolder:
         return self._begun() and not self.card.exists()
 
     @classmethod
-    def resume(cls, path: Path, config: Recipe) -> RunFolder:
-        """Open the folder of an interrupted run, tidy it, and check that the recipe is the same.
+    @contextmanager
+    def resumed(cls, path: Path, config: Recipe) -> Iterator[RunFolder]:
+        """Open the folder of an interrupted run, locked while the context is open, and tidy it.
 
         Raises:
-            UserError: no run is there, another process is using it, or keys differ that decide what is learned.
+            UserError: there is no run, its settings differ in a key that decides what is learned, or another process
+                is using it.
         """
         run = cls(path)
         saved = run.config(type(config))
-        if changed := differing(saved, config):
-            lines = [f"{name}: {getattr(saved, name)!r} → {getattr(config, name)!r}" for name in changed]
+        if names := changed_settings(saved, config):
+            changes = [f"{name}: {getattr(saved, name)!r} → {getattr(config, name)!r}" for name in names]
             raise UserError(
-                f"{path}: a run is resumed with the settings that it began with; these differ: {', '.join(lines)}. "
+                f"{path}: a run is resumed with the settings that it began with; these differ: {', '.join(changes)}. "
                 "Leave them out, or start a new run with another --out"
             )
-        with run.lock():  # what another process has half-written is not left over
+        with run.lock():  # before tidying, because another process may be writing
             run.tidy()
-        return run
+            yield run
+
+    @classmethod
+    def resume(cls, path: Path, config: Recipe) -> RunFolder:
+        """Open the folder of an interrupted run as `resumed` does, and leave it unlocked."""
+        with cls.resumed(path, config) as run:
+            return run
 
     def config(self, model: type[R]) -> R:
         """The configuration that the run began with.
@@ -163,28 +187,29 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training into this folder; a process that dies lets go of it.
+        """Keep other processes from training into this folder; the lock of a process that dies is released.
 
         Raises:
             UserError: another process is using it.
         """
+        owner = self.path / ".lock.pid"
+        lock = FileLock(self.path / ".lock")
         try:
-            file = (self.path / ".lock").open("a+")
+            lock.acquire(blocking=False)
+        except Timeout:
+            number = owner.read_text().strip() if owner.is_file() else ""
+            raise UserError(
+                f"{self.path}: process {number or 'unknown'} is training into this folder; "
+                "wait for it, or choose another --out"
+            ) from None
         except OSError as error:
             raise explain(self.path, error) from None
-        with file:
-            try:
-                lock_file(file)
-            except OSError:
-                file.seek(0)
-                raise UserError(
-                    f"{self.path}: process {file.read().strip() or 'unknown'} is training into this folder; "
-                    "wait for it, or choose another --out"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        try:
+            with suppress(OSError):  # it serves the message alone
+                owner.write_text(str(os.getpid()))
             yield
+        finally:
+            lock.release()
 
     def tidy(self) -> None:
         """Remove what an interrupted process left half-written."""
@@ -277,8 +302,8 @@ def with_absolute_paths(config: R) -> R:
     return config.model_copy(update=paths)
 
 
-def differing(saved: R, config: R) -> list[str]:
-    """Names of the keys in which two recipes of a kind say something else of what is learned."""
+def changed_settings(saved: R, config: R) -> list[str]:
+    """Return the keys in which two recipes differ, without those that may change when a run is resumed."""
     one, two = with_absolute_paths(saved), with_absolute_paths(config)
     skipped = two.marked("may_change")
     return [name for name, value in two if name not in skipped and value != getattr(one, name)]

@@ -26,7 +26,7 @@ from unziplora.lora.weights import Lora
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.sizes import must_be_fetched
-from unziplora.runs.folder import RunFolder, differing
+from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, base_name, card, folder_argument, shared_settings
 from unziplora.training.cuda_graphs import recording
 from unziplora.training.method import Method, Setup
@@ -88,10 +88,8 @@ def in_run_folder(config: TrainingConfig, resume: bool, work: Callable[[RunFolde
         UserError: the folder is taken, or its run is finished.
         MachineError: disk full, no permission.
     """
-    run = RunFolder.resume(config.out, config) if resume else RunFolder.create(config.out, config)
-    with run.lock():
-        if differing(run.config(type(config)), config):  # another began here between these two lines
-            raise UserError(f"{run.path}: another process has begun a run here; choose another --out")
+    opened = RunFolder.resumed if resume else RunFolder.created
+    with opened(config.out, config) as run:
         if run.card.exists():  # the last file to be written
             raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
         work(run)

@@ -1,14 +1,14 @@
-"""Files and folders that are whole or not there at all: written beside their place, then moved to it."""
+"""Atomic writing: a file or folder is complete or absent, because it is written next to its place and then moved."""
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from unziplora.errors import MachineError, UserError, first_line
 
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
 Writer = Callable[[BinaryIO], object]
 
-LOCKED_BYTE = 1 << 30
-"""What is locked on Windows, where nobody else can read a locked byte: one far behind what the file says."""
-
-
 _SUFFIXES = {
     *(".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"),
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl"),
@@ -28,7 +24,7 @@ _SUFFIXES = {
 
 
 def atomic_write(path: Path, data: bytes | str | Writer) -> None:
-    """Write a file atomically: bytes, text (UTF-8), or whatever a function writes into an open file.
+    """Write a file atomically: bytes, text (UTF-8), or the output of a function that writes into an open file.
 
     Raises:
         MachineError: disk full, no permission, or another fault of the machine; nothing is left behind.
@@ -36,16 +32,14 @@ def atomic_write(path: Path, data: bytes | str | Writer) -> None:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with temporary.open("xb") as file:  # with the permissions that other files get here
             if callable(data):
                 data(file)
             else:
                 file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would keep other users' programs out
         temporary.replace(path)
     except OSError as error:
         raise explain(path, error) from None
@@ -55,14 +49,14 @@ def atomic_write(path: Path, data: bytes | str | Writer) -> None:
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
-    """Write a picture as PNG atomically. Errors as in `atomic_write`."""
+    """Write an image as PNG atomically. Raises the errors of `atomic_write`."""
     atomic_write(path, lambda file: picture.save(file, "PNG"))
 
 
 def atomic_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Make a folder atomically: `fill` writes its files into a temporary one beside it (`.tmp-…`).
+    """Make a folder atomically: `fill` writes its files into a temporary folder next to it (`.tmp-…`).
 
-    A folder that is there already is replaced; until the new one is complete, it stays.
+    An existing folder stays until the new one is complete, and is then replaced.
 
     Raises:
         MachineError: disk full, no permission, or another fault of the machine; nothing is left behind.
@@ -97,10 +91,10 @@ def atomic_folder(path: Path, fill: Callable[[Path], object]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Ask the system to bring a file or folder to disk; folders cannot be synced on Windows."""
+    """Ask the system to write a file or folder to disk; Windows cannot sync folders."""
     if path.is_dir() and os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only what may be written to
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only writable handles
     try:
         os.fsync(handle)
     finally:
@@ -108,7 +102,7 @@ def sync(path: Path) -> None:
 
 
 def explain(path: Path, error: OSError) -> MachineError:
-    """The message for a failed write: what, where, and what to do next."""
+    """Return the message for a failed write: the path, the fault and the remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return MachineError(f"{path}: the disk is full; free some space, or write to another disk")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -118,27 +112,8 @@ def explain(path: Path, error: OSError) -> MachineError:
     return MachineError(f"{path}: cannot be written ({error.strerror or error})")
 
 
-def lock_file(file: IO[str]) -> None:
-    """Take the system's exclusive lock on an open file, or raise OSError at once."""
-    if os.name == "nt":
-        import msvcrt
-
-        os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def absolute(path: Path) -> Path:
-    """An absolute path whose links keep their names: in the hub's cache they lead to files without a suffix."""
+    """Make a path absolute without resolving links: in the hub's cache they lead to files without a suffix."""
     return Path(os.path.abspath(path))
 
 

@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import signal
-import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,15 +297,15 @@ def test_a_missing_picture_is_told_before_a_folder_is_made(config, tmp_path):
 
 def test_a_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
     """The disk fills up while the files are written: the error is the machine's, and resuming finishes the run."""
-    mkstemp = tempfile.mkstemp
+    opened = Path.open
 
-    def full(*args: object, prefix: str = "", **kwargs: object):
-        if "style.safetensors" in prefix:
+    def full(self: Path, *args: object, **kwargs: object):
+        if self.name.startswith(".style.safetensors"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return mkstemp(*args, prefix=prefix, **kwargs)
+        return opened(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "mkstemp", full)
+        patch.setattr(Path, "open", full)
         with pytest.raises(MachineError, match=r"no room|full"):
             split(config(sample_seeds=[]))
     run = split(config(sample_seeds=[]), resume=True)
