@@ -1,4 +1,4 @@
-"""What the plain filters leave of a picture and what they take away."""
+"""Plain filters: what they keep of an image, and what they remove."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from unziplora.images.filters import FILTERS, filtered
 
 
 def drawing(ground: int, square: int, size: int = 128) -> Image.Image:
-    """A square in the middle half of a picture."""
-    picture = Image.new("RGB", (size, size), (ground,) * 3)
-    ImageDraw.Draw(picture).rectangle((size // 4, size // 4, 3 * size // 4, 3 * size // 4), (square,) * 3)
-    return picture
+    """A square in the middle half of a image."""
+    image = Image.new("RGB", (size, size), (ground,) * 3)
+    ImageDraw.Draw(image).rectangle((size // 4, size // 4, 3 * size // 4, 3 * size // 4), (square,) * 3)
+    return image
 
 
-def gray(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.convert("L"), dtype=np.float64)
+def gray(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L"), dtype=np.float64)
 
 
-def test_variants_are_the_picture_and_others_of_its_size_all_different():
+def test_versions_are_the_image_and_others_of_its_size_all_different():
     bands = [Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), quality) for quality in (5, 20, 80)]
-    picture = Image.merge("RGB", bands)
-    made = filtered(picture)
-    assert made[0] == picture
-    assert {p.size for p in made} == {(64, 64)}
-    assert {p.mode for p in made} == {"RGB"}
-    assert len({p.tobytes() for p in made}) == 1 + len(FILTERS)
+    image = Image.merge("RGB", bands)
+    versions = filtered(image)
+    assert versions[0] == image
+    assert {p.size for p in versions} == {(64, 64)}
+    assert {p.mode for p in versions} == {"RGB"}
+    assert len({p.tobytes() for p in versions}) == 1 + len(FILTERS)
 
 
 @pytest.mark.parametrize(("ground", "square"), [(250, 20), (20, 250), (120, 140)])
-def test_edges_are_the_outline_however_faint_and_never_the_frame(ground: int, square: int):
+def test_edges_are_the_outline_and_never_the_frame(ground: int, square: int):
     edges = gray(FILTERS["edges"](drawing(ground, square)))
     assert edges[32, 48:80].min() > 200  # on the outline
     assert edges[64, 64] < 20  # inside
-    assert edges[:8].max() < 20  # the picture's own frame
+    assert edges[:8].max() < 20  # the image's own frame
     inverted = gray(FILTERS["edges inverted"](drawing(ground, square)))
     assert np.array_equal(inverted, 255 - edges)
 
 
-def test_a_wide_picture_is_smoothed_at_a_smaller_width_and_comes_back_in_its_own():
+def test_wide_images_keep_their_width():
     wide = drawing(240, 40, size=600)
     for name in ("smoothed", "edges", "edges inverted"):
         assert FILTERS[name](wide).size == (600, 600)

@@ -19,21 +19,21 @@ LARGEST = 16_000  # pixels per side; viewers and PNG libraries give up not far a
 def sheet(
     images: Sequence[Sequence[Image.Image | None]], rows: Sequence[str] = (), columns: Sequence[str] = ()
 ) -> Image.Image:
-    """Put pictures into a grid with row labels on the left and column labels on top.
+    """Arrange images in a grid with row labels on the left and column labels on top.
 
     Args:
-        images: rows of pictures, top to bottom; rows may be short, None leaves a gap. Each cell is as large
-            as the largest picture; smaller ones are centerd.
+        images: rows of images, top to bottom. Rows may be short; None leaves a gap. Each cell is as large as the
+            largest image; smaller ones are centered.
         rows: one label per row, or none at all.
         columns: one label per column, or none at all.
 
     Raises:
-        UserError: there are no pictures, or the sheet would be too large for viewers.
+        UserError: there are no images, or the sheet would be too large for viewers.
     """
-    pictures = [picture for row in images for picture in row if picture is not None]
-    if not pictures:
-        raise UserError("a grid needs at least one picture")
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    present = [image for row in images for image in row if image is not None]
+    if not present:
+        raise UserError("a grid needs at least one image")
+    width, height = max(image.width for image in present), max(image.height for image in present)
     count = max(len(row) for row in images)
     font = _font(width)
     heads = [_wrap(label, font, width) for label in columns]
@@ -43,7 +43,9 @@ def sheet(
     top = max((_size(head, font)[1] for head in heads), default=0) + 2 * GAP if heads else 0
     size = (left + count * (width + GAP) + GAP, top + len(images) * (height + GAP) + GAP)
     if max(size) > LARGEST:
-        raise UserError(f"the grid would be {size[0]}×{size[1]} pixels: fewer or smaller pictures, please")
+        raise UserError(
+            f"the grid would be {size[0]}×{size[1]} pixels (at most {LARGEST} a side): choose fewer or smaller images"
+        )
     canvas = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(canvas)
     for column, head in enumerate(heads):
@@ -53,10 +55,10 @@ def sheet(
         y = top + GAP + row * (height + GAP)
         if row < len(sides):
             draw.multiline_text((left / 2, y + height / 2), sides[row], INK, font, anchor="mm", align="center")
-        for column, picture in enumerate(line):
-            if picture is not None:
-                x = left + GAP + column * (width + GAP) + (width - picture.width) // 2
-                canvas.paste(picture.convert("RGB"), (x, y + (height - picture.height) // 2))
+        for column, image in enumerate(line):
+            if image is not None:
+                x = left + GAP + column * (width + GAP) + (width - image.width) // 2
+                canvas.paste(image.convert("RGB"), (x, y + (height - image.height) // 2))
     return canvas
 
 
@@ -70,6 +72,6 @@ def _size(text: str, font: Any) -> tuple[int, int]:
 
 
 def _wrap(text: str, font: Any, width: int, lines: int = 3) -> str:
-    """Break a label into lines about `width` pixels wide, and cut it after a number of them."""
+    """Break a label into lines about `width` pixels wide, and cut it after `lines` of them."""
     letters = max(4, int(width / max(1.0, _size("n" * 20, font)[0] / 20)))
     return "\n".join(textwrap.wrap(text, letters, max_lines=lines, placeholder="…")) or " "
