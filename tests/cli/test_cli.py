@@ -182,7 +182,7 @@ class TestWrongRequests:
             (["split", "--resume"], "--resume needs the run folder"),
             ([*SPLIT, "--resume", "--out", "nowhere"], "no run to resume here"),
             ([*SPLIT, "--config", "gone.toml"], "gone.toml: no such configuration file"),
-            (["split", "gone.png", *SPLIT[2:]], "gone.png: no such picture"),
+            (["split", "gone.png", *SPLIT[2:]], "gone.png: no such image"),
             (["inspect"], "Missing argument"),
             (["inspect", "gone.safetensors"], "gone.safetensors: no such file"),
             (["resize", "a.safetensors", "b.safetensors"], "--rank 16, or --energy 0.95"),
@@ -231,8 +231,8 @@ class TestWrongRequests:
 
     def test_json_tells_the_fault_too(self, call: Call) -> None:
         done = call("split", "gone.png", *SPLIT[2:], "--json")
-        assert done.json == {"error": "gone.png: no such picture", "exit_code": 2}
-        assert done.err == "error: gone.png: no such picture\n"
+        assert done.json == {"error": "gone.png: no such image", "exit_code": 2}
+        assert done.err == "error: gone.png: no such image\n"
 
 
 class TestSplit:
@@ -285,7 +285,7 @@ class TestSplit:
         Path("notes.png").write_text("dear diary")
         done = call("split", "notes.png", *SPLIT[2:], "--base", tiny_folder, "--dry-run")
         assert done.code == 2
-        assert "not a picture" in done.err
+        assert "not an image" in done.err
 
     @pytest.mark.parametrize("dry", [["--dry-run"], ["--out", "never"]])
     @pytest.mark.parametrize(

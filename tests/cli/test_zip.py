@@ -112,7 +112,7 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
         ),
         ([*FILES, *PROMPTS, "--base", "nowhere"], "base 'nowhere': no such file or folder"),
         ([*FILES, *PROMPTS, "--base", "bundled", "--device", "cpu"], "cat.safetensors does not fit base bundled"),
-        ([*FILES, *PROMPTS, "--content-images", "gone.png", "--config", "quick.toml"], "gone.png: no such picture"),
+        ([*FILES, *PROMPTS, "--content-images", "gone.png", "--config", "quick.toml"], "gone.png: no such image"),
         (["--resume"], "--resume needs the run folder"),
         (["--resume", "--out", "gone"], "gone: no run to resume here"),
         ([*FILES, "--method", "average"], "'average' is not one of"),

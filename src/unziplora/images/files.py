@@ -1,62 +1,51 @@
-"""Picture files: opened upright, whatever their format; every fault of a file has its message."""
+"""Image files of any format, opened upright. Every fault of a file has its own message."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from unziplora.errors import MachineError, UserError, first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "PSD")
-"""What is opened. Pillow knows more, but some of those start other programs (EPS) or hold no picture."""
+"""Formats that are opened. Pillow reads more, but some start other programs (EPS) or contain no image."""
 
 PIXEL_LIMIT = 150_000_000
-"""Larger pictures are refused: 150 megapixels are 450 MB in memory, more than any camera's picture needs."""
+"""Largest number of pixels. 150 megapixels take 450 MB of memory, and no camera needs more."""
 
-_TINY = 8
-_TURN = Image.Transpose
-_TURNS = {
-    2: _TURN.FLIP_LEFT_RIGHT,
-    3: _TURN.ROTATE_180,
-    4: _TURN.FLIP_TOP_BOTTOM,
-    5: _TURN.TRANSPOSE,
-    6: _TURN.ROTATE_270,
-    7: _TURN.TRANSVERSE,
-    8: _TURN.ROTATE_90,
-}
-"""What EXIF's orientation asks for."""
-_KEEP_SHAPE = (_TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM)
+_SMALLEST_SIDE = 8
+_SIDEWAYS = range(5, 9)
+"""EXIF orientations that swap width and height."""
 
 
-@contextmanager
-def open_upright(path: Path, side: int) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
-    """Open a picture, turned upright, with its original width and height; every fault gets its message.
+def open_upright(
+    path: Path, side: int, convert: Callable[[Image.Image], Image.Image] = lambda image: image
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Open an image, turn it upright, and return it with its original width and height.
+
+    Warns if the file contains several frames or pages; only the first is used.
 
     Args:
-        side: shorter side that is wanted at least: a larger picture may come reduced, to save memory.
+        side: shorter side that the caller needs. A larger image may be reduced, to save memory.
+        convert: conversion of the upright image. Its faults are reported as faults of the file.
 
     Raises:
-        UserError: missing, a folder, empty, truncated, too large, too small, of another format, or no picture.
-        MachineError: no permission, too little memory.
+        UserError: missing, a folder, empty, truncated, too large, too small, of another format, or not an image.
+        MachineError: no permission, or not enough memory.
     """
     _check_file(path)
     try:
         with warnings.catch_warnings():
             # Pillow's own limit warns at 89 megapixels; ours is an error. Faults of EXIF data are harmless.
             warnings.filterwarnings("ignore", module="PIL")
-            picture, size, several = _read(path, side)
-            turn = _TURNS.get(_orientation(picture))
-        if several:
-            warnings.warn(f"{path} has several {several}: only the first is used", stacklevel=4)
-        upright = _reduced(picture, side)
-        if turn is not None:
-            upright = upright.transpose(turn)
-            size = size if turn in _KEEP_SHAPE else size[::-1]
-        yield upright, size
+            image, size, repeated = _read(path, side)
+            image = _reduce(image, side)
+            size = _turn_upright(image, size)
+            image = convert(image)
     except (UserError, MachineError):
         raise
     except PermissionError:
@@ -69,33 +58,53 @@ def open_upright(path: Path, side: int) -> Iterator[tuple[Image.Image, tuple[int
         raise UserError(_unknown(path)) from None
     except Exception as error:  # Pillow's readers raise nearly anything on damaged files
         raise UserError(
-            f"{path}: damaged or cut off, cannot be read as a picture ({first_line(error)}); "
+            f"{path}: damaged or cut off, cannot be read as an image ({first_line(error)}); "
             "get it again, or open it in an image editor and save it as PNG"
         ) from None
+    if repeated:
+        warnings.warn(f"{path} has several {repeated}: only the first is used", stacklevel=3)
+    return image, size
 
 
 def _read(path: Path, side: int) -> tuple[Image.Image, tuple[int, int], str | None]:
-    """The first frame, its original size, and what there are several of: 'frames', 'pages' or nothing."""
-    with Image.open(path, formats=FORMATS) as picture:
-        size = picture.size
+    """Read the first frame and its original size; name what the file contains several of, "frames" or "pages"."""
+    # Not by its path: Pillow maps such TIFF files into memory, and garbles those that lie on their side.
+    with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+        size = image.size
         _check_size(path, *size)
-        jpeg = picture.format in ("JPEG", "MPO")  # MPO: a phone's JPEG with a preview or a second eye behind it
+        jpeg = image.format in ("JPEG", "MPO")  # MPO: a phone's JPEG with a preview or a second eye behind it
         if jpeg:
-            picture.draft(None, (2 * side, 2 * side))
-        several = None
-        if not jpeg and picture.format != "PSD" and getattr(picture, "n_frames", 1) > 1:
-            several = "pages" if picture.format == "TIFF" else "frames"
-        picture.load()
+            image.draft(None, (2 * side, 2 * side))
+        repeated = None
+        if not jpeg and image.format != "PSD" and getattr(image, "n_frames", 1) > 1:
+            repeated = "pages" if image.format == "TIFF" else "frames"
+        image.load()
         # Pillow turns TIFF files by itself while it loads them
-        return picture, size if jpeg else picture.size, several
+        return image, size if jpeg else image.size, repeated
+
+
+def _turn_upright(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """Turn an image in place according to its EXIF data, and return its original size, swapped if it was sideways."""
+    with suppress(Exception):  # damaged EXIF data: the image itself is fine
+        if image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS:
+            size = size[::-1]
+        ImageOps.exif_transpose(image, in_place=True)
+    return size
+
+
+def _reduce(image: Image.Image, side: int) -> Image.Image:
+    """Average an image of many megapixels down to no less than twice the side."""
+    factor = min(image.size) // (2 * side)
+    averageable = image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") and "transparency" not in image.info
+    return image.reduce(factor) if averageable and factor > 1 else image
 
 
 def _check_file(path: Path) -> None:
     try:
         if path.is_dir():
-            raise UserError(f"{path} is a folder: name the picture in it")
+            raise UserError(f"{path} is a folder: name an image in it")
         if not path.exists():
-            raise UserError(f"{path}: no such picture")
+            raise UserError(f"{path}: no such image")
         if path.stat().st_size == 0:
             raise UserError(f"{path}: the file is empty; get it again")
     except OSError as error:  # such as a name that is too long, or a folder that may not be entered
@@ -105,8 +114,8 @@ def _check_file(path: Path) -> None:
 def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > PIXEL_LIMIT:
         raise UserError(_too_large(path, f"{width}×{height}"))
-    if min(width, height) < _TINY:
-        raise UserError(f"{path}: {width}×{height} pixels are no picture to learn from; take a larger one")
+    if min(width, height) < _SMALLEST_SIDE:
+        raise UserError(f"{path}: {width}×{height} pixels are too few to learn from; use a larger image")
 
 
 def _too_large(path: Path, size: str) -> str:
@@ -136,30 +145,15 @@ _SIGNATURES = (
 
 
 def _unknown(path: Path) -> str:
-    """Why a file is not opened: what it is, as far as its first bytes tell."""
+    """Explain why a file cannot be opened, by its first bytes."""
     with path.open("rb") as file:
         start = file.read(512)
-    kind = next((name for at, mark, name in _SIGNATURES if start[at:].startswith(mark)), None)
+    kind = next((name for offset, mark, name in _SIGNATURES if start[offset:].startswith(mark)), None)
     if kind is None and b"<svg" in start.lower():
         kind = "SVG"
     if kind is None and start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return f"{path}: a web page, not a picture; save the picture itself"
+        return f"{path}: a web page, not an image; save the image itself"
     if kind == _DAMAGED:
-        return f"{path}: damaged or cut off, cannot be read as a picture; get it again"
-    what = f"{kind} files are not read" if kind else "not a picture, or of a format that is not read"
-    return f"{path}: {what}; export it as PNG or JPEG"
-
-
-def _orientation(picture: Image.Image) -> int:
-    try:
-        value = picture.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF data: the picture itself is fine
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _reduced(picture: Image.Image, side: int) -> Image.Image:
-    """A picture of many megapixels averaged down to no less than twice the wanted side."""
-    factor = min(picture.size) // (2 * side)
-    plain = picture.mode in ("L", "LA", "RGB", "RGBA", "CMYK") and "transparency" not in picture.info
-    return picture.reduce(factor) if plain and factor > 1 else picture
+        return f"{path}: damaged or cut off, cannot be read as an image; get it again"
+    reason = f"{kind} files cannot be read" if kind else "not an image, or of a format that cannot be read"
+    return f"{path}: {reason}; export it as PNG or JPEG"

@@ -44,7 +44,7 @@ def image_examples(
 ) -> Examples:
     """The pictures as latents, the prompts (for all, or one each) as conditioning, masks as weights of the loss."""
     latents = latents_of(setup.base, pictures)
-    masks = [load_mask(m, setup.size, picture=p) for m, p in zip(config.masks, config.images, strict=False)]
+    masks = [load_mask(mask, setup.size) for mask in config.masks[: len(config.images)]]
     weights = loss_weights(masks, latents, config.background_weight)
     seen = conditioning_of(setup.base, prompts, setup.size, len(pictures))
     return to_device(Examples(latents, seen, weights), setup.base)

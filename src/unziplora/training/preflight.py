@@ -10,7 +10,7 @@ import torch
 
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
-from unziplora.images.preprocess import load_image, load_mask
+from unziplora.images.preprocess import check_images
 from unziplora.models.base import Base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import base_folder, inspect_base, stored_bytes
@@ -33,10 +33,7 @@ def check_run(kind: type[Method[C]], config: C, side: int, base: Base | None = N
             setting needs.
     """
     if isinstance(config, ImageConfig):
-        for path in config.images:
-            load_image(path, side)
-        for mask, path in zip(config.masks, config.images, strict=False):
-            load_mask(mask, side, path)
+        check_images(config.images, config.masks, side)
     kind.check(config, base)
     device = pick_device(config.device) if base is None else base.device
     half = (pick_dtype(config.precision, device) if base is None else base.dtype) == torch.float16

@@ -290,7 +290,7 @@ def test_words_that_cannot_be_used_are_told_before_a_folder_is_made(config, chan
 
 
 def test_a_missing_picture_is_told_before_a_folder_is_made(config, tmp_path):
-    with pytest.raises(UserError, match="no such picture"):
+    with pytest.raises(UserError, match="no such image"):
         split(config(images=[tmp_path / "nothing.png"]))
     assert not (tmp_path / "run").exists()
 

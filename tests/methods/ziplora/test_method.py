@@ -581,7 +581,7 @@ class TestRefusals:
             ({"content_prompt": None}, "training prompt unknown(.|\n)*--content-prompt"),
             ({"style_prompt": "a {thing}"}, "is not known here"),
             ({"style_lora": Path("gone.safetensors")}, "no such run folder or LoRA file"),
-            ({"content_images": [Path("gone.png")]}, "no such picture"),
+            ({"content_images": [Path("gone.png")]}, "no such image"),
             ({"base": "no/such/base"}, "no such file or folder"),
             ({"style_prompt": " "}, "must not be blank"),
             ({"content_strength": float("nan")}, "content_strength"),
