@@ -81,7 +81,7 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
     ("args", "message"),
     [
         (["--methods", "magic"], "'magic' is not one of"),
-        (["--cases", "nothing", "--measures", "plain"], "no case 'nothing': there are rocket-linocut"),
+        (["--cases", "nothing", "--measures", "plain"], "unknown case 'nothing'; the cases are rocket-linocut"),
         (["--search", "3", "--split", "test"], "settings are searched on the cases of split dev"),
         (["--search", "3", "--settings", "x.toml"], "x.toml: no such configuration file"),
         (["--seeds", "-1"], "seeds are whole numbers from 0 on"),
@@ -99,11 +99,11 @@ def test_wrong_requests_are_told_in_one_message(call: Call, tmp_path: Path, args
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("unziplora = 5", "unziplora is 5; it must be a table of settings, [unziplora]"),
-        ("[dreambooth]\nsteps = 7", "[dreambooth] has two trainings: give its settings in [dreambooth.content]"),
+        ("unziplora = 5", "unziplora is 5; make it a table of settings, [unziplora]"),
+        ("[dreambooth]\nsteps = 7", "[dreambooth] has two trainings: put its settings into [dreambooth.content]"),
         ("[oracle.contents]\nsteps = 7", "[oracle] has two trainings"),
-        ("[base]\nsteps = 7", "[base] is the base without LoRA, which has no settings"),
-        ("[magic]", "no method 'magic'"),
+        ("[base]\nsteps = 7", "[base] is the base without LoRA and has no settings"),
+        ("[magic]", "unknown method 'magic'"),
     ],
 )
 def test_settings_that_nothing_reads_are_refused_also_by_a_dry_run(call: Call, tmp_path: Path, settings, message):
