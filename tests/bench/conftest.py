@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fakes import Fake, make_case
+from fakes import Fake, make_cases
 
 from unziplora.bench.cases import Case
 from unziplora.bench.workspace import Workspace
@@ -16,19 +16,20 @@ from unziplora.models.base import Base
 @pytest.fixture
 def cases() -> dict[str, Case]:
     """Return two cases, each the partner of the other."""
-    return {"cat": make_case("cat", "dog", 200), "dog": make_case("dog", "cat", 120)}
+    return make_cases()
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_folder: Path) -> BenchConfig:
-    """Return one seed, one image per prompt, two denoising steps."""
+    """Return one seed, one image per prompt, one denoising step without guidance."""
     return BenchConfig(
         out=tmp_path / "out",
         base=str(tiny_folder),
         methods=["base"],
         seeds=[0],
         samples=1,
-        sample_steps=2,
+        sample_steps=1,
+        guidance=1.0,
         device="cpu",
         precision="fp32",
     )

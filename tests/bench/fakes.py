@@ -43,6 +43,11 @@ def make_case(slug: str, partner: str, hue: int) -> Case:
     )
 
 
+def make_cases() -> dict[str, Case]:
+    """Return two cases, each the partner of the other."""
+    return {"cat": make_case("cat", "dog", 200), "dog": make_case("dog", "cat", 120)}
+
+
 class Colors:
     """Content and concept from the mean of red, style from the mean of green, as angles."""
 

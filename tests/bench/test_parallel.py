@@ -71,7 +71,7 @@ def test_workers_refuse_measures_cases_and_methods_as_arguments(config: BenchCon
 
 def test_two_processes_get_the_results_of_one(config: BenchConfig) -> None:
     cases = ["rocket-linocut", "house-watercolor", "sailboat-clay"]
-    settings = config.model_copy(update={"measures": ["plain"], "sample_steps": 1, "guidance": 1.0, "cases": cases})
+    settings = config.model_copy(update={"measures": ["plain"], "cases": cases})
     alone = run_benchmark(settings.model_copy(update={"out": config.out / "alone"}))
     reports: list[Progress] = []
     together = run_benchmark(settings.model_copy(update={"out": config.out / "many", "workers": 2}), reports.append)

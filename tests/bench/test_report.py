@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import Colors, Fake
+from fakes import Colors, Fake, make_cases
 
 from unziplora.bench.cases import Case
 from unziplora.bench.contenders import METHODS
@@ -17,6 +18,7 @@ from unziplora.errors import UserError
 from unziplora.models.base import Base
 
 Cases = dict[str, Case]
+Finished = tuple[Report, Fake, Path]
 
 
 def result(method: str, case: str, seed: int, content: float, style: float) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def report(config: BenchConfig) -> Report:
     return summarize(config, RESULTS, ["m"])
 
 
-class TestSummarise:
+class TestSummarize:
     def test_means_over_cases_come_before_the_scale(self, report: Report):
         base, oracle, fake = report.of("m")
         assert base.seeds[0]["headline"] == 0.0
@@ -90,18 +92,22 @@ def test_markdown_has_headline_ablation_measures_and_cases(report: Report, confi
     assert part.index("| joint |") < part.index("| block |")
 
 
-class TestBench:
-    @pytest.fixture
-    def made(self, config: BenchConfig, tiny_base: Base, fake: Fake, cases: Cases) -> Report:
-        methods = {"base": METHODS["base"], "unziplora": fake}
-        config = config.model_copy(update={"methods": ["base", "unziplora"], "seeds": [0, 1]})
-        fake.name = "unziplora"
-        return run_benchmark(
-            config, base=tiny_base, measures=[Colors(), Colors("second")], cases=cases, methods=methods
-        )
+@pytest.fixture(scope="module")
+def finished(shared_base: Base, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Run two methods with two seeds; return report, method and folder. Read only."""
+    out = tmp_path_factory.mktemp("bench") / "out"
+    settings = {"samples": 1, "sample_steps": 1, "guidance": 1.0, "device": "cpu", "precision": "fp32"}
+    config = BenchConfig(out=out, base=str(tiny_folder), methods=["base", "unziplora"], seeds=[0, 1], **settings)
+    fake = Fake(shared_base.unet, name="unziplora")
+    methods = {"base": METHODS["base"], "unziplora": fake}
+    measures = [Colors(), Colors("second")]
+    return run_benchmark(config, base=shared_base, measures=measures, cases=make_cases(), methods=methods), fake, out
 
-    def test_measures_every_method_case_and_seed(self, made: Report, fake: Fake):
-        rows = {(row.method, row.measure): sorted(row.seeds) for row in made.rows}
+
+class TestBench:
+    def test_every_method_case_and_seed_is_measured(self, finished: Finished):
+        report, fake, _ = finished
+        rows = {(row.method, row.measure): sorted(row.seeds) for row in report.rows}
         assert rows == {
             ("base", "colors"): [0],  # no seed changes it
             ("unziplora", "colors"): [0, 1],
@@ -115,9 +121,9 @@ class TestBench:
     ):
         other = replace(fake, name="unziplora", trained=[])
         fake.name = "oracle"
-        told = {"methods": ["base", "unziplora", "oracle"], "seeds": [4, 2], "oracle_seeds": 1}
+        settings = {"methods": ["base", "unziplora", "oracle"], "seeds": [4, 2], "oracle_seeds": 1}
         methods = {"base": METHODS["base"], "unziplora": other, "oracle": fake}
-        config = config.model_copy(update=told)
+        config = config.model_copy(update=settings)
         report = run_benchmark(config, base=tiny_base, measures=[Colors()], cases=cases, methods=methods)
         assert {row.method: sorted(row.seeds) for row in report.rows} == {
             "base": [4],
@@ -126,19 +132,19 @@ class TestBench:
         }
         assert {seed for _, seed in fake.trained} == {4}
 
-    def test_writes_report_and_contact_sheets(self, made: Report, config: BenchConfig):
-        names = {path.name for path in config.out.iterdir()}
+    def test_folder_contains_report_and_contact_sheets(self, finished: Finished):
+        report, _, out = finished
+        names = {path.name for path in out.iterdir()}
         assert names == {"bench.toml", "weights.txt", "runs", "sheets", "report.json", "report.md"}
-        assert json.loads((config.out / "report.json").read_text())["measures"] == ["colors", "second"]
-        assert "![dog](sheets/dog.png)" in (config.out / "report.md").read_text()
-        assert "| unziplora |" in str(made)
+        assert json.loads((out / "report.json").read_text())["measures"] == ["colors", "second"]
+        assert "![dog](sheets/dog.png)" in (out / "report.md").read_text()
+        assert "| unziplora |" in str(report)
 
-    def test_contact_sheet_has_a_row_per_method_and_a_column_per_prompt(
-        self, made: Report, config: BenchConfig, cases: Cases
-    ):
-        files = [config.out / "runs" / name / "cat" / "seed-0" / "scores.json" for name in ("base", "unziplora")]
+    def test_contact_sheet_has_a_row_per_method_and_a_column_per_prompt(self, finished: Finished, cases: Cases):
+        out = finished[2]
+        files = [out / "runs" / name / "cat" / "seed-0" / "scores.json" for name in ("base", "unziplora")]
         results = [json.loads(file.read_text()) for file in files]
-        one, two = (contact_sheet(cases["cat"], results[:count], config.out) for count in (1, 2))
+        one, two = (contact_sheet(cases["cat"], results[:count], out) for count in (1, 2))
         cell = 128 + 4
         assert two.height - one.height == cell
         assert two.width >= 6 * cell  # input, two targets, one other concept, both, mixed
@@ -146,9 +152,7 @@ class TestBench:
         right = [sheet.crop((sheet.width - 6 * cell, 0, sheet.width, one.height - 4)) for sheet in (one, two)]
         assert right[0].tobytes() == right[1].tobytes()
 
-    def test_scores_without_their_pictures_are_told_all_the_same(
-        self, config: BenchConfig, tiny_base: Base, cases: Cases
-    ):
+    def test_scores_count_without_their_images(self, config: BenchConfig, tiny_base: Base, cases: Cases):
         config = config.model_copy(update={"methods": ["base"]})
 
         def run() -> Report:
@@ -164,8 +168,13 @@ class TestBench:
         assert contact_sheet(cases["cat"], results, config.out).size == bare.size
 
     def test_other_weights_under_the_same_name_are_refused(
-        self, made: Report, config: BenchConfig, fresh_base: Callable[[], Base], cases: Cases
+        self,
+        finished: Finished,
+        config: BenchConfig,
+        fresh_base: Callable[[], Base],
+        cases: Cases,
     ):
+        shutil.copytree(finished[2], config.out)
         other = fresh_base()
         assert run_benchmark(config, base=other, measures=[Colors()], cases=cases).rows
         with torch.no_grad():
@@ -173,18 +182,18 @@ class TestBench:
         with pytest.raises(UserError, match=f"these are {other.fingerprint()}.*: choose another --out"):
             run_benchmark(config, base=other, measures=[Colors()], cases=cases)
 
-    def test_progress_tells_every_unit(self, config: BenchConfig, tiny_base: Base, cases: Cases):
-        told: list[tuple[int, int]] = []
+    def test_progress_counts_every_unit(self, config: BenchConfig, tiny_base: Base, cases: Cases):
+        reports: list[tuple[int, int]] = []
         run_benchmark(
             config,
-            lambda event: told.append((event.step, event.steps)),
+            lambda event: reports.append((event.step, event.steps)),
             base=tiny_base,
             measures=[Colors()],
             cases=cases,
         )
-        assert told == [(0, 2), (1, 2), (2, 2)]
+        assert reports == [(0, 2), (1, 2), (2, 2)]
 
-    def test_wrong_settings_and_places_are_told(self, config: BenchConfig, tmp_path: Path):
+    def test_unknown_method_and_file_as_folder_are_refused(self, config: BenchConfig, tmp_path: Path):
         (tmp_path / "settings.toml").write_text("[unzip]\nsteps = 2\n")
         with pytest.raises(UserError, match="unknown method 'unzip'; the methods are base, unziplora"):
             run_benchmark(config.model_copy(update={"settings": tmp_path / "settings.toml"}))
@@ -192,5 +201,5 @@ class TestBench:
             run_benchmark(config.model_copy(update={"out": tmp_path / "settings.toml"}))
 
 
-def test_table_has_dashes_where_nothing_was_measured(report: Report):
+def test_missing_figures_are_dashes(report: Report):
     assert markdown_table(report.of("m")[:1], {"mix.score": "mixed"}).splitlines()[-1] == "| base | – |"

@@ -159,9 +159,7 @@ def test_images_of_a_pair_swap_one_word(tiny_base: Base):
 @pytest.fixture(scope="module")
 def finished(shared_base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[ProbeConfig, Any, list]:
     """Probe the tiny base; return configuration, findings and progress."""
-    config = ProbeConfig(
-        **QUICK, seeds=[0, 7], batch_size=2, out=tmp_path_factory.mktemp("probe") / "out", base="tiny"
-    )
+    config = ProbeConfig(**QUICK, seeds=[0, 7], batch_size=2, out=tmp_path_factory.mktemp("probe") / "out", base="tiny")
     seen: list[tuple[int, int]] = []
     findings = find_blocks(config, shared_base, progress=lambda *report: seen.append(report))
     return config, findings, seen
