@@ -214,6 +214,16 @@ def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path):
     assert inspect(path).layout == "diffusers"
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_lora(make(), "~/a.safetensors")
+    convert("~/a.safetensors", "~/b.safetensors", "diffusers")
+    assert resize_file("~/b.safetensors", "~/c.safetensors", rank=1).path == tmp_path / "c.safetensors"
+    assert inspect("~/c.safetensors").ranks == {1: len(read_lora("~/a.safetensors").modules)}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.safetensors" for name in "abc"}
+
+
 # --- resize
 
 

@@ -32,9 +32,10 @@ def convert(
         UserError: see `read_lora` and `write_lora`; `dst` exists and `overwrite` is not set.
         MachineError: disk full, no permission.
     """
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
     lora = read_lora(src)
     _refuse_to_overwrite(dst, overwrite)
-    write_lora(lora, dst, layout, dtype=dtype or stored_dtype(src))
+    write_lora(lora, dst, layout, dtype=dtype or _stored_dtype(src))
     return lora
 
 
@@ -86,13 +87,14 @@ def resize_file(
         raise UserError(f"rank must be 1 or more, not {rank}")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy is a share, greater than 0 and at most 1, not {energy:g}")
+    src, dst = Path(src).expanduser(), Path(dst).expanduser()
     lora = read_lora(src)
     _refuse_to_overwrite(dst, overwrite)
     modules, text = (
         {path: resize(pair, rank, energy) for path, pair in part.items()} for part in (lora.modules, lora.text)
     )
-    write_lora(Lora(modules, lora.metadata, text), dst, layout, dtype=dtype or stored_dtype(src))
-    return _result(Path(dst), {**lora.modules, **lora.text}, {**modules, **text})
+    write_lora(Lora(modules, lora.metadata, text), dst, layout, dtype=dtype or _stored_dtype(src))
+    return _result(dst, {**lora.modules, **lora.text}, {**modules, **text})
 
 
 def _result(path: Path, old: dict[str, Pair], new: dict[str, Pair]) -> ResizeResult:
@@ -111,15 +113,15 @@ def _result(path: Path, old: dict[str, Pair], new: dict[str, Pair]) -> ResizeRes
     )
 
 
-def stored_dtype(path: str | Path) -> str:
+def _stored_dtype(path: Path) -> str:
     """Return the number format of a file's factors by `write_lora`'s name; fp32 if there are several or another."""
     with safe_open(path, "pt") as file:
         dtypes = {file.get_slice(name).get_dtype() for name in file.keys() if not name.endswith(".alpha")}  # noqa: SIM118
     return {"F16": "fp16", "BF16": "bf16"}.get(dtypes.pop(), "fp32") if len(dtypes) == 1 else "fp32"
 
 
-def _refuse_to_overwrite(dst: str | Path, overwrite: bool) -> None:
-    if not overwrite and Path(dst).is_file():
+def _refuse_to_overwrite(dst: Path, overwrite: bool) -> None:
+    if not overwrite and dst.is_file():
         raise UserError(f"{dst} exists already: choose another name, or replace it with --force")
 
 

@@ -37,7 +37,7 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
         UserError: the file is missing, damaged, for another family, or not a plain LoRA.
         MachineError: the file cannot be read.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     tensors, metadata = read_tensors(path)
     modules = read_modules(path, tensors, metadata, unet_config)
     if broken := not_finite(tensors):
@@ -128,7 +128,7 @@ def write_lora(
         UserError: an unknown layout or dtype, no modules, values too large for fp16, a folder at `path`.
         MachineError: disk full, no permission.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     _check_request(lora, path, layout, alpha, dtype)
     pairs = {**lora.modules, **lora.text}
     ranks = {down.shape[0] for down, _ in pairs.values()}

@@ -80,7 +80,7 @@ def inspect(path: str | Path) -> Inspection:
         UserError: the file is missing, damaged or not a LoRA for SDXL; the message names what it is instead.
         MachineError: the file cannot be read.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     tensors, metadata = read_tensors(path)
     modules = read_modules(path, tensors, metadata)
     factors = modules.all
