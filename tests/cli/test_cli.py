@@ -148,7 +148,7 @@ class TestHelp:
     def test_letters_that_a_code_page_lacks_are_escaped(
         self, monkeypatch: pytest.MonkeyPatch, args: list[str], code: int
     ) -> None:
-        narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        narrow = io.TextIOWrapper(io.BytesIO(), encoding="iso8859-5")
         monkeypatch.setattr(sys, "stdout" if code == 0 else "stderr", narrow)
         assert cli.main(args) == code
         narrow.flush()
