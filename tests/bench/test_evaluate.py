@@ -238,8 +238,8 @@ class TestMethods:
     def test_oracle_learns_its_pictures_with_a_prompt_each_and_longer(self, workspace: Workspace, cases: Cases):
         searched = {"dreambooth": {"content": {"steps": 7, "rank": 2}}}
         content, style = METHODS["oracle"].recipes(replace(workspace, overrides=searched), cases["cat"], 0)
-        assert content.picture_prompts() == ["a sks cat in oil style"]
-        assert style.picture_prompts() == ["a bell in ink style", "a hat in ink style"]
+        assert content.image_prompts() == ["a sks cat in oil style"]
+        assert style.image_prompts() == ["a bell in ink style", "a hat in ink style"]
         plain, _ = METHODS["dreambooth"].recipes(replace(workspace, overrides={}), cases["cat"], 0)
         assert (content.steps, content.rank) == (3 * plain.steps, plain.rank)
         assert (content.text_encoders, style.text_encoders) == (False, True)

@@ -42,9 +42,7 @@ def test_json_is_one_document(call: Call, tiny_folder: Path):
     assert told["config"]["split"] == "dev"
 
 
-def test_a_search_tells_the_best_score_of_each_method_and_where_its_settings_are(
-    call: Call, monkeypatch: pytest.MonkeyPatch
-):
+def test_search_prints_the_best_score_of_each_method_and_its_settings_file(call: Call, monkeypatch: pytest.MonkeyPatch):
     asked: list[BenchConfig] = []
 
     def found(config: BenchConfig, view: object) -> search.SearchResult:
@@ -89,7 +87,7 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
         (["--search", "2", "--methods", "base", "--methods", "oracle"], "nothing to search settings for: name some of"),
     ],
 )
-def test_wrong_requests_are_told_in_one_message(call: Call, tmp_path: Path, args: list[str], message: str):
+def test_wrong_requests_are_reported_in_one_message(call: Call, tmp_path: Path, args: list[str], message: str):
     code, out, err = call("bench", *args)
     assert (code, out) == (2, "")
     assert message in err
@@ -106,7 +104,7 @@ def test_wrong_requests_are_told_in_one_message(call: Call, tmp_path: Path, args
         ("[magic]", "unknown method 'magic'"),
     ],
 )
-def test_settings_that_nothing_reads_are_refused_also_by_a_dry_run(call: Call, tmp_path: Path, settings, message):
+def test_settings_that_nothing_reads_are_refused_by_a_dry_run_too(call: Call, tmp_path: Path, settings, message):
     (tmp_path / "tuned.toml").write_text(settings)
     for more in ([], ["--dry-run"]):
         code, out, err = call("bench", "--settings", "tuned.toml", *more)
@@ -115,7 +113,9 @@ def test_settings_that_nothing_reads_are_refused_also_by_a_dry_run(call: Call, t
     assert [path.name for path in tmp_path.iterdir()] == ["tuned.toml"]
 
 
-def test_a_setting_that_is_no_key_is_told_before_anything_is_measured(call: Call, tmp_path: Path, tiny_folder: Path):
+def test_setting_that_is_not_a_key_is_reported_before_anything_is_measured(
+    call: Call, tmp_path: Path, tiny_folder: Path
+):
     (tmp_path / "tuned.toml").write_text("[unziplora]\nstep = 5")
     args = ["--methods", "base", "--methods", "unziplora", "--cases", "rocket-linocut", "--measures", "plain"]
     code, _, err = call("bench", "--base", tiny_folder, "--settings", "tuned.toml", *args, "--out", "found")

@@ -71,7 +71,7 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
         (["--measure", "clip"], "No such option '--measure'"),
     ],
 )
-def test_wrong_requests_are_told_in_one_message(call: Call, tmp_path: Path, args: list[str], message: str):
+def test_wrong_requests_are_reported_in_one_message(call: Call, tmp_path: Path, args: list[str], message: str):
     code, out, err = call("blocks", *args)
     assert (code, out) == (2, "")
     assert message in err

@@ -213,10 +213,10 @@ class TestWrongRequests:
         assert call(*SPLIT, "--base", tiny_folder, *QUICK, "--sample-seeds", "none", "--quiet").code == 0
 
     @pytest.mark.parametrize("more", [(), ("--resolution", "64"), ("--dry-run",)])
-    def test_a_base_that_is_none_is_named_and_leaves_no_folder(self, call: Call, more: tuple[str, ...]) -> None:
+    def test_file_that_is_not_a_base_is_reported_and_leaves_no_folder(self, call: Call, more: tuple[str, ...]) -> None:
         done = call(*SPLIT, "--base", lora_file(Path("a.safetensors")), *more, "--out", "runs/x", "--quiet")
         assert done.code == 2
-        assert "a LoRA, not a base model" in done.err
+        assert "this is a LoRA; a base of SDXL's topology is needed" in done.err
         assert not Path("runs").exists()
 
     def test_a_mistyped_flag_brings_up_the_nearest(self, call: Call) -> None:
@@ -229,21 +229,21 @@ class TestWrongRequests:
         assert "holds a finished run: choose another --out" in done.err
         assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
-    def test_json_tells_the_fault_too(self, call: Call) -> None:
+    def test_json_contains_the_fault_too(self, call: Call) -> None:
         done = call("split", "gone.png", *SPLIT[2:], "--json")
         assert done.json == {"error": "gone.png: no such image", "exit_code": 2}
         assert done.err == "error: gone.png: no such image\n"
 
 
 class TestSplit:
-    def test_makes_the_run_folder(self, finished: Path) -> None:
+    def test_run_folder_is_complete(self, finished: Path) -> None:
         assert (finished / "config.toml").is_file()
         assert read_lora(finished / "content.safetensors").modules
         assert read_lora(finished / "style.safetensors").modules
         assert list((finished / "samples").glob("*.png"))
         assert "`a sks cat`" in (finished / "README.md").read_text()
 
-    def test_prints_one_json_document_and_tells_progress_on_stderr(self, call: Call, tiny_folder: Path) -> None:
+    def test_json_is_one_document_and_progress_goes_to_stderr(self, call: Call, tiny_folder: Path) -> None:
         done = call(*SPLIT, "--base", tiny_folder, *SMALL, "--sample-seeds", "none", "--json")
         assert done.code == 0
         assert done.json["content"] == "runs/cat/content.safetensors"
@@ -252,7 +252,7 @@ class TestSplit:
         assert "\r" not in done.err
         assert "\x1b" not in done.err
 
-    def test_quiet_says_nothing_but_the_result(self, call: Call, tiny_folder: Path) -> None:
+    def test_quiet_prints_only_the_result(self, call: Call, tiny_folder: Path) -> None:
         done = call(*SPLIT, "--base", tiny_folder, *QUICK, "--sample-seeds", "none", "--out", "q", "--quiet")
         assert done.code == 0
         assert "step" not in done.err
@@ -281,7 +281,7 @@ class TestSplit:
         again = call("split", "--config", "again.toml", "--dry-run").out
         assert again.split("# Memory")[0] == done.out.split("# Memory")[0]
 
-    def test_a_dry_run_opens_the_pictures(self, call: Call, tiny_folder: Path) -> None:
+    def test_dry_run_opens_the_images(self, call: Call, tiny_folder: Path) -> None:
         Path("notes.png").write_text("dear diary")
         done = call("split", "notes.png", *SPLIT[2:], "--base", tiny_folder, "--dry-run")
         assert done.code == 2
@@ -298,7 +298,7 @@ class TestSplit:
             (["--masks", "gone.png"], "gone.png"),
         ],
     )
-    def test_what_cannot_be_trained_is_told_before_anything_is_loaded(
+    def test_untrainable_settings_are_reported_before_anything_is_loaded(
         self,
         call: Call,
         tiny_folder: Path,
@@ -314,7 +314,7 @@ class TestSplit:
         assert message in done.err
         assert not Path("never").exists()
 
-    def test_our_warnings_are_single_lines_told_once(self, call: Call, tiny_folder: Path) -> None:
+    def test_our_warnings_are_single_lines_shown_once(self, call: Call, tiny_folder: Path) -> None:
         Image.new("RGB", (20, 20)).save("tiny.png")
         done = call("split", "tiny.png", *SPLIT[2:], "--base", tiny_folder, "--dry-run")
         assert done.err.count("warning: tiny.png is only 20×20 pixels") == 1
@@ -431,7 +431,7 @@ class TestFaultsOfTheMachine:
         with pytest.raises(MachineError, match="not enough memory"), memory_advice(resolve(ZipConfig, keys)):
             raise MemoryError
 
-    def test_a_bug_is_told_in_one_line_unless_details_are_wanted(
+    def test_bug_is_reported_in_one_line_unless_debugging(
         self, failing: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         done = failing(ZeroDivisionError("division by zero"))
@@ -442,7 +442,7 @@ class TestFaultsOfTheMachine:
         with pytest.raises(ZeroDivisionError):
             failing(ZeroDivisionError("division by zero"))
 
-    def test_a_reader_who_leaves_is_no_fault(self, finished: Path) -> None:
+    def test_closed_pipe_is_not_a_fault(self, finished: Path) -> None:
         command = [sys.executable, "-m", "unziplora", "inspect", str(finished / "style.safetensors")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -481,7 +481,7 @@ class TestFiles:
         both = call("inspect", finished / "style.safetensors", finished / "content.safetensors", "--json").json
         assert len(both["files"]) == 2
 
-    def test_inspect_of_a_folder_with_a_file_that_is_no_lora(self, call: Call) -> None:
+    def test_inspect_of_a_folder_with_a_file_that_is_not_a_lora(self, call: Call) -> None:
         for path in (lora_file(Path("loras/a.safetensors")), Path("loras/b.safetensors"), Path("loras/c.txt")):
             path.touch()
         done = call("inspect", "loras")
@@ -625,7 +625,7 @@ class TestFlags:
         command = click.Command("toy", params=[*flags.key_options(self.Toy)])
         return flags.typed_keys(command.make_context("toy", list(args)))
 
-    def test_only_what_was_typed_counts(self) -> None:
+    def test_only_typed_flags_are_keys(self) -> None:
         assert self.typed() == {}
         assert self.typed("--no-switch", "--dial", "0.5") == {"switch": False, "dial": 0.5}
 
@@ -638,7 +638,7 @@ class TestFlags:
         assert found == {"numbers": [], "dial": None, "path": None}
 
 
-def test_libraries_warnings_are_kept_back(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_of_libraries_are_hidden(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def warn(module: str, text: str) -> None:
         exec("import warnings; warnings.warn(text, stacklevel=1)", {"__name__": module, "text": text})
 

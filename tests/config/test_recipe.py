@@ -30,7 +30,7 @@ def test_later_layers_win() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_lie_under_what_is_given(preset: str) -> None:
+def test_own_keys_win_over_the_preset(preset: str) -> None:
     config = resolve(SplitConfig, GIVEN, {"preset": preset, "steps": 123})
     assert config.steps == 123
     for name, value in PRESETS[preset].items():
@@ -82,7 +82,7 @@ def test_unknown_home_is_reported() -> None:
     assert "out: ~ is followed by a name that no user of this machine has" in fault(out="~no-such-user/x")
 
 
-def test_unknown_keys_bring_up_the_nearest() -> None:
+def test_unknown_key_suggests_the_nearest() -> None:
     assert fault(rnak=8) == "unknown key 'rnak': did you mean 'rank'?"
     assert fault(zzzz=8) == "unknown key 'zzzz'"
 
@@ -114,7 +114,7 @@ def test_each_wrong_value_is_named(changes: dict[str, Any], message: str) -> Non
     assert message in fault(**changes)
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     lines = fault(rank=0, rnak=1, seed=-1).splitlines()
     assert len(lines) == 3
 
@@ -124,7 +124,7 @@ def test_missing_keys_are_explained() -> None:
         resolve(SplitConfig, {"images": ["a.png"], "style": "x", "out": "y"})
 
 
-def test_toml_gives_the_same_configuration_back(tmp_path: Path) -> None:
+def test_toml_round_trip_keeps_the_configuration(tmp_path: Path) -> None:
     config = resolve(SplitConfig, GIVEN, {"betas": [0.8, 0.9], "sample_seeds": [], "alpha": 3.5, "masks": ["m.png"]})
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
@@ -136,7 +136,7 @@ def test_a_toml_file_may_begin_with_a_mark_as_windows_writes_it(tmp_path: Path) 
     assert read_toml(tmp_path / "a.toml") == {"content": "cat"}
 
 
-def test_paths_begin_at_home_where_they_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_in_paths_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv("USERPROFILE", "/home/ada")
     config = resolve(SplitConfig, {**GIVEN, "images": ["~/cat.jpg", "b.jpg"], "out": "~/runs/cat", "style": "~"})
@@ -180,7 +180,7 @@ def test_the_words_that_call_a_style_up() -> None:
     assert config.style_trigger("a doodle by {token}") == "a doodle by sks"
 
 
-def test_the_layout_that_runs_are_read_from_is_always_written() -> None:
+def test_kohya_layout_is_always_written() -> None:
     assert resolve(SplitConfig, GIVEN, {"formats": ["diffusers"]}).formats == ["kohya", "diffusers"]
 
 

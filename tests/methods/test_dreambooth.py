@@ -94,11 +94,11 @@ class TestConfig:
     )
     def test_words_say_prompts_and_the_file(self, config: Make, words: dict[str, str], prompt: str, product: str):
         made = config(**words)
-        assert made.picture_prompts() == [prompt, prompt]
+        assert made.image_prompts() == [prompt, prompt]
         assert made.product == product
 
     def test_one_prompt_each(self, config: Make):
-        assert config(prompts=["a {token} one", "two"]).picture_prompts() == ["a sks one", "two"]
+        assert config(prompts=["a {token} one", "two"]).image_prompts() == ["a sks one", "two"]
 
     @pytest.mark.parametrize(
         ("wrong", "message"),

@@ -89,10 +89,10 @@ class DreamBoothConfig(ImageConfig):
 
     def filled_prompts(self) -> dict[str, str]:
         """Return the distinct prompts of the images, and that of the class images."""
-        prompts = {f"image {number}": text for number, text in enumerate(dict.fromkeys(self.picture_prompts()), 1)}
+        prompts = {f"image {number}": text for number, text in enumerate(dict.fromkeys(self.image_prompts()), 1)}
         return {**prompts, **(super().filled_prompts() if self.prior else {})}
 
-    def picture_prompts(self) -> list[str]:
+    def image_prompts(self) -> list[str]:
         """Return the filled prompt of each image."""
         filled = [self.fill(text) for text in self.prompts]
         return filled * len(self.images) if len(filled) == 1 else filled

@@ -73,7 +73,7 @@ class DreamBooth(Method[DreamBoothConfig]):
         Raises:
             UserError: one is not usable.
         """
-        for text in (*config.picture_prompts(), config.fill(config.class_prompt or "")):
+        for text in (*config.image_prompts(), config.fill(config.class_prompt or "")):
             Prompts(text)
 
     @classmethod
@@ -84,7 +84,7 @@ class DreamBooth(Method[DreamBoothConfig]):
     @classmethod
     def build(cls, config: DreamBoothConfig, setup: Setup) -> DreamBooth:
         """Encode pictures and class pictures once, then inject the LoRA."""
-        pictures, prompts = load_images(config, setup.size), config.picture_prompts()
+        pictures, prompts = load_images(config, setup.size), config.image_prompts()
         examples, prior, text = image_examples(setup, config, pictures, prompts), None, None
         class_prompt = config.fill(config.class_prompt or "")
         if config.prior:
@@ -98,7 +98,7 @@ class DreamBooth(Method[DreamBoothConfig]):
     @classmethod
     def about(cls, config: DreamBoothConfig) -> About:
         """One LoRA."""
-        prompt = config.picture_prompts()[0]
+        prompt = config.image_prompts()[0]
         trigger = config.style_trigger(config.prompts[0]) if config.product == "style" else prompt
         return About(
             method="DreamBooth LoRA (arXiv 2208.12242)",
@@ -147,7 +147,7 @@ class DreamBooth(Method[DreamBoothConfig]):
 
     def views(self) -> list[View]:
         """As trained; then a content in another style, or a style on another subject."""
-        config, prompt = self.config, self.config.picture_prompts()[0]
+        config, prompt = self.config, self.config.image_prompts()[0]
         views = [View("as trained", Prompts(prompt))]
         if config.product == "content":
             views.append(View(f"in {config.sample_style}", Prompts(f"{prompt} in {config.sample_style} style")))
