@@ -41,7 +41,7 @@ def test_folder_is_opened_frozen(shared_base: Base):
         assert not any(p.requires_grad for p in part.parameters())
 
 
-def test_fingerprint_is_that_of_the_weights(fresh_base, shared_base: Base, tiny_folder: Path):
+def test_fingerprint_depends_on_the_weights_alone(fresh_base, shared_base: Base, tiny_folder: Path):
     half, other = load_base(str(tiny_folder), torch.bfloat16), fresh_base()
     assert half.fingerprint() == other.fingerprint() == shared_base.fingerprint()
     with torch.no_grad():
@@ -55,14 +55,14 @@ def test_tiny_bases_share_no_unet(fresh_base, shared_base: Base):
     assert one.vae is shared_base.vae
 
 
-def test_single_file_holds_the_same_weights_as_the_folder(shared_base: Base, tiny_checkpoint: Path):
+def test_single_file_has_the_weights_of_the_folder(shared_base: Base, tiny_checkpoint: Path):
     loaded = load_base(str(tiny_checkpoint))
     assert (loaded.name, loaded.resolution) == ("tiny", 64)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         expected = getattr(shared_base.pipe, part).state_dict()
-        got = getattr(loaded.pipe, part).state_dict()
-        assert expected.keys() == got.keys()
-        assert all(torch.equal(expected[key], got[key]) for key in expected)
+        result = getattr(loaded.pipe, part).state_dict()
+        assert expected.keys() == result.keys()
+        assert all(torch.equal(expected[key], result[key]) for key in expected)
 
 
 def test_single_file_may_lie_inside_its_diffusers_folder(folder: Path, tiny_checkpoint: Path):
@@ -70,7 +70,7 @@ def test_single_file_may_lie_inside_its_diffusers_folder(folder: Path, tiny_chec
     assert load_base(str(folder / "model.safetensors")).name == "model"
 
 
-def test_vae_stays_in_fp32_where_the_base_asks_for_it(folder: Path, tiny_checkpoint: Path):
+def test_vae_stays_in_fp32_with_force_upcast(folder: Path, tiny_checkpoint: Path):
     for source in (folder, tiny_checkpoint):
         base = load_base(str(source), dtype=torch.bfloat16)
         assert base.dtype == torch.bfloat16
@@ -80,7 +80,7 @@ def test_vae_stays_in_fp32_where_the_base_asks_for_it(folder: Path, tiny_checkpo
     assert load_base(str(folder), dtype=torch.bfloat16).vae.dtype == torch.bfloat16
 
 
-def test_fp16_files_are_taken_where_they_suffice(folder: Path, tiny_folder: Path):
+def test_fp16_files_serve_fp32_only_without_other_files(folder: Path, tiny_folder: Path):
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         for path in (folder / part).glob("*.safetensors"):
             halves = {key: value.half() for key, value in load_file(path).items()}
@@ -94,7 +94,7 @@ def test_fp16_files_are_taken_where_they_suffice(folder: Path, tiny_folder: Path
     assert torch.equal(only_halves.unet.conv_in.weight, expected.half().float())
 
 
-def test_parts_may_be_there_in_fp16_alone(folder: Path):
+def test_single_parts_may_be_fp16_files(folder: Path):
     for path in (folder / "unet").glob("*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
     assert load_base(str(folder)).unet.conv_in.weight.dtype == torch.float32
@@ -111,8 +111,8 @@ def test_shards_are_read_and_a_missing_one_is_named(folder: Path, shared_base: B
         load_base(str(folder))
 
 
-def test_tiny_autoencoder_is_as_good_as_sdxls(shared_base: Base, tmp_path: Path):
-    """TAESDXL's class, which small bases come with."""
+def test_tiny_autoencoder_gives_the_pipelines_images(shared_base: Base, tmp_path: Path):
+    """Small bases come with a VAE of TAESDXL's class."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4,
         decoder_block_out_channels=(8,) * 4,
@@ -123,9 +123,9 @@ def test_tiny_autoencoder_is_as_good_as_sdxls(shared_base: Base, tmp_path: Path)
     type(shared_base.pipe)(**parts, add_watermarker=False).save_pretrained(tmp_path / "taesd")
     base = load_base(str(tmp_path / "taesd"))
     expected = base.pipe("a cat", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
-    (got,) = generate(base, "a cat", [0], Settings(steps=1))
+    (result,) = generate(base, "a cat", [0], Settings(steps=1))
     assert base.resolution == 64
-    assert got.tobytes() == expected.tobytes()
+    assert result.tobytes() == expected.tobytes()
 
 
 def test_v_prediction_and_zero_terminal_snr_are_read_from_the_scheduler(folder: Path):
@@ -202,7 +202,7 @@ def test_other_single_files_are_refused(tmp_path: Path, keys: list[str], message
         load_base(str(path))
 
 
-def test_small_checkpoint_without_configuration_says_what_to_put_where(tiny_checkpoint: Path, tmp_path: Path):
+def test_small_checkpoint_without_configuration_names_the_missing_folder(tiny_checkpoint: Path, tmp_path: Path):
     path = Path(shutil.copy(tiny_checkpoint, tmp_path / "alone.safetensors"))
     with pytest.raises(UserError, match="put a folder 'alone' next"):
         load_base(str(path))
@@ -229,7 +229,7 @@ def test_folder_with_a_part_missing_or_truncated_is_refused(folder: Path, part: 
 
 
 @pytest.mark.parametrize("part", ["unet/config.json", "vae/config.json", "scheduler", "tokenizer", "tokenizer_2"])
-def test_half_a_folder_is_refused(folder: Path, part: str):
+def test_incomplete_folder_is_refused(folder: Path, part: str):
     path = folder / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(UserError, match=f"{part.split('/')[0]}.*missing"):
@@ -288,10 +288,10 @@ def test_absent_bundled_base_is_reported():
         load_base("bundled")
 
 
-def test_unreachable_hub_is_said_plainly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_unreachable_hub_is_a_machine_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(MachineError, match=r"no such folder here, and the hub.* cannot be reached"):
+    with pytest.raises(MachineError, match=r"no such folder here.* the hub cannot be reached"):
         load_base("somebody/some-xl")
 
 
@@ -306,7 +306,7 @@ def test_hub_model_is_checked_and_then_opened_as_a_folder(
 
     info = Info()
     monkeypatch.setattr("huggingface_hub.model_info", lambda source: info)
-    with pytest.raises(UserError, match="no diffusers pipeline"):
+    with pytest.raises(UserError, match="not a diffusers pipeline"):
         load_base("somebody/some-xl")
     info.siblings = (File(),)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: str(tiny_folder / "model_index.json"))
@@ -316,7 +316,7 @@ def test_hub_model_is_checked_and_then_opened_as_a_folder(
     assert torch.equal(base.unet.conv_in.weight, shared_base.unet.conv_in.weight)
 
 
-def test_full_memory_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path):
+def test_full_memory_is_a_machine_error(monkeypatch: pytest.MonkeyPatch, tiny_folder: Path):
     def full(*args: object, **options: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
@@ -325,7 +325,7 @@ def test_full_memory_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch, tiny
         load_base(str(tiny_folder))
 
 
-def test_configuration_for_sdxl_checkpoints_has_sdxls_sizes():
+def test_configuration_of_sdxl_checkpoints_has_sdxls_sizes():
     """Parameter counts of stabilityai/stable-diffusion-xl-base-1.0."""
     folder = BUNDLED / "sdxl"
     with torch.device("meta"):
@@ -338,7 +338,7 @@ def test_configuration_for_sdxl_checkpoints_has_sdxls_sizes():
     assert is_full_size(Header(shapes, {}))
 
 
-def test_tokenizer_for_sdxl_checkpoints_is_clips():
+def test_tokenizer_of_sdxl_checkpoints_gives_clips_ids():
     """Token ids of openai/clip-vit-large-patch14."""
     first, second = clip_tokenizer(), clip_tokenizer(pad="!")
     assert first("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
@@ -351,10 +351,8 @@ def test_small_checkpoint_is_not_taken_for_full_size(tiny_checkpoint: Path):
 
 
 @pytest.mark.parametrize(("real", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_a_card_that_only_emulates_bf16_computes_in_fp16(
-    monkeypatch: pytest.MonkeyPatch, real: bool, dtype: torch.dtype
-):
-    """Turing and older: torch says yes to bf16 if emulation counts, and doctor says no."""
+def test_gpu_that_only_emulates_bf16_computes_in_fp16(monkeypatch: pytest.MonkeyPatch, real: bool, dtype: torch.dtype):
+    """On Turing and older, torch reports bf16 as supported if emulation counts."""
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(asked.append(device)))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: real or including_emulation)
@@ -376,7 +374,7 @@ def product_of_denormals() -> float:
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_denormals_are_flushed_on_a_cpu_and_the_former_setting_comes_back(before: bool):
+def test_denormals_are_flushed_on_a_cpu_and_restored(before: bool):
     if not torch.set_flush_denormal(before):
         pytest.skip("this processor cannot")
     try:
@@ -398,7 +396,7 @@ def test_loading_a_base_leaves_denormals_alone(tiny_folder: Path):
         torch.set_flush_denormal(True)
 
 
-def test_a_gpu_is_the_current_one_inside_the_context_alone(monkeypatch: pytest.MonkeyPatch):
+def test_computing_on_makes_a_gpu_current_only_inside(monkeypatch: pytest.MonkeyPatch):
     events: list[object] = []
 
     @contextmanager
@@ -417,6 +415,6 @@ def test_a_gpu_is_the_current_one_inside_the_context_alone(monkeypatch: pytest.M
     assert events == [torch.device("cuda:1"), "restored"]
 
 
-def test_a_folders_name_keeps_its_dots(tiny_folder: Path, tmp_path: Path):
+def test_folder_name_keeps_its_dots(tiny_folder: Path, tmp_path: Path):
     (tmp_path / "sdxl-v1.0").symlink_to(tiny_folder)
     assert load_base(str(tmp_path / "sdxl-v1.0")).name == "sdxl-v1.0"

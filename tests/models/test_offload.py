@@ -1,4 +1,4 @@
-"""What is on the device while other parts work; the GPU is played by a note of where modules are sent."""
+"""Temporary placement of modules; fake modules record their device, so no GPU is needed."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,16 +11,16 @@ from unziplora.models.offload import base_on_cpu, moved_to, on_cpu, text_encoder
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-class Traveller(torch.nn.Linear):
-    """Says where it is, and notes where it was sent."""
+class FakeModule(torch.nn.Linear):
+    """Module that records its device and every move."""
 
-    def __init__(self, home: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(2, 2)
-        self.place, self.trips = home, []
+        self.place, self.moves = device, []
 
-    def to(self, device: torch.device) -> "Traveller":  # type: ignore[override]
+    def to(self, device: torch.device) -> "FakeModule":  # type: ignore[override]
         self.place = device
-        self.trips.append(device.type)
+        self.moves.append(device.type)
         return self
 
 
@@ -31,12 +31,15 @@ def places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def base(unet: torch.device, encoders: torch.device) -> Any:
     return SimpleNamespace(
-        device=GPU, unet=Traveller(unet), vae=Traveller(CPU), text_encoders=[Traveller(encoders), Traveller(encoders)]
+        device=GPU,
+        unet=FakeModule(unet),
+        vae=FakeModule(CPU),
+        text_encoders=[FakeModule(encoders), FakeModule(encoders)],
     )
 
 
-def test_visitors_go_home_also_after_a_failure() -> None:
-    module = Traveller(CPU)
+def test_moved_modules_return_after_a_failure() -> None:
+    module = FakeModule(CPU)
 
     def fail() -> None:
         with moved_to([module], GPU):
@@ -45,17 +48,17 @@ def test_visitors_go_home_also_after_a_failure() -> None:
 
     with pytest.raises(RuntimeError):
         fail()
-    assert module.trips == ["cuda", "cpu"]
+    assert module.moves == ["cuda", "cpu"]
 
 
-def test_only_what_is_on_a_gpu_goes_away() -> None:
-    on, off = Traveller(GPU), Traveller(CPU)
+def test_on_cpu_moves_only_modules_on_a_gpu() -> None:
+    on, off = FakeModule(GPU), FakeModule(CPU)
     with on_cpu([on, off]):
         assert (on.place, off.place) == (CPU, CPU)
-    assert (on.trips, off.trips) == (["cpu", "cuda"], [])
+    assert (on.moves, off.moves) == (["cpu", "cuda"], [])
 
 
-def test_the_unet_makes_room_for_text_encoders_that_come() -> None:
+def test_unet_makes_room_for_absent_text_encoders() -> None:
     there = base(GPU, CPU)
     with text_encoders_ready(there):
         assert there.unet.place == CPU
@@ -64,19 +67,19 @@ def test_the_unet_makes_room_for_text_encoders_that_come() -> None:
             assert there.unet.place == CPU
             assert all(encoder.place == GPU for encoder in there.text_encoders)
     assert there.unet.place == GPU
-    assert all(encoder.trips[-1] == "cpu" for encoder in there.text_encoders)
+    assert all(encoder.moves[-1] == "cpu" for encoder in there.text_encoders)
 
 
-def test_the_unet_stays_where_the_text_encoders_are_there_already() -> None:
+def test_unet_stays_if_the_text_encoders_are_present() -> None:
     there = base(GPU, GPU)
     with text_encoders_ready(there):
-        assert there.unet.trips == []
+        assert there.unet.moves == []
         assert all(encoder.place == GPU for encoder in there.text_encoders)
 
 
-def test_a_whole_base_leaves_its_gpu() -> None:
+def test_base_on_cpu_moves_all_parts() -> None:
     there = base(GPU, GPU)
     with base_on_cpu(there):
         assert {part.place for part in (there.unet, there.vae, *there.text_encoders)} == {CPU}
     assert there.unet.place == GPU
-    assert there.vae.trips == []
+    assert there.vae.moves == []

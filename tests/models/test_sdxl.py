@@ -48,10 +48,10 @@ def test_every_block_of_the_map_exists_in_sdxl(method):
     assert len(list(method.columns.held["style"])) == 560 - 80 - 48
 
 
-def test_a_forward_pass_with_three_prompts_fits_together(method):
+def test_forward_pass_with_three_prompts_keeps_the_latents_shape(method):
     with torch.device("meta"):
-        given = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        conditioning = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
         tokens, latents = torch.empty(1, 77, 3 * 2048), torch.empty(1, 4, 128, 128)
         timesteps = torch.empty(1, dtype=torch.long)
-    out = method.unet(latents, timesteps, tokens, added_cond_kwargs=given).sample
+    out = method.unet(latents, timesteps, tokens, added_cond_kwargs=conditioning).sample
     assert out.shape == (1, 4, 128, 128)

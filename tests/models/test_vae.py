@@ -1,4 +1,4 @@
-"""Latents and conditioning: encoded once, in the scaling that the UNet was trained with."""
+"""Latents in the scaling that the UNet was trained with, and conditioning."""
 
 import copy
 
@@ -16,12 +16,12 @@ from unziplora.training.loss import loss_weights
 
 
 @pytest.fixture
-def picture(shared_base) -> Image.Image:
+def image(shared_base) -> Image.Image:
     return Image.effect_mandelbrot((shared_base.resolution,) * 2, (-2, -1.5, 1, 1.5), 20).convert("RGB")
 
 
 def with_vae(base, vae=None, **changes):
-    """The base with another VAE, or with other numbers in its VAE's configuration."""
+    """Copy a base with another VAE, or with changes to its VAE's configuration."""
     other = copy.copy(base)
     other.pipe = copy.copy(base.pipe)
     other.pipe.vae = vae or copy.deepcopy(base.vae)
@@ -33,20 +33,20 @@ def difference(one: Image.Image, two: Image.Image) -> float:
     return float(np.abs(np.asarray(one, dtype=float) - np.asarray(two, dtype=float)).max())
 
 
-def test_decoding_undoes_the_scaling_of_encoding(shared_base, picture):
-    x = to_tensor(picture)
+def test_decoding_undoes_the_scaling_of_encoding(shared_base, image):
+    x = to_tensor(image)
     plain = shared_base.vae.decode(shared_base.vae.encode(x[None]).latent_dist.mode()).sample
-    wanted = shared_base.pipe.image_processor.postprocess(plain.detach(), output_type="pil")[0]
-    assert difference(decode(shared_base, encode_images(shared_base, [x]))[0], wanted) <= 1
+    expected = shared_base.pipe.image_processor.postprocess(plain.detach(), output_type="pil")[0]
+    assert difference(decode(shared_base, encode_images(shared_base, [x]))[0], expected) <= 1
     channels = shared_base.unet.config.in_channels
     shifted = with_vae(shared_base, latents_mean=[0.3] * channels, latents_std=[1.7] * channels, scaling_factor=0.5)
-    assert difference(decode(shifted, encode_images(shifted, [x]))[0], wanted) <= 1
+    assert difference(decode(shifted, encode_images(shifted, [x]))[0], expected) <= 1
     latents = encode_images(with_vae(shared_base, scaling_factor=1.0), [x])
     by_hand = (latents - 0.3) / 1.7 * 0.5
     torch.testing.assert_close(encode_images(shifted, [x]), by_hand)
 
 
-def test_a_plain_autoencoder_will_do(shared_base, picture):
+def test_autoencoder_without_distribution_works(shared_base, image):
     torch.manual_seed(0)
     channels = shared_base.unet.config.in_channels
     vae = AutoencoderTiny(
@@ -58,22 +58,24 @@ def test_a_plain_autoencoder_will_do(shared_base, picture):
         scaling_factor=2.0,
     )
     base = with_vae(shared_base, vae)
-    x = to_tensor(picture)
+    x = to_tensor(image)
     latents = encode_images(base, [x, x])
     torch.testing.assert_close(latents[1], vae.encode(x[None]).latents[0] * 2.0)
     assert latents.shape == (2, channels, x.shape[1] // 8, x.shape[2] // 8)
 
 
-def test_conditioning_is_that_of_the_pipeline(shared_base):
+def test_image_conditioning_joins_embeddings_and_repeats_rows(shared_base):
     prompts = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
-    given = image_conditioning(shared_base, prompts, 64, 3)
+    conditioning = image_conditioning(shared_base, prompts, 64, 3)
     streams = embed(shared_base, [prompts.full, prompts.content or "", prompts.style or ""])
     width = streams.tokens.shape[-1]
-    assert given.tokens.shape[::2] == (3, 3 * width)
+    assert conditioning.tokens.shape[::2] == (3, 3 * width)
     for index in range(3):
-        torch.testing.assert_close(given.tokens[2, :, index * width : (index + 1) * width], streams.tokens[index])
-    torch.testing.assert_close(given.pooled[1], streams.pooled[0])
-    assert given.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 3
+        torch.testing.assert_close(
+            conditioning.tokens[2, :, index * width : (index + 1) * width], streams.tokens[index]
+        )
+    torch.testing.assert_close(conditioning.pooled[1], streams.pooled[0])
+    assert conditioning.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 3
     plain = image_conditioning(shared_base, Prompts(prompts.full), 64, 1)
     torch.testing.assert_close(plain.tokens, streams.tokens[:1])
 

@@ -1,4 +1,4 @@
-"""LoRAs in a base's text encoders, held against encoders whose weights were changed by hand."""
+"""LoRAs in a base's text encoders, compared with encoders whose weights were changed by hand."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,15 +21,15 @@ LAYER_2 = "text_encoder_2.text_model.encoder.layers.0"
 
 
 def pairs(base: Base, ranks: Mapping[str, int]) -> dict[str, Pair]:
-    """Random pairs for text modules, large enough to be seen."""
-    draw, found = torch.Generator().manual_seed(len(ranks)), {}
+    """Return random pairs for text modules, large enough to matter."""
+    draw, result = torch.Generator().manual_seed(len(ranks)), {}
     for path, rank in ranks.items():
         weight = linear(base, path).weight
-        found[path] = (
+        result[path] = (
             torch.randn(rank, weight.shape[1], generator=draw),
             torch.randn(weight.shape[0], rank, generator=draw),
         )
-    return found
+    return result
 
 
 def linear(base: Base, full: str) -> torch.nn.Linear:
@@ -40,15 +40,15 @@ def linear(base: Base, full: str) -> torch.nn.Linear:
 
 @torch.no_grad()
 def folded(base: Base, loras: list[dict[str, Pair]]) -> tuple[Tensor, Tensor]:
-    """What the encoders say with B A added to their weights; the base is left as it was."""
+    """Return the encoders' output with B A added to their weights; the base is left as it was."""
     before = [(linear(base, path).weight, linear(base, path).weight.clone()) for lora in loras for path in lora]
     for lora in loras:
         for path, (down, up) in lora.items():
             linear(base, path).weight += up @ down
-    found = output(base)
+    result = output(base)
     for weight, value in reversed(before):
         weight.copy_(value)
-    return found
+    return result
 
 
 CONTENT = {f"{LAYER}.self_attn.q_proj": 2, f"{LAYER_2}.self_attn.out_proj": 2}
@@ -61,7 +61,7 @@ def named(name: str, modules: dict[str, Pair]) -> NamedLora:
 
 @contextmanager
 def attached(base: Base, *parts: NamedLora) -> Iterator[AttachedLoras]:
-    """The text encoders are those of all tests: they go back as they were."""
+    """Temporarily attach LoRAs: all tests share the text encoders."""
     with AttachedLoras(base, list(parts)) as loras:
         yield loras
 
@@ -72,25 +72,25 @@ def output(base: Base) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test_two_parts_for_text_encoders_act_together_by_their_dials_and_go_again(fresh_base) -> None:
+def test_two_text_encoder_loras_add_up_by_strength_and_are_removed(fresh_base) -> None:
     base = fresh_base()
     content, style = pairs(base, CONTENT), pairs(base, STYLE)
     plain, both, alone = (folded(base, loras) for loras in ([], [content, style], [content]))
     assert not torch.allclose(both[0], alone[0], atol=1e-2)
-    with attached(base, named("content", content), named("style", style)) as dials:
-        for wanted, strengths in ((both, {}), (alone, {"style": 0.0}), (both, {"style": 1.0})):
-            dials.set_strengths(**strengths)
-            torch.testing.assert_close(output(base), wanted, rtol=1e-4, atol=1e-4)
+    with attached(base, named("content", content), named("style", style)) as loras:
+        for expected, strengths in ((both, {}), (alone, {"style": 0.0}), (both, {"style": 1.0})):
+            loras.set_strengths(**strengths)
+            torch.testing.assert_close(output(base), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output(base), plain, rtol=0, atol=0)
 
 
 @torch.no_grad()
-def test_parts_act_together_before_any_dial_is_turned(fresh_base) -> None:
+def test_text_encoder_loras_add_up_at_the_default_strength(fresh_base) -> None:
     base = fresh_base()
     content, style = pairs(base, CONTENT), pairs(base, STYLE)
-    wanted = folded(base, [content, style])
+    expected = folded(base, [content, style])
     with attached(base, named("content", content), named("style", style)):
-        torch.testing.assert_close(output(base), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output(base), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_parts_act_together_before_any_dial_is_turned(fresh_base) -> None:
     ids=["no attention", "projection alone", "ranks that differ"],
 )
 @torch.no_grad()
-def test_any_module_of_any_rank_is_taken(fresh_base, ranks: dict[str, int]) -> None:
+def test_any_text_encoder_module_of_any_rank_is_attached(fresh_base, ranks: dict[str, int]) -> None:
     base = fresh_base()
     lora = pairs(base, ranks)
-    wanted = folded(base, [lora])
+    expected = folded(base, [lora])
     with attached(base, named("content", lora)):
-        torch.testing.assert_close(output(base), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output(base), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_any_module_of_any_rank_is_taken(fresh_base, ranks: dict[str, int]) -> N
     ],
     ids=["shape", "layer"],
 )
-def test_what_does_not_fit_is_named_and_nothing_is_left(fresh_base, path, shape, words: str) -> None:
+def test_misfit_is_named_and_leaves_the_base_unchanged(fresh_base, path, shape, words: str) -> None:
     base = fresh_base()
     text = {path: (torch.zeros(2, shape[1]), torch.zeros(shape[0], 2))}
     unet = tiny.random_lora(base.unet, 1)
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(fresh_base, path, shape,
 
 
 @torch.no_grad()
-def test_adapters_of_others_stay_and_stay_active(fresh_base) -> None:
+def test_other_adapters_stay_active_in_text_encoders(fresh_base) -> None:
     base = fresh_base()
     theirs, ours = pairs(base, CONTENT), pairs(base, STYLE)
     plain = output(base)
@@ -144,7 +144,7 @@ def test_adapters_of_others_stay_and_stay_active(fresh_base) -> None:
     assert not any("lora" in name for encoder in base.text_encoders for name, _ in encoder.named_parameters())
 
 
-def test_adapters_of_others_in_the_unet_stay(fresh_base) -> None:
+def test_other_adapters_stay_active_in_the_unet(fresh_base) -> None:
     base = fresh_base()
     convolution = {"down_blocks.1.resnets.0.conv1": (torch.ones(2, 8, 3, 3), torch.ones(16, 2, 1, 1))}
     other = LoraConfig(r=2, target_modules=["down_blocks.0.resnets.0.conv1"])

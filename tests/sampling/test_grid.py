@@ -30,23 +30,23 @@ def loras(tiny_base: Base, tmp_path: Path) -> dict[str, Path]:
     return files
 
 
-def cells(picture: Image.Image, side: int, rows: int, columns: int) -> list[Image.Image]:
-    """Cut the pictures out of a sheet, row by row: they lie at the lower right, 4 pixels apart."""
-    left, top = picture.width - columns * (side + 4), picture.height - rows * (side + 4)
+def cells(image: Image.Image, side: int, rows: int, columns: int) -> list[Image.Image]:
+    """Cut the images out of a sheet, row by row: they lie at the lower right, 4 pixels apart."""
+    left, top = image.width - columns * (side + 4), image.height - rows * (side + 4)
     corners = [(left + x * (side + 4), top + y * (side + 4)) for y in range(rows) for x in range(columns)]
-    return [picture.crop((x, y, x + side, y + side)) for x, y in corners]
+    return [image.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
-def test_sheet_without_labels_is_pictures_and_gaps():
-    picture = sheet([[tile(10), tile(20)], [tile(30), None]])
-    assert picture.size == (2 * 36 + 4, 2 * 36 + 4)
-    assert picture.getpixel((4, 4)) == (10, 0, 0)
-    assert picture.getpixel((40, 4)) == (20, 0, 0)
-    assert picture.getpixel((4, 40)) == (30, 0, 0)
-    assert picture.getpixel((40, 40)) == (255, 255, 255)
+def test_sheet_without_labels_has_images_and_gaps():
+    image = sheet([[tile(10), tile(20)], [tile(30), None]])
+    assert image.size == (2 * 36 + 4, 2 * 36 + 4)
+    assert image.getpixel((4, 4)) == (10, 0, 0)
+    assert image.getpixel((40, 4)) == (20, 0, 0)
+    assert image.getpixel((4, 40)) == (30, 0, 0)
+    assert image.getpixel((40, 40)) == (255, 255, 255)
 
 
-def test_labels_take_room_above_and_left_and_are_drawn():
+def test_labels_are_drawn_above_and_left():
     plain, labeled = sheet([[tile(1)]]), sheet([[tile(1)]], ["content 0.5"], ["style 1"])
     assert labeled.width > plain.width
     assert labeled.height > plain.height
@@ -63,13 +63,13 @@ def test_long_labels_are_wrapped_and_cut():
     assert long.height <= short.height + 60
 
 
-def test_smaller_pictures_are_centered_and_other_modes_shown():
-    picture = sheet([[tile(9, 32), Image.new("L", (16, 16), 50)]])
-    assert picture.getpixel((40 + 16, 4 + 16)) == (50, 50, 50)
-    assert picture.getpixel((40, 4)) == (255, 255, 255)
+def test_smaller_images_are_centered_and_converted_to_rgb():
+    image = sheet([[tile(9, 32), Image.new("L", (16, 16), 50)]])
+    assert image.getpixel((40 + 16, 4 + 16)) == (50, 50, 50)
+    assert image.getpixel((40, 4)) == (255, 255, 255)
 
 
-def test_sheets_that_cannot_be_are_refused():
+def test_empty_and_oversized_sheets_are_refused():
     with pytest.raises(UserError, match="at least one"):
         sheet([[None]])
     with pytest.raises(UserError, match="fewer or smaller"):
@@ -87,14 +87,14 @@ def test_strength_grid_shows_every_pair(fresh_base, loras: dict[str, Path], tmp_
         out=tmp_path / "g.png",
     )
     assert config.axes() == ("content_strength", "style_strength")
-    seen = []
-    path = grid(config, base, lambda *report: seen.append(report))
-    assert seen[-1] == (6, 6)
+    reports = []
+    path = grid(config, base, lambda *report: reports.append(report))
+    assert reports[-1] == (6, 6)
     assert not adapted_layers(base.unet)
-    with Image.open(path) as picture:
-        picture.load()
-        assert json.loads(picture.text["unziplora"])["style_strengths"] == [0, 0.5, 1]
-    shown = cells(picture, 64, 2, 3)
+    with Image.open(path) as image:
+        image.load()
+        assert json.loads(image.text["unziplora"])["style_strengths"] == [0, 0.5, 1]
+    shown = cells(image, 64, 2, 3)
     pairs = {name: tiny.random_lora(base.unet, seed) for name, seed in (("content", 1), ("style", 2))}
     for name, lora in pairs.items():
         add_lora(base.unet, name, lora)
@@ -104,27 +104,27 @@ def test_strength_grid_shows_every_pair(fresh_base, loras: dict[str, Path], tmp_
             for layer in adapted_layers(base.unet).values():
                 layer.branches["content"].strength, layer.branches["style"].strength = content, style
             expected += generate(base, "a cat", [0], Settings(steps=1))
-    assert [cell.tobytes() for cell in shown] == [picture.tobytes() for picture in expected]
+    assert [cell.tobytes() for cell in shown] == [image.tobytes() for image in expected]
     assert len({cell.tobytes() for cell in shown}) == 6
 
 
 def test_prompt_grid_shows_every_prompt_with_every_seed(shared_base: Base, tmp_path: Path):
     config = GridConfig(prompts=["a cat", "a dog"], seeds=[1, 2, 3], steps=1, out=tmp_path / "g.png")
     assert config.axes() == ("prompt", "seed")
-    with Image.open(grid(config, shared_base)) as picture:
-        shown = cells(picture.convert("RGB"), 64, 2, 3)
+    with Image.open(grid(config, shared_base)) as image:
+        shown = cells(image.convert("RGB"), 64, 2, 3)
     expected = [p for prompt in config.prompts for p in generate(shared_base, prompt, [1, 2, 3], Settings(steps=1))]
-    assert [cell.tobytes() for cell in shown] == [picture.tobytes() for picture in expected]
+    assert [cell.tobytes() for cell in shown] == [image.tobytes() for image in expected]
 
 
-def test_labels_tell_seeds_to_the_last_digit(shared_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    told: list[list[str]] = []
+def test_labels_show_seeds_to_the_last_digit(shared_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    labels: list[list[str]] = []
     monkeypatch.setattr(
-        "unziplora.sampling.grid.sheet", lambda pictures, down, across: told.append(across) or sheet(pictures)
+        "unziplora.sampling.grid.sheet", lambda images, down, across: labels.append(across) or sheet(images)
     )
     seeds = [1234567, 1234568]
     grid(GridConfig(prompts=["a cat"], seeds=seeds, steps=1, out=tmp_path / "g.png"), shared_base)
-    assert told == [["seed 1234567", "seed 1234568"]]
+    assert labels == [["seed 1234567", "seed 1234568"]]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_labels_tell_seeds_to_the_last_digit(shared_base: Base, tmp_path: Path, 
         ({"content": "a", "content_strengths": [0, 1], "columns": "seed"}, "add --columns content_strength"),
     ],
 )
-def test_grids_that_cannot_be_are_refused(keys: dict, message: str):
+def test_contradictory_grids_are_refused(keys: dict, message: str):
     with pytest.raises(UserError, match=message):
         resolve(GridConfig, keys)
 
@@ -149,7 +149,7 @@ def test_grid_is_written_to_a_png_file_only(tmp_path: Path):
             resolve(GridConfig, {"prompts": ["x"], "out": out})
 
 
-def test_axes_follow_what_is_given():
+def test_default_axes_depend_on_the_loras():
     assert GridConfig(content="a", style="b", rows="seed").axes() == ("seed", "style_strength")
     assert GridConfig(content="a", columns="content_strength").axes() == ("prompt", "content_strength")
     assert GridConfig(style="a", style_strengths=[0, 1]).axes() == ("prompt", "style_strength")

@@ -69,9 +69,9 @@ def test_style_lora_is_blind_to_the_content_prompt(split_base: Base):
 
 def test_frozen_base_sees_the_full_prompt_alone(split_base: Base, shared_base: Base):
     turn(split_base, content=0.0, style=0.0)
-    other = Prompts("another picture", CAT.content, CAT.style)
-    got = generate_latents(split_base, other, [0], FAST)
-    assert torch.equal(got, generate_latents(shared_base, "another picture", [0], FAST))
+    other = Prompts("another image", CAT.content, CAT.style)
+    result = generate_latents(split_base, other, [0], FAST)
+    assert torch.equal(result, generate_latents(shared_base, "another image", [0], FAST))
 
 
 def test_three_prompts_work_on_layers_without_loras(tiny_base: Base):
@@ -107,7 +107,7 @@ def test_guidance_one_needs_no_negative_prompt(split_base: Base):
     assert torch.equal(one, generate_latents(split_base, CAT, [0], Settings(steps=2, guidance=1.0, negative="x")))
 
 
-def test_a_picture_depends_on_its_seed_alone(shared_base: Base):
+def test_image_depends_only_on_its_seed(shared_base: Base):
     before = torch.get_rng_state()
     alone = generate_latents(shared_base, "a cat", [7], FAST)
     among = generate_latents(shared_base, "a cat", [3, 7, 5], FAST)
@@ -128,26 +128,26 @@ def test_every_scheduler_is_reproducible_also_in_batches(shared_base: Base, name
     torch.testing.assert_close(one[0], batched[1], rtol=1e-3, atol=1e-3)
 
 
-def test_default_pictures_are_those_of_diffusers_pipeline(shared_base: Base):
+def test_default_images_equal_diffusers_pipeline(shared_base: Base):
     expected = shared_base.pipe(
         "a cat", num_inference_steps=2, guidance_scale=5.0, generator=torch.Generator().manual_seed(0)
     ).images[0]
-    (got,) = generate(shared_base, "a cat", [0], Settings(steps=2))
-    assert got.size == (64, 64)
-    assert got.tobytes() == expected.tobytes()
+    (result,) = generate(shared_base, "a cat", [0], Settings(steps=2))
+    assert result.size == (64, 64)
+    assert result.tobytes() == expected.tobytes()
 
 
-def test_size_is_the_bases_or_the_users(shared_base: Base):
+def test_size_defaults_to_the_bases(shared_base: Base):
     assert generate(shared_base, "a cat", [0], Settings(steps=1, width=80, height=40))[0].size == (80, 40)
     assert generate_latents(shared_base, "a cat", [0, 1], Settings(steps=1)).shape == (2, 4, 8, 8)
 
 
-def test_progress_counts_the_steps_of_all_pictures(shared_base: Base):
-    seen: list[tuple[int, int]] = []
+def test_progress_counts_the_steps_of_all_images(shared_base: Base):
+    reports: list[tuple[int, int]] = []
     generate_latents(
-        shared_base, "a cat", [0, 1, 2], Settings(steps=2, batch_size=2), lambda *report: seen.append(report)
+        shared_base, "a cat", [0, 1, 2], Settings(steps=2, batch_size=2), lambda *report: reports.append(report)
     )
-    assert seen == [(2, 6), (4, 6), (5, 6), (6, 6)]
+    assert reports == [(2, 6), (4, 6), (5, 6), (6, 6)]
 
 
 def test_unet_is_left_in_training_mode(tiny_base: Base):
@@ -167,12 +167,12 @@ def test_unet_is_left_in_training_mode(tiny_base: Base):
         ({"scheduler": "eular"}, "did you mean 'euler'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(shared_base: Base, settings: dict, message: str):
+def test_invalid_settings_are_refused(shared_base: Base, settings: dict, message: str):
     with pytest.raises(UserError, match=message):
         generate(shared_base, "a cat", [0], Settings(**settings))
 
 
-def test_seeds_that_cannot_be_are_refused(shared_base: Base):
+def test_invalid_seeds_are_refused(shared_base: Base):
     with pytest.raises(UserError, match="no seeds"):
         generate(shared_base, "a cat", [])
     with pytest.raises(UserError, match="from 0 on"):
@@ -191,7 +191,7 @@ def test_zero_terminal_snr_starts_at_the_last_timestep(tiny_base: Base):
         make_scheduler(tiny_base, "heun")
 
 
-def test_out_of_memory_is_the_machines_fault(tiny_base: Base, monkeypatch: pytest.MonkeyPatch):
+def test_out_of_memory_is_a_machine_error(tiny_base: Base, monkeypatch: pytest.MonkeyPatch):
     def full(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
@@ -204,7 +204,7 @@ def distance(one: Image.Image, two: Image.Image) -> float:
     return float(np.abs(np.asarray(one, float) - np.asarray(two, float)).mean())
 
 
-def test_a_picture_that_does_not_fit_in_memory_is_decoded_in_tiles(tiny_base: Base, monkeypatch: pytest.MonkeyPatch):
+def test_image_too_large_for_memory_is_decoded_in_tiles(tiny_base: Base, monkeypatch: pytest.MonkeyPatch):
     vae, whole = tiny_base.vae, type(tiny_base.vae).decode
     latents = torch.randn(1, vae.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     (expected,) = decode(tiny_base, latents)
@@ -217,12 +217,12 @@ def test_a_picture_that_does_not_fit_in_memory_is_decoded_in_tiles(tiny_base: Ba
         return whole(vae, latent, **options)
 
     monkeypatch.setattr(type(vae), "decode", short)
-    (picture,) = decode(tiny_base, latents)
+    (image,) = decode(tiny_base, latents)
     assert tiled == [False, True]
-    assert picture.size == expected.size
-    # Tiles are normalized each by itself, so it is not the same picture, but nearer to it than any other.
+    assert image.size == expected.size
+    # Tiles are normalized each by itself, so it is not the same image, but nearer to it than any other.
     (other,) = decode(tiny_base, latents.flip(-1))
-    assert distance(picture, expected) < 0.6 * distance(other, expected)
+    assert distance(image, expected) < 0.6 * distance(other, expected)
     assert (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size) == (False, *sizes)
     monkeypatch.setattr(type(vae), "decode", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(OutOfMemory, match="decoding an image"):
@@ -236,7 +236,7 @@ def test_a_picture_that_does_not_fit_in_memory_is_decoded_in_tiles(tiny_base: Ba
         RuntimeError("MPS backend out of memory (MPS allocated: 8 GB). Tried to allocate 192.00 MB on private pool."),
     ],
 )
-def test_a_decoder_that_does_not_even_fit_by_itself(
+def test_vae_too_large_for_the_gpu_is_out_of_memory(
     tiny_base: Base, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ):
     def full(*_: object, **options: object) -> None:
@@ -247,19 +247,19 @@ def test_a_decoder_that_does_not_even_fit_by_itself(
         decode(tiny_base, torch.zeros(1, 4, 8, 8))
 
 
-def test_other_faults_are_not_taken_for_want_of_memory(tiny_base: Base, monkeypatch: pytest.MonkeyPatch):
+def test_other_errors_are_not_out_of_memory(tiny_base: Base, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(type(tiny_base.vae), "decode", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shape")))
     with pytest.raises(RuntimeError, match="shape"):
         decode(tiny_base, torch.zeros(1, 4, 8, 8))
 
 
-def test_nan_is_warned_about_and_decoded_all_the_same(shared_base: Base):
+def test_nan_causes_a_warning_and_an_image(shared_base: Base):
     with pytest.warns(UserWarning, match="NaN"):
         assert len(decode(shared_base, torch.full((1, 4, 8, 8), float("nan")))) == 1
 
 
 def test_cross_combination_takes_each_lora_from_its_own_run(fresh_base: Callable[[], Base]):
-    """Content of one run with style of another: the sum of both, whoever put them in, in any order."""
+    """The content of one run with the style of another is their sum, in any order."""
     first, second = fresh_base(), fresh_base()
     content, style = random_lora(first.unet, 1), random_lora(first.unet, 9)
     add_lora(first.unet, "content", content, stream="content")

@@ -31,7 +31,7 @@ FAST = Settings(steps=2)
 
 
 def make_run(folder: Path, base: Base, source: Path, content: str, style: str, seed: int) -> Path:
-    """What training leaves behind: two LoRA files and the configuration."""
+    """Write the files of a run: two LoRAs and the configuration."""
     config = resolve(
         SplitConfig, {"images": ["x.png"], "content": content, "style": style, "out": folder, "base": str(source)}
     )
@@ -59,7 +59,7 @@ def latents(config: SampleConfig, base: Base, seed: int = 0) -> torch.Tensor:
 
 
 def expected(base: Base, prompts: Prompts | str, **loras: int) -> torch.Tensor:
-    """Branches put in by hand, by LoRA name and seed."""
+    """Generate latents with branches added directly, by LoRA name and seed."""
     pairs = {name: tiny.random_lora(base.unet, seed) for name, seed in loras.items()}
     for name, lora in pairs.items():
         add_lora(base.unet, name, lora, stream=name)
@@ -67,40 +67,40 @@ def expected(base: Base, prompts: Prompts | str, **loras: int) -> torch.Tensor:
 
 
 def test_content_alone_and_style_alone_use_their_runs_prompts(fresh_base, cat: Path):
-    got = latents(SampleConfig(content=cat), fresh_base())
-    torch.testing.assert_close(got, expected(fresh_base(), "a sks cat", content=1), rtol=1e-4, atol=1e-4)
-    got = latents(SampleConfig(style=cat), fresh_base())
-    torch.testing.assert_close(got, expected(fresh_base(), "an image in ink style", style=2), rtol=1e-4, atol=1e-4)
+    result = latents(SampleConfig(content=cat), fresh_base())
+    torch.testing.assert_close(result, expected(fresh_base(), "a sks cat", content=1), rtol=1e-4, atol=1e-4)
+    result = latents(SampleConfig(style=cat), fresh_base())
+    torch.testing.assert_close(result, expected(fresh_base(), "an image in ink style", style=2), rtol=1e-4, atol=1e-4)
 
 
 def test_both_see_three_prompts(fresh_base, cat: Path):
     prompts = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
-    got = latents(SampleConfig(content=cat, style=cat), fresh_base())
-    torch.testing.assert_close(got, expected(fresh_base(), prompts, content=1, style=2), rtol=1e-4, atol=1e-4)
+    result = latents(SampleConfig(content=cat, style=cat), fresh_base())
+    torch.testing.assert_close(result, expected(fresh_base(), prompts, content=1, style=2), rtol=1e-4, atol=1e-4)
 
 
 def test_direct_addition_sees_one_prompt(fresh_base, cat: Path):
-    got = latents(SampleConfig(content=cat, style=cat, mode="direct"), fresh_base())
+    result = latents(SampleConfig(content=cat, style=cat, mode="direct"), fresh_base())
     want = expected(fresh_base(), "a sks cat in ink style", content=1, style=2)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result, want, rtol=1e-4, atol=1e-4)
 
 
 def test_content_of_one_run_with_style_of_another(fresh_base, cat: Path, dog: Path):
     prompts = Prompts("a sks cat in oil paint style", "a sks cat", "an image in oil paint style")
-    got = latents(SampleConfig(content=cat, style=dog), fresh_base())
-    torch.testing.assert_close(got, expected(fresh_base(), prompts, content=1, style=12), rtol=1e-4, atol=1e-4)
+    result = latents(SampleConfig(content=cat, style=dog), fresh_base())
+    torch.testing.assert_close(result, expected(fresh_base(), prompts, content=1, style=12), rtol=1e-4, atol=1e-4)
 
 
-def test_plain_file_gives_the_same_as_its_run(fresh_base, cat: Path, tmp_path: Path):
+def test_file_equals_its_run(fresh_base, cat: Path, tmp_path: Path):
     for layout in ("kohya", "diffusers"):
         lora = Lora(tiny.random_lora(fresh_base().unet, 1))
         write_lora(lora, tmp_path / f"{layout}.safetensors", layout, dtype="fp32")
         config = SampleConfig(content=tmp_path / f"{layout}.safetensors", prompts=["a sks cat"])
-        got = latents(config, fresh_base())
-        torch.testing.assert_close(got, latents(SampleConfig(content=cat), fresh_base()), rtol=1e-4, atol=1e-4)
+        result = latents(config, fresh_base())
+        torch.testing.assert_close(result, latents(SampleConfig(content=cat), fresh_base()), rtol=1e-4, atol=1e-4)
 
 
-def test_exported_file_alone_is_the_branch_alone(fresh_base, tmp_path: Path):
+def test_exported_file_equals_the_branch(fresh_base, tmp_path: Path):
     """Column mask, soft scale and strength of a trained branch, folded into a file of each layout."""
     base = fresh_base()
     branches = add_lora(base.unet, "content", tiny.random_lora(base.unet, 1), strength=0.5)
@@ -112,8 +112,8 @@ def test_exported_file_alone_is_the_branch_alone(fresh_base, tmp_path: Path):
     for layout in ("kohya", "diffusers"):
         file = tmp_path / f"{layout}.safetensors"
         write_lora(Lora(folded), file, layout, dtype="fp32")
-        got = latents(SampleConfig(content=file, prompts=["a cat"]), fresh_base())
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        result = latents(SampleConfig(content=file, prompts=["a cat"]), fresh_base())
+        torch.testing.assert_close(result, want, rtol=1e-4, atol=1e-4)
 
 
 def test_strength_zero_and_all_blocks_zero_are_the_base(fresh_base, shared_base: Base, cat: Path):
@@ -130,15 +130,15 @@ def test_longest_block_name_counts_and_multiplies_the_strength(tiny_base: Base, 
     config = SampleConfig(content=cat, content_strength=3, content_blocks=blocks)
     plain = read_lora(cat / "content.safetensors").modules
     with open_session(config, tiny_base):
-        found = {path: layer.branches["content"].delta() for path, layer in adapted_layers(tiny_base.unet).items()}
-    for path, delta in found.items():
+        result = {path: layer.branches["content"].delta() for path, layer in adapted_layers(tiny_base.unet).items()}
+    for path, delta in result.items():
         down, up = plain[path]
         kept = path.startswith("up_blocks.0.attentions.1.")
         strength = 1.5 if kept else 0.0 if path.startswith("up_blocks.") else 3.0
         torch.testing.assert_close(delta, strength * up @ down)
 
 
-def test_the_base_is_left_as_it_was(tiny_base: Base, shared_base: Base, cat: Path):
+def test_base_is_restored(tiny_base: Base, shared_base: Base, cat: Path):
     latents(SampleConfig(content=cat, style=cat), tiny_base)
     assert not adapted_layers(tiny_base.unet)
     assert tiny_base.unet.state_dict().keys() == shared_base.unet.state_dict().keys()
@@ -162,9 +162,7 @@ def test_convolutions_and_text_encoders_are_loaded_through_diffusers(fresh_base,
         latents(both, base)
 
 
-def test_a_part_for_text_encoders_acts_on_all_prompts_has_a_dial_and_goes_again(
-    fresh_base, shared_base: Base, tmp_path
-):
+def test_text_encoder_lora_acts_on_all_prompts_has_a_strength_and_is_removed(fresh_base, shared_base: Base, tmp_path):
     base, files = fresh_base(), {}
     v = "text_encoder_2.text_model.encoder.layers.0.self_attn.v_proj"
     text = {f"{v}.lora_A.weight": torch.randn(2, 24), f"{v}.lora_B.weight": torch.randn(24, 2)}
@@ -196,30 +194,30 @@ def test_diffusers_and_our_branches_agree(fresh_base, tmp_path: Path):
     torch.testing.assert_close(ours, generate_latents(base, "a cat", [0], FAST), rtol=1e-4, atol=1e-4)
 
 
-def test_pictures_are_named_by_seed_and_carry_their_settings(tiny_base: Base, cat: Path, tmp_path: Path):
+def test_images_are_named_by_seed_and_contain_their_settings(tiny_base: Base, cat: Path, tmp_path: Path):
     config = SampleConfig(content=cat, seeds=[3, 5], steps=1, out=tmp_path / "out", negative="blurry", guidance=4)
     paths = sample(config, tiny_base)
     assert [path.name for path in paths] == ["3.png", "5.png"]
-    with Image.open(paths[1]) as picture:
-        assert picture.size == (64, 64)
-        told = json.loads(picture.text["unziplora"])
-        lines = picture.text["parameters"].splitlines()
-    assert (told["seed"], told["prompt"], told["content_strength"]) == (5, "a sks cat", 1.0)
+    with Image.open(paths[1]) as image:
+        assert image.size == (64, 64)
+        settings = json.loads(image.text["unziplora"])
+        lines = image.text["parameters"].splitlines()
+    assert (settings["seed"], settings["prompt"], settings["content_strength"]) == (5, "a sks cat", 1.0)
     assert lines[:2] == ["a sks cat", "Negative prompt: blurry"]
     assert lines[2].startswith("Steps: 1, Sampler: base, CFG scale: 4, Seed: 5, Size: 64x64, Model: tiny-xl")
     digest = read_lora(cat / "content.safetensors").metadata["sshs_model_hash"]
     assert f'Lora hashes: "{cat.name}-content: {digest[:12]}"' in lines[2]
-    assert told["loras"] == {f"{cat.name}-content": digest}
-    assert str(cat.parent) not in json.dumps([told, lines])
+    assert settings["loras"] == {f"{cat.name}-content": digest}
+    assert str(cat.parent) not in json.dumps([settings, lines])
 
 
-def test_a_lora_that_does_not_tell_its_hash_has_the_same_one(cat: Path, tmp_path: Path):
+def test_lora_without_a_recorded_hash_has_the_same_one(cat: Path, tmp_path: Path):
     tensors, metadata = read_tensors(cat / "style.safetensors")
     save_file(tensors, tmp_path / "plain.safetensors")
     assert body_hash(tmp_path / "plain.safetensors") == metadata["sshs_model_hash"]
 
 
-def test_nothing_is_overwritten_but_the_same_picture(tiny_base: Base, cat: Path, tmp_path: Path):
+def test_only_the_same_image_is_overwritten(tiny_base: Base, cat: Path, tmp_path: Path):
     config = SampleConfig(content=cat, steps=1, out=tmp_path)
     assert [path.name for path in sample(config, tiny_base)] == ["0.png"]
     assert [path.name for path in sample(config, tiny_base)] == ["0.png"]
@@ -229,17 +227,17 @@ def test_nothing_is_overwritten_but_the_same_picture(tiny_base: Base, cat: Path,
 
 
 def test_several_prompts_are_numbered_and_progress_runs_over_all(tiny_base: Base, tmp_path: Path):
-    seen = []
+    reports = []
     config = SampleConfig(prompts=["a cat", "a dog"], steps=1, seeds=[4, 4, 6], out=tmp_path)
-    paths = sample(config, tiny_base, lambda *report: seen.append(report))
+    paths = sample(config, tiny_base, lambda *report: reports.append(report))
     assert [path.name for path in paths] == ["01-4.png", "01-6.png", "02-4.png", "02-6.png"]
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_base_is_loaded_as_the_run_says(cat: Path, tmp_path: Path):
+def test_base_of_the_run_is_loaded(cat: Path, tmp_path: Path):
     (path,) = sample(SampleConfig(style=cat, steps=1, out=tmp_path, device="cpu"))
-    with Image.open(path) as picture:
-        assert json.loads(picture.text["unziplora"])["base"] == "tiny-xl"
+    with Image.open(path) as image:
+        assert json.loads(image.text["unziplora"])["base"] == "tiny-xl"
 
 
 def test_words_and_base_are_read_from_a_files_header(tiny_base: Base, tmp_path: Path):
@@ -254,7 +252,7 @@ def test_words_and_base_are_read_from_a_files_header(tiny_base: Base, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("content", "style", "wanted"),
+    ("content", "style", "filled"),
     [
         ("split", "blora", ("a sks cat in v7 style", "a sks cat", "an image in v7 style")),
         ("blora", "split", ("A v7 in ink style", "A v7", "an image in ink style")),
@@ -262,7 +260,7 @@ def test_words_and_base_are_read_from_a_files_header(tiny_base: Base, tmp_path: 
         ("split", "split", ("a sks cat in ink style", "a sks cat", "an image in ink style")),
     ],
 )
-def test_every_lora_is_called_by_the_words_of_its_own_run(tmp_path: Path, content: str, style: str, wanted):
+def test_prompts_use_the_words_of_each_loras_own_run(tmp_path: Path, content: str, style: str, filled):
     shared = {"images": ["x.png"], "base": "b"}
     split = SplitConfig(**shared, content="cat", style="ink", out=tmp_path / "split")
     for config in (split, BLoraConfig(**shared, token="v7", out=tmp_path / "blora")):
@@ -273,7 +271,7 @@ def test_every_lora_is_called_by_the_words_of_its_own_run(tmp_path: Path, conten
     sources = [find_lora(tmp_path / content, "content"), find_lora(tmp_path / style, "style")]
     config = SampleConfig(content=tmp_path / content, style=tmp_path / style, mode="separate")
     (prompts,) = plan_prompts(config, sources)
-    assert (prompts.full, prompts.content, prompts.style) == wanted
+    assert (prompts.full, prompts.content, prompts.style) == filled
 
 
 def test_words_are_filled_into_prompts(cat: Path, dog: Path):
@@ -299,15 +297,15 @@ def test_different_bases_ask_for_a_choice(cat: Path, dog: Path, tmp_path: Path):
 
 
 def headed(folder: Path, base: Base, kind: str, **metadata: str) -> Path:
-    """A LoRA file, not of a run, with this header."""
+    """Write a LoRA file outside a run, with this header."""
     write_lora(Lora(tiny.random_lora(base.unet, 1)), folder / f"my-{kind}.safetensors", metadata=metadata)
     return folder / f"my-{kind}.safetensors"
 
 
 class TestBaseOfAFile:
-    """Files of other programs, and ours away from their run, tell the last part of their base's path."""
+    """Headers of LoRA files contain only the last part of their base's path."""
 
-    def test_a_name_that_is_not_here_is_asked_for(self, tiny_base: Base, tmp_path: Path):
+    def test_unavailable_base_asks_for_its_path(self, tiny_base: Base, tmp_path: Path):
         file = headed(tmp_path, tiny_base, "content", ss_sd_model_name="ponyXL.safetensors")
         config = SampleConfig(content=file, prompts=["x"])
         with pytest.raises(UserError, match=r"my-content\.safetensors: trained on ponyXL\.safetensors, .* with --base"):
@@ -316,11 +314,11 @@ class TestBaseOfAFile:
         assert choose_base(config.model_copy(update={"base": "x/y"}), sources) == "x/y"
 
     @pytest.mark.parametrize("name", ["sd_xl_base_1.0_0.9vae.safetensors", "stabilityai/stable-diffusion-xl-base-1.0"])
-    def test_sdxl_is_known_by_its_files_names(self, tiny_base: Base, tmp_path: Path, name: str):
+    def test_file_names_of_sdxl_are_recognized(self, tiny_base: Base, tmp_path: Path, name: str):
         config = SampleConfig(content=headed(tmp_path, tiny_base, "content", ss_sd_model_name=name))
         assert choose_base(config, find_loras(config)) == SDXL
 
-    def test_a_run_tells_the_path_to_a_files_name(self, tiny_base: Base, tiny_folder: Path, cat: Path, tmp_path: Path):
+    def test_path_in_a_run_resolves_a_base_name(self, tiny_base: Base, tiny_folder: Path, cat: Path, tmp_path: Path):
         style = headed(tmp_path, tiny_base, "style", ss_sd_model_name=tiny_folder.name)
         config = SampleConfig(content=cat, style=style)
         assert choose_base(config, find_loras(config)) == str(tiny_folder)
@@ -328,7 +326,7 @@ class TestBaseOfAFile:
         with pytest.raises(UserError, match="different bases"):
             choose_base(other, find_loras(other))
 
-    def test_trigger_words_are_told_where_a_prompt_is_asked_for(self, tiny_base: Base, tmp_path: Path):
+    def test_missing_prompt_error_names_trigger_words(self, tiny_base: Base, tmp_path: Path):
         tags = json.dumps({"10_cat": {"mycat": 10, "sitting": 3}})
         file = headed(tmp_path, tiny_base, "content", ss_tag_frequency=tags)
         with pytest.raises(UserError, match="with its trigger words: mycat"):
@@ -343,7 +341,7 @@ def test_lora_for_another_size_does_not_fit(tiny_base: Base, tmp_path: Path):
     assert not adapted_layers(tiny_base.unet)
 
 
-def test_refusals_of_sources(tiny_base: Base, cat: Path, tmp_path: Path):
+def test_unusable_sources_are_refused(tiny_base: Base, cat: Path, tmp_path: Path):
     def refused(message: str, **keys: object) -> None:
         with pytest.raises(UserError, match=message):
             sample(SampleConfig(**{"out": tmp_path / "out", **keys}), tiny_base)
@@ -371,7 +369,7 @@ def test_refusals_of_sources(tiny_base: Base, cat: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_unwritable_folder_is_the_machines_fault(tiny_base: Base, cat: Path, tmp_path: Path):
+def test_unwritable_folder_is_a_machine_error(tiny_base: Base, cat: Path, tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match="a file is where a folder should be"):
         sample(SampleConfig(content=cat, steps=1, out=tmp_path / "file" / "out"), tiny_base)
@@ -396,7 +394,7 @@ def test_unwritable_folder_is_the_machines_fault(tiny_base: Base, cat: Path, tmp
         ({"prompts": ["x"], "stepps": 3}, "did you mean 'steps'"),
     ],
 )
-def test_configurations_that_cannot_be_are_refused(keys: dict, message: str):
+def test_contradictory_configurations_are_refused(keys: dict, message: str):
     with pytest.raises(UserError, match=message):
         resolve(SampleConfig, keys)
 
@@ -456,7 +454,7 @@ def test_a_file_is_a_style_by_its_header_or_a_word_of_its_name(
     assert loras_of(file) == {kind: file}
 
 
-def test_the_bundled_base_by_its_path_is_the_bundled_base():
+def test_path_of_the_bundled_base_is_the_bundled_base():
     sources = [
         LoraSource("content", Path("a.safetensors"), {"base": "bundled"}),
         LoraSource("style", Path("b.safetensors"), {"base": str(BUNDLED_BASE)}),

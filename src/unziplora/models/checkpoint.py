@@ -1,4 +1,4 @@
-"""A base model as one checkpoint in the original SDXL layout: what it is, and what it does not carry itself."""
+"""Single-file base models in the original SDXL layout: checks, noise schedule and tokenizer."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def check_checkpoint(path: Path, header: Header) -> None:
     entry = shapes.get(LDM + "input_blocks.0.0.weight", (0, 4))
     if entry[1] == 9:
         raise other_family(str(path), "an inpainting model (9 input channels)")
-    wanted = {
+    parts = {
         LDM: "UNet",
         "first_stage_model.": "VAE",
         "conditioner.embedders.0.transformer.": "first text encoder",
         "conditioner.embedders.1.model.": "second text encoder",
     }
-    missing = [name for prefix, name in wanted.items() if not any(key.startswith(prefix) for key in shapes)]
+    missing = [name for prefix, name in parts.items() if not any(key.startswith(prefix) for key in shapes)]
     if missing:
         raise UserError(
-            f"{path}: no complete checkpoint, without {', '.join(missing)}; use a full checkpoint or a diffusers folder"
+            f"{path}: incomplete checkpoint, without {', '.join(missing)}; use a full checkpoint or a diffusers folder"
         )
     if LDM + "label_emb.0.0.weight" not in shapes or entry[1] != 4:
         raise other_family(str(path), "another UNet")
 
 
 def is_full_size(header: Header) -> bool:
-    """Whether a checkpoint's UNet has SDXL's own sizes, so that SDXL's own configuration describes it."""
+    """Check whether a checkpoint's UNet has SDXL's own sizes, so that SDXL's own configuration applies."""
     expected = {
         "input_blocks.0.0.weight": (320, 4, 3, 3),
         "label_emb.0.0.weight": (1280, 2816),
@@ -58,12 +58,12 @@ def is_full_size(header: Header) -> bool:
 
 
 def marked_schedule(header: Header) -> dict[str, Any]:
-    """Scheduler settings that a single file is marked with: v-prediction and zero-terminal SNR.
+    """Return the scheduler settings that a single file declares: v-prediction and zero-terminal SNR.
 
-    Finetunes carry empty tensors `v_pred` and `ztsnr` (as ComfyUI reads them) or a modelspec entry.
+    Finetunes contain empty tensors `v_pred` and `ztsnr` (as ComfyUI reads them) or a modelspec entry.
     """
-    told = header.metadata.get("modelspec.prediction_type", "").lower()
-    if "v_pred" not in header.shapes and told not in ("v", "v_prediction"):
+    declared = header.metadata.get("modelspec.prediction_type", "").lower()
+    if "v_pred" not in header.shapes and declared not in ("v", "v_prediction"):
         return {}
     changes: dict[str, Any] = {"prediction_type": "v_prediction"}
     if "ztsnr" in header.shapes:
@@ -72,7 +72,7 @@ def marked_schedule(header: Header) -> dict[str, Any]:
 
 
 def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
-    """CLIP's tokenizer, from its merges alone; SDXL pads with the end marker and, for the second encoder, '!'."""
+    """Build CLIP's tokenizer from its merges; SDXL pads with the end marker, and with '!' for the second encoder."""
     path = Path(__file__).parents[1] / "bundled" / "sdxl" / "tokenizer" / "merges.txt.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         merges = file.read().splitlines()

@@ -1,4 +1,4 @@
-"""What is in a base model's folder: read from headers and configurations, and refused early where it is not SDXL."""
+"""Base models as diffusers folders: early checks by headers and configurations alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a single file that by its name is no base.
+    """Refuse a single file that cannot be a base by its name.
 
     Raises:
         UserError: it is a pickle or a file of another format.
@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{path}: missing, so {path.parent} is no complete diffusers folder; copy or download it again"
+            f"{path}: missing, so {path.parent} is an incomplete diffusers folder; copy or download it again"
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); copy or download it again") from None
@@ -50,14 +50,14 @@ def check_folder(folder: Path, half: bool) -> str | None:
     """Check a diffusers folder without loading it; return the weights' variant, 'fp16' or None.
 
     Args:
-        half: half precision suffices, so that fp16 files are taken where both are there.
+        half: half precision suffices, so fp16 files are preferred.
 
     Raises:
-        UserError: another family; a part is missing, damaged or there as a pickle only.
+        UserError: it is of another family, or a part is missing, damaged or only a pickle.
     """
     if not (folder / "model_index.json").is_file():
         raise UserError(
-            f"{folder}: no base model (model_index.json is missing). Give a folder in diffusers layout, as "
+            f"{folder}: not a base model (model_index.json is missing). Give a folder in diffusers layout, as "
             "pipe.save_pretrained writes it, or a .safetensors checkpoint"
         )
     check_class(read_json(folder / "model_index.json"), str(folder))
@@ -65,17 +65,17 @@ def check_folder(folder: Path, half: bool) -> str | None:
     for name in ("tokenizer", "tokenizer_2"):
         if not (folder / name).is_dir():
             raise UserError(f"{folder}: {name} is missing; copy or download the whole folder again")
-    found = [_weights(folder / part) for part in PARTS]
-    plain = all("" in variants for variants in found)
-    choice = "" if plain and not (half and any("fp16" in variants for variants in found)) else "fp16"
-    for variants in found:
+    weights = [_weights(folder / part) for part in PARTS]
+    plain = all("" in variants for variants in weights)
+    choice = "" if plain and not (half and any("fp16" in variants for variants in weights)) else "fp16"
+    for variants in weights:
         for path in variants.get(choice) or variants[""]:
             read_header(path)
     return choice or None
 
 
 def _weights(part: Path) -> dict[str, list[Path]]:
-    """The weight files of one part by variant ('' or 'fp16'), with every shard that the index names."""
+    """Find the weight files of one part by variant ('' or 'fp16'), with every shard that the index names."""
     named = [(WEIGHTS.fullmatch(path.name), path) for path in sorted(part.glob("*.safetensors"))]
     variants: dict[str, list[Path]] = {}
     for match, path in named:
@@ -94,7 +94,7 @@ def _weights(part: Path) -> dict[str, list[Path]]:
 
 
 def check_class(index: dict[str, Any], source: str) -> None:
-    """Refuse a pipeline of another family by its class, before its weights are fetched.
+    """Refuse a pipeline of another family by its class, before its weights are downloaded.
 
     Raises:
         UserError: it is not an SDXL pipeline.
@@ -108,15 +108,15 @@ def check_unet_config(folder: Path, source: str) -> None:
     """Refuse a UNet of another family, or another noise schedule, by the configurations.
 
     Raises:
-        UserError: it is not of SDXL's topology, takes more than noisy latents, or has another noise schedule.
+        UserError: it is not of SDXL's topology, has inputs other than noisy latents, or has another noise schedule.
     """
     config = read_json(folder / "unet" / "config.json")
     index = read_json(folder / "model_index.json")
     if config.get("in_channels", 4) == 9:
         raise other_family(source, "an inpainting model (9 input channels)")
-    seen, made = config.get("in_channels", 4), config.get("out_channels", 4)
-    if seen != made:  # a small base may have latents of more channels than SDXL's 4, but sees what it makes
-        raise other_family(source, f"a model with {seen} input and {made} output channels")
+    inputs, outputs = config.get("in_channels", 4), config.get("out_channels", 4)
+    if inputs != outputs:  # a small base may have latents of more channels than SDXL's 4
+        raise other_family(source, f"a model with {inputs} input and {outputs} output channels")
     if index.get("requires_aesthetics_score") or index.get("text_encoder", [""])[0] is None:
         raise other_family(source, "the SDXL refiner")
     if config.get("addition_embed_type") != "text_time":
@@ -126,7 +126,7 @@ def check_unet_config(folder: Path, source: str) -> None:
 
 
 def check_pipeline(pipe: Any, source: str) -> None:
-    """Check what only the loaded pipeline tells: weights all there, noise schedule known.
+    """Check a loaded pipeline: all weights are present, and the noise schedule is one of SDXL's.
 
     Raises:
         UserError: weights are missing, or the noise schedule is not one of SDXL's.
@@ -154,7 +154,7 @@ def _has_attention(blocks: Iterable[Any]) -> bool:
 
 
 def other_family(source: str, family: str) -> UserError:
-    """The message for a base of another family."""
+    """Return the error for a base of another family."""
     return UserError(
         f"base {source}: this is {family}; a base of SDXL's topology is needed, such as SDXL base 1.0, one of its "
         "finetunes, or 'bundled'"

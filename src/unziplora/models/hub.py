@@ -1,4 +1,4 @@
-"""Fetch a base model from the Hugging Face hub, safetensors only."""
+"""Downloads of base models from the Hugging Face hub, safetensors only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from unziplora.models import folder as base_files
 
 
 def names_a_model(source: str) -> bool:
-    """Whether a source that is not on this machine may be a model of the hub, and no file that is missing."""
+    """Check whether a source that is not on this machine may be a model of the hub rather than a missing file."""
     return HUB_ID.fullmatch(source) is not None and Path(source).suffix not in base_files.WEIGHT_SUFFIXES
 
 
 def download(source: str, dtype: torch.dtype) -> Path:
-    """Fetch a hub model's safetensors (fp16 files, if it has them and they suffice); return its folder."""
+    """Download a hub model's safetensors (fp16 files, if it has them and they suffice); return its folder."""
     from huggingface_hub import hf_hub_download, model_info
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -28,16 +28,16 @@ def download(source: str, dtype: torch.dtype) -> Path:
         names = {file.rfilename for file in model_info(source).siblings or []}
     except GatedRepoError:
         raise UserError(
-            f"base {source}: the hub wants you to accept its license: open https://huggingface.co/{source}, accept, "
+            f"base {source}: its license must be accepted first: open https://huggingface.co/{source}, accept, "
             "then run `hf auth login`"
         ) from None
     except RepositoryNotFoundError:
         raise UserError(f"base {source}: no such folder here, and no such public model on the hub") from None
-    except Exception:  # no network, proxy, time-out, hub out of order: what was fetched before may do
+    except Exception:  # no network, proxy, timeout, hub out of order: an earlier download may suffice
         offline = True
     if not offline and "model_index.json" not in names:
         raise UserError(
-            f"base {source}: this hub model is no diffusers pipeline (it has no model_index.json); download its "
+            f"base {source}: this hub model is not a diffusers pipeline (it has no model_index.json); download its "
             ".safetensors checkpoint and give the file's path"
         )
     half = any(name.startswith("unet/") and ".fp16." in name for name in names)
@@ -49,15 +49,15 @@ def download(source: str, dtype: torch.dtype) -> Path:
             return Path(index).parent
         for name in ("unet/config.json", "scheduler/scheduler_config.json"):
             hf_hub_download(source, name)
-        base_files.check_unet_config(Path(index).parent, source)  # before gigabytes are fetched
+        base_files.check_unet_config(Path(index).parent, source)  # before gigabytes are downloaded
         return Path(StableDiffusionXLPipeline.download(source, use_safetensors=True, variant=variant))
     except (OSError, ValueError) as error:
         if offline:
             raise MachineError(
-                f"base {source}: there is no such folder here, and the hub, from which a model of this name was not "
-                "fetched before, cannot be reached. Give a folder or .safetensors file that is on this machine"
+                f"base {source}: there is no such folder here, no earlier download, and the hub cannot be reached. "
+                "Give a folder or .safetensors file that is on this machine"
             ) from error
         raise MachineError(
-            f"base {source}: fetching it failed ({first_line(error)}). Check network and disk space, or give a folder "
+            f"base {source}: the download failed ({first_line(error)}). Check network and disk space, or give a folder "
             "or .safetensors file that is on this machine"
         ) from error

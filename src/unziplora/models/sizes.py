@@ -1,4 +1,4 @@
-"""The sizes of a base, from its configuration alone: what memory follows from, and what LoRAs have to fit."""
+"""Sizes of a base from its configuration alone, for memory estimates and LoRA shapes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FULL_SIZE = BUNDLED / "sdxl"
 
 
 class Sizes(BaseModel):
-    """Numbers of a base that memory follows from.
+    """Sizes of a base that decide how much memory it needs.
 
     Attributes:
-        source: what the user called the base.
-        assumed: the base is not on this machine: SDXL's sizes are taken.
+        source: name or path of the base.
+        assumed: the base is not on this machine, and these are SDXL's sizes.
         resolution: the base's own, in pixels.
         unet, vae, text: parameters.
-        text_features: in and out features of all q, k, v, out layers of the text encoders, added up.
+        text_features: sum of the in and out features of all q, k, v, out layers of the text encoders.
         layers: (in, out) of every linear layer of the UNet's transformers, by module path.
         unet_config: the UNet's configuration.
     """
@@ -52,16 +52,16 @@ class Sizes(BaseModel):
 
     @property
     def names(self) -> list[str]:
-        """The paths of the linear layers."""
+        """Paths of the linear layers."""
         return list(self.layers)
 
     def adapter(self, rank: int, paths: Iterable[str]) -> int:
-        """Parameters of one LoRA: A [r, in] and B [out, r] of the layers at these paths."""
+        """Count the parameters of one LoRA: A [r, in] and B [out, r] of the layers at these paths."""
         return rank * sum(sum(self.layers[path]) for path in paths)
 
 
 def inspect_base(source: str) -> Sizes:
-    """The sizes of a base, from its configuration alone: no weights are read, nothing is fetched.
+    """Determine the sizes of a base from its configuration; no weights are read, nothing is downloaded.
 
     Raises:
         UserError: no such base, or its configuration is damaged.
@@ -96,13 +96,13 @@ def inspect_base(source: str) -> Sizes:
     )
 
 
-def must_be_fetched(source: str) -> bool:
-    """Whether a base is a model of the hub that is not on this machine yet."""
-    return names_a_model(source) and not Path(source).exists() and _fetched(source) is None
+def must_be_downloaded(source: str) -> bool:
+    """Check whether a base is a model of the hub that is not on this machine yet."""
+    return names_a_model(source) and not Path(source).exists() and _downloaded(source) is None
 
 
 def base_folder(source: str) -> Path | None:
-    """The folder with a base's configuration, or None if it would have to be fetched.
+    """Return the folder with a base's configuration, or None if the base must be downloaded first.
 
     Raises:
         UserError: no such base, or it is of another family, or a part is missing.
@@ -114,12 +114,12 @@ def base_folder(source: str) -> Path | None:
     if path.is_file():
         return described(path)[0]
     if not is_bundled(source) and names_a_model(source):
-        return _fetched(source)
+        return _downloaded(source)
     raise UserError(f"base {source!r}: no such file or folder")
 
 
 def stored_bytes(source: str) -> int | None:
-    """Bytes of a base's weights on the disk; None if they would have to be fetched.
+    """Return the bytes of a base's weights on the disk, or None if the base must be downloaded first.
 
     Raises:
         UserError: as `base_folder`.
@@ -131,17 +131,17 @@ def stored_bytes(source: str) -> int | None:
     return None if folder is None else sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
 
 
-def _fetched(source: str) -> Path | None:
-    """The folder of a hub model that was fetched before."""
+def _downloaded(source: str) -> Path | None:
+    """Return the folder of a hub model that was downloaded before."""
     from huggingface_hub import try_to_load_from_cache
 
     parts = ("model_index.json", *(f"{part}/config.json" for part in PARTS))
-    found = [try_to_load_from_cache(source, part) for part in parts]
-    return Path(found[0]).parent if all(isinstance(path, str) for path in found) and found[0] else None
+    paths = [try_to_load_from_cache(source, part) for part in parts]
+    return Path(paths[0]).parent if all(isinstance(path, str) for path in paths) and paths[0] else None
 
 
 def build_part(folder: Path, name: str, index: dict[str, Any]) -> Any:
-    """One model of a base, built from its configuration on the present device."""
+    """Build one model of a base from its configuration, on torch's current default device."""
     library, kind = index[name]
     model = getattr(import_module(library), kind)
     if library == "diffusers":

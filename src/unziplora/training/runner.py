@@ -25,7 +25,7 @@ from unziplora.lora.algebra import shape
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import computing_on, pick_device, pick_dtype
-from unziplora.models.sizes import must_be_fetched
+from unziplora.models.sizes import must_be_downloaded
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, base_name, card, folder_argument, shared_settings
 from unziplora.training.cuda_graphs import recording
@@ -297,7 +297,7 @@ def make_scaler(device: torch.device, dtype: torch.dtype) -> GradScaler | None:
 
 def _fetching(base: str) -> str:
     """What to say of a base that is not here yet: gigabytes may come before the next line."""
-    return " (it is fetched now; SDXL has 7 GB, in fp32 twice that)" if must_be_fetched(base) else ""
+    return " (it is fetched now; SDXL has 7 GB, in fp32 twice that)" if must_be_downloaded(base) else ""
 
 
 def flat(config: TrainingConfig) -> dict[str, Any]:
