@@ -1,4 +1,6 @@
-"""How many operations a training step dispatches: on a GPU, where each takes Python longer than the card, its time.
+"""Number of operations that a training step dispatches.
+
+On a GPU it decides the time, because Python takes longer per operation than the card.
 
     python profiling/operations.py                     # the bundled base's size, in bf16, on the CPU
 

@@ -1,11 +1,11 @@
-"""Time and peak memory of one training step of `split`, beside the bare UNet in the same run.
+"""Time and peak memory of one training step of `split`, next to the bare UNet in the same run.
 
     python profiling/step.py --size small                  # the bundled base's size, on a CPU
     python profiling/step.py --size sdxl --device cuda --precision bf16 --kinds floor split
 
 The UNet has random weights: neither time nor memory depends on them. The floor is forward + backward of the
-frozen UNet without any LoRA, with the gradient carried to its input: what no method that trains inside the
-UNet can go below. `weights` is forward + backward with a gradient for every weight, as full fine-tuning
+frozen UNet without any LoRA, with the gradient carried to its input. No method that trains inside the UNet can go
+below it. `weights` is forward + backward with a gradient for every weight, as full fine-tuning
 needs. On a CPU rounds of all are interleaved, so that a busy machine disturbs them alike; on a GPU, which may not
 hold several UNets, one is measured after the other. Medians are reported.
 """

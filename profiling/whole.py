@@ -1,4 +1,4 @@
-"""Peak memory and time of whole runs of `split` on full-size SDXL, beside what `--dry-run` estimates.
+"""Peak memory and time of whole runs of `split` on full-size SDXL, next to the estimate of `--dry-run`.
 
     python profiling/whole.py --base /tmp/sdxl
 

@@ -16,7 +16,7 @@ def words(case: Case) -> set[str]:
     return {case.content, *(example.word for example in case.others)}
 
 
-def test_there_are_eight_and_sixteen_cases_half_of_them_of_unknown_filters():
+def test_splits_have_8_and_16_cases_half_with_unknown_filters():
     assert [len(cases) for cases in SPLITS.values()] == [8, 16]
     for cases in SPLITS.values():
         assert sum(case.new for case in cases.values()) == len(cases) / 2
@@ -63,7 +63,7 @@ def test_partners_are_mutual_and_differ_in_concept_and_filter(cases: dict[str, C
         assert partner.content not in words(case) | {e.word for e in case.oracle_style}
 
 
-def test_cases_are_chosen_by_name_and_quick_takes_a_pair():
+def test_cases_are_selected_by_name_and_quick_selects_a_pair():
     cases = SPLITS["dev"]
     first, second, *_ = cases.values()
     assert select_cases(cases, []) == list(cases.values())
@@ -74,11 +74,11 @@ def test_cases_are_chosen_by_name_and_quick_takes_a_pair():
         select_cases(cases, ["nothing"])
 
 
-def test_the_file_is_small_and_tells_whose_drawings_it_holds():
+def test_file_is_small_and_names_the_authors_of_its_drawings():
     assert CASES.stat().st_size < 4_000_000
     with zipfile.ZipFile(CASES) as archive:
-        notice, told = archive.read("NOTICE").decode(), json.loads(archive.read("cases.json"))
-    assert {entry["key"]: entry["licence"] for entry in told["attributions"]} == {
+        notice, index = archive.read("NOTICE").decode(), json.loads(archive.read("cases.json"))
+    assert {entry["key"]: entry["licence"] for entry in index["attributions"]} == {
         "noto-v1": "Apache-2.0",
         "fxemoji": "CC-BY-4.0",
     }
@@ -87,7 +87,7 @@ def test_the_file_is_small_and_tells_whose_drawings_it_holds():
 
 
 @pytest.mark.parametrize("content", [None, b"no zip"])
-def test_a_missing_or_damaged_file_is_told(tmp_path: Path, content: bytes | None):
+def test_missing_or_damaged_file_is_refused(tmp_path: Path, content: bytes | None):
     path = tmp_path / "cases.zip"
     if content is not None:
         path.write_bytes(content)

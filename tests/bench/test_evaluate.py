@@ -27,8 +27,8 @@ Cases = dict[str, Case]
 SMALL = {"steps": 2, "rank": 2, "batch_size": 1, "column_periods": 1, "column_warmup": 1, "score_timesteps": 1}
 
 
-class TestAsks:
-    def test_every_task_has_its_prompt_its_loras_and_its_truth(self, cases: Cases):
+class TestTasks:
+    def test_every_task_has_its_prompt_loras_and_truth(self, cases: Cases):
         content, style, other = Lora({}), Lora({}), Lora({})
         templates = ("a {token} {content}", "an image in {style} style")
         alone, mixed = Adapters(content, style, prompts=templates), Adapters(content, other, prompts=templates)
@@ -46,7 +46,7 @@ class TestAsks:
         assert found["mix-dog"].loras == {"content": content, "style": other}
         assert found["mix-dog"].truths == (cat.mix,)
 
-    def test_one_merged_lora_gets_one_prompt_and_the_base_no_rare_word(self, cases: Cases):
+    def test_merged_lora_has_one_prompt_and_the_base_no_rare_word(self, cases: Cases):
         part, merged = Lora({}), Lora({})
         made = make_tasks(cases["cat"], cases["dog"], Adapters(part, part, merged), Adapters(part, part, merged), "sks")
         assert made[-1].loras == {"lora": merged}
@@ -58,7 +58,7 @@ class TestAsks:
 
 
 class TestScore:
-    def test_content_alone_is_held_against_the_drawing_in_that_style(self, cases: Cases):
+    def test_content_alone_is_compared_with_the_drawing_in_that_style(self, cases: Cases):
         cat = cases["cat"]
         truth, copy, ignored = cat.targets[1].images[0], cat.image, picture(0, 160)
         task = Task("content", "oil", Prompts("x"), {}, (truth,))
@@ -70,7 +70,7 @@ class TestScore:
         assert plain["score"] == pytest.approx(identity**0.5, abs=1e-5)
         assert plain["leak"] == pytest.approx(0.0, abs=1e-5)
 
-    def test_style_alone_is_held_against_other_concepts_in_that_style(self, cases: Cases):
+    def test_style_alone_is_compared_with_other_concepts_in_that_style(self, cases: Cases):
         cat = cases["cat"]
         task = Task("style", "key", Prompts("x"), {}, (picture(0, 40, 10), picture(0, 40, 30)))
         (row,) = score_images(Colors(), cat, task, [picture(200, 40, 20)])
@@ -89,9 +89,7 @@ class TestScore:
         }
 
 
-def test_drawing_uses_the_loras_and_leaves_the_base_as_it_was(
-    tiny_base: Base, fake: Fake, workspace: Workspace, cases: Cases
-):
+def test_sampling_uses_the_loras_and_restores_the_base(tiny_base: Base, fake: Fake, workspace: Workspace, cases: Cases):
     made = fake.train(workspace, cases["cat"], 0)
     plain, content, both = (
         Task("content", "x", Prompts("a cat"), {}, ()),
@@ -110,7 +108,7 @@ class TestEvaluate:
     def run(self, workspace: Workspace, base: Base, fake: Fake, cases: Cases, *measures: Colors) -> dict[str, Any]:
         return evaluate(workspace, base, measures or (Colors(),), fake, cases, cases["cat"], 0)
 
-    def test_writes_scores_of_every_picture(self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases):
+    def test_scores_contain_every_image(self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases):
         found = self.run(workspace, tiny_base, fake, cases)
         folder = workspace.run_folder("fake", cases["cat"], 0)
         assert json.loads((folder / "scores.json").read_text()) == found
@@ -120,12 +118,12 @@ class TestEvaluate:
         assert all((folder / row["file"]).is_file() for row in found["pictures"])
         assert not list(folder.glob(".*"))
 
-    def test_what_is_there_is_kept(self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases):
+    def test_finished_work_is_reused(self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases):
         first, trained = self.run(workspace, tiny_base, fake, cases), list(fake.trained)
         assert self.run(workspace, tiny_base, fake, cases) == first
         assert fake.trained == trained
 
-    def test_another_measure_scores_the_same_pictures(
+    def test_another_measure_scores_the_same_images(
         self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
         first = self.run(workspace, tiny_base, fake, cases)
@@ -136,7 +134,7 @@ class TestEvaluate:
         values = [row["values"] for row in again["pictures"]]
         assert [v["one"] for v in values] == [row["values"]["colors"] for row in first["pictures"]]
 
-    def test_a_measure_with_other_weights_scores_anew(
+    def test_other_weights_of_a_measure_score_again(
         self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
         def asked(digest: str) -> int:
@@ -151,7 +149,7 @@ class TestEvaluate:
         assert asked("new") > 0
         assert asked("new") == 0
 
-    def test_some_of_the_measures_are_there_already(
+    def test_stored_scores_of_more_measures_are_reused(
         self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
         both = self.run(workspace, tiny_base, fake, cases, Colors("one"), Colors("two"))
@@ -161,7 +159,7 @@ class TestEvaluate:
         assert fake.trained == trained
 
     @pytest.mark.parametrize("change", ["steps", "sampling", "picture"])
-    def test_other_settings_are_evaluated_anew(
+    def test_other_settings_are_evaluated_again(
         self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, change: str
     ):
         first = self.run(workspace, tiny_base, fake, cases)
@@ -175,7 +173,7 @@ class TestEvaluate:
         assert self.run(workspace, tiny_base, fake, cases)["settings"] != first["settings"]
         assert len(fake.trained) > count
 
-    def test_pictures_of_an_interrupted_sampling_are_not_taken_for_whole(
+    def test_images_of_an_interrupted_sampling_are_made_again(
         self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, monkeypatch: pytest.MonkeyPatch
     ):
         first = self.run(workspace, tiny_base, fake, cases)
@@ -220,7 +218,7 @@ class TestMethods:
         assert seen[:4] == [(False,) * 3, (True, False, False), (True, True, False), (True,) * 3]
         assert told == [*[(0, 0.0, False, 0.0)] * 4, (3, 0.0, False, 0.0), (3, 0.5, True, 0.1)]
 
-    def test_paper_keeps_what_is_published_and_takes_the_size_from_the_base(self, workspace: Workspace, cases: Cases):
+    def test_paper_has_published_settings_and_the_size_of_the_base(self, workspace: Workspace, cases: Cases):
         bundled = replace(workspace, config=workspace.config.model_copy(update={"base": "bundled"}))
         (small,), (large,) = (METHODS["paper"].recipes(one, cases["cat"], 0) for one in (bundled, workspace))
         assert isinstance(small, SplitConfig)
@@ -235,7 +233,7 @@ class TestMethods:
         assert (small.rank, small.content_learning_rate, small.steps) == (16, 2e-3, 240)
         assert (large.rank, large.content_learning_rate, large.steps) == (64, 5e-5, 600)
 
-    def test_oracle_learns_its_pictures_with_a_prompt_each_and_longer(self, workspace: Workspace, cases: Cases):
+    def test_oracle_trains_longer_with_a_prompt_per_image(self, workspace: Workspace, cases: Cases):
         searched = {"dreambooth": {"content": {"steps": 7, "rank": 2}}}
         content, style = METHODS["oracle"].recipes(replace(workspace, overrides=searched), cases["cat"], 0)
         assert content.image_prompts() == ["a sks cat in oil style"]
@@ -247,7 +245,7 @@ class TestMethods:
         assert [path.is_file() for path in style.images] == [True, True]
 
     @pytest.mark.parametrize("name", ["unziplora", "blora", "dreambooth", "oracle"])
-    def test_trains_once_and_gives_two_loras(self, workspace: Workspace, cases: Cases, name: str):
+    def test_training_runs_once_and_makes_two_loras(self, workspace: Workspace, cases: Cases, name: str):
         made = METHODS[name].train(workspace, cases["cat"], 0)
         files = {path: path.stat().st_mtime_ns for path in workspace.folder.rglob("*.safetensors")}
         assert len(files) == 2
@@ -258,7 +256,7 @@ class TestMethods:
         assert made.content.modules.keys() == again.content.modules.keys()
         assert not list(workspace.folder.rglob("samples/*.png"))
 
-    def test_zip_and_sum_are_made_of_the_same_dreambooth_loras(self, workspace: Workspace, cases: Cases):
+    def test_zip_and_sum_merge_the_same_dreambooth_loras(self, workspace: Workspace, cases: Cases):
         cat, dog = cases["cat"], cases["dog"]
         pair = METHODS["dreambooth"].train(workspace, cat, 0)
         direct, zipped = (METHODS[name].train(workspace, cat, 0) for name in ("direct", "ziplora"))
@@ -272,13 +270,13 @@ class TestMethods:
         assert len(list(workspace.run_folder("ziplora", cat, 0).glob("zip-dog-*/lora.safetensors"))) == 1
         assert not (workspace.run_folder("dreambooth", dog, 0) / "content").exists()
 
-    def test_a_merger_of_other_loras_is_another(self, workspace: Workspace, cases: Cases):
+    def test_merger_of_other_loras_has_another_folder(self, workspace: Workspace, cases: Cases):
         now = replace(workspace, overrides={"dreambooth": {"style": {"learning_rate": 0.5}}})
         before, after = (METHODS["ziplora"].recipes(one, cases["cat"], 0)[-1] for one in (workspace, now))
         assert before.out != after.out
         assert METHODS["ziplora"].recipes(workspace, cases["cat"], 0)[-1].out == before.out
 
-    def test_mix_takes_the_content_of_one_and_the_style_of_the_other(self, workspace: Workspace, cases: Cases):
+    def test_mix_combines_content_of_one_case_with_style_of_the_other(self, workspace: Workspace, cases: Cases):
         cat, dog = cases["cat"], cases["dog"]
         mixed = METHODS["unziplora"].mix(workspace, cat, dog, 0)
         mine, other = (METHODS["unziplora"].train(workspace, case, 0) for case in (cat, dog))
@@ -286,19 +284,19 @@ class TestMethods:
         assert torch.equal(mixed.content.modules[path][0], mine.content.modules[path][0])
         assert torch.equal(mixed.style.modules[path][1], other.style.modules[path][1])
 
-    def test_a_run_with_other_settings_is_not_taken_over(self, workspace: Workspace, cases: Cases):
+    def test_run_with_other_settings_is_refused(self, workspace: Workspace, cases: Cases):
         METHODS["unziplora"].train(workspace, cases["cat"], 0)
         other = replace(workspace, overrides={"unziplora": {**SMALL, "rank": 4}})
         with pytest.raises(UserError, match="this run was made with rank 2, not 4"):
             METHODS["unziplora"].train(other, cases["cat"], 0)
 
-    def test_a_run_of_another_picture_is_not_taken_over(self, workspace: Workspace, cases: Cases):
+    def test_run_of_another_image_is_refused(self, workspace: Workspace, cases: Cases):
         METHODS["unziplora"].train(workspace, cases["cat"], 0)
         changed = replace(cases["cat"], image=picture(1, 2))
         with pytest.raises(UserError, match="this run was made with images"):
             METHODS["unziplora"].train(workspace, changed, 0)
 
-    def test_an_interrupted_run_is_resumed(self, workspace: Workspace, cases: Cases):
+    def test_interrupted_run_is_resumed(self, workspace: Workspace, cases: Cases):
         (recipe,) = METHODS["unziplora"].recipes(workspace, cases["cat"], 0)
         asked: list[bool] = []
 

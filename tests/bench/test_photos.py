@@ -1,4 +1,4 @@
-"""Real pictures without a truth: what is read, what is refused, what stands in the table."""
+"""Photos without a truth: files, refusals and the table."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Redness:
     concept = style = content
 
 
-def test_cases_hold_the_picture_as_their_truth_and_ask_for_other_words(photos: Path):
+def test_photo_is_its_own_truth_and_tasks_use_other_words(photos: Path):
     cases = load_photos(photos, 64)
     assert list(cases) == ["cat", "fox"]
     cat = cases["cat"]
@@ -85,7 +85,7 @@ def test_cases_hold_the_picture_as_their_truth_and_ask_for_other_words(photos: P
         ),
     ],
 )
-def test_what_cannot_be_used_is_named(photos: Path, words: str, message: str):
+def test_unusable_words_file_is_refused(photos: Path, words: str, message: str):
     (photos / "words.toml").write_text(words)
     with pytest.raises(UserError, match=message):
         load_photos(photos, 64)
@@ -101,7 +101,7 @@ def test_what_cannot_be_used_is_named(photos: Path, words: str, message: str):
         ({"pictures": "photos", "csd": "a", "methods": ["oracle"]}, "name other --methods"),
     ],
 )
-def test_settings_that_do_not_go_together(keys: dict[str, object], message: str):
+def test_contradictory_settings_are_refused(keys: dict[str, object], message: str):
     with pytest.raises(UserError, match=message):
         resolve(BenchConfig, keys)
 
@@ -124,14 +124,14 @@ def test_the_table_has_a_row_per_method_without_the_oracle(config: BenchConfig, 
     assert "| method | style CLIP-I | content DINO | style CSD | content CSD |" in text
 
 
-def test_dino_sees_contents_clip_styles_and_csd_both(config: BenchConfig, monkeypatch: pytest.MonkeyPatch):
+def test_dino_compares_contents_clip_styles_and_csd_both(config: BenchConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("unziplora.bench.photos.ImageModel", lambda kind, source, device: (kind, source))
     first, second = photo_measures(config.model_copy(update={"clip": "b", "dino": "c", "csd": "a"}), "cpu")
     assert (first.contents, first.styles) == (("dino", "c"), ("clip", "b"))
     assert (second.contents, second.styles) == (("csd", "a"), ("csd", "a"))
 
 
-def test_a_named_model_measures(config: BenchConfig, tiny_base: Base, photos: Path, csd: Path):
+def test_named_model_measures(config: BenchConfig, tiny_base: Base, photos: Path, csd: Path):
     given = config.model_copy(update={"pictures": photos, "csd": str(csd), "methods": ["base"]})
     (row,) = run_benchmark(given, base=tiny_base).rows
     assert set(row.seeds[0]) == {"style CSD", "content CSD"}

@@ -21,14 +21,14 @@ def test_similarity_is_the_mean_cosine_to_all_truths():
     assert similarity(made, truths) == pytest.approx([0.5, 0.7])
 
 
-def test_product_is_the_geometric_mean_and_a_wrong_half_spoils_it():
+def test_geometric_mean_is_0_if_one_half_is_negative():
     assert geometric_mean(0.9, 0.4) == pytest.approx(0.6)
     assert geometric_mean(0.8, 0.8) == pytest.approx(0.8)
     assert geometric_mean(1.0, -0.3) == 0.0
     assert geometric_mean(-0.5, -0.5) == 0.0
 
 
-def test_leak_is_what_exceeds_the_truths_own_likeness_to_the_picture():
+def test_leak_exceeds_the_similarity_of_truth_and_image():
     picture = torch.tensor([[1.0, 0.0]])
     truths = torch.tensor([[0.6, 0.8], [0.0, 1.0]])  # 0.3 on average
     made = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])

@@ -31,7 +31,7 @@ Cases = dict[str, Case]
 
 
 class TestGrid:
-    def test_longer_searches_begin_like_shorter_ones_and_the_longest_has_every_setting(self):
+    def test_longer_searches_begin_like_shorter_ones_and_the_longest_is_complete(self):
         assert grid_settings(20)[:5] == grid_settings(5)
         assert len(set(grid_settings(108))) == 108
 
@@ -42,7 +42,7 @@ class TestGrid:
         assert {s.rank for s in few} == {8, 16, 32}
         assert {s.rate for s in grid_settings(7)} == {3e-4, 1e-3, 2e-3, 4e-3}
 
-    def test_more_than_the_grid_holds_is_refused(self):
+    def test_more_settings_than_the_grid_has_are_refused(self):
         with pytest.raises(UserError, match="--search 109 is too large: the grid has 108 settings"):
             grid_settings(109)
 
@@ -109,7 +109,7 @@ def searching(config: BenchConfig) -> BenchConfig:
     return config.model_copy(update={"search": 4, "methods": ["unziplora", "blora", "joint"]})
 
 
-def test_takes_the_best_of_the_same_settings_for_every_method(searching: BenchConfig, tiny_base: Base, painted: Cases):
+def test_best_of_the_same_settings_wins_for_every_method(searching: BenchConfig, tiny_base: Base, painted: Cases):
     methods = {name: Painter(name) for name in ("base", "oracle", "unziplora", "blora", "joint")}
     opened = open_session(searching, None, tiny_base, [Steps()], painted, methods)
     found = search_settings(searching, session=opened)
@@ -128,7 +128,7 @@ def test_takes_the_best_of_the_same_settings_for_every_method(searching: BenchCo
     assert report.of("colors")[1].seeds[0]["headline"] == pytest.approx(max(found.scores["blora"]))
 
 
-def test_what_a_search_does_not_try_is_kept_as_given(searching: BenchConfig, tiny_base: Base, painted: Cases):
+def test_settings_outside_the_grid_stay(searching: BenchConfig, tiny_base: Base, painted: Cases):
     file = searching.out.parent / "given.toml"
     file.write_text(
         '[blora]\nblocks = "bundled"\nsteps = 7\n[dreambooth.content]\nalpha = 2.0\n[oracle.style]\nsteps = 9\n'
@@ -142,7 +142,7 @@ def test_what_a_search_does_not_try_is_kept_as_given(searching: BenchConfig, tin
     assert read_toml(found.file) == {**found.best, "oracle": {"style": {"steps": 9}}}
 
 
-def test_where_every_score_is_0_the_best_mean_decides(searching: BenchConfig, tiny_base: Base, painted: Cases):
+def test_best_mean_decides_if_every_score_is_0(searching: BenchConfig, tiny_base: Base, painted: Cases):
     class Half(Steps):
         """More steps make the other things better; the drawing is worse than the base's with every setting."""
 
@@ -165,7 +165,7 @@ def test_where_every_score_is_0_the_best_mean_decides(searching: BenchConfig, ti
     assert found.best["blora"]["steps"] == max(steps)
 
 
-def test_without_a_scale_nothing_is_chosen(searching: BenchConfig, tiny_base: Base, painted: Cases):
+def test_search_without_a_scale_is_refused(searching: BenchConfig, tiny_base: Base, painted: Cases):
     methods = {name: Painter("base" if name == "oracle" else name) for name in ("base", "oracle", "blora")}
     opened = open_session(searching, None, tiny_base, [Steps()], painted, methods)
     with pytest.raises(UserError, match="no scale to choose settings by"):

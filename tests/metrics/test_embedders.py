@@ -54,7 +54,7 @@ class TestCsd:
         expected = pooled @ model.visual_projection.weight.T
         torch.testing.assert_close(rows, expected.detach() / expected.detach().norm(dim=1, keepdim=True))
 
-    def test_refuses_a_model_without_the_projection(self, tmp_path):
+    def test_model_without_projection_is_refused(self, tmp_path):
         CLIPVisionModel(CLIPVisionConfig(**SMALL, intermediate_size=32)).save_pretrained(tmp_path)
         clip_processor().save_pretrained(tmp_path)
         with pytest.raises(UserError, match=r"visual_projection.weight is not in its weights"):
@@ -78,7 +78,7 @@ class TestDino:
             token = model(pixel_values=pixels).last_hidden_state[:, 0].detach()
             torch.testing.assert_close(rows, token / token.norm(dim=1, keepdim=True))
 
-    def test_refuses_pickled_weights_and_empty_folders(self, tmp_path):
+    def test_pickled_weights_and_empty_folders_are_refused(self, tmp_path):
         with pytest.raises(UserError, match="no model can be loaded from here"):
             ImageModel("dino", str(tmp_path))
         folder = Path(save_dino(ViTModel(ViTConfig(**SMALL, intermediate_size=32)), tmp_path / "vit"))
@@ -102,6 +102,6 @@ class TestClip:
             made = model(**processor(text=["a"], images=pictures, return_tensors="pt"))
         torch.testing.assert_close(ImageModel("clip", str(tmp_path)).embed(PICTURES), made.image_embeds)
 
-    def test_refuses_what_is_no_clip_model(self, csd):
+    def test_other_models_are_refused(self, csd):
         with pytest.raises(UserError, match="give a CLIP model"):
             ImageModel("clip", str(csd))

@@ -55,7 +55,7 @@ class TestTrained:
         rows = trained.style(PICTURES)
         assert alike(rows, "style").min() > alike(rows, "thing hand").max()
 
-    def test_the_demo_pictures_are_known_again(self, trained):
+    def test_demo_images_are_recognized_after_softening(self, trained):
         first, second = (Image.open(DEMO / name).convert("RGB") for name in ("first.png", "second.png"))
         soft = [picture.resize((48, 48), Image.Resampling.BICUBIC) for picture in (first, second)]
         for embed in (trained.content, trained.concept, trained.style):
@@ -72,7 +72,7 @@ class TestTrained:
         assert sum(file.stat().st_size for file in files) <= 3_200_000
         assert {value.dtype for file in files for value in load_file(file).values()} == {torch.float16}
 
-    def test_refuses_missing_and_foreign_weights(self, tmp_path):
+    def test_missing_and_foreign_weights_are_refused(self, tmp_path):
         with pytest.raises(UserError, match=r"shape.safetensors: no weights"):
             Trained(tmp_path)
         shutil.copy(WEIGHTS / "shape.safetensors", tmp_path)
@@ -81,7 +81,7 @@ class TestTrained:
             Trained(tmp_path)
 
 
-def test_plain_has_unit_rows_and_tells_styles_apart():
+def test_plain_has_unit_rows_and_separates_styles():
     measure = Plain()
     for embed in (measure.content, measure.concept, measure.style):
         torch.testing.assert_close(embed(PICTURES).norm(dim=1), torch.ones(len(PICTURES)))

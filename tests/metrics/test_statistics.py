@@ -62,7 +62,7 @@ class TestStatistics:
         assert distance(content, 2, 3) < 0.9 * distance(content, 1, 3)
         assert distance(style, 1, 3) < 0.7 * distance(style, 2, 3)
 
-    def test_content_does_not_see_light_contrast_or_what_is_dark_on_what(self):
+    def test_content_ignores_light_contrast_and_inversion(self):
         plain = picture(house, "#404040", "#e0e0e0")
         others = [
             ImageOps.invert(plain),
@@ -79,13 +79,13 @@ class TestStatistics:
         style = Statistics().style([*gray, picture(bars, "#404040", "#e0e0e0")])
         assert distance(style, 0, 2) < distance(style, 0, 1)
 
-    def test_size_of_the_pictures_matters_little(self):
+    def test_size_of_the_images_matters_little(self):
         large = picture(house, "red", "white", side=256)
         for axis in ("content", "style"):
             features = getattr(Statistics(), axis)([*self.pictures, large])
             assert distance(features, 0, 4) < 0.5 * min(distance(features, 0, other) for other in (1, 2, 3))
 
-    def test_a_plain_picture_has_no_content_and_is_no_fault(self):
+    def test_blank_image_has_zero_content(self):
         white = Image.new("RGB", (64, 64), "white")
         assert Statistics().content([white]).abs().max() == 0
         assert torch.isfinite(Statistics().style([white])).all()
@@ -128,7 +128,7 @@ class TestClip:
         many = measure.content([*self.pictures] * 9)  # 18 pictures, in batches of 16
         torch.testing.assert_close(many[16:], measure.content(self.pictures))
 
-    def test_what_cannot_be_loaded_is_refused(self, clip_folder: Path, tiny_folder: Path, tmp_path: Path):
+    def test_unloadable_models_are_refused(self, clip_folder: Path, tiny_folder: Path, tmp_path: Path):
         def refused(source: Path, message: str) -> None:
             with pytest.raises(UserError, match=message):
                 Clip(str(source), ["cat", "dog"], ["ink", "oil"], "cpu")
@@ -141,7 +141,7 @@ class TestClip:
         (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
         refused(pickled, "leave --clip out")
 
-    def test_a_hub_that_is_out_of_reach_is_told(self, monkeypatch: pytest.MonkeyPatch):
+    def test_unreachable_hub_is_named(self, monkeypatch: pytest.MonkeyPatch):
         def unreachable(*_: object, **__: object) -> None:
             raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
 
