@@ -38,7 +38,7 @@ from unziplora.methods.dreambooth import DreamBooth
 from unziplora.methods.unziplora.data import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
-from unziplora.training.cuda_graphs import FIRST, Recorder
+from unziplora.training.cuda_graphs import FIRST, Predict, Recorder
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.runner import autocast_for
 from unziplora.training.trainer import Trainer
@@ -100,7 +100,9 @@ def make_examples(unet: UNet2DConditionModel, latent_side: int, joined: bool) ->
     return Examples(torch.randn(shape).to(device), Conditioning(*(row.to(device, unet.dtype) for row in rows)))
 
 
-def bare(unet: UNet2DConditionModel, latent_side: int, batch: int, autocast: Autocast) -> Callable[[int], None]:
+def bare(
+    unet: UNet2DConditionModel, predict: Predict, latent_side: int, batch: int, autocast: Autocast
+) -> Callable[[int], None]:
     """Forward + backward of the UNet as it is."""
     scheduler, examples = DDPMScheduler(), make_examples(unet, latent_side, joined=False)
     # The conditioning carries a gradient, so that the backward pass runs down to the first block's attention.
@@ -108,7 +110,7 @@ def bare(unet: UNet2DConditionModel, latent_side: int, batch: int, autocast: Aut
 
     def step(index: int) -> None:
         with autocast():
-            loss = denoising_loss(unet, scheduler, examples, batch_size=batch, draw=generator(index))
+            loss = denoising_loss(predict, scheduler, examples, batch_size=batch, draw=generator(index))
         loss.backward()
         examples.conditioning.tokens.grad = None
         unet.zero_grad()
@@ -165,17 +167,18 @@ def make(kind: str, options: argparse.Namespace) -> Callable[[int], None]:
         unet.train()
     if kind in TRAININGS:
         trainer = TRAININGS[kind](unet, options, autocast)
-        record(unet, trainer.parameters(), options)
+        trainer.method.predict = recorded(unet, trainer.parameters(), options)
         return lambda index: void(trainer.step(LATER + index))
     unet.requires_grad_(kind == "weights")
-    record(unet, [*unet.parameters()] if kind == "weights" else [], options)
-    return bare(unet, options.latent_side, options.batch, autocast)
+    predict = recorded(unet, [*unet.parameters()] if kind == "weights" else [], options)
+    return bare(unet, predict, options.latent_side, options.batch, autocast)
 
 
-def record(unet: UNet2DConditionModel, parameters: list[torch.Tensor], options: argparse.Namespace) -> None:
-    """Have passes recorded as CUDA graphs, as a run on a GPU does."""
+def recorded(unet: UNet2DConditionModel, parameters: list[torch.Tensor], options: argparse.Namespace) -> Predict:
+    """Return the UNet's passes recorded as CUDA graphs, as in a run on a GPU, or the UNet itself."""
     if options.device.startswith("cuda") and not options.eager and not options.checkpointing:
-        unet.recorder = Recorder(unet, parameters)
+        return Recorder(unet, parameters)
+    return unet
 
 
 def timed(step: Callable[[int], None], index: int, gpu: bool) -> float:

@@ -59,7 +59,7 @@ def trained(method, steps, recorded):
     """What a method has learned after some steps, with or without recorded passes."""
     trainer = Trainer(method, method.config)
     if recorded:
-        method.unet.recorder = Recorder(method.unet, trainer.parameters())
+        method.predict = Recorder(method.unet, trainer.parameters())
     losses = [trainer.step(step).loss for step in range(steps)]
     return losses, method.state_dict()
 
@@ -95,7 +95,7 @@ def test_what_trains_anew_is_recorded_anew(fresh_base, replays):
     trained(method, 16, recorded=True)
     # In each period the scales are frozen during the warm-up and train after it.
     assert replays.recorded == 4
-    assert len(method.unet.recorder.passes) == 1  # the others will not be asked for again
+    assert len(method.predict.passes) == 1  # the others will not be asked for again
 
 
 def test_the_second_loss_of_a_step_finds_its_own_place_for_gradients(fresh_base, replays):
@@ -114,7 +114,7 @@ def test_the_second_loss_of_a_step_finds_its_own_place_for_gradients(fresh_base,
 
 def test_passes_without_gradient_are_not_recorded(fresh_base, replays):
     method = build(fresh_base(), column_separation=False)
-    recorder = method.unet.recorder = Recorder(method.unet, [])
+    recorder = method.predict = Recorder(method.unet, [])
     with torch.no_grad():
         for step in range(FIRST + 3):
             list(method.losses(step))
@@ -132,6 +132,5 @@ def test_where_nothing_can_be_recorded_training_goes_on(fresh_base, replays):
 
 def test_on_a_cpu_nothing_is_recorded(fresh_base, replays):
     method = build(fresh_base())
-    with recording(method.unet, [], method.config) as recorder:
-        assert recorder is None
-        assert not hasattr(method.unet, "recorder")
+    with recording(method.unet, [], method.config) as predict:
+        assert predict is method.unet

@@ -62,6 +62,7 @@ class BLora(Method[BLoraConfig]):
             UserError: the block map names a block that this UNet does not have.
         """
         self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
+        self.predict = unet
         self.autocast, self.pictures = autocast, list(pictures)
         paths = attention_linears(unet)
         check_blocks(blocks, paths)
@@ -120,7 +121,7 @@ class BLora(Method[BLoraConfig]):
         """The denoising error with both LoRAs, a scalar."""
         with self.autocast():
             draw = generator(self.config.seed, "train", step)
-            yield denoising_loss(self.unet, self.scheduler, self.examples, draw=draw, **self.config.noising())
+            yield denoising_loss(self.predict, self.scheduler, self.examples, draw=draw, **self.config.noising())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""

@@ -63,6 +63,7 @@ class DreamBooth(Method[DreamBoothConfig]):
             pictures: what the examples were made from, for the sample sheet.
         """
         self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
+        self.predict = unet
         self.prior, self.text, self.autocast, self.pictures = prior, text, autocast, list(pictures)
         self.branches = new_branches(unet, config.product, target_linears(unet, config.targets), config)
 
@@ -126,7 +127,9 @@ class DreamBooth(Method[DreamBoothConfig]):
         draw, noising = generator(self.config.seed, purpose, step), self.config.noising()
         with self.autocast():
             conditioning = None if self.text is None else self.text.read(examples, prior=purpose == "prior")
-            return denoising_loss(self.unet, self.scheduler, examples, draw=draw, conditioning=conditioning, **noising)
+            return denoising_loss(
+                self.predict, self.scheduler, examples, draw=draw, conditioning=conditioning, **noising
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything of the method that a checkpoint needs, by name."""

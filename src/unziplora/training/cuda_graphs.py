@@ -23,6 +23,9 @@ from unziplora.lora.layer import Branch
 Pass = Callable[..., Tensor]
 """A recorded pass: from the UNet's inputs and the trained parameters to its prediction, with a gradient for each."""
 
+Predict = Callable[..., tuple[Tensor, ...]]
+"""A UNet, or its recorded passes: from inputs by name (`Noised.unet_inputs`) to a tuple with the prediction."""
+
 INPUTS = ("sample", "timestep", "encoder_hidden_states")
 """The inputs of a UNet that are tensors; then come the added conditions."""
 
@@ -30,37 +33,25 @@ FIRST = 2
 """Passes of a kind that are not recorded: cuDNN and cuBLAS choose their algorithms in them."""
 
 
-def predict(unet: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """The UNet's prediction, [B, C, h, w], by a recorded pass where there is one.
-
-    Args:
-        inputs: what the UNet is called with (`Noised.unet_inputs`).
-    """
-    recorder = getattr(unet, "recorder", None)
-    return unet(**inputs)[0] if recorder is None else recorder(inputs)
-
-
 @contextmanager
-def recording(unet: nn.Module, parameters: Sequence[Tensor], config: TrainingConfig) -> Iterator[Recorder | None]:
-    """Have a UNet's passes recorded for a while, if it is on an NVIDIA GPU and the recipe allows it.
+def recording(unet: nn.Module, parameters: Sequence[Tensor], config: TrainingConfig) -> Iterator[Predict]:
+    """Yield a UNet's recorded passes if it is on an NVIDIA GPU and the recipe allows them, else the UNet itself.
 
     Args:
-        parameters: what is trained inside the UNet.
-        config: the recipe; gradient checkpointing is to save the memory that recorded passes keep.
+        parameters: the parameters inside the UNet that train.
+        config: the recipe; recorded passes need the memory that gradient checkpointing is to save.
     """
     device = next(unet.parameters()).device
     if device.type != "cuda" or torch.version.cuda is None or not graphs_wanted(config):
-        yield None
+        yield unet
         return
     recorder = Recorder(unet, parameters)
-    unet.recorder = recorder  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
             # A recorded pass hands its gradients over from the stream that it was recorded on.
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
             yield recorder
     finally:
-        del unet.recorder
         recorder.clear()
 
 
@@ -95,17 +86,17 @@ class Recorder:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def __call__(self, inputs: dict[str, Any]) -> Tensor:
-        """The UNet's prediction, [B, C, h, w]."""
+    def __call__(self, **inputs: Any) -> tuple[Tensor]:
+        """Return the UNet's prediction, [B, C, h, w], as the UNet does for the same inputs."""
         tensors = (*(inputs[name] for name in INPUTS), *inputs["added_cond_kwargs"].values())
         kind = self.kind(tensors)
         if kind is None:
-            return self.unet(**inputs)[0]
+            return self.unet(**inputs)
         if kind not in self.passes:
             self.turns[kind] = self.turns.get(kind, 0) + 1
             if self.turns[kind] <= FIRST or not self.record(kind, tensors):
-                return self.unet(**inputs)[0]
-        return self.passes[kind](*tensors, *self.parameters)
+                return self.unet(**inputs)
+        return (self.passes[kind](*tensors, *self.parameters),)
 
     def kind(self, tensors: Sequence[Tensor]) -> Any:
         """What a recorded pass holds for, with these inputs; None: the pass is not to be recorded."""
@@ -131,11 +122,11 @@ class Recorder:
         enabled, dtype = kind[0]
 
         def run(sample: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
-            told = {"text_embeds": pooled, "time_ids": ids}
+            added = {"text_embeds": pooled, "time_ids": ids}
             # A weight that autocast has cast would be read from the cache of another pass.
             with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
-                found = self.unet(sample, timestep, tokens, added_cond_kwargs=told, return_dict=False)
-            prediction: Tensor = found[0]
+                outputs = self.unet(sample, timestep, tokens, added_cond_kwargs=added, return_dict=False)
+            prediction: Tensor = outputs[0]
             return prediction
 
         try:

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from unziplora.models.base import Base
 from unziplora.models.text import Conditioning, ConditioningSource
-from unziplora.training.cuda_graphs import predict
+from unziplora.training.cuda_graphs import Predict
 
 ArrayT = TypeVar("ArrayT", Tensor, "np.ndarray[Any, Any]")
 
@@ -46,7 +46,7 @@ def generator(*key: object) -> torch.Generator:
 
 
 def denoising_loss(
-    unet: nn.Module,
+    predict: Predict,
     scheduler: DDPMScheduler,
     examples: Examples,
     *,
@@ -57,11 +57,12 @@ def denoising_loss(
     timestep_shift: float = 1.0,
     conditioning: ConditioningSource | None = None,
 ) -> Tensor:
-    """Mean squared error of the UNet's prediction on noisy latents at random timesteps, a scalar.
+    """Return the mean squared error of the UNet's prediction on noisy latents at random timesteps, a scalar.
 
     The target is the noise, the velocity or the clean latent, as `scheduler.config.prediction_type` says.
 
     Args:
+        predict: the UNet, or its recorded passes.
         batch_size: noisy latents to draw; pictures are taken in turn from a random start.
         draw: source of pictures, timesteps and noise.
         min_snr_gamma: γ of min-SNR weighting (arXiv 2303.09556), or None for equal weights.
@@ -71,7 +72,7 @@ def denoising_loss(
     """
     drawn = noised(scheduler, examples, batch_size, draw, noise_offset, timestep_shift)
     clean, timesteps = examples.latents[drawn.index], drawn.timesteps
-    prediction = predict(unet, drawn.unet_inputs(conditioning or examples.conditioning))
+    (prediction, *_) = predict(**drawn.unet_inputs(conditioning or examples.conditioning))
     error = (prediction.float() - target(scheduler, clean, drawn.noise, timesteps).float()).square()
     if examples.weights is not None:
         weights = examples.weights[drawn.index]

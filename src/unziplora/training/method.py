@@ -17,12 +17,16 @@ from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.model_card import About
+from unziplora.training.cuda_graphs import Predict
 
 C = TypeVar("C")
 
 
 class Trainable(ABC):
     """What the training loop asks of a method."""
+
+    predict: Predict
+    """The UNet, or its recorded passes while a run trains."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.sizes import must_be_downloaded
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, base_name, card, folder_argument, shared_settings
-from unziplora.training.cuda_graphs import recording
+from unziplora.training.cuda_graphs import Recorder, recording
 from unziplora.training.method import Method, Setup
 from unziplora.training.preflight import check_resolution, check_run, warn_of_memory
 from unziplora.training.restore import restored
@@ -170,11 +170,12 @@ class Job(Generic[C]):
                 tracker.log(figures, step=step.done)
             self.step(step)
 
-        with recording(base.unet, trainer.parameters(), config) as recorder:
+        with recording(base.unet, trainer.parameters(), config) as predict:
+            method.predict = predict
 
             def sample(done: int) -> None:
-                if recorder is not None:
-                    recorder.clear()  # samples need the room
+                if isinstance(predict, Recorder):
+                    predict.clear()  # samples need the room
                 self.sample(base, method, f"step-{done:06d}", done)
 
             try:

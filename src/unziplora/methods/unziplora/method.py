@@ -65,6 +65,7 @@ class UnZipLora(Method[SplitConfig]):
             UserError: the block map names a block that this UNet does not have.
         """
         self.unet, self.scheduler, self.material, self.config = unet, scheduler, material, config
+        self.predict = unet
         self.autocast, self.pictures = autocast, list(material.pictures)
         paths = attention_linears(unet)
         if config.block_separation:
@@ -199,7 +200,7 @@ class UnZipLora(Method[SplitConfig]):
 
     def _denoising_loss(self, examples: Examples, draw: torch.Generator) -> Tensor:
         with self.autocast():
-            return denoising_loss(self.unet, self.scheduler, examples, draw=draw, **self.config.noising())
+            return denoising_loss(self.predict, self.scheduler, examples, draw=draw, **self.config.noising())
 
     def only(self, name: str) -> AbstractContextManager[None]:
         """Switch the other LoRA off in the UNet; the words are encoded already."""

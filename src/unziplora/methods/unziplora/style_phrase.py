@@ -116,7 +116,7 @@ def learn_phrase(
     parts = (phrase.free, config.phrase_learning_rate), (phrase.shares, config.phrase_word_rate)
     optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in parts])
     schedule = make_schedule(optimizer, config.schedule, config.phrase_steps)
-    with recording(phrase.base.unet, [], config):
+    with recording(phrase.base.unet, [], config) as predict:
         for step in range(config.phrase_steps):
             draw = generator(config.seed, "phrase", step)
             index = _drawn(phrase, len(examples.latents), config.batch_size, draw)
@@ -125,7 +125,7 @@ def learn_phrase(
                 weights = None if examples.weights is None else examples.weights[index]
                 conditioning = rows.with_time_ids(examples.conditioning.take(index).time_ids)
                 drawn = Examples(examples.latents[index], conditioning, weights)
-                loss = denoising_loss(phrase.base.unet, scheduler, drawn, draw=draw, **config.noising())
+                loss = denoising_loss(predict, scheduler, drawn, draw=draw, **config.noising())
             optimizer.zero_grad()
             (loss * LOSS_SCALE).backward()
             optimizer.step()

@@ -41,7 +41,6 @@ from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, File
-from unziplora.training.cuda_graphs import predict
 from unziplora.training.loss import generator, noised, orthogonality, snr_weights
 from unziplora.training.method import Method, Setup, View
 from unziplora.training.runner import in_run_folder, run_training, write_card, write_loras
@@ -117,6 +116,7 @@ class ZipLora(Method[ZipConfig]):
             pictures: what the examples were made from, for the sample sheet.
         """
         self.unet, self.scheduler, self.learned, self.config = unet, scheduler, learned, config
+        self.predict = unet
         self.autocast, self.pictures = autocast, list(pictures)
         self.text = {name: lora.text for name, lora in loras.items()}
         self.branches = {name: add_lora(unet, name, loras[name].modules) for name in KINDS}
@@ -206,7 +206,7 @@ class ZipLora(Method[ZipConfig]):
         with torch.no_grad(), self.autocast(), self.only(name):
             wanted = self.unet(**drawn.unet_inputs(alone.conditioning))[0]
         with self.autocast():
-            given = predict(self.unet, drawn.unet_inputs(merged.conditioning))
+            given = self.predict(**drawn.unet_inputs(merged.conditioning))[0]
         error = (given.float() - wanted.float()).square().mean(dim=(1, 2, 3))
         if config.min_snr_gamma is not None:
             error = error * snr_weights(self.scheduler, drawn.timesteps, config.min_snr_gamma)
