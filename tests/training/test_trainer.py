@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from unziplora.training.runner import Job, autocast_for, make_scaler, peak_memory
+from unziplora.training.runner import TrainingRun, autocast_for, make_scaler, peak_memory
 from unziplora.training.trainer import NonFiniteLoss, Trainer, is_finite
 
 
@@ -97,7 +97,7 @@ class TestAdviceAfterDivergence:
         run: Any = SimpleNamespace(path=folder, latest=lambda: latest)
         method: Any = SimpleNamespace(command="split")
         config: Any = None
-        return Job(method, config, lambda _: None, run).after_divergence(half)
+        return TrainingRun(method, config, lambda _: None, run).after_divergence(half)
 
     def test_sound_checkpoint_continues_in_fp32(self, tmp_path: Path) -> None:
         trained([1.0]).save(tmp_path)

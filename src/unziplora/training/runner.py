@@ -55,24 +55,24 @@ def run_training(
         config: its recipe.
         resume: continue an interrupted run in `config.out` from its last checkpoint, with the same result as
             if it had not been interrupted.
-        progress: told after every step, and of every file that is worth a look.
+        progress: called after every step, and for every file that is worth a look.
         base: use this one, on its device and in its number format, instead of loading `config.base`; afterwards it is
             as it was before, also when the run fails.
 
     Raises:
         UserError: a picture, a word, the base, the folder or a setting is not usable.
         MachineError: disk full, no permission, out of memory.
-        Interrupted: stopped on request; it tells how to continue.
+        Interrupted: stopped on request; its message names the command that continues.
     """
 
     def work(run: RunFolder) -> None:
-        job = Job(kind, config, progress or (lambda _: None), run, base)
+        training = TrainingRun(kind, config, progress or (lambda _: None), run, base)
         try:
             with computing_on(pick_device(config.device)):
-                job.do()
+                training.execute()
         except KeyboardInterrupt:  # outside the loop, which finishes its step
             if not run.card.exists():
-                raise job.stopped("stopped; what is not saved yet will be done again") from None
+                raise training.stopped("stopped; what is not saved yet will be done again") from None
 
     with nullcontext() if base is None else restored(base):
         check_run(kind, config, 64, base)
@@ -82,7 +82,7 @@ def run_training(
 
 
 def in_run_folder(config: TrainingConfig, resume: bool, work: Callable[[RunFolder], None]) -> RunFolder:
-    """Do a run's work in its folder, new or resumed, which no other process may use meanwhile.
+    """Do a run's work in its folder, new or resumed, which is locked for other processes meanwhile.
 
     Raises:
         UserError: the folder is taken, or its run is finished.
@@ -98,8 +98,8 @@ def in_run_folder(config: TrainingConfig, resume: bool, work: Callable[[RunFolde
 
 
 @dataclass
-class Job(Generic[C]):
-    """One run, step by step."""
+class TrainingRun(Generic[C]):
+    """One run of a method in its folder."""
 
     kind: type[Method[C]]
     config: C
@@ -109,8 +109,8 @@ class Job(Generic[C]):
     recent: list[float] = field(default_factory=list)  # seconds of the last steps
     device: torch.device = field(init=False)
 
-    def do(self) -> None:
-        """Load, train, export, sample."""
+    def execute(self) -> None:
+        """Load the base, train, export and sample."""
         config, run, base = self.config, self.run, self.base
         device = pick_device(config.device if base is None else str(base.device))
         dtype = pick_dtype(config.precision, device) if base is None else base.dtype
@@ -138,12 +138,12 @@ class Job(Generic[C]):
             write_card(run, config, about, loras)
 
     def stopped(self, where: str) -> Interrupted:
-        """What to raise when the run was asked to stop."""
+        """Return the exception for a run that was asked to stop."""
         command = f"unziplora {self.kind.command} --resume --out {folder_argument(self.run.path)}"
         return Interrupted(f"{where}; continue with:\n  {command}")
 
     def resolution(self, base: Base) -> int:
-        """The side of the training pictures in pixels, which must fit the base."""
+        """Return the side of the training images in pixels, which must fit the base."""
         resolution = self.config.resolution or base.resolution
         check_resolution(resolution, base.pipe.vae_scale_factor)
         return resolution
@@ -197,7 +197,7 @@ class Job(Generic[C]):
         return f"Start a new run, into another --out, with {remedy}; a resumed run keeps its learning rates"
 
     def of_the_base(self, method: Method[C], setup: Setup) -> dict[str, Any]:
-        """What the files' headers tell of the base and of the picture: keywords of `metadata_for`."""
+        """Return the base and the image for the files' headers: keywords of `metadata_for`."""
         base = setup.base
         return {
             "resolution": (setup.size, setup.size),
@@ -217,7 +217,7 @@ class Job(Generic[C]):
         self.report(f"samples {self.run.save_image(name, sheet)}", done or self.config.steps)
 
     def last_sample(self, base: Base, method: Method[C]) -> None:
-        """Write the sheet of the finished LoRAs; a run whose LoRAs are written does not fail for want of memory."""
+        """Write the sheet of the finished LoRAs; running out of memory must not fail a run whose LoRAs are saved."""
         try:
             self.sample(base, method, "samples")
         except OutOfMemory as error:
@@ -250,7 +250,7 @@ def write_loras(
     Args:
         loras: by file name.
         of_the_base: further keywords of `metadata_for`.
-        wrote: told of every file.
+        wrote: called for every file.
         more: entries of the header that are known already; an empty one is left out.
 
     Raises:
@@ -297,12 +297,12 @@ def make_scaler(device: torch.device, dtype: torch.dtype) -> GradScaler | None:
 
 
 def _fetching(base: str) -> str:
-    """What to say of a base that is not here yet: gigabytes may come before the next line."""
+    """Announce the download of a base that is not on this machine: gigabytes may come before the next line."""
     return " (it is fetched now; SDXL has 7 GB, in fp32 twice that)" if must_be_downloaded(base) else ""
 
 
 def flat(config: TrainingConfig) -> dict[str, Any]:
-    """The configuration as trackers take it, numbers and strings only, and as others may know it."""
+    """Return the settings for trackers: numbers and strings, without paths of this machine."""
     values = {key: value for key, value in shared_settings(config).items() if value is not None}
     return {key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()}
 
