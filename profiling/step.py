@@ -32,7 +32,6 @@ from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
-from unziplora.lora.blocks import BLORA_BLOCKS, SDXL_BLOCKS
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.methods.unziplora.data import TrainingData
@@ -121,8 +120,8 @@ def bare(
 def make_split(unet: UNet2DConditionModel, options: argparse.Namespace, autocast: Autocast) -> Trainer:
     """`split` with all three separations, past the first choice of columns."""
     config = resolve(SplitConfig, {**PLACE, **words(options), "column_periods": 1})
-    material = TrainingData(make_examples(unet, options.latent_side, joined=True))
-    method = UnZipLora(unet, DDPMScheduler(), material, config, SDXL_BLOCKS, autocast=autocast)
+    data = TrainingData(make_examples(unet, options.latent_side, joined=True))
+    method = UnZipLora(unet, DDPMScheduler(), data, config, autocast=autocast)
     trainer = Trainer(method, config)
     for step in (config.column_warmup - 1, config.column_warmup):  # the second one scores and chooses columns
         trainer.step(step)
@@ -140,7 +139,7 @@ def make_blora(unet: UNet2DConditionModel, options: argparse.Namespace, autocast
     """`train blora`: the LoRAs of two blocks."""
     config = resolve(BLoraConfig, {**PLACE, **words(options)})
     examples = make_examples(unet, options.latent_side, joined=False)
-    method = BLora(unet, DDPMScheduler(), examples, config, BLORA_BLOCKS, autocast=autocast)
+    method = BLora(unet, DDPMScheduler(), examples, config, autocast=autocast)
     return Trainer(method, config)
 
 

@@ -5,7 +5,6 @@ from diffusers import DDPMScheduler
 
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
-from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap
 from unziplora.methods.unziplora.data import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
@@ -38,6 +37,6 @@ def scheduler(base) -> DDPMScheduler:
     return DDPMScheduler.from_config(base.scheduler.config)
 
 
-def build(base, blocks: BlockMap = SDXL_BLOCKS, **changes: object) -> UnZipLora:
+def build(base, **changes: object) -> UnZipLora:
     recipe = config(**changes)
-    return UnZipLora(base.unet, scheduler(base), TrainingData(examples(base, recipe.prompt_separation)), recipe, blocks)
+    return UnZipLora(base.unet, scheduler(base), TrainingData(examples(base, recipe.prompt_separation)), recipe)

@@ -41,7 +41,7 @@ def test_two_files_become_one_with_samples_and_a_card(call: Call):
     assert code == 0, err
     assert out.splitlines() == ["lora     runs/zip/lora.safetensors", "sample   runs/zip/samples/samples.png"]
     assert "step 2/2" in err
-    assert "the style LoRA makes 1 pictures" in err
+    assert "generating 1 images with the style LoRA" in err
     assert "How to use it: runs/zip/README.md" in err
     assert {down.shape[0] for down, _ in read_lora("runs/zip/lora.safetensors").modules.values()} == {4}
     saved = read_toml(Path("runs/zip/config.toml"))

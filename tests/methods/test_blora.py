@@ -1,4 +1,4 @@
-"""B-LoRA on a tiny base: two blocks train and nothing else, each half is a LoRA, resuming, block maps."""
+"""B-LoRA on a tiny base: only two blocks train, each half is a LoRA, resuming, block maps."""
 
 import os
 import signal
@@ -57,7 +57,7 @@ def test_each_half_trains_in_its_own_block_and_nowhere_else(config: Make):
         assert all(up.abs().max() > 0 for _, up in lora.modules.values())
 
 
-def test_a_map_of_ones_own_says_the_blocks(config: Make, tmp_path: Path):
+def test_block_map_file_sets_the_blocks(config: Make, tmp_path: Path):
     (tmp_path / "map.toml").write_text('content = ["mid_block.attentions.0"]\nstyle = ["down_blocks.1"]\n')
     run = run_training(BLora, config(blocks=str(tmp_path / "map.toml")))
     assert lora_blocks(read_lora(run.content)) == ["mid_block.attentions.0"]
@@ -75,7 +75,7 @@ def test_a_map_of_ones_own_says_the_blocks(config: Make, tmp_path: Path):
         ('content = ["up_blocks.0.attentions.1"]\nstyle = ["up_blocks.0"]', r"attentions\.1 cannot belong to both"),
     ],
 )
-def test_a_map_that_leaves_a_lora_without_a_block_is_refused_at_once(
+def test_block_map_without_a_block_for_each_lora_is_refused_before_a_folder_is_made(
     config: Make, tmp_path: Path, text: str, match: str
 ):
     (tmp_path / "map.toml").write_text(text)
@@ -84,12 +84,12 @@ def test_a_map_that_leaves_a_lora_without_a_block_is_refused_at_once(
     assert not (tmp_path / "other").exists()
 
 
-def test_the_published_map():
+def test_default_map_is_the_published_one():
     assert read_blocks("blora") == BLORA_BLOCKS
     assert (BLORA_BLOCKS.content, BLORA_BLOCKS.style) == (("up_blocks.0.attentions.0",), ("up_blocks.0.attentions.1",))
 
 
-def test_the_card_and_sampling_know_its_words(config: Make, tmp_path: Path):
+def test_card_header_and_sampling_use_its_prompts(config: Make, tmp_path: Path):
     assert BLora.about(config(style_prompt="a drawing by {token}")).files["style"].trigger == "a drawing by sks"
     run = run_training(BLora, config(sample_seeds=[0], token="v7", sample_guidance=2))
     assert read_lora(run.content).metadata["modelspec.trigger_phrase"] == "A v7"
@@ -102,7 +102,7 @@ def test_the_card_and_sampling_know_its_words(config: Make, tmp_path: Path):
     assert both[0].full == "A v7"
 
 
-def test_a_run_that_was_interrupted_ends_like_one_that_was_not(config: Make, tmp_path: Path):
+def test_resumed_run_equals_an_uninterrupted_one(config: Make, tmp_path: Path):
     whole = run_training(BLora, config(out=tmp_path / "whole"))
 
     def interrupt(event: Progress) -> None:
@@ -119,7 +119,7 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(config: Make, tmp
 
 
 @pytest.mark.parametrize(("name", "text"), [("full", " "), ("full", ""), ("content", ""), ("style", "")])
-def test_an_empty_prompt_is_told_before_a_folder_is_made(config: Make, tmp_path: Path, name: str, text: str):
+def test_empty_prompt_is_refused_before_a_folder_is_made(config: Make, tmp_path: Path, name: str, text: str):
     with pytest.raises(UserError, match=f"the {name} prompt is empty"):
         run_training(BLora, config(out=tmp_path / "new", **{f"{name}_prompt": text}))
     assert not (tmp_path / "new").exists()

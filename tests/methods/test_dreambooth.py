@@ -1,4 +1,4 @@
-"""DreamBooth on a tiny base: what trains, the prior, text encoders, class pictures that are kept, files, resuming."""
+"""DreamBooth on a tiny base: trained layers, prior, text encoders, stored class images, files, resuming."""
 
 import os
 import signal
@@ -72,9 +72,9 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
     return make
 
 
-def build(base: Base, config: DreamBoothConfig, told: list[str] | None = None) -> DreamBooth:
-    tell = [] if told is None else told
-    return DreamBooth.build(config, Setup(base, 64, nullcontext, tell.append))
+def build(base: Base, config: DreamBoothConfig, messages: list[str] | None = None) -> DreamBooth:
+    messages = [] if messages is None else messages
+    return DreamBooth.build(config, Setup(base, 64, nullcontext, messages.append))
 
 
 def run(method: DreamBooth) -> None:
@@ -92,12 +92,12 @@ class TestConfig:
             ({"content": "cat", "style": "ink"}, "a sks cat in ink style", "lora"),
         ],
     )
-    def test_words_say_prompts_and_the_file(self, config: Make, words: dict[str, str], prompt: str, product: str):
-        made = config(**words)
-        assert made.image_prompts() == [prompt, prompt]
-        assert made.product == product
+    def test_words_set_prompts_and_file_name(self, config: Make, words: dict[str, str], prompt: str, product: str):
+        recipe = config(**words)
+        assert recipe.image_prompts() == [prompt, prompt]
+        assert recipe.product == product
 
-    def test_one_prompt_each(self, config: Make):
+    def test_each_image_may_have_its_own_prompt(self, config: Make):
         assert config(prompts=["a {token} one", "two"]).image_prompts() == ["a sks one", "two"]
 
     @pytest.mark.parametrize(
@@ -114,30 +114,30 @@ class TestConfig:
             ),
         ],
     )
-    def test_what_cannot_be_trained_is_refused(self, config: Make, wrong: dict[str, object], message: str):
+    def test_unusable_settings_are_refused(self, config: Make, wrong: dict[str, object], message: str):
         with pytest.raises(UserError, match=message):
             config(**wrong)
 
-    def test_the_small_base_has_a_preset(self, config: Make):
+    def test_bundled_base_has_a_preset(self, config: Make):
         assert config(base="bundled").learning_rate == 1e-2  # the user's own
         assert (
             resolve(DreamBoothConfig, {"images": ["a.png"], "content": "a", "out": "b", "base": "bundled"}).rank == 16
         )
 
 
-def test_only_the_lora_trains_and_only_where_it_shall(tiny_base: Base, config: Make):
+def test_only_the_lora_trains_and_only_in_its_targets(tiny_base: Base, config: Make):
     frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
     method = build(tiny_base, config(targets=["feed-forward", "projections"]))
     run(method)
-    assert all(path.endswith((".proj", ".net.2", "proj_in", "proj_out")) for path in method.branches)
-    assert all(branch.delta().abs().max() > 0 for branch in method.branches.values())
+    assert all(path.endswith((".proj", ".net.2", "proj_in", "proj_out")) for path in method.branches["content"])
+    assert all(branch.delta().abs().max() > 0 for branch in method.branches["content"].values())
     assert {"content"} == {name for layer in adapted_layers(tiny_base.unet).values() for name in layer.branches}
     remove(tiny_base.unet)
     after = tiny_base.unet.state_dict()
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
 
 
-def test_the_loss_is_that_of_each_picture_with_its_own_prompt(tiny_base: Base, config: Make):
+def test_loss_uses_each_image_with_its_own_prompt(tiny_base: Base, config: Make):
     method = build(tiny_base, config(prompts=["one", "two"], batch_size=2, seed=5))
     rows = embed(tiny_base, ["one", "two"])
     torch.testing.assert_close(method.examples.conditioning.tokens, rows.tokens)
@@ -149,13 +149,13 @@ def test_the_loss_is_that_of_each_picture_with_its_own_prompt(tiny_base: Base, c
     noise = torch.randn(method.examples.latents.shape, generator=draw)
     schedule = DDPMScheduler.from_config(tiny_base.scheduler.config)
     noisy = schedule.add_noise(method.examples.latents[order], noise, times)
-    told = {"text_embeds": rows.pooled[order], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
-    predicted = tiny_base.unet(noisy, times, rows.tokens[order], added_cond_kwargs=told).sample
+    added = {"text_embeds": rows.pooled[order], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+    predicted = tiny_base.unet(noisy, times, rows.tokens[order], added_cond_kwargs=added).sample
     torch.testing.assert_close(loss, (predicted - noise).square().mean())
 
 
 class TestPrior:
-    def test_the_second_term_is_the_weighted_loss_on_class_pictures(self, tiny_base: Base, config: Make):
+    def test_second_term_is_the_weighted_loss_on_class_images(self, tiny_base: Base, config: Make):
         method = build(tiny_base, config(prior=0.5))
         assert method.prior is not None
         assert len(method.prior.latents) == 3
@@ -173,8 +173,8 @@ class TestPrior:
         assert torch.equal(first, same)
         assert not torch.allclose(first, other, atol=1e-3)
 
-    def test_it_holds_the_class_where_it_was(self, fresh_base: Callable[[], Base], config: Make):
-        """With its class pictures in the loss, a LoRA moves the base's answer to the class prompt less."""
+    def test_prior_loss_rises_less_with_prior_preservation(self, fresh_base: Callable[[], Base], config: Make):
+        """With class images in the loss, a LoRA changes the prediction for the class prompt less."""
         moved = {}
         for weight in (1e-9, 30.0):
             base = fresh_base()
@@ -195,38 +195,38 @@ class TestPrior:
             moved[weight] = error() - before
         assert moved[30.0] < moved[1e-9]
 
-    def test_class_pictures_are_made_once_kept_and_used_again(self, tiny_base: Base, tmp_path: Path):
-        told: list[str] = []
+    def test_class_images_are_generated_once_and_reused(self, tiny_base: Base, tmp_path: Path):
+        messages: list[str] = []
         settings = Settings(steps=1, guidance=1.0, width=64, height=64, batch_size=2)
-        first = class_images(tiny_base, "a cat", 3, settings, told.append)
+        first = class_images(tiny_base, "a cat", 3, settings, messages.append)
         (folder,) = (tmp_path / "cache" / "class-pictures").iterdir()
         assert len(list(folder.glob("*.png"))) == 3
-        again = class_images(tiny_base, "a cat", 4, settings, told.append)
-        assert [message.split()[1] for message in told] == ["3", "1"]
+        again = class_images(tiny_base, "a cat", 4, settings, messages.append)
+        assert [message.split()[1] for message in messages] == ["3", "1"]
         assert [p.tobytes() for p in again[:3]] == [p.tobytes() for p in first]
-        assert class_images(tiny_base, "a cat", 2, settings, told.append)[0].tobytes() == first[0].tobytes()
-        assert len(told) == 2
-        class_images(tiny_base, "a dog", 1, settings, told.append)
-        assert len(told) == 3
+        assert class_images(tiny_base, "a cat", 2, settings, messages.append)[0].tobytes() == first[0].tobytes()
+        assert len(messages) == 2
+        class_images(tiny_base, "a dog", 1, settings, messages.append)
+        assert len(messages) == 3
 
-    def test_another_base_has_pictures_of_its_own(self, fresh_base: Callable[[], Base]):
+    def test_fingerprints_of_different_bases_differ(self, fresh_base: Callable[[], Base]):
         one, two = fresh_base(), fresh_base()
         assert one.fingerprint() == two.fingerprint()
         with torch.no_grad():
             two.unet.conv_in.weight[0, 0, 0, 0] += 1
         assert one.fingerprint() != two.fingerprint()
 
-    def test_ones_own_pictures_count(self, tiny_base: Base, tmp_path: Path):
+    def test_images_of_the_user_count_as_class_images(self, tiny_base: Base, tmp_path: Path):
         own = tmp_path / "cats"
         own.mkdir()
         Image.new("RGB", (100, 70), "red").save(own / "mine.jpg")
         pictures = class_images(tiny_base, "a cat", 1, Settings(steps=1, guidance=1.0, width=64), [].append, own)
         assert [picture.size for picture in pictures] == [(64, 64)]
         settings = Settings(steps=1, guidance=1.0, width=64)
-        made = class_images(tiny_base, "a cat", 3, settings, [].append, own)
+        first = class_images(tiny_base, "a cat", 3, settings, [].append, own)
         again = class_images(tiny_base, "a cat", 3, settings, [].append, own)
-        assert [p.tobytes() for p in made] == [p.tobytes() for p in again]
-        assert made[2].tobytes() == pictures[0].tobytes()  # 1000001.png, 1000002.png, mine.jpg
+        assert [p.tobytes() for p in first] == [p.tobytes() for p in again]
+        assert first[2].tobytes() == pictures[0].tobytes()  # 1000001.png, 1000002.png, mine.jpg
         (own / "1000001.png").unlink()
         assert len(class_images(tiny_base, "a cat", 3, settings, [].append, own)) == 3
         (own / "broken.png").write_bytes(b"no picture")
@@ -235,7 +235,7 @@ class TestPrior:
 
 
 class TestTextEncoders:
-    def test_only_adapters_train_and_the_file_gives_the_trained_embedding_back(
+    def test_only_adapters_train_and_the_file_reproduces_the_trained_embedding(
         self, tiny_folder: Path, config: Make, tmp_path: Path
     ):
         from unziplora.models.base import load_base
@@ -255,7 +255,7 @@ class TestTextEncoders:
         fresh.pipe.load_lora_weights(writers.diffusers(lora.text, None)[0])
         torch.testing.assert_close(embed(fresh, ["a sks cat"]).tokens, trained.tokens, atol=1e-5, rtol=1e-5)
 
-    def test_a_step_reads_the_prompts_that_it_draws_and_no_others(
+    def test_step_encodes_only_the_prompts_that_it_draws(
         self, tiny_folder: Path, config: Make, monkeypatch: pytest.MonkeyPatch
     ):
         from unziplora.models.base import load_base
@@ -275,25 +275,25 @@ class TestTextEncoders:
         for step in range(6):
             draw = generator(method.config.seed, "train", step)
             examples = replace(method.examples, conditioning=known)
-            wanted = denoising_loss(method.unet, method.scheduler, examples, draw=draw, **method.config.noising())
-            (made,) = method.losses(step)
-            torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
+            expected = denoising_loss(method.unet, method.scheduler, examples, draw=draw, **method.config.noising())
+            (loss,) = method.losses(step)
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
         assert len(read) == 6
         assert set(read) == set(prompts)
 
-    def test_a_run_writes_and_samples_them(self, config: Make, tmp_path: Path):
+    def test_run_writes_text_encoder_keys_and_samples_with_them(self, config: Make, tmp_path: Path):
         run = run_training(DreamBooth, config(text_encoders=True))
         names = set(load_file(run.content))
         for encoder in ("te1", "te2"):  # kohya's names, which are all that ComfyUI looks for
             assert f"lora_{encoder}_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight" in names
         from unziplora.config.sample import SampleConfig
 
-        paths = sample(SampleConfig(content=run.path, out=tmp_path / "made", steps=1, guidance=1))
+        paths = sample(SampleConfig(content=run.path, out=tmp_path / "samples", steps=1, guidance=1))
         assert [path.name for path in paths] == ["0.png"]
 
 
 class TestRun:
-    def test_leaves_one_lora_a_card_and_samples(self, config: Make):
+    def test_run_writes_one_lora_a_card_and_samples(self, config: Make):
         run = run_training(
             DreamBooth, config(content=None, style="ink", sample_seeds=[0], formats=["kohya", "diffusers"])
         )
@@ -310,7 +310,7 @@ class TestRun:
         assert (run.samples / "samples.png").is_file()
 
     @pytest.mark.parametrize("text", [False, True])
-    def test_a_run_that_was_interrupted_ends_like_one_that_was_not(self, config: Make, tmp_path: Path, text: bool):
+    def test_resumed_run_equals_an_uninterrupted_one(self, config: Make, tmp_path: Path, text: bool):
         keys = {"text_encoders": text, "prior": 1.0}
         whole = run_training(DreamBooth, config(out=tmp_path / "whole", **keys))
 

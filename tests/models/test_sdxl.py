@@ -21,7 +21,7 @@ def method() -> UnZipLora:
     config = resolve(SplitConfig, {"images": ["x.png"], "content": "cat", "style": "ink", "out": "run", "rank": 64})
     nothing = torch.empty(1, device="meta")
     examples = Examples(nothing, Conditioning(nothing, nothing, nothing))
-    return UnZipLora(unet, DDPMScheduler(), TrainingData(examples), config, SDXL_BLOCKS)
+    return UnZipLora(unet, DDPMScheduler(), TrainingData(examples), config)
 
 
 def test_sdxl_has_560_attention_linears_and_the_published_count_of_parameters(method):

@@ -103,7 +103,7 @@ class SplitConfig(ImageConfig):
     )
     orthogonality: float = key(
         0.5,
-        "Weight of the mean |m_c · m_s| of the column scales; a higher weight makes the LoRAs share fewer columns.",
+        "Weight of the orthogonality loss, the mean |m_c · m_s| of the column scales; higher: fewer shared columns.",
         "Method",
         ge=0,
         expert=True,
@@ -130,7 +130,9 @@ class SplitConfig(ImageConfig):
         "Method",
         expert=True,
     )
-    phrase_word_rate: float = key(1e-2, "Learning rate of the shares of phrase_words.", "Method", gt=0, expert=True)
+    phrase_word_rate: float = key(
+        1e-2, "Learning rate of the weights of phrase_words in the mixture.", "Method", gt=0, expert=True
+    )
     content_alone: float = key(
         0.0,
         "Share of steps in which the content LoRA learns the image without the style LoRA.",
@@ -141,8 +143,8 @@ class SplitConfig(ImageConfig):
     )
     content_variants: bool = key(
         False,
-        "In the steps of content_alone, show the image under simple filters too, each with its own words; needs "
-        "phrase_steps.",
+        "In the steps of content_alone, train on filtered variants of the image too, each with its own learned phrase; "
+        "needs phrase_steps.",
         "Method",
         expert=True,
     )
@@ -169,12 +171,12 @@ class SplitConfig(ImageConfig):
         if self.content_alone + self.style_alone >= 1:
             raise ValueError(
                 f"content_alone {self.content_alone:g} and style_alone {self.style_alone:g} leave no step in which the "
-                "LoRAs learn together: their sum must be below 1"
+                "LoRAs train together; choose a sum below 1"
             )
         if self.content_variants and not (self.phrase_steps and self.content_alone):
             raise ValueError(
-                "content_variants are shown while the content LoRA learns alone, and need words for their styles: "
-                "give content_alone and phrase_steps above 0 too"
+                "content_variants needs steps in which the content LoRA trains alone, and learned phrases; "
+                "set content_alone and phrase_steps above 0"
             )
         if self.column_separation and self.steps // self.column_periods <= self.column_warmup:
             raise ValueError(

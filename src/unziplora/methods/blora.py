@@ -1,8 +1,13 @@
-"""B-LoRA (arXiv 2403.14572): one training with one prompt, in two blocks of the UNet, which then are two LoRAs."""
+"""B-LoRA (arXiv 2403.14572): one training with one prompt gives a content and a style LoRA, in separate blocks.
+
+The LoRAs sit on the attentions of two blocks of SDXL's UNet: content in `up_blocks.0.attentions.0` (W4 in the paper),
+style in `up_blocks.0.attentions.1` (W5). Both train together on the denoising loss with the prompt "A [v]". The blocks
+alone separate them: each half is a LoRA on its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -13,27 +18,22 @@ from torch import Tensor, nn
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import KINDS
 from unziplora.errors import UserError
-from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
+from unziplora.lora.blocks import check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, filter_targets
-from unziplora.lora.weights import Lora
-from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
+from unziplora.methods.adapters import AdapterMethod, matrices, new_branches, pair_views
 from unziplora.methods.data import image_examples, load_images
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, File, image_count
-from unziplora.training.loss import Examples, denoising_loss, generator
-from unziplora.training.method import Method, Setup, View
+from unziplora.training.loss import Examples, generator
+from unziplora.training.method import Setup, View
 from unziplora.training.runner import run_training
 from unziplora.utils.progress import Callback
 
 
-class BLora(Method[BLoraConfig]):
-    """Two LoRAs in blocks of their own, and what a job asks of a method.
-
-    Attributes:
-        branches: the branches by LoRA name and module path.
-    """
+class BLora(AdapterMethod[BLoraConfig]):
+    """A content and a style LoRA in blocks of their own."""
 
     command: ClassVar[str] = "train blora"
 
@@ -43,31 +43,24 @@ class BLora(Method[BLoraConfig]):
         scheduler: DDPMScheduler,
         examples: Examples,
         config: BLoraConfig,
-        blocks: BlockMap,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        pictures: Sequence[Image.Image] = (),
+        images: Sequence[Image.Image] = (),
     ) -> None:
-        """Inject both LoRAs into the UNet, in place.
+        """Add both LoRAs to the UNet.
 
         Args:
-            unet: frozen, without LoRAs.
-            scheduler: says how noise is added and what is predicted.
-            examples: the pictures with the conditioning of the prompt.
-            config: the recipe.
-            blocks: which blocks make which LoRA.
-            autocast: context of the forward passes.
-            pictures: what the examples were made from, for the sample sheet.
+            examples: the images with the conditioning of the prompt; for the others see `AdapterMethod`.
 
         Raises:
             UserError: the block map names a block that this UNet does not have.
         """
-        self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
-        self.predict = unet
-        self.autocast, self.pictures = autocast, list(pictures)
+        super().__init__(unet, scheduler, config, autocast, images)
+        self.examples = examples
         paths = attention_linears(unet)
-        check_blocks(blocks, paths)
-        owned = {name: [path for path in paths if blocks.owner(path) == name] for name in KINDS}
-        self.branches = {name: new_branches(unet, name, owned[name], config) for name in KINDS}
+        check_blocks(read_blocks(config.blocks), paths)
+        self.branches = {
+            name: new_branches(unet, name, own, config) for name, own in self.layers(config, paths).items()
+        }
 
     @classmethod
     def check(cls, config: BLoraConfig, base: Base | None = None) -> None:
@@ -83,22 +76,21 @@ class BLora(Method[BLoraConfig]):
 
     @classmethod
     def layers(cls, config: BLoraConfig, paths: list[str]) -> dict[str, list[str]]:
-        """The attentions of each LoRA's blocks."""
+        """Return the attentions of each LoRA's blocks."""
         blocks, attention = read_blocks(config.blocks), filter_targets(paths, ["attention"])
         return {name: [path for path in attention if blocks.owner(path) == name] for name in KINDS}
 
     @classmethod
     def build(cls, config: BLoraConfig, setup: Setup) -> BLora:
-        """Encode pictures and prompt once, then inject both LoRAs."""
-        pictures, prompts = load_images(config, setup.size), Prompts(config.fill(config.full_prompt))
-        examples = image_examples(setup, config, pictures, prompts)
+        """Encode images and prompt once, then add both LoRAs to the base's UNet."""
+        images, prompts = load_images(config, setup.size), Prompts(config.fill(config.full_prompt))
+        examples = image_examples(setup, config, images, prompts)
         setup.make_room(config)
-        blocks = read_blocks(config.blocks)
-        return cls(setup.base.unet, setup.noise_schedule(), examples, config, blocks, setup.autocast, pictures)
+        return cls(setup.base.unet, setup.noise_schedule(), examples, config, setup.autocast, images)
 
     @classmethod
     def about(cls, config: BLoraConfig) -> About:
-        """Two LoRAs from one training."""
+        """Describe two LoRAs from one training."""
         style = config.style_trigger(config.style_prompt, "{token}")
         return About(
             method="B-LoRA (arXiv 2403.14572)",
@@ -111,44 +103,19 @@ class BLora(Method[BLoraConfig]):
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One optimizer group: the matrices of both LoRAs."""
-        config = self.config
-        params = [p for name in KINDS for p in matrices(self.branches[name])]
-        rate, decay = config.learning_rate, config.weight_decay
-        return [{"name": "unet", "params": params, "lr": rate, "weight_decay": decay}]
+        """Return one optimizer group: the matrices of both LoRAs."""
+        params, config = matrices(*self.branches.values()), self.config
+        return [{"name": "unet", "params": params, "lr": config.learning_rate, "weight_decay": config.weight_decay}]
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The denoising error with both LoRAs, a scalar."""
-        with self.autocast():
-            draw = generator(self.config.seed, "train", step)
-            yield denoising_loss(self.predict, self.scheduler, self.examples, draw=draw, **self.config.noising())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything of the method that a checkpoint needs, by name."""
-        return {key: t for name in KINDS for key, t in branch_state(self.branches[name], name).items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the state of a checkpoint of the same recipe."""
-        for name in KINDS:
-            load_branch_state(self.branches[name], name, state)
-
-    def export(self) -> dict[str, Lora]:
-        """Both LoRAs as plain pairs, alpha folded into B."""
-        return {name: Lora(folded(self.branches[name])) for name in KINDS}
+        """Yield the denoising error with both LoRAs, a scalar."""
+        yield self.denoising_loss(self.examples, generator(self.config.seed, "train", step))
 
     def views(self) -> list[View]:
-        """Both together; each alone, the content in another style and the style on another subject."""
+        """Return both together and each alone (`pair_views`)."""
         config = self.config
-        content, style, subject = config.fill(config.content_prompt), config.sample_style, config.sample_subject
-        return [
-            View("together", Prompts(config.fill(config.full_prompt))),
-            View(f"content, {style}", Prompts(f"{content} in {style} style"), off=("style",)),
-            View(f"style, {subject}", Prompts(config.fill(f"a {subject} in {{token}} style")), off=("content",)),
-        ]
-
-    def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
-        """Switch LoRAs off."""
-        return switched_off(*(self.branches[name] for name in names))
+        full, content = config.fill(config.full_prompt), config.fill(config.content_prompt)
+        return pair_views(config, Prompts(full), content, "{token}")
 
 
 def train_blora(

@@ -1,41 +1,39 @@
-"""DreamBooth as LoRA (arXiv 2208.12242, 2106.09685): one LoRA for what some pictures show, or how they show it."""
+"""DreamBooth as LoRA (arXiv 2208.12242, 2106.09685): one LoRA of the subject or the style that some images show.
+
+The loss is the denoising error on the images with a prompt such as "a [identifier] cat", plus λ times the same error
+on class images, which the base generates beforehand from "a cat" (prior preservation, section 3.2).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
-import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.lora.inject import filter_targets, target_linears
-from unziplora.lora.weights import Lora
-from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
+from unziplora.methods.adapters import AdapterMethod, matrices, new_branches
 from unziplora.methods.data import class_examples, image_examples, load_images
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, File, image_count
-from unziplora.training.loss import Examples, denoising_loss, generator
-from unziplora.training.method import Method, Setup, View
+from unziplora.training.loss import Examples, generator
+from unziplora.training.method import Setup, View
 from unziplora.training.runner import run_training
 from unziplora.training.text_encoder_lora import TextLora
 from unziplora.utils.progress import Callback
 
-GIVES = {"content": "the content", "style": "the style", "lora": "content and style in one"}
+PRODUCTS = {"content": "the content", "style": "the style", "lora": "content and style in one"}
+"""Descriptions of the file for the card, by its name."""
 
 
-class DreamBooth(Method[DreamBoothConfig]):
-    """One LoRA on a UNet, if asked for another on the text encoders, and what a job asks of a method.
-
-    Attributes:
-        branches: the UNet's branches by module path.
-        text: the text encoders' LoRA, or None.
-    """
+class DreamBooth(AdapterMethod[DreamBoothConfig]):
+    """One LoRA, named after `config.product`, on a UNet and optionally on the text encoders."""
 
     command: ClassVar[str] = "train dreambooth"
 
@@ -48,24 +46,20 @@ class DreamBooth(Method[DreamBoothConfig]):
         prior: Examples | None = None,
         text: TextLora | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        pictures: Sequence[Image.Image] = (),
+        images: Sequence[Image.Image] = (),
     ) -> None:
-        """Inject the LoRA into the UNet, in place.
+        """Add the LoRA to the UNet; for the other arguments see `AdapterMethod`.
 
         Args:
-            unet: frozen, without LoRAs.
-            scheduler: says how noise is added and what is predicted.
-            examples: the pictures with the conditioning of their prompts.
-            config: the recipe.
-            prior: class pictures with their conditioning, where the prior is preserved.
-            text: the text encoders' LoRA; it then says the conditioning anew in every step.
-            autocast: context of the forward passes.
-            pictures: what the examples were made from, for the sample sheet.
+            examples: the images with the conditioning of their prompts.
+            prior: class images with their conditioning, for prior preservation.
+            text: the text encoders' LoRA; prompts are then encoded again in every step.
         """
-        self.unet, self.scheduler, self.examples, self.config = unet, scheduler, examples, config
-        self.predict = unet
-        self.prior, self.text, self.autocast, self.pictures = prior, text, autocast, list(pictures)
-        self.branches = new_branches(unet, config.product, target_linears(unet, config.targets), config)
+        super().__init__(unet, scheduler, config, autocast, images)
+        self.examples, self.prior = examples, prior
+        paths = target_linears(unet, config.targets)
+        self.branches = {config.product: new_branches(unet, config.product, paths, config)}
+        self.text = {config.product: text} if text else {}
 
     @classmethod
     def check(cls, config: DreamBoothConfig, base: Base | None = None) -> None:
@@ -79,77 +73,56 @@ class DreamBooth(Method[DreamBoothConfig]):
 
     @classmethod
     def layers(cls, config: DreamBoothConfig, paths: list[str]) -> dict[str, list[str]]:
-        """One LoRA on the layers that are asked for."""
+        """Return the configured kinds of layers."""
         return {config.product: filter_targets(paths, config.targets)}
 
     @classmethod
     def build(cls, config: DreamBoothConfig, setup: Setup) -> DreamBooth:
-        """Encode pictures and class pictures once, then inject the LoRA."""
-        pictures, prompts = load_images(config, setup.size), config.image_prompts()
-        examples, prior, text = image_examples(setup, config, pictures, prompts), None, None
+        """Encode images and class images once, then add the LoRA to the base."""
+        images, prompts = load_images(config, setup.size), config.image_prompts()
+        examples, prior, text = image_examples(setup, config, images, prompts), None, None
         class_prompt = config.fill(config.class_prompt or "")
         if config.prior:
             prior = class_examples(setup, config, Prompts(class_prompt), config.prior_images, config.class_folder)
         if config.text_encoders:
             text = TextLora(setup.base, config, prompts, [class_prompt] * config.prior_images if prior else [])
         setup.make_room(config, keep_text=text is not None)
-        unet, scheduler = setup.base.unet, setup.noise_schedule()
-        return cls(unet, scheduler, examples, config, prior, text, setup.autocast, pictures)
+        return cls(setup.base.unet, setup.noise_schedule(), examples, config, prior, text, setup.autocast, images)
 
     @classmethod
     def about(cls, config: DreamBoothConfig) -> About:
-        """One LoRA."""
+        """Describe one LoRA."""
         prompt = config.image_prompts()[0]
         trigger = config.style_trigger(config.prompts[0]) if config.product == "style" else prompt
         return About(
             method="DreamBooth LoRA (arXiv 2208.12242)",
             made=f"A LoRA trained on {image_count(config)}",
             prompt=prompt,
-            files={config.product: File(GIVES[config.product], trigger)},
+            files={config.product: File(PRODUCTS[config.product], trigger)},
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups, named: the UNet's matrices, and the text encoders'."""
+        """Return named optimizer groups: the UNet's matrices, and the text encoders'."""
         config = self.config
-        unet = {"name": "unet", "params": matrices(self.branches), "lr": config.learning_rate}
-        groups: list[dict[str, Any]] = [unet]
-        if self.text is not None:
-            groups.append({"name": "text", "params": self.text.parameters(), "lr": config.text_learning_rate})
+        params = matrices(*self.branches.values())
+        groups: list[dict[str, Any]] = [{"name": "unet", "params": params, "lr": config.learning_rate}]
+        for text in self.text.values():
+            groups.append({"name": "text", "params": text.parameters(), "lr": config.text_learning_rate})
         return [{**group, "weight_decay": config.weight_decay} for group in groups]
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The denoising error on the pictures, and λ times that on the class pictures, scalars."""
+        """Yield the denoising error on the images, then λ times that on the class images, scalars."""
         yield self._loss(self.examples, "train", step)
         if self.prior is not None:
             yield self.config.prior * self._loss(self.prior, "prior", step)
 
     def _loss(self, examples: Examples, purpose: str, step: int) -> Tensor:
-        draw, noising = generator(self.config.seed, purpose, step), self.config.noising()
-        with self.autocast():
-            conditioning = None if self.text is None else self.text.read(examples, prior=purpose == "prior")
-            return denoising_loss(
-                self.predict, self.scheduler, examples, draw=draw, conditioning=conditioning, **noising
-            )
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything of the method that a checkpoint needs, by name."""
-        state = branch_state(self.branches, "unet")
-        return state if self.text is None else {**state, **self.text.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the state of a checkpoint of the same recipe."""
-        load_branch_state(self.branches, "unet", state)
-        if self.text is not None:
-            self.text.load_state_dict(state)
-
-    @torch.no_grad()
-    def export(self) -> dict[str, Lora]:
-        """The LoRA as plain pairs, alpha folded into B."""
-        text = {} if self.text is None else self.text.export()
-        return {self.config.product: Lora(folded(self.branches), text=text)}
+        text = self.text.get(self.config.product)
+        conditioning = text.read(examples, prior=purpose == "prior") if text else None
+        return self.denoising_loss(examples, generator(self.config.seed, purpose, step), conditioning=conditioning)
 
     def views(self) -> list[View]:
-        """As trained; then a content in another style, or a style on another subject."""
+        """Return the training prompt; then a content in another style, or a style on another subject."""
         config, prompt = self.config, self.config.image_prompts()[0]
         views = [View("as trained", Prompts(prompt))]
         if config.product == "content":
@@ -158,10 +131,6 @@ class DreamBooth(Method[DreamBoothConfig]):
             text = config.fill(f"a {config.sample_subject} in {{style}} style")
             views.append(View(config.sample_subject, Prompts(text)))
         return views
-
-    def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
-        """Switch the LoRA off, if it is named."""
-        return switched_off(*([self.branches] if self.config.product in names else []))
 
 
 def train_dreambooth(

@@ -62,11 +62,11 @@ class Method(Trainable, Generic[C]):
 
     Attributes:
         command: the command that runs it, for messages.
-        pictures: what it learns from, the first one for the sample sheet; may be empty.
+        images: training images, the first one for the sample sheet; may be empty.
     """
 
     command: ClassVar[str]
-    pictures: list[Image.Image]
+    images: list[Image.Image]
 
     @classmethod
     def check(cls, config: C, base: Base | None = None) -> None:

@@ -204,7 +204,7 @@ class TrainingRun(Generic[C]):
             "prediction": base.prediction_type,
             "zero_terminal_snr": base.zero_terminal_snr,
             "layers_per_block": base.unet.config.layers_per_block,
-            "thumbnail": method.pictures[0] if method.pictures else None,
+            "thumbnail": method.images[0] if method.images else None,
         }
 
     def report_file(self, path: Path) -> None:

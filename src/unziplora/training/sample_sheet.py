@@ -25,8 +25,8 @@ def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Ima
     """A labeled sheet with a row per seed: the picture that was learned from, then the method's views."""
     side = config.resolution or base.resolution
     columns: dict[str, list[Image.Image]] = {}
-    if method.pictures:
-        columns["input"] = [method.pictures[0]] * len(config.sample_seeds)
+    if method.images:
+        columns["input"] = [method.images[0]] * len(config.sample_seeds)
     with _without_checkpointing(base):
         settings = Settings.square(
             side, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.samples_at_once()

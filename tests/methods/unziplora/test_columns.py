@@ -1,4 +1,4 @@
-"""The schedule, the scores and the choice of columns, against values worked out by hand."""
+"""Schedule, scores and choice of columns, compared with values by hand."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_schedule_gives_the_remainder_to_the_last_period():
     assert [step for step, p in enumerate(phases) if p.warm] == [0, 1, 3, 4, 6, 7]
 
 
-def test_scores_by_hand():
+def test_scores_match_values_by_hand():
     delta = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
     first = torch.tensor([[3.0, 1.0], [4.0, 9.0]])
     second = torch.tensor([[-1.0, 0.0], [0.0, 9.0]])
@@ -46,7 +46,7 @@ def test_scores_by_hand():
     assert threshold.total.tolist() == [1.0 + 0.5, 0.5 + 0.0]
 
 
-def test_threshold_scores_do_not_depend_on_loss_scaling_if_it_is_known():
+def test_threshold_scores_do_not_depend_on_a_known_loss_scale():
     gradient, delta = torch.full((4, 8), 3e-6), torch.ones(4, 8)
     scaled, unscaled = Scores(official_code=True, gradient_scale=2.0**16), Scores(official_code=True)
     scaled(gradient * 2.0**16, delta)
@@ -55,13 +55,13 @@ def test_threshold_scores_do_not_depend_on_loss_scaling_if_it_is_known():
     assert unscaled.total.tolist() == [1.0] * 4  # the official code in fp16
 
 
-def test_gradients_beyond_fp16_leave_the_scores_of_other_columns_alone():
+def test_overflowing_gradients_do_not_affect_other_columns():
     scores = Scores()
     scores(torch.tensor([[torch.inf, 1.0], [2.0, 1.0], [torch.nan, 0.0]]), torch.ones(3, 2))
     assert scores.total.tolist() == [0.5, 1.5, 0.0]
 
 
-def test_choice_takes_the_best_and_keeps_what_is_held():
+def test_choice_takes_the_best_columns_and_keeps_held_ones():
     scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
     first = choose(scores, NONE, NONE, 2)
     assert first.tolist() == mask(0, 0, 1, 0, 1).tolist()
@@ -70,21 +70,21 @@ def test_choice_takes_the_best_and_keeps_what_is_held():
     assert choose(turned, first, NONE, 2).tolist() == first.tolist()
 
 
-def test_ties_go_to_the_lower_index_and_still_give_exactly_k():
+def test_ties_go_to_the_lower_index_and_exactly_k_are_chosen():
     assert choose(torch.ones(5), NONE, NONE, 2).tolist() == mask(1, 1, 0, 0, 0).tolist()
     assert choose(torch.zeros(5), mask(1, 0, 0, 0, 0), NONE, 3).tolist() == mask(1, 1, 1, 0, 0).tolist()
     many = torch.zeros(1280, dtype=torch.bool)
     assert int(choose(torch.ones(1280), many, many, 128).sum()) == 128
 
 
-def test_strict_choice_reproduces_the_fault_with_ties():
+def test_official_choice_chooses_none_if_all_tie():
     assert int(choose(torch.ones(5), NONE, NONE, 2, official_code=True).sum()) == 0
     scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
     assert choose(scores, NONE, NONE, 3, official_code=True).tolist() == mask(0, 0, 1, 0, 1).tolist()
     assert choose(scores, NONE, NONE, 0, official_code=True).tolist() == NONE.tolist()
 
 
-def test_strict_choice_ranks_what_is_held_and_never_takes_what_is_closed():
+def test_official_choice_ranks_held_columns_and_never_takes_closed_ones():
     scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])
     assert choose(scores, mask(0, 0, 1, 0, 1), NONE, 2, official_code=True).tolist() == mask(0, 0, 1, 0, 1).tolist()
     assert choose(scores, mask(0, 1, 0, 0, 0), NONE, 2, official_code=True).tolist() == mask(0, 1, 1, 0, 0).tolist()
@@ -98,7 +98,7 @@ def test_closed_columns_are_taken_last():
     assert choose(scores, NONE, closed, 4).tolist() == mask(1, 1, 1, 1, 0).tolist()
 
 
-def test_orthogonality_by_hand():
+def test_orthogonality_matches_the_value_by_hand():
     ones = torch.ones(4)
     layers = [
         (torch.tensor([1.0, 0.5, 0.0, 1.0]), torch.tensor([0.0, 0.5, 1.0, 1.0])),  # mean(0, .25, 0, 1)

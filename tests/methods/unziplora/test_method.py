@@ -1,4 +1,4 @@
-"""UnZipLoRA on a tiny base: what trains, what stays, what each LoRA sees, and that a stop leaves no trace."""
+"""UnZipLoRA on a tiny base: trained and frozen parts, prompts of each LoRA, columns, exact resume."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from splits import build, config, examples, scheduler
 
 from unziplora.errors import UserError
-from unziplora.lora.blocks import SDXL_BLOCKS, BlockMap, read_blocks
+from unziplora.lora.blocks import SDXL_BLOCKS, read_blocks
 from unziplora.lora.inject import adapted_layers, remove
 from unziplora.methods.unziplora.data import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
@@ -46,7 +46,7 @@ def test_every_combination_of_switches_trains_both_loras_and_never_the_base(tiny
     assert all(torch.equal(after[name], frozen[name]) for name in frozen)
 
 
-def test_starts_as_the_base_and_stays_with_its_published_size(tiny_base):
+def test_untrained_loras_do_not_change_the_loss(tiny_base):
     data = examples(tiny_base)
     plain = Examples(
         data.latents,
@@ -90,7 +90,7 @@ def test_columns_are_chosen_by_the_gradient_of_the_dense_update(tiny_base):
     method = build(tiny_base)
     run(method, stop=1)
     step, recipe = 1, method.config
-    wanted = {}
+    expected = {}
     for name, path, branch in list(method.columns.masked())[::7]:
         leaf = branch.delta().detach().requires_grad_()
         layer = tiny_base.unet.get_submodule(path)
@@ -106,22 +106,22 @@ def test_columns_are_chosen_by_the_gradient_of_the_dense_update(tiny_base):
             return output + x @ leaf.T - x @ branch.delta().detach().T
 
         handle = layer.register_forward_hook(hook)
-        wanted[name, path] = torch.zeros(len(leaf))
+        expected[name, path] = torch.zeros(len(leaf))
         for turn in range(recipe.score_timesteps):
             draw = generator(recipe.seed, "score", step, turn)
-            loss = method._denoising_loss(method.material.examples, draw)
+            loss = method.denoising_loss(method.data.examples, draw)
             (gradient,) = torch.autograd.grad(loss, leaf)
-            wanted[name, path] += (gradient * leaf).abs().mean(1).detach()
+            expected[name, path] += (gradient * leaf).abs().mean(1).detach()
         handle.remove()
     with method.columns.scored(1.0) as scores:
         for turn in range(recipe.score_timesteps):
-            method._denoising_loss(method.material.examples, generator(recipe.seed, "score", step, turn)).backward()
-    for (name, path), score in wanted.items():
+            method.denoising_loss(method.data.examples, generator(recipe.seed, "score", step, turn)).backward()
+    for (name, path), score in expected.items():
         assert score.max() > 0
         torch.testing.assert_close(scores[name][path].total, score, rtol=1e-3, atol=1e-12)
 
 
-def test_the_choice_does_not_depend_on_loss_scaling(fresh_base):
+def test_column_choice_does_not_depend_on_loss_scaling(fresh_base):
     held = []
     for scale in (1.0, 4096.0):
         method = build(fresh_base())
@@ -150,10 +150,10 @@ def test_each_lora_is_blind_to_the_others_prompt(tiny_base):
     full, content, style = data.conditioning.tokens.chunk(3, -1)
 
     def predict(*streams: torch.Tensor) -> torch.Tensor:
-        given = {"text_embeds": data.conditioning.pooled, "time_ids": data.conditioning.time_ids}
+        added = {"text_embeds": data.conditioning.pooled, "time_ids": data.conditioning.time_ids}
         tokens = torch.cat(streams, -1)
         with torch.no_grad():
-            return tiny_base.unet(data.latents, 500, tokens, added_cond_kwargs=given).sample
+            return tiny_base.unet(data.latents, 500, tokens, added_cond_kwargs=added).sample
 
     other = torch.randn_like(full)
     with method.only("content"):
@@ -178,7 +178,7 @@ def test_scales_train_only_where_both_hold_a_column_and_stay_within_bounds(tiny_
     assert owned.scale.lt(1).any(), "content owns this layer, style holds columns in it: they overlap"
 
 
-def test_scales_rest_during_a_warm_up(tiny_base):
+def test_scales_are_frozen_during_a_warm_up(tiny_base):
     method = build(tiny_base, column_warmup=2, scale_learning_rate=0.5)
     trainer = run(method, stop=2)
     assert all(b.scale.eq(1).all() for name in method.branches for b in method.branches[name].values())
@@ -204,9 +204,9 @@ def test_export_is_what_the_run_computes(fresh_base):
     for name, lora in method.export().items():
         add_lora(plain.unet, name, lora.modules, stream=name)
     data = examples(base, seed=3)
-    given = {"text_embeds": data.conditioning.pooled, "time_ids": data.conditioning.time_ids}
+    added = {"text_embeds": data.conditioning.pooled, "time_ids": data.conditioning.time_ids}
     outputs = [
-        b.unet(data.latents, 300, data.conditioning.tokens, added_cond_kwargs=given).sample for b in (base, plain)
+        b.unet(data.latents, 300, data.conditioning.tokens, added_cond_kwargs=added).sample for b in (base, plain)
     ]
     torch.testing.assert_close(*outputs)
 
@@ -228,7 +228,7 @@ def test_resume_equals_uninterrupted(fresh_base, tmp_path, stop):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_same_seed_gives_the_same_result_and_another_does_not(fresh_base):
+def test_results_depend_on_the_seed_alone(fresh_base):
     states = []
     for seed in (0, 0, 1):
         method = build(fresh_base(), seed=seed)
@@ -251,10 +251,10 @@ def test_gradient_checkpointing_changes_nothing(fresh_base):
         torch.testing.assert_close(states[1][name], value)
 
 
-def test_prior_preservation_teaches_one_lora_and_leaves_the_other(tiny_base):
+def test_prior_preservation_trains_one_lora_only(tiny_base):
     recipe = config(content_prior=1.0, column_separation=False, block_separation=False)
-    material = TrainingData(examples(tiny_base), priors={"content": examples(tiny_base, seed=9)})
-    method = UnZipLora(tiny_base.unet, scheduler(tiny_base), material, recipe, SDXL_BLOCKS)
+    data = TrainingData(examples(tiny_base), priors={"content": examples(tiny_base, seed=9)})
+    method = UnZipLora(tiny_base.unet, scheduler(tiny_base), data, recipe)
     terms = method.losses(0)
     next(terms)
     next(terms).backward()
@@ -264,47 +264,50 @@ def test_prior_preservation_teaches_one_lora_and_leaves_the_other(tiny_base):
     assert all(b.strength == 1.0 for b in method.branches["style"].values())
 
 
-def test_steps_alone_teach_one_lora_the_picture_and_leave_the_other(tiny_base):
+def test_steps_alone_train_one_lora_only(tiny_base):
     recipe = config(content_alone=0.4, style_alone=0.3)
-    told = examples(tiny_base, seed=9)
-    material = TrainingData(examples(tiny_base), alone={"style": told})
-    made = UnZipLora(tiny_base.unet, scheduler(tiny_base), material, recipe, SDXL_BLOCKS)
-    for branch in [*made.branches["content"].values(), *made.branches["style"].values()]:
+    style_examples = examples(tiny_base, seed=9)
+    data = TrainingData(examples(tiny_base), alone={"style": style_examples})
+    method = UnZipLora(tiny_base.unet, scheduler(tiny_base), data, recipe)
+    for branch in [*method.branches["content"].values(), *method.branches["style"].values()]:
         torch.nn.init.normal_(branch.up, std=0.1)
-    turns = [made.solo(step) for step in range(400)]
+    turns = [method.solo(step) for step in range(400)]
     shares = [turns.count(name) / 400 for name in ("content", "style", None)]
     assert shares == pytest.approx([0.4, 0.3, 0.3], abs=0.08)  # more than three standard errors
-    for name, shown in (("content", material.examples), ("style", told)):
+    for name, shown in (("content", data.examples), ("style", style_examples)):
         step = turns.index(name)
-        terms = list(made.losses(step))
-        with made.only(name):
+        terms = list(method.losses(step))
+        with method.only(name):
             draw = generator(recipe.seed, "train", step)
-            expected = denoising_loss(tiny_base.unet, made.scheduler, shown, draw=draw, **recipe.noising())
+            expected = denoising_loss(tiny_base.unet, method.scheduler, shown, draw=draw, **recipe.noising())
         assert len(terms) == 1
         torch.testing.assert_close(terms[0], expected)
         terms[0].backward()
         other = "style" if name == "content" else "content"
-        assert any(b.up.grad is not None and b.up.grad.abs().max() > 0 for b in made.branches[name].values())
-        assert all(b.up.grad is None for b in made.branches[other].values())
+        assert any(b.up.grad is not None and b.up.grad.abs().max() > 0 for b in method.branches[name].values())
+        assert all(b.up.grad is None for b in method.branches[other].values())
         tiny_base.unet.zero_grad()
 
 
-def test_the_bundled_base_has_a_map_of_its_own_for_every_layer_and_the_paper_keeps_its_map(tiny_base):
+def test_bundled_map_gives_every_layer_an_owner_and_preset_paper_keeps_the_published_map(tiny_base):
     assert config(base="bundled").blocks == "bundled"
     assert config(base="bundled", preset="paper").blocks == config().blocks == "sdxl"
-    made = build(tiny_base, read_blocks("bundled"), column_separation=False)
-    for path in made.branches["content"]:
+    method = build(tiny_base, blocks="bundled", column_separation=False)
+    for path in method.branches["content"]:
         last = path.startswith("up_blocks.1.")
-        owned = made.branches["style" if last else "content"][path], made.branches["content" if last else "style"][path]
+        owned = (
+            method.branches["style" if last else "content"][path],
+            method.branches["content" if last else "style"][path],
+        )
         assert [bool(branch.mask.any()) for branch in owned] == [True, False]
 
 
-def test_steps_alone_must_leave_steps_together():
-    with pytest.raises(UserError, match="no step in which the LoRAs learn together"):
+def test_shares_of_steps_alone_must_leave_steps_together():
+    with pytest.raises(UserError, match="no step in which the LoRAs train together"):
         config(content_alone=0.5, style_alone=0.5)
 
 
-def test_a_stop_request_finishes_the_step_and_saves(tiny_base):
+def test_stop_request_finishes_the_step_and_saves(tiny_base):
     import os
     import signal
 
@@ -320,7 +323,7 @@ def test_a_stop_request_finishes_the_step_and_saves(tiny_base):
     assert saved == [3]
 
 
-def test_checkpoints_that_cannot_be_resumed_are_named(tiny_base, tmp_path):
+def test_damaged_checkpoint_is_refused(tiny_base, tmp_path):
     method = build(tiny_base)
     trainer = run(method, stop=1)
     trainer.save(tmp_path)
@@ -329,7 +332,7 @@ def test_checkpoints_that_cannot_be_resumed_are_named(tiny_base, tmp_path):
         trainer.load(tmp_path)
 
 
-def test_block_maps(tmp_path, tiny_base, monkeypatch):
+def test_block_maps_are_read_from_files_and_checked(tmp_path, tiny_base, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "map.toml"
     file.write_text('content = ["mid_block"]\nstyle = ["up_blocks.1"]')
@@ -338,8 +341,9 @@ def test_block_maps(tmp_path, tiny_base, monkeypatch):
     assert blocks.owner("mid_block.attentions.0.x") == "content"
     assert blocks.owner("up_blocks.1.attentions.2.x") == "style"
     assert blocks.owner("up_blocks.10.attentions.2.x") is None
+    file.write_text('content = ["up_blocks.7"]\nstyle = []')
     with pytest.raises(UserError, match=r"no attention layers in 'up_blocks\.7'"):
-        build(tiny_base, BlockMap(("up_blocks.7",), ()))
+        build(tiny_base, blocks=str(file))
     file.write_text('content = ["mid_block"]\nstyle = ["mid_block"]')
     with pytest.raises(UserError, match="both content and style"):
         read_blocks(str(file))
@@ -349,7 +353,7 @@ def test_block_maps(tmp_path, tiny_base, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_the_loss_by_hand(tiny_base, kind):
+def test_loss_matches_the_value_by_hand(tiny_base, kind):
     noise_schedule = DDPMScheduler.from_config({**tiny_base.scheduler.config, "prediction_type": kind})
     data = examples(tiny_base, joined=False)
     draw = generator("by hand")
@@ -360,16 +364,16 @@ def test_the_loss_by_hand(tiny_base, kind):
     noise = torch.randn(data.latents.shape, generator=draw)
     alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[t]
     noisy = alpha.sqrt() * data.latents + (1 - alpha).sqrt() * noise
-    given = {"text_embeds": data.conditioning.pooled, "time_ids": data.conditioning.time_ids}
-    guess = tiny_base.unet(noisy, t, data.conditioning.tokens, added_cond_kwargs=given).sample
+    added = {"text_embeds": data.conditioning.pooled, "time_ids": data.conditioning.time_ids}
+    guess = tiny_base.unet(noisy, t, data.conditioning.tokens, added_cond_kwargs=added).sample
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * data.latents
     snr = alpha / (1 - alpha)
     weight = min(snr, torch.tensor(5.0)) / (snr if kind == "epsilon" else snr + 1)
-    wanted = weight * (guess - (noise if kind == "epsilon" else velocity)).square().mean()
-    torch.testing.assert_close(loss, wanted)
+    expected = weight * (guess - (noise if kind == "epsilon" else velocity)).square().mean()
+    torch.testing.assert_close(loss, expected)
 
 
-def test_a_shift_moves_timesteps_towards_noise_and_keeps_them_in_range():
+def test_shift_moves_timesteps_towards_noise_within_their_range():
     every = torch.arange(1000)
     assert torch.equal(shifted(every, 1000, 1.0), every)
     moved = shifted(every, 1000, 3.0)
@@ -379,14 +383,14 @@ def test_a_shift_moves_timesteps_towards_noise_and_keeps_them_in_range():
     assert shifted(every, 1000, 1 / 3)[moved].sub(every).abs().max() <= 2
 
 
-def test_min_snr_at_zero_terminal_snr(tiny_base):
+def test_min_snr_weights_are_finite_at_zero_terminal_snr(tiny_base):
     options = {**tiny_base.scheduler.config, "rescale_betas_zero_snr": True}
-    for kind, wanted in (("epsilon", 1.0), ("v_prediction", 0.0)):
+    for kind, weight in (("epsilon", 1.0), ("v_prediction", 0.0)):
         noise_schedule = DDPMScheduler.from_config({**options, "prediction_type": kind})
-        assert snr_weights(noise_schedule, torch.tensor([999]), 5.0).item() == pytest.approx(wanted, abs=1e-6)
+        assert snr_weights(noise_schedule, torch.tensor([999]), 5.0).item() == pytest.approx(weight, abs=1e-6)
 
 
-def test_a_mask_weighs_the_loss_and_keeps_its_size(tiny_base):
+def test_mask_weighs_the_loss_and_keeps_its_size(tiny_base):
     data = examples(tiny_base, joined=False)
     size = data.latents.shape[-1]
     left = torch.zeros(1, 1, size, size)

@@ -1,4 +1,4 @@
-"""The whole job on a tiny base: the run folder, its files, resuming, and what is refused before any work."""
+"""Whole runs on a tiny base: the run folder, its files, resuming, and refusals before any work."""
 
 import errno
 import json
@@ -63,11 +63,11 @@ def tensors(path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def test_a_run_leaves_what_a_user_expects(config, tmp_path):
-    told: list[Progress] = []
-    run = split(config(formats=["kohya", "diffusers"], sample_every=4), progress=told.append)
-    found = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file() and not p.name.startswith(".")}
-    assert found == {
+def test_run_writes_loras_card_log_and_samples(config, tmp_path):
+    events: list[Progress] = []
+    run = split(config(formats=["kohya", "diffusers"], sample_every=4), progress=events.append)
+    files = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file() and not p.name.startswith(".")}
+    assert files == {
         "README.md",
         "config.toml",
         "log.jsonl",
@@ -81,7 +81,7 @@ def test_a_run_leaves_what_a_user_expects(config, tmp_path):
     losses = [json.loads(line)["loss"] for line in run.log_file.read_text().splitlines()]
     assert len(losses) == 6
     assert all(loss > 0 for loss in losses)
-    assert [event.step for event in told if event.loss == event.loss] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events if event.loss == event.loss] == [1, 2, 3, 4, 5, 6]
     content = read_lora(run.content)
     assert content.metadata["modelspec.trigger_phrase"] == "a sks cat"
     assert json.loads(content.metadata["unziplora.settings"])["rank"] == 2
@@ -92,7 +92,7 @@ def test_a_run_leaves_what_a_user_expects(config, tmp_path):
     assert any(up.abs().max() > 0 for _, up in content.modules.values())
 
 
-def test_pictures_of_a_sheet_shrink_where_many_seeds_would_make_it_too_long():
+def test_sheet_with_many_seeds_shrinks_its_images():
     large, small = Image.new("RGB", (1024, 1024)), Image.new("RGB", (64, 64))
     assert _visible(large, LONGEST // 16 - GAP).size == (871, 871)
     assert _visible(large, 1024).size == (1024, 1024)
@@ -101,7 +101,7 @@ def test_pictures_of_a_sheet_shrink_where_many_seeds_would_make_it_too_long():
     assert 200 * (LONGEST // 200) < LARGEST  # as many seeds as a recipe takes
 
 
-def test_a_finished_run_is_not_overwritten(config):
+def test_finished_run_is_not_overwritten(config):
     run = split(config(steps=4, column_periods=1, sample_seeds=[]))
     before = run.content.read_bytes()
     with pytest.raises(UserError, match="holds a finished run: choose another --out"):
@@ -112,7 +112,7 @@ def test_a_finished_run_is_not_overwritten(config):
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_a_run_that_was_interrupted_ends_like_one_that_was_not(config, tmp_path, stop):
+def test_resumed_run_equals_an_uninterrupted_one(config, tmp_path, stop):
     whole = split(config(out=tmp_path / "whole", sample_seeds=[]))
 
     def interrupt(event: Progress) -> None:
@@ -129,8 +129,8 @@ def test_a_run_that_was_interrupted_ends_like_one_that_was_not(config, tmp_path,
     assert [json.loads(line)["step"] for line in cut.log_file.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_run_continues_from_its_last_whole_checkpoint(config, tmp_path):
-    """A kill leaves no chance to save: the run dies between checkpoints, with a half-written one beside them."""
+def test_killed_run_continues_from_its_last_whole_checkpoint(config, tmp_path):
+    """A killed run saves nothing: it ends between checkpoints, with a half-written one next to them."""
     whole = split(config(out=tmp_path / "whole", sample_seeds=[]))
 
     class Killed(BaseException):
@@ -152,7 +152,7 @@ def test_a_killed_run_continues_from_its_last_whole_checkpoint(config, tmp_path)
 
 
 @pytest.mark.parametrize("when", ["loading base", "wrote "])
-def test_a_run_that_was_stopped_outside_its_steps_goes_on(config, tmp_path, when):
+def test_run_stopped_outside_its_steps_can_be_resumed(config, tmp_path, when):
     whole = split(config(out=tmp_path / "whole", sample_seeds=[]))
     steps: list[int] = []
 
@@ -171,7 +171,7 @@ def test_a_run_that_was_stopped_outside_its_steps_goes_on(config, tmp_path, when
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_a_run_whose_samples_do_not_fit_in_memory_is_finished_all_the_same(config, monkeypatch):
+def test_running_out_of_memory_in_samples_does_not_fail_the_run(config, monkeypatch):
     def full(*_: object) -> None:
         raise OutOfMemory("out of memory (decoding a picture)")
 
@@ -183,8 +183,8 @@ def test_a_run_whose_samples_do_not_fit_in_memory_is_finished_all_the_same(confi
     assert not any(run.samples.iterdir())
 
 
-def test_a_checkpoint_without_a_loss_scaler_is_resumed_with_one(config, monkeypatch):
-    """A run may go on in another number format: `auto` is what the device can."""
+def test_checkpoint_without_a_loss_scaler_is_resumed_with_one(config, monkeypatch):
+    """A run may be resumed in another number format: `auto` depends on the device."""
 
     def stop(event: Progress) -> None:
         if event.step == 3:
@@ -217,7 +217,7 @@ def test_switches_masks_and_priors_run_through(config, picture, tmp_path, switch
     assert all(up.isfinite().all() for _, up in read_lora(run.style).modules.values())
 
 
-def test_a_mask_of_ones_and_gradient_checkpointing_change_nothing(config, tmp_path):
+def test_mask_of_ones_and_gradient_checkpointing_change_nothing(config, tmp_path):
     mask = tmp_path / "mask.png"
     Image.new("L", (96, 80), 255).save(mask)
     plain = split(config(out=tmp_path / "a", steps=4, sample_seeds=[]))
@@ -234,11 +234,11 @@ def test_low_precision_trains_both_loras(config):
 
 
 @pytest.mark.parametrize(("batch_size", "passes"), [(1, 6), (4, 4), (8, 2)])
-def test_samples_are_computed_together_as_far_as_a_batch_of_the_training_goes(config, shared_base, batch_size, passes):
-    """With guidance each counts twice: of three seeds a batch of 4 takes two at once, a batch of 8 all."""
+def test_samples_use_batches_no_larger_than_the_training(config, shared_base, batch_size, passes):
+    """With guidance each sample counts twice: a batch of 4 computes two of three seeds at once, a batch of 8 all."""
 
     class Plain:
-        pictures = ()
+        images = ()
         views = staticmethod(lambda: [View("the base", Prompts("a cat"))])
         off = staticmethod(lambda names: nullcontext())
 
@@ -267,11 +267,11 @@ def test_samples_are_computed_together_as_far_as_a_batch_of_the_training_goes(co
         ({"content_learning_rate": 1e30}, UserError, "loss is"),
     ],
 )
-def test_what_cannot_be_done_is_said_and_leaves_no_lora_behind(config, changes, error, message):
-    made = config(**changes)
+def test_failed_run_names_its_fault_and_writes_no_lora(config, changes, error, message):
+    recipe = config(**changes)
     with pytest.raises(error, match=message):
-        split(made)
-    assert not list(made.out.glob("*.safetensors"))
+        split(recipe)
+    assert not list(recipe.out.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -282,20 +282,20 @@ def test_what_cannot_be_done_is_said_and_leaves_no_lora_behind(config, changes, 
         ({"style_prior": 1.0, "style_class_prompt": "a {thing}"}, "is not known here"),
     ],
 )
-def test_words_that_cannot_be_used_are_told_before_a_folder_is_made(config, changes, message):
-    made = config(**changes)
+def test_unusable_prompts_are_refused_before_a_folder_is_made(config, changes, message):
+    recipe = config(**changes)
     with pytest.raises(UserError, match=message):
-        split(made)
-    assert not made.out.exists()
+        split(recipe)
+    assert not recipe.out.exists()
 
 
-def test_a_missing_picture_is_told_before_a_folder_is_made(config, tmp_path):
+def test_missing_image_is_refused_before_a_folder_is_made(config, tmp_path):
     with pytest.raises(UserError, match="no such image"):
         split(config(images=[tmp_path / "nothing.png"]))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
+def test_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
     """The disk fills up while the files are written: the error is the machine's, and resuming finishes the run."""
     opened = Path.open
 
@@ -312,7 +312,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
     assert read_lora(run.content).modules.keys() == read_lora(run.style).modules.keys()
 
 
-def test_optimizers_and_their_absence(config, tmp_path, monkeypatch):
+def test_prodigy_trains_and_a_missing_optimizer_is_named(config, tmp_path, monkeypatch):
     run = split(
         config(steps=4, optimizer="prodigy", content_learning_rate=1.0, style_learning_rate=1.0, sample_seeds=[])
     )

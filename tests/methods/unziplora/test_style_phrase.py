@@ -1,4 +1,4 @@
-"""The style's phrase is learned, and the text encoders learn to make the same of the plain words."""
+"""Style phrase: offsets are fitted to images, and distilled into a LoRA of the text encoders."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ from unziplora.formats import writers
 from unziplora.formats.files import read_lora
 from unziplora.images.filters import FILTERS
 from unziplora.methods.unziplora.method import UnZipLora, split
-from unziplora.methods.unziplora.style_phrase import learn_phrase, teach_encoders
-from unziplora.methods.unziplora.textual_inversion import Phrase, embeddings
+from unziplora.methods.unziplora.style_phrase import distill_offsets, fit_offsets
+from unziplora.methods.unziplora.textual_inversion import PhraseOffsets, token_embeddings
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import Prompts, embed, encode_batch, image_conditioning
 from unziplora.sampling.sample import sample
@@ -31,7 +31,7 @@ from unziplora.training.method import Setup
 from unziplora.utils.progress import Progress
 
 Make = Callable[..., SplitConfig]
-SPOKEN = "a cat in ink wash style"
+PROMPT = "a cat in ink wash style"
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
 
 def picture(base: Base) -> Examples:
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Examples(latents, image_conditioning(base, Prompts(SPOKEN), base.resolution, 1))
+    return Examples(latents, image_conditioning(base, Prompts(PROMPT), base.resolution, 1))
 
 
 @pytest.fixture
@@ -58,184 +58,193 @@ def base(tiny_folder: Path) -> Base:
     return load_base(str(tiny_folder))
 
 
-class TestPhrase:
-    def test_one_that_no_prompt_can_hold_is_refused(self, base: Base) -> None:
-        with pytest.raises(UserError, match=r"tokens long, 75 at most: say it shorter"):
-            Phrase(base, "ink " * 90)
+class TestOffsets:
+    def test_phrase_longer_than_a_prompt_is_refused(self, base: Base) -> None:
+        with pytest.raises(UserError, match=r"tokens long, and a prompt has 75; shorten it"):
+            PhraseOffsets(base, "ink " * 90)
 
-    def test_offsets_are_added_where_the_whole_phrase_stands_and_nowhere_else(self, base: Base):
-        phrase, encoder, tokenizer = Phrase(base, "ink wash"), base.text_encoders[0], base.tokenizers[0]
+    def test_offsets_are_added_only_where_the_whole_phrase_occurs(self, base: Base):
+        phrase, encoder, tokenizer = PhraseOffsets(base, "ink wash"), base.text_encoders[0], base.tokenizers[0]
         with torch.no_grad():
             for offsets in phrase.free:
                 offsets += torch.arange(1.0, offsets.shape[1] + 1)[:, None]
-        tokens = tokenizer([SPOKEN, "an ink washer, ink"], padding=True, return_tensors="pt").input_ids
-        table = embeddings(encoder)
+        tokens = tokenizer([PROMPT, "an ink washer, ink"], padding=True, return_tensors="pt").input_ids
+        table = token_embeddings(encoder)
         plain = table(tokens)
         with phrase.applied():
             added = (table(tokens) - plain)[..., 0]
         start = tokenizer("a cat in", add_special_tokens=False).input_ids
-        length = len(phrase.ids[0])
+        length = len(phrase.token_ids[0])
         expected = torch.zeros(tokens.shape)
         expected[0, 1 + len(start) : 1 + len(start) + length] = torch.arange(1.0, length + 1)
         torch.testing.assert_close(added, expected, atol=1e-5, rtol=0)
         assert torch.equal(table(tokens), plain)
 
-    def test_a_whole_share_of_a_known_token_makes_it_of_every_token_of_the_phrase(self, base: Base):
-        phrase = Phrase(base, "ink wash", known=["sign", "neon sign"])
+    def test_weight_one_turns_a_token_into_the_known_one(self, base: Base):
+        phrase = PhraseOffsets(base, "ink wash", known_words=["sign", "neon sign"])
         for number in (0, 1):
-            tokenizer, table = base.tokenizers[number], embeddings(base.text_encoders[number])
+            tokenizer, table = base.tokenizers[number], token_embeddings(base.text_encoders[number])
             known = sorted(set(tokenizer("neon sign", add_special_tokens=False).input_ids))
             token = tokenizer("sign", add_special_tokens=False).input_ids[-1]
             with torch.no_grad():
-                phrase.shares[number][:, :, known.index(token)] = 1.0
+                phrase.word_weights[number][:, :, known.index(token)] = 1.0
             with phrase.applied(), torch.no_grad():
-                read = table(torch.tensor([phrase.ids[number]]))
+                read = table(torch.tensor([phrase.token_ids[number]]))
                 torch.testing.assert_close(read[0], table.weight[token].expand_as(read[0]), atol=1e-6, rtol=0)
 
-    def test_shares_and_the_free_part_learn_at_their_own_rates(self, base: Base, config: Make):
-        scheduler, phrase = DDPMScheduler.from_config(base.scheduler.config), Phrase(base, "ink wash", known=["sign"])
+    def test_word_weights_and_free_part_have_their_own_learning_rates(self, base: Base, config: Make):
+        scheduler, phrase = (
+            DDPMScheduler.from_config(base.scheduler.config),
+            PhraseOffsets(base, "ink wash", known_words=["sign"]),
+        )
         recipe = config(phrase_steps=1, phrase_learning_rate=1e-3, phrase_word_rate=1e-2)
-        learn_phrase(phrase, scheduler, picture(base), SPOKEN, recipe)
-        for part, rate in ((phrase.free, 1e-3), (phrase.shares, 1e-2)):
+        fit_offsets(phrase, scheduler, picture(base), PROMPT, recipe)
+        for part, rate in ((phrase.free, 1e-3), (phrase.word_weights, 1e-2)):
             # Adam's first step is the rate, whatever the loss.
             assert max(values.abs().max().item() for values in part) == pytest.approx(rate, rel=0.01)
 
-    def test_prompts_of_one_batch_may_be_read_each_in_its_own_way(self, base: Base):
-        phrase = Phrase(base, "ink wash", readings=3)
+    def test_prompts_of_one_batch_may_have_different_variants(self, base: Base):
+        phrase = PhraseOffsets(base, "ink wash", variants=3)
         with torch.no_grad():
             for offsets in phrase.free:
                 offsets += torch.tensor([0.0, 1.0, 5.0])[:, None, None]
         with torch.no_grad(), phrase.applied(torch.tensor([2, 0, 1])):
-            rows = encode_batch(base, [SPOKEN] * 3).tokens
-        torch.testing.assert_close(rows[1:2], embed(base, [SPOKEN]).tokens)
+            rows = encode_batch(base, [PROMPT] * 3).tokens
+        torch.testing.assert_close(rows[1:2], embed(base, [PROMPT]).tokens)
         with phrase.applied(torch.tensor([2])):
-            torch.testing.assert_close(rows[:1], embed(base, [SPOKEN]).tokens)
+            torch.testing.assert_close(rows[:1], embed(base, [PROMPT]).tokens)
 
-    def test_each_reading_learns_from_its_own_pictures_alone(self, base: Base, config: Make):
-        scheduler, phrase = DDPMScheduler.from_config(base.scheduler.config), Phrase(base, "ink wash", readings=2)
-        examples = Examples(torch.randn(4, 4, 8, 8), image_conditioning(base, Prompts(SPOKEN), base.resolution, 4))
-        learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=1, batch_size=1))
+    def test_each_variant_learns_from_its_own_images_only(self, base: Base, config: Make):
+        scheduler, phrase = (
+            DDPMScheduler.from_config(base.scheduler.config),
+            PhraseOffsets(base, "ink wash", variants=2),
+        )
+        examples = Examples(torch.randn(4, 4, 8, 8), image_conditioning(base, Prompts(PROMPT), base.resolution, 4))
+        fit_offsets(phrase, scheduler, examples, PROMPT, config(phrase_steps=1, batch_size=1))
         learned = [[bool(reading.any()) for reading in offsets] for offsets in phrase.free]
         assert sorted(learned[0]) == [False, True]
         assert learned[0] == learned[1]
-        learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=8, batch_size=2))
+        fit_offsets(phrase, scheduler, examples, PROMPT, config(phrase_steps=8, batch_size=2))
         assert all(offsets.abs().min() > 0 for offsets in phrase.free)
 
-    def test_the_schedule_holds_for_the_words_too(self, base: Base, config: Make):
+    def test_schedule_applies_to_the_phrase_too(self, base: Base, config: Make):
         scheduler, moved = DDPMScheduler.from_config(base.scheduler.config), {}
         for schedule in ("constant", "cosine"):
-            phrase = Phrase(base, "ink wash")
+            phrase = PhraseOffsets(base, "ink wash")
             recipe = config(phrase_steps=8, phrase_learning_rate=1e-3, schedule=schedule)
-            learn_phrase(phrase, scheduler, picture(base), SPOKEN, recipe)
+            fit_offsets(phrase, scheduler, picture(base), PROMPT, recipe)
             moved[schedule] = max(offsets.abs().max().item() for offsets in phrase.free)
         # Adam moves a number by about the rate in every step: the sums of eight rates.
         assert moved["cosine"] < 1.1 * 4.5e-3 < moved["constant"] < 1.1 * 8e-3
 
-    def test_learning_lowers_the_loss_and_moves_nothing_else(self, base: Base, config: Make):
+    def test_fitting_lowers_the_loss_and_changes_nothing_else(self, base: Base, config: Make):
         scheduler, examples, phrase = (
             DDPMScheduler.from_config(base.scheduler.config),
             picture(base),
-            Phrase(base, "ink wash"),
+            PhraseOffsets(base, "ink wash"),
         )
         frozen = [parameter.clone() for module in (base.unet, *base.text_encoders) for parameter in module.parameters()]
 
         def loss() -> float:
             with phrase.applied():
-                told = image_conditioning(base, Prompts(SPOKEN), base.resolution, 1)
-            seen = Examples(examples.latents, told)
-            return float(denoising_loss(base.unet, scheduler, seen, batch_size=64, draw=generator("test")))
+                conditioning = image_conditioning(base, Prompts(PROMPT), base.resolution, 1)
+            styled = Examples(examples.latents, conditioning)
+            return float(denoising_loss(base.unet, scheduler, styled, batch_size=64, draw=generator("test")))
 
         before = loss()
-        learn_phrase(phrase, scheduler, examples, SPOKEN, config(phrase_steps=30, phrase_learning_rate=0.1))
+        fit_offsets(phrase, scheduler, examples, PROMPT, config(phrase_steps=30, phrase_learning_rate=0.1))
         assert loss() < before - 1e-4
         now = [parameter for module in (base.unet, *base.text_encoders) for parameter in module.parameters()]
         assert all(torch.equal(one, two) for one, two in zip(frozen, now, strict=True))
 
 
-def test_a_phrase_occurs_where_all_of_its_tokens_do(base: Base):
-    phrase = Phrase(base, "pencil sketch")
-    assert phrase.occurs_in("a house in pencil sketch style")
-    assert phrase.occurs_in("pencil sketch")
-    assert not phrase.occurs_in("a pencil in sketch style")
-    assert not phrase.occurs_in("a house in pencil style")
+def test_phrase_occurs_where_all_of_its_tokens_do(base: Base):
+    phrase = PhraseOffsets(base, "pencil sketch")
+    assert phrase.occur_in("a house in pencil sketch style")
+    assert phrase.occur_in("pencil sketch")
+    assert not phrase.occur_in("a pencil in sketch style")
+    assert not phrase.occur_in("a house in pencil style")
 
 
 @pytest.mark.parametrize("style", ["ink wash", "pencil sketch"])  # the second is one of phrase.STYLES
-def test_encoders_learn_the_phrase_and_leave_other_prompts_as_they_were(config: Make, style: str):
-    base, said = load_base("bundled"), [f"a sks cat in {style} style", "a tree", "a zebra in neon sign style"]
-    phrase = Phrase(base, style)
+def test_distillation_changes_prompts_with_the_phrase_only(config: Make, style: str):
+    base, prompts = load_base("bundled"), [f"a sks cat in {style} style", "a tree", "a zebra in neon sign style"]
+    phrase = PhraseOffsets(base, style)
     with torch.no_grad():
         for offsets in phrase.free:
             offsets += torch.randn(offsets.shape, generator=torch.Generator().manual_seed(1)) / 20
         with phrase.applied():
-            goal = encode_batch(base, said[:1]).tokens
-        plain = encode_batch(base, said).tokens
-    adapter = teach_encoders(phrase, config(rank=16, style=style))
-    taught = embed(base, said).tokens
+            goal = encode_batch(base, prompts[:1]).tokens
+        plain = encode_batch(base, prompts).tokens
+    adapter = distill_offsets(phrase, config(rank=16, style=style))
+    distilled = embed(base, prompts).tokens
     wide = (goal - plain[:1]).square().mean()
-    assert (taught[:1] - goal).square().mean() < 0.05 * wide
-    assert (taught[1:] - plain[1:]).square().mean() < 0.1 * wide
+    assert (distilled[:1] - goal).square().mean() < 0.05 * wide
+    assert (distilled[1:] - plain[1:]).square().mean() < 0.1 * wide
     with adapter.off():
         torch.testing.assert_close(embed(base, ["a tree"]).tokens, plain[1:2])
     fresh = load_base(base.name)
     fresh.pipe.load_lora_weights(writers.diffusers(adapter.export(), None)[0])
-    torch.testing.assert_close(embed(fresh, said[:1]).tokens, taught[:1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embed(fresh, prompts[:1]).tokens, distilled[:1], atol=1e-5, rtol=1e-5)
 
 
 class TestSplit:
     @pytest.fixture(autouse=True)
     def _short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.TEACHING_STEPS", 2)
+        monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.DISTILLATION_STEPS", 2)
 
-    def test_the_style_file_has_the_text_encoders_part_and_the_content_file_has_none(self, config: Make):
+    def test_only_the_style_file_has_a_part_for_text_encoders(self, config: Make):
         run = split(config())
         assert not read_lora(run.content).text
         assert any(name.startswith("text_encoder_2.") for name in read_lora(run.style).text)
 
-    def test_variants_teach_the_content_lora_alone_each_in_its_own_words(self, tiny_folder: Path, config: Make):
+    def test_each_variant_has_its_own_conditioning(self, tiny_folder: Path, config: Make):
         recipe = config(content_variants=True, content_alone=0.9, phrase_steps=32, batch_size=8)
         setup = Setup(load_base(str(tiny_folder)), 64, nullcontext, lambda _: None)
         method = UnZipLora.build(recipe, setup)
-        seen = method.material.alone["content"]
-        assert len(seen.latents) == len(seen.conditioning.tokens) == 1 + len(FILTERS)
-        assert torch.equal(seen.latents[:1], method.material.examples.latents)
-        assert len({tuple(latent.flatten().tolist()) for latent in seen.latents}) >= 8  # a gray one has no hue to turn
-        tokens = seen.conditioning.tokens
+        variants = method.data.alone["content"]
+        assert len(variants.latents) == len(variants.conditioning.tokens) == 1 + len(FILTERS)
+        assert torch.equal(variants.latents[:1], method.data.examples.latents)
+        assert (
+            len({tuple(latent.flatten().tolist()) for latent in variants.latents}) >= 8
+        )  # a gray one has no hue to turn
+        tokens = variants.conditioning.tokens
         assert len({tuple(rows.flatten().tolist()) for rows in tokens}) == len(tokens)
         assert torch.equal(tokens[..., : tokens.shape[-1] // 3], tokens[..., -(tokens.shape[-1] // 3) :])
 
-    def test_words_are_learnt_with_as_little_memory_as_the_loras(
+    def test_phrase_is_learned_with_gradient_checkpointing_if_configured(
         self, tiny_folder: Path, config: Make, monkeypatch: pytest.MonkeyPatch
     ):
         checkpointed = []
 
-        def spy(phrase: Phrase, *rest: Any) -> None:
-            checkpointed.append(phrase.base.unet.is_gradient_checkpointing)
-            learn_phrase(phrase, *rest)
+        def spy(offsets: PhraseOffsets, *rest: Any) -> None:
+            checkpointed.append(offsets.base.unet.is_gradient_checkpointing)
+            fit_offsets(offsets, *rest)
 
-        monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.learn_phrase", spy)
-        made = []
+        monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.fit_offsets", spy)
+        tokens = []
         for saving in (True, False):
             recipe = config(gradient_checkpointing=saving, phrase_steps=2, phrase_learning_rate=0.1)
             setup = Setup(load_base(str(tiny_folder)), 64, nullcontext, lambda _: None)
-            made.append(UnZipLora.build(recipe, setup).material.examples.conditioning.tokens)
+            tokens.append(UnZipLora.build(recipe, setup).data.examples.conditioning.tokens)
         assert checkpointed == [True, False]
-        torch.testing.assert_close(*made)
+        torch.testing.assert_close(*tokens)
 
-    def test_class_pictures_are_the_bases_own(self, config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-        made = []
+    def test_class_images_do_not_depend_on_the_learned_phrase(
+        self, config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ):
+        latents = []
         for steps in (0, 3):
             monkeypatch.setenv("UNZIPLORA_CACHE", str(tmp_path / f"cache-{steps}"))
             recipe = config(phrase_steps=steps, content_prior=1.0, prior_images=1, phrase_learning_rate=1.0)
             recipe = recipe.model_copy(update={"content_class_prompt": "a {content} in {style} style"})
             method = UnZipLora.build(recipe, Setup(load_base(recipe.base), 64, nullcontext, lambda _: None))
-            made.append(method.material.priors["content"].latents)
-        assert torch.equal(*made)
+            latents.append(method.data.priors["content"].latents)
+        assert torch.equal(*latents)
 
-    def test_a_run_that_was_interrupted_ends_like_one_that_was_not(
+    def test_resumed_run_equals_an_uninterrupted_one_and_learns_no_phrase_again(
         self, config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
-        """Nor does it learn its words a second time."""
         more = {"steps": 4, "checkpoint_every": 2, "content_variants": True, "content_alone": 0.5}
         whole = split(config(out=tmp_path / "whole", **more))
 
@@ -245,27 +254,27 @@ class TestSplit:
 
         with pytest.raises(Interrupted):
             split(config(out=tmp_path / "cut", **more), progress=interrupt)
-        monkeypatch.delattr("unziplora.methods.unziplora.style_phrase.learn_phrase")
-        monkeypatch.delattr("unziplora.methods.unziplora.style_phrase.teach_encoders")
+        monkeypatch.delattr("unziplora.methods.unziplora.style_phrase.fit_offsets")
+        monkeypatch.delattr("unziplora.methods.unziplora.style_phrase.distill_offsets")
         cut = split(config(out=tmp_path / "cut", **more), resume=True)
         for name in ("content", "style"):
             one, two = (load_file(getattr(run, name)) for run in (whole, cut))
             assert one.keys() == two.keys()
             assert all(torch.equal(one[key], two[key]) for key in one)
 
-    def test_variants_without_words_for_them_or_without_steps_alone_are_refused(self, config: Make):
+    def test_variants_without_a_learned_phrase_or_steps_alone_are_refused(self, config: Make):
         for lacking in ({"phrase_steps": 0, "content_alone": 0.5}, {"content_alone": 0.0}):
-            with pytest.raises(UserError, match="content_alone and phrase_steps above 0"):
+            with pytest.raises(UserError, match="set content_alone and phrase_steps above 0"):
                 config(content_variants=True, **lacking)
 
-    def test_both_files_work_together_alone_and_with_prompts_of_their_own(self, config: Make, tmp_path: Path):
+    def test_both_files_work_together_alone_and_with_separate_prompts(self, config: Make, tmp_path: Path):
         run = split(config(sample_seeds=[0], sample_steps=1, content_learning_rate=0.1, style_learning_rate=0.1))
-        made = {}
+        images = {}
         for number, mode in enumerate(("separate", "direct")):
-            given = {"content": run.path, "style": run.path, "mode": mode, "steps": 2, "guidance": 1}
-            (path,) = sample(SampleConfig(**given, out=tmp_path / str(number)))
-            made[mode] = Image.open(path).tobytes()
+            settings = {"content": run.path, "style": run.path, "mode": mode, "steps": 2, "guidance": 1}
+            (path,) = sample(SampleConfig(**settings, out=tmp_path / str(number)))
+            images[mode] = Image.open(path).tobytes()
         for kind in ("content", "style"):
             (path,) = sample(SampleConfig(**{kind: run.path}, steps=2, guidance=1, out=tmp_path / kind))
-            made[kind] = Image.open(path).tobytes()
-        assert len(set(made.values())) == 4
+            images[kind] = Image.open(path).tobytes()
+        assert len(set(images.values())) == 4

@@ -1,4 +1,4 @@
-"""ZipLoRA on a tiny base: the identities of the merge, what trains, the loss, what is refused, resuming."""
+"""ZipLoRA on a tiny base: identities of the merge, trained scales, loss, refusals, resuming."""
 
 import json
 import os
@@ -50,7 +50,7 @@ TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
 
 def pairs(unet: nn.Module, paths: list[str], rank: int, seed: int) -> dict[str, Pair]:
-    """A LoRA of a rank, strong enough to be seen."""
+    """Return a LoRA of a rank with a visible effect."""
     draw = torch.Generator().manual_seed(seed)
     shapes = {path: unet.get_submodule(path).weight.shape for path in paths}
     return {
@@ -72,7 +72,7 @@ def loras(shared_base: Base) -> dict[str, Lora]:
 
 @pytest.fixture
 def files(loras: dict[str, Lora], tmp_path: Path) -> dict[str, Path]:
-    """The two as kohya's files without a word of ours in their headers, one of them with an alpha of its own."""
+    """Write the two as kohya's files without metadata, one of them with its own alpha."""
     for name, alpha in (("content", 1.0), ("style", None)):
         write_lora(loras[name], tmp_path / f"{name}-lora.safetensors", alpha=alpha, dtype="fp32")
         tensors = load_file(tmp_path / f"{name}-lora.safetensors")
@@ -114,9 +114,9 @@ def config(files: dict[str, Path], picture: Path, tiny_folder: Path, tmp_path: P
     return make
 
 
-def build(base: Base, config: ZipConfig, told: list[str] | None = None) -> ZipLora:
-    tell = [] if told is None else told
-    return ZipLora.build(config, Setup(base, 64, nullcontext, tell.append))
+def build(base: Base, config: ZipConfig, messages: list[str] | None = None) -> ZipLora:
+    messages = [] if messages is None else messages
+    return ZipLora.build(config, Setup(base, 64, nullcontext, messages.append))
 
 
 def trained(base: Base, config: ZipConfig) -> ZipLora:
@@ -131,9 +131,9 @@ def trained(base: Base, config: ZipConfig) -> ZipLora:
 def output(base: Base) -> Tensor:
     """The UNet's prediction on a fixed input."""
     draw = torch.Generator().manual_seed(9)
-    told = {"text_embeds": torch.randn(1, 24, generator=draw), "time_ids": torch.ones(1, 6)}
+    added_kwargs = {"text_embeds": torch.randn(1, 24, generator=draw), "time_ids": torch.ones(1, 6)}
     sample, tokens = torch.randn(1, 4, 8, 8, generator=draw), torch.randn(1, 7, 40, generator=draw)
-    return base.unet(sample, 500, tokens, added_cond_kwargs=told).sample
+    return base.unet(sample, 500, tokens, added_cond_kwargs=added_kwargs).sample
 
 
 def added(base: Base, *parts: dict[str, Pair]) -> Base:
@@ -146,7 +146,7 @@ def added(base: Base, *parts: dict[str, Pair]) -> Base:
 
 
 class TestScale:
-    def test_of_input_features_is_not_one_of_output_features(self):
+    def test_scale_acts_on_input_features(self):
         update, columns = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([10.0, 1.0])
         branch = Branch(torch.eye(2), update.clone())
         scale = scale_input(branch)
@@ -156,7 +156,7 @@ class TestScale:
         torch.testing.assert_close(branch.delta(), delta((torch.diag(columns), update)))
         assert not torch.equal(branch.delta(), delta((torch.eye(2), columns[:, None] * update)))
 
-    def test_switched_off_leaves_the_lora_as_it_was(self):
+    def test_scale_switched_off_leaves_the_lora_unchanged(self):
         branch = Branch(torch.eye(2), torch.ones(2, 2))
         scale = scale_input(branch)
         scale.columns.data.fill_(3.0)
@@ -165,17 +165,19 @@ class TestScale:
 
 
 class TestIdentities:
-    def test_untrained_it_is_the_sum(self, tiny_base: Base, fresh_base: Callable[[], Base], loras, config: Make):
+    def test_untrained_merge_is_the_sum(self, tiny_base: Base, fresh_base: Callable[[], Base], loras, config: Make):
         method = build(tiny_base, config())
-        wanted = output(added(fresh_base(), loras["content"].modules, loras["style"].modules))
-        torch.testing.assert_close(output(tiny_base), wanted, rtol=1e-4, atol=1e-5)
+        expected = output(added(fresh_base(), loras["content"].modules, loras["style"].modules))
+        torch.testing.assert_close(output(tiny_base), expected, rtol=1e-4, atol=1e-5)
         for name, lora in loras.items():
             with method.only(name):
                 torch.testing.assert_close(
                     output(tiny_base), output(added(fresh_base(), lora.modules)), rtol=1e-4, atol=1e-5
                 )
 
-    def test_the_exported_lora_is_what_was_trained(self, tiny_base: Base, fresh_base: Callable[[], Base], config: Make):
+    def test_exported_lora_gives_the_trained_predictions(
+        self, tiny_base: Base, fresh_base: Callable[[], Base], config: Make
+    ):
         method = trained(tiny_base, config(learning_rate=0.1, steps=2))
         exported, merged, plain = method.export()["lora"], output(tiny_base), fresh_base()
         torch.testing.assert_close(output(added(plain, exported.modules)), merged, rtol=1e-4, atol=1e-5)
@@ -183,11 +185,11 @@ class TestIdentities:
             assert not torch.allclose(output(tiny_base), merged, atol=1e-3)
         assert torch.equal(output(tiny_base), merged)
 
-    def test_alone_is_the_teacher_also_after_training(self, tiny_base: Base, fresh_base, loras, config: Make):
+    def test_lora_alone_is_unchanged_by_training(self, tiny_base: Base, fresh_base, loras, config: Make):
         method = trained(tiny_base, config(learning_rate=0.1, steps=2))
         with method.only("style"):
-            wanted = output(added(fresh_base(), loras["style"].modules))
-            torch.testing.assert_close(output(tiny_base), wanted, rtol=1e-4, atol=1e-5)
+            expected = output(added(fresh_base(), loras["style"].modules))
+            torch.testing.assert_close(output(tiny_base), expected, rtol=1e-4, atol=1e-5)
 
     def test_ranks_add_up_and_a_layer_of_one_lora_passes_through(self, tiny_base: Base, loras, config: Make):
         method = trained(tiny_base, config(parts=True, steps=2))
@@ -211,10 +213,10 @@ class TestIdentities:
 
 
 class TestLoss:
-    def test_is_that_of_the_paper_and_so_are_its_gradients(
+    def test_loss_and_gradients_match_the_equation_of_the_paper(
         self, tiny_base: Base, fresh_base: Callable[[], Base], loras: dict[str, Lora], config: Make
     ):
-        """Derived anew with dense matrices: W0 + ΔW_c diag(m_c) + ΔW_s diag(m_s), against W0 + ΔW of one."""
+        """Derived again with dense matrices: W0 + ΔW_c diag(m_c) + ΔW_s diag(m_s), against W0 + ΔW of one."""
         method = build(tiny_base, config(batch_size=2, seed=5, orthogonality=0.3))
         draw = torch.Generator().manual_seed(0)
         for scale in (scale for name in method.scales for scale in method.scales[name].values()):
@@ -234,9 +236,12 @@ class TestLoss:
             now = dict(weights)
             for change in changes:
                 now.update({f"{path}.weight": now[f"{path}.weight"] + update for path, update in change.items()})
-            told = {"text_embeds": rows.pooled[[row, row]], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+            added_kwargs = {
+                "text_embeds": rows.pooled[[row, row]],
+                "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2),
+            }
             return functional_call(
-                plain.unet, now, (noisy, times, rows.tokens[[row, row]]), {"added_cond_kwargs": told}
+                plain.unet, now, (noisy, times, rows.tokens[[row, row]]), {"added_cond_kwargs": added_kwargs}
             )[0]
 
         schedule = DDPMScheduler.from_config(plain.scheduler.config)
@@ -246,11 +251,11 @@ class TestLoss:
             step = generator(5, "zip", name, 7)
             torch.randint(1, (1,), generator=step)
             times = torch.randint(1000, (2,), generator=step)
-            clean = method.learned.alone[name].latents[[0, 0]]
+            clean = method.teachers.alone[name].latents[[0, 0]]
             noisy = schedule.add_noise(clean, torch.randn(clean.shape, generator=step), times)
             with torch.no_grad():
-                wanted = predict(noisy, times, row, [updates[name]])
-            derived.append((predict(noisy, times, row, scaled) - wanted).pow(2).mean())
+                expected = predict(noisy, times, row, [updates[name]])
+            derived.append((predict(noisy, times, row, scaled) - expected).pow(2).mean())
         content, style = columns["content"], columns["style"]
         derived.append(0.3 * sum((content[p] * style[p]).abs().mean() for p in content) / len(content))
         sum(derived).backward()
@@ -259,22 +264,22 @@ class TestLoss:
             for path, m in by_path.items():
                 torch.testing.assert_close(method.scales[name][path].columns.grad, m.grad, rtol=1e-3, atol=1e-7)
 
-    def test_without_a_rival_or_a_weight_there_is_none(self, tiny_base: Base, config: Make):
+    def test_loss_is_zero_without_a_second_lora(self, tiny_base: Base, config: Make):
         method = build(tiny_base, config(style_strength=0.0, orthogonality=0.0))
         terms = list(method.losses(0))
         assert len(terms) == 2
         assert terms[0] < 1e-10  # the merged LoRA is the content LoRA
         assert terms[1] > 1e-6
 
-    def test_min_snr_noise_offset_and_shift_change_it(self, tiny_base: Base, config: Make):
-        found = []
+    def test_min_snr_noise_offset_and_shift_change_the_loss(self, tiny_base: Base, config: Make):
+        losses = []
         for change in ({}, {"min_snr_gamma": 0.01}, {"noise_offset": 1.0}, {"timestep_shift": 4.0}):
-            found.append(next(build(tiny_base, config(**change)).losses(0)).item())
+            losses.append(next(build(tiny_base, config(**change)).losses(0)).item())
             remove(tiny_base.unet)
-        assert len(set(found)) == 4
-        assert found[1] < found[0]
+        assert len(set(losses)) == 4
+        assert losses[1] < losses[0]
 
-    def test_training_brings_the_merged_lora_nearer_to_both(self, tiny_base: Base, config: Make):
+    def test_training_lowers_the_distance_to_both_loras(self, tiny_base: Base, config: Make):
         @torch.no_grad()
         def distance() -> float:
             return sum(float(method._distance(name, step)) for name in method.scales for step in (100, 101, 102))
@@ -287,7 +292,7 @@ class TestLoss:
         assert distance() < 0.9 * before
 
 
-def test_nothing_but_the_scales_trains(tiny_base: Base, loras: dict[str, Lora], config: Make):
+def test_only_the_scales_train(tiny_base: Base, loras: dict[str, Lora], config: Make):
     frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
     method = build(tiny_base, config())
     for term in method.losses(0):
@@ -313,7 +318,7 @@ def test_nothing_but_the_scales_trains(tiny_base: Base, loras: dict[str, Lora], 
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
 
 
-def test_the_default_rate_moves_scales_and_the_usual_one_hardly(tiny_base: Base, config: Make):
+def test_default_learning_rate_moves_scales_and_5e_5_hardly_does(tiny_base: Base, config: Make):
     moved = {}
     for rate in (1e-2, 5e-5):
         method = trained(tiny_base, config(learning_rate=rate, steps=3))
@@ -324,21 +329,21 @@ def test_the_default_rate_moves_scales_and_the_usual_one_hardly(tiny_base: Base,
 
 
 class TestPictures:
-    def test_a_lora_without_any_makes_its_own(self, tiny_base: Base, fresh_base, loras, config: Make):
-        told: list[str] = []
-        method = build(tiny_base, config(content_images=[], teacher_images=2, generated_guidance=2), told)
-        assert told == ["the content LoRA makes 2 pictures to learn from: a sks cat"]
+    def test_lora_without_images_generates_some(self, tiny_base: Base, fresh_base, loras, config: Make):
+        messages: list[str] = []
+        method = build(tiny_base, config(content_images=[], teacher_images=2, generated_guidance=2), messages)
+        assert messages == ["generating 2 images with the content LoRA: a sks cat"]
         other = fresh_base()
         mounted = AttachedLoras(other, [NamedLora("content", loras["content"], {}, "")])
         settings = Settings(steps=1, guidance=2.0, width=64, height=64)
-        wanted = generate_latents(other, "a sks cat", [FIRST_SEED, FIRST_SEED + 1], settings)
-        torch.testing.assert_close(method.learned.alone["content"].latents, wanted)
+        expected = generate_latents(other, "a sks cat", [FIRST_SEED, FIRST_SEED + 1], settings)
+        torch.testing.assert_close(method.teachers.alone["content"].latents, expected)
         mounted.remove()
         plain = generate_latents(other, "a sks cat", [FIRST_SEED], settings)
-        assert not torch.allclose(plain, wanted[:1], atol=1e-3)
+        assert not torch.allclose(plain, expected[:1], atol=1e-3)
         assert len(method.pictures) == 1  # the style's
 
-    def test_come_with_prompts_base_and_guidance_from_run_folders(self, files, picture: Path, tiny_folder, tmp_path):
+    def test_images_prompts_base_and_guidance_come_from_run_folders(self, files, picture: Path, tiny_folder, tmp_path):
         for name, images in (("content", [picture, tmp_path / "gone.png"]), ("style", [tmp_path / "gone.png"])):
             words = {"content": f"{name}-thing", "style": f"{name} ink", "images": images, "token": "v7"}
             run = SplitConfig(
@@ -347,8 +352,8 @@ class TestPictures:
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.toml").write_text(to_toml(run))
             files[name].rename(tmp_path / name / f"{name}.safetensors")
-        made = ZipConfig(content_lora=tmp_path / "content", style_lora=tmp_path / "style", out=tmp_path / "run")
-        full = complete(made)
+        recipe = ZipConfig(content_lora=tmp_path / "content", style_lora=tmp_path / "style", out=tmp_path / "run")
+        full = complete(recipe)
         assert full.prompts() == {
             "content": "a v7 content-thing",
             "style": "an image in style ink style",
@@ -357,10 +362,10 @@ class TestPictures:
         assert (full.base, full.sample_guidance, full.generated_guidance) == (str(tiny_folder), 3.0, 2.0)
         assert (full.content_images, full.style_images) == ([picture], [])
         assert complete(full) == full
-        own = complete(made.model_copy(update={"content_images": [], "content_prompt": "x", "base": "y"}))
+        own = complete(recipe.model_copy(update={"content_images": [], "content_prompt": "x", "base": "y"}))
         assert (own.content_images, own.content_prompt, own.base) == ([], "x", "y")
 
-    def test_words_come_from_the_header_of_our_own_files(self, loras, files, tmp_path: Path):
+    def test_prompts_come_from_the_header_of_our_own_files(self, loras, files, tmp_path: Path):
         run = SplitConfig(images=["a.png"], content="cat", style="ink", out=tmp_path / "x", base="bundled")
         metadata = metadata_for(title="x", settings=run.model_dump(mode="json", exclude={"images"}))
         write_lora(loras["content"], tmp_path / "mine.safetensors", metadata=metadata)
@@ -369,16 +374,16 @@ class TestPictures:
         assert full.prompts()["full"] == "a sks cat, oil painting"
         assert full.base == "bundled"
 
-    def test_runs_of_different_bases_need_a_choice(self, config: Make, files, loras, tmp_path: Path):
+    def test_runs_of_different_bases_need_a_chosen_base(self, config: Make, files, loras, tmp_path: Path):
         for name, base in (("content", "one"), ("style", "two")):
             write_lora(loras[name], files[name], metadata={"unziplora.settings": json.dumps({"base": base})})
-        made = ZipConfig(content_lora=files["content"], style_lora=files["style"], out=tmp_path / "run")
+        recipe = ZipConfig(content_lora=files["content"], style_lora=files["style"], out=tmp_path / "run")
         with pytest.raises(UserError, match=r"different bases(.|\n)*--base"):
-            complete(made)
+            complete(recipe)
         assert complete(config()).base == config().base
 
 
-def test_a_prompt_of_both():
+def test_joined_prompt_contains_both():
     assert joined_prompt("a sks cat", "an image in pencil sketch style") == "a sks cat in pencil sketch style"
     assert joined_prompt("a sks cat", "oil painting") == "a sks cat, oil painting"
     assert joined_prompt("a sks cat", "in ink style") == "a sks cat in ink style"
@@ -386,11 +391,11 @@ def test_a_prompt_of_both():
 
 
 class TestRun:
-    def test_leaves_one_lora_with_its_words_which_can_be_sampled(self, config: Make, tmp_path: Path):
+    def test_run_writes_one_lora_with_its_prompts_that_can_be_sampled(self, config: Make, tmp_path: Path):
         run = zip_loras(config(sample_seeds=[0], formats=["kohya", "diffusers"], parts=True))
-        found = {p.name for p in run.path.rglob("*") if p.is_file() and not p.name.startswith(".")}
+        files = {p.name for p in run.path.rglob("*") if p.is_file() and not p.name.startswith(".")}
         names = {f"{n}{layout}.safetensors" for n in ("lora", "content", "style") for layout in ("", ".diffusers")}
-        assert found == {"README.md", "config.toml", "log.jsonl", "samples.png", *names}
+        assert files == {"README.md", "config.toml", "log.jsonl", "samples.png", *names}
         merged, twin = read_lora(run.lora("lora")), read_lora(run.lora("lora", "diffusers"))
         assert merged.metadata["modelspec.trigger_phrase"] == "a sks cat in ink style"
         assert "ZipLoRA" in run.card.read_text()
@@ -402,12 +407,12 @@ class TestRun:
         assert loras_of(run.path) == {"content": run.lora("lora")}
         source = find_lora(run.lora("lora"), "content")
         assert plan_prompts(SampleConfig(content=run.lora("lora")), [source])[0].full == "a sks cat in ink style"
-        (path,) = sample(SampleConfig(content=run.lora("lora"), steps=1, device="cpu", out=tmp_path / "made"))
+        (path,) = sample(SampleConfig(content=run.lora("lora"), steps=1, device="cpu", out=tmp_path / "samples"))
         assert path.is_file()
 
     @pytest.mark.parametrize("stop", [1, 3])
-    def test_interrupted_it_ends_like_one_that_was_not(self, config: Make, tmp_path: Path, stop: int):
-        """One LoRA makes its own pictures, which a resumed run makes again."""
+    def test_resumed_run_equals_an_uninterrupted_one(self, config: Make, tmp_path: Path, stop: int):
+        """One LoRA generates its images, and generates them again in the resumed run."""
         changes = {"style_images": [], "teacher_images": 1, "learning_rate": 0.1}
         whole = zip_loras(config(out=tmp_path / "whole", **changes))
 
@@ -422,7 +427,7 @@ class TestRun:
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
 
-    def test_low_precision_trains_too(self, config: Make):
+    def test_scales_train_in_low_precision(self, config: Make):
         run = zip_loras(config(precision="bf16", learning_rate=0.1, gradient_checkpointing=True))
         plain = merge(read_loras(config()))
         merged = read_lora(run.lora("lora"))
@@ -438,16 +443,16 @@ class TestDirect:
 
         monkeypatch.setattr(job, "load_base", refuse)
 
-    def test_is_the_weighted_sum_exactly(self, config: Make, loras: dict[str, Lora]):
+    def test_direct_merge_is_the_exact_weighted_sum(self, config: Make, loras: dict[str, Lora]):
         changes = {"base": "no/such/base", "content_images": ["gone.png"]}
         run = zip_loras(config(method="direct", content_strength=0.5, style_strength=2.0, parts=True, **changes))
         merged = read_lora(run.lora("lora"))
         content, style = loras["content"].modules, loras["style"].modules
         assert merged.modules.keys() == content.keys() | style.keys()
         for path, pair in merged.modules.items():
-            wanted = [0.5 * delta(content[path])] if path in content else []
-            wanted += [2.0 * delta(style[path])] if path in style else []
-            torch.testing.assert_close(delta(pair), sum(wanted))
+            expected = [0.5 * delta(content[path])] if path in content else []
+            expected += [2.0 * delta(style[path])] if path in style else []
+            torch.testing.assert_close(delta(pair), sum(expected))
         torch.testing.assert_close(delta(read_lora(run.style).modules[FEED]), 2.0 * delta(style[FEED]))
         assert merged.metadata["unziplora.method"] == "direct addition, lora LoRA"
         assert "direct addition" in run.card.read_text()
@@ -457,7 +462,7 @@ class TestDirect:
         with pytest.raises(UserError, match="finished"):
             zip_loras(run.config(ZipConfig), resume=True)
 
-    def test_files_that_tell_trigger_words_and_a_base_need_no_more(
+    def test_trigger_words_and_base_from_headers_are_enough(
         self, config: Make, loras: dict[str, Lora], files: dict[str, Path]
     ):
         for name, lora in loras.items():
@@ -475,7 +480,7 @@ class TestDirect:
         with pytest.raises(UserError, match=r"trained on ponyXL\.safetensors, .* with --base"):
             zip_loras(ZipConfig(**{**keys, "method": "zip", "out": keys["out"].with_name("other")}))
 
-    def test_keeps_text_encoders_convolutions_and_what_the_header_tells_of_the_base(
+    def test_direct_merge_keeps_text_encoders_convolutions_and_base_metadata(
         self, config: Make, loras: dict[str, Lora], files: dict[str, Path]
     ):
         draw = torch.Generator().manual_seed(3)
@@ -499,36 +504,36 @@ class TestDirect:
 class TestTextEncoders:
     @pytest.fixture
     def own_base(self, tiny_folder: Path) -> Base:
-        """A base whose text encoders the test may change too."""
+        """Return a base whose text encoders the test may change too."""
         return load_base(str(tiny_folder))
 
     @pytest.fixture
     def pair(self, loras: dict[str, Lora], files: dict[str, Path]) -> Pair:
-        """What the style LoRA changes in a text encoder."""
+        """Return the style LoRA's update of a text encoder."""
         draw = torch.Generator().manual_seed(3)
-        made = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)
-        write_lora(replace(loras["style"], text={TEXT: made}), files["style"], dtype="fp32")
-        return made
+        pair = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)
+        write_lora(replace(loras["style"], text={TEXT: pair}), files["style"], dtype="fp32")
+        return pair
 
-    def test_each_lora_learnt_with_its_own_and_the_merged_one_reads_with_both(
+    def test_teachers_use_their_own_text_encoders_and_the_merged_lora_both(
         self, own_base: Base, shared_base: Base, tiny_folder: Path, config: Make, pair: Pair
     ):
-        learned = build(own_base, config()).learned
-        plain, told = shared_base, load_base(str(tiny_folder))
+        teachers = build(own_base, config()).teachers
+        plain, styled = shared_base, load_base(str(tiny_folder))
         with torch.no_grad():
-            told.text_encoders[0].get_submodule(TEXT.removeprefix("text_encoder.text_model.")).weight += delta(pair)
-        for found, base, prompt in (
-            (learned.alone["content"], plain, "a sks cat"),
-            (learned.alone["style"], told, "an image in ink style"),
-            (learned.merged["content"], told, "a sks cat"),
-            (learned.merged["style"], told, "an image in ink style"),
+            styled.text_encoders[0].get_submodule(TEXT.removeprefix("text_encoder.text_model.")).weight += delta(pair)
+        for teacher, base, prompt in (
+            (teachers.alone["content"], plain, "a sks cat"),
+            (teachers.alone["style"], styled, "an image in ink style"),
+            (teachers.merged["content"], styled, "a sks cat"),
+            (teachers.merged["style"], styled, "an image in ink style"),
         ):
-            wanted = embed(base, [prompt])
-            torch.testing.assert_close(found.conditioning.tokens, wanted.tokens, rtol=1e-4, atol=1e-5)
-        assert torch.equal(learned.alone["content"].latents, learned.merged["content"].latents)
+            expected = embed(base, [prompt])
+            torch.testing.assert_close(teacher.conditioning.tokens, expected.tokens, rtol=1e-4, atol=1e-5)
+        assert torch.equal(teachers.alone["content"].latents, teachers.merged["content"].latents)
 
     @pytest.mark.usefixtures("pair")
-    def test_are_switched_off_with_their_lora(self, own_base: Base, shared_base: Base, config: Make):
+    def test_text_encoder_parts_are_switched_off_with_their_lora(self, own_base: Base, shared_base: Base, config: Make):
         method, prompt = build(own_base, config()), ["a sks cat in ink style"]
         plain, both = embed(shared_base, prompt).tokens, embed(own_base, prompt).tokens
         with method.off(("style", "scales")):
@@ -538,21 +543,23 @@ class TestTextEncoders:
         assert not torch.allclose(both, plain, atol=1e-3)
         assert torch.equal(embed(own_base, prompt).tokens, both)
 
-    def test_are_in_the_merged_file_at_their_strength(self, config: Make, pair: Pair):
+    def test_merged_file_contains_text_encoder_parts_at_their_strength(self, config: Make, pair: Pair):
         run = zip_loras(config(style_strength=0.5, parts=True, sample_seeds=[1]))
         for name in ("lora", "style"):
             assert read_lora(run.lora(name)).text.keys() == {TEXT}
             torch.testing.assert_close(delta(read_lora(run.lora(name)).text[TEXT]), 0.5 * delta(pair))
         assert not read_lora(run.content).text
 
-    def test_of_a_lora_that_makes_its_own_pictures(self, own_base: Base, config: Make, pair: Pair):
+    def test_lora_with_a_text_encoder_part_generates_images(self, own_base: Base, config: Make, pair: Pair):
         method = build(own_base, config(style_images=[], teacher_images=1))
-        assert method.learned.alone["style"].latents.shape[0] == 1
-        assert method.text["style"][TEXT][0].shape == pair[0].shape
+        assert method.teachers.alone["style"].latents.shape[0] == 1
+        assert method.text_pairs["style"][TEXT][0].shape == pair[0].shape
 
 
 class TestRefusals:
-    def test_what_has_no_column_scales(self, config: Make, loras: dict[str, Lora], files: dict[str, Path]):
+    def test_convolutions_and_loras_without_common_layers_are_refused(
+        self, config: Make, loras: dict[str, Lora], files: dict[str, Path]
+    ):
         conv = {"down_blocks.0.resnets.0.conv1": (torch.ones(1, 8, 3, 3), torch.ones(8, 1, 1, 1))}
         write_lora(Lora({**loras["style"].modules, **conv}), files["style"])
         with pytest.raises(UserError, match="convolutions"):
@@ -563,13 +570,15 @@ class TestRefusals:
         assert not config().out.exists()
 
     @pytest.mark.parametrize("method", ["zip", "direct"])
-    def test_loras_of_different_widths(self, config: Make, loras: dict[str, Lora], files: dict[str, Path], method: str):
+    def test_loras_of_different_widths_are_refused(
+        self, config: Make, loras: dict[str, Lora], files: dict[str, Path], method: str
+    ):
         path = next(path for path in loras["style"].modules if path.startswith("up_blocks"))
         write_lora(Lora({path: (torch.ones(1, 7), torch.ones(5, 1))}), files["style"])
         with pytest.raises(UserError, match=r"different shapes(.|\n)*5×7"):
             zip_loras(config(method=method))
 
-    def test_another_base(self, config: Make, tmp_path: Path):
+    def test_lora_of_another_base_is_refused(self, config: Make, tmp_path: Path):
         tiny.pipeline(block_out_channels=(8, 16, 64), attention_head_dim=(1, 2, 4)).save_pretrained(tmp_path / "other")
         with pytest.raises(UserError, match=r"content-lora.safetensors does not fit base .*other"):
             zip_loras(config(base=str(tmp_path / "other")))
@@ -587,7 +596,7 @@ class TestRefusals:
             ({"content_strength": float("nan")}, "content_strength"),
         ],
     )
-    def test_what_cannot_be_done_is_said_before_a_folder_is_made(
+    def test_unusable_settings_are_refused_before_a_folder_is_made(
         self, config: Make, tmp_path: Path, change: dict[str, object], message: str
     ):
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Column separation of UnZipLoRA (arXiv 2412.04465, section 3.3): which columns of a layer each LoRA trains.
+"""Column separation of UnZipLoRA (arXiv 2412.04465, section 3): which columns of a layer each LoRA trains.
 
 A column is an output feature i of a linear layer, one row of B [out, r]. Each LoRA has a hard mask (0 or 1) and a soft
 scale m per column, and acts as ΔW = diag(mask ⊙ m) B A (`Branch`). The run has periods, and each goes through:

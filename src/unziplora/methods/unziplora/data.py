@@ -1,4 +1,4 @@
-"""What `split` learns from: pictures and prompts encoded once, class pictures, the style's words."""
+"""Training data of `split`: images and prompts encoded once, class images, and the learned style phrase."""
 
 from __future__ import annotations
 
@@ -22,69 +22,66 @@ class TrainingData:
     """Everything that a content and a style LoRA learn from.
 
     Attributes:
-        examples: the pictures; their conditioning is the three prompts' embeddings joined, or the full prompt's
-            alone (no prompt separation).
-        alone: by LoRA name, what is seen in the steps in which it learns alone; default: the examples.
-        priors: by LoRA name, class pictures for those whose prior is preserved.
-        text: the style LoRA's part in the text encoders, which the conditioning was made with; it is done.
-        pictures: what the examples were made from, for the sample sheet.
+        examples: the images; their conditioning is the three prompts' embeddings joined (`join_streams`), or the full
+            prompt's alone without prompt separation.
+        alone: examples of the steps in which a LoRA learns alone, by LoRA name; default: `examples`.
+        priors: class images, by the name of the LoRA whose prior they preserve.
+        text: text-encoder part of the style LoRA. Already trained, and used to compute the conditioning.
+        images: the training images, for the sample sheet.
     """
 
     examples: Examples
     alone: Mapping[str, Examples] = field(default_factory=dict)
     priors: Mapping[str, Examples] = field(default_factory=dict)
     text: TextLora | None = None
-    pictures: Sequence[Image.Image] = ()
+    images: Sequence[Image.Image] = ()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was learned before the first step: the text encoders' LoRA and the embeddings made with it, by name.
+        """Return the embeddings computed with the text encoders' LoRA by name; none without such a LoRA.
 
-        LearnedExamples anew it would take minutes, and on another device not be the same to the last digit.
+        Learning them again takes minutes, and on another device gives other last digits.
         """
         if self.text is None:
             return {}
-        told = {"full": self.examples, **self.alone}
-        tokens = {f"told.{name}.tokens": examples.conditioning.tokens for name, examples in told.items()}
-        pooled = {f"told.{name}.pooled": examples.conditioning.pooled for name, examples in told.items()}
-        return {**self.text.state_dict(), **tokens, **pooled}
+        rows = {name: examples.conditioning for name, examples in {"full": self.examples, **self.alone}.items()}
+        tokens = {f"conditioning.{name}.tokens": row.tokens for name, row in rows.items()}
+        return {**tokens, **{f"conditioning.{name}.pooled": row.pooled for name, row in rows.items()}}
 
     def restored(self, state: Mapping[str, Tensor]) -> TrainingData:
-        """The same with what `state_dict` told; the text encoders are changed in place."""
+        """Return a copy with the embeddings of a checkpoint."""
         if self.text is None:
             return self
-        self.text.load_state_dict(state)
 
-        def told(name: str, examples: Examples) -> Examples:
+        def restore(name: str, examples: Examples) -> Examples:
             now = examples.conditioning
-            tokens, pooled = (state[f"told.{name}.{part}"] for part in ("tokens", "pooled"))
-            return replace(
-                examples, conditioning=Conditioning(tokens.to(now.tokens), pooled.to(now.pooled), now.time_ids)
-            )
+            tokens, pooled = (state[f"conditioning.{name}.{part}"] for part in ("tokens", "pooled"))
+            conditioning = Conditioning(tokens.to(now.tokens), pooled.to(now.pooled), now.time_ids)
+            return replace(examples, conditioning=conditioning)
 
-        alone = {name: told(name, examples) for name, examples in self.alone.items()}
-        return replace(self, examples=told("full", self.examples), alone=alone)
+        alone = {name: restore(name, examples) for name, examples in self.alone.items()}
+        return replace(self, examples=restore("full", self.examples), alone=alone)
 
 
 def encode_training_data(config: SplitConfig, setup: Setup) -> TrainingData:
-    """Make class pictures, encode pictures and prompts, learn the style's words if the recipe asks for it."""
-    pictures, words = load_images(config, setup.size), config.prompts()
-    prompts = Prompts(**words) if config.prompt_separation else Prompts(words["full"])
-    priors = _priors(config, setup)  # before the words are learned: class pictures are the base's own
-    examples = image_examples(setup, config, pictures, prompts)
+    """Generate class images, encode images and prompts, and learn the style phrase if configured."""
+    images, texts = load_images(config, setup.size), config.prompts()
+    prompts = Prompts(**texts) if config.prompt_separation else Prompts(texts["full"])
+    priors = _priors(config, setup)  # before the phrase is learned: class images are the base's own
+    examples = image_examples(setup, config, images, prompts)
 
     def with_prompts(prompts: Prompts) -> Examples:
-        rows = conditioning_of(setup.base, prompts, setup.size, len(pictures))
+        rows = conditioning_of(setup.base, prompts, setup.size, len(images))
         return to_device(replace(examples, conditioning=rows), setup.base)
 
     text, alone = None, {}
     if config.phrase_steps:
-        text, variants = learn_style_phrase(setup, config, pictures, examples)
+        text, variants = learn_style_phrase(setup, config, images, examples)
         examples = with_prompts(prompts)
         if variants is not None:
             alone["content"] = variants
-    if config.style_alone:  # away from the full prompt, which names the content
-        alone["style"] = with_prompts(_alike(config, words["style"]))
-    return TrainingData(examples, alone, priors, text, pictures)
+    if config.style_alone:  # not the full prompt, which names the content
+        alone["style"] = with_prompts(_shared(config, texts["style"]))
+    return TrainingData(examples, alone, priors, text, images)
 
 
 def check_prompts(config: SplitConfig) -> None:
@@ -98,10 +95,10 @@ def check_prompts(config: SplitConfig) -> None:
 
 
 def _class_prompts(config: SplitConfig) -> dict[str, Prompts]:
-    """What the class pictures of each LoRA whose prior is preserved show."""
+    """Return the prompts of the class images, by the name of the LoRA whose prior they preserve."""
     templates = {"content": config.content_class_prompt, "style": config.style_class_prompt}
-    wanted = [name for name, weight in config.prior_weights().items() if weight > 0]
-    return {name: _alike(config, config.fill(templates[name])) for name in wanted}
+    names = [name for name, weight in config.prior_weights().items() if weight > 0]
+    return {name: _shared(config, config.fill(templates[name])) for name in names}
 
 
 def _priors(config: SplitConfig, setup: Setup) -> dict[str, Examples]:
@@ -109,6 +106,6 @@ def _priors(config: SplitConfig, setup: Setup) -> dict[str, Examples]:
     return {name: class_examples(setup, config, text, config.prior_images) for name, text in prompts.items()}
 
 
-def _alike(config: SplitConfig, text: str) -> Prompts:
-    """One prompt for all to see."""
+def _shared(config: SplitConfig, text: str) -> Prompts:
+    """Return one prompt for the base and both LoRAs."""
     return Prompts(text, text, text) if config.prompt_separation else Prompts(text)

@@ -1,13 +1,19 @@
-"""UnZipLoRA (arXiv 2412.04465): a content and a style LoRA, trained together on one picture.
+"""UnZipLoRA (arXiv 2412.04465): a content and a style LoRA, trained together on one image.
 
-Prompt separation lives in the conditioning and in `BranchedLinear`, column separation in `ColumnSeparation`,
-block separation in `BlockMap`. This file builds the LoRAs, says the loss and exports the result.
+Three separations keep the two apart. Each is implemented in one place:
+
+- Prompt separation (section 3.2), K, V = W0 x + ΔW_c x_c + ΔW_s x_s: `lora.layer.BranchedLinear`.
+- Column separation (section 3), each LoRA trains only the columns it holds: `methods.unziplora.columns`.
+- Block separation (section 3), blocks in which one LoRA trains all columns: `lora.blocks.BlockMap`.
+
+The orthogonality loss L⊥ = Σ_i |m_c^i · m_s^i| is `training.loss.orthogonality`; ZipLoRA uses the same. This file adds
+the LoRAs to the UNet, computes the loss, moves through the phases of the columns and exports the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -16,28 +22,27 @@ from torch import Tensor, nn
 
 from unziplora.config.recipe import KINDS
 from unziplora.config.split import SplitConfig
-from unziplora.lora.blocks import BlockMap, check_blocks, read_blocks
+from unziplora.lora.blocks import check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, filter_targets
-from unziplora.lora.weights import Lora
-from unziplora.methods.adapters import branch_state, folded, load_branch_state, matrices, new_branches, switched_off
+from unziplora.methods.adapters import AdapterMethod, matrices, new_branches, pair_views
 from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
 from unziplora.methods.unziplora.data import TrainingData, check_prompts, encode_training_data
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, File, image_count
-from unziplora.training.loss import Examples, denoising_loss, generator
-from unziplora.training.method import Method, Setup, View
+from unziplora.training.loss import generator
+from unziplora.training.method import Setup, View
 from unziplora.training.runner import run_training
 from unziplora.utils.progress import Callback
 
 
-class UnZipLora(Method[SplitConfig]):
-    """Both LoRAs on a UNet, and what a job asks of a method.
+class UnZipLora(AdapterMethod[SplitConfig]):
+    """A content and a style LoRA on all attentions of a UNet.
 
     Attributes:
-        branches: the branches by LoRA name and module path.
-        columns: the state of column separation, or None if it is switched off.
+        data: training data.
+        columns: state of column separation, or None without it.
     """
 
     command: ClassVar[str] = "split"
@@ -46,28 +51,22 @@ class UnZipLora(Method[SplitConfig]):
         self,
         unet: nn.Module,
         scheduler: DDPMScheduler,
-        material: TrainingData,
+        data: TrainingData,
         config: SplitConfig,
-        blocks: BlockMap,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Inject both LoRAs into the UNet, in place.
+        """Add both LoRAs to the UNet.
 
         Args:
-            unet: frozen, of SDXL's topology, full size or small, without LoRAs.
-            scheduler: says how noise is added and what is predicted.
-            material: what is learned from.
-            config: the recipe.
-            blocks: which blocks belong to which LoRA.
-            autocast: context of the forward passes.
+            data: training data; for the other arguments see `AdapterMethod`.
 
         Raises:
             UserError: the block map names a block that this UNet does not have.
         """
-        self.unet, self.scheduler, self.material, self.config = unet, scheduler, material, config
-        self.predict = unet
-        self.autocast, self.pictures = autocast, list(material.pictures)
-        paths = attention_linears(unet)
+        super().__init__(unet, scheduler, config, autocast, data.images)
+        self.data = data
+        self.text = {"style": data.text} if data.text else {}
+        paths, blocks = attention_linears(unet), read_blocks(config.blocks)
         if config.block_separation:
             check_blocks(blocks, paths)
         owners = {path: blocks.owner(path) if config.block_separation else None for path in paths}
@@ -87,7 +86,7 @@ class UnZipLora(Method[SplitConfig]):
 
     @classmethod
     def check(cls, config: SplitConfig, base: Base | None = None) -> None:
-        """Read the block map and fill in the prompts, those of class pictures too.
+        """Read the block map and fill in the prompts, including those of class images.
 
         Raises:
             UserError: either is not usable.
@@ -97,35 +96,33 @@ class UnZipLora(Method[SplitConfig]):
 
     @classmethod
     def layers(cls, config: SplitConfig, paths: list[str]) -> dict[str, list[str]]:
-        """Both LoRAs on all attentions."""
+        """Return all attentions for both LoRAs."""
         return dict.fromkeys(KINDS, filter_targets(paths, ["attention"]))
 
     @classmethod
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
-        """Gather what is learned from, then inject both LoRAs."""
-        material = encode_training_data(config, setup)
+        """Encode the training data, then add both LoRAs to the base's UNet."""
+        data = encode_training_data(config, setup)
         setup.make_room(config)
-        return cls(
-            setup.base.unet, setup.noise_schedule(), material, config, read_blocks(config.blocks), setup.autocast
-        )
+        return cls(setup.base.unet, setup.noise_schedule(), data, config, setup.autocast)
 
     @classmethod
     def about(cls, config: SplitConfig) -> About:
-        """Two LoRAs that work alone and together."""
-        words = config.prompts()
+        """Describe two LoRAs that work alone and together."""
+        prompts = config.prompts()
         return About(
             method="UnZipLoRA (arXiv 2412.04465)",
             made=f"Two LoRAs split from {image_count(config)}",
-            prompt=words["full"],
+            prompt=prompts["full"],
             files={
-                "content": File("the content", words["content"], "Pair with the style LoRA to restore the picture."),
+                "content": File("the content", prompts["content"], "Pair with the style LoRA to restore the picture."),
                 "style": File("the style", config.style_trigger(config.style_prompt), "Pair with any content LoRA."),
             },
             separate=config.prompt_separation,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups, named: the matrices of each LoRA, and the scales of both without weight decay."""
+        """Return named optimizer groups: each LoRA's matrices, then the scales of both, without weight decay."""
         config = self.config
         rates = {"content": config.content_learning_rate, "style": config.style_learning_rate}
         groups: list[dict[str, Any]] = []
@@ -139,7 +136,7 @@ class UnZipLora(Method[SplitConfig]):
         return groups
 
     def phase(self, step: int) -> Phase:
-        """Where this step lies in the schedule of column choices."""
+        """Return the phase of a step in the schedule of column choices."""
         config = self.config
         return phase(step, config.steps, config.column_periods, config.column_warmup)
 
@@ -159,7 +156,7 @@ class UnZipLora(Method[SplitConfig]):
             with self.columns.scored(gradient_scale) as scores:
                 for turn in range(config.score_timesteps):
                     draw = generator(config.seed, "score", step, turn)
-                    (self._denoising_loss(self.material.examples, draw) * gradient_scale).backward()
+                    (self.denoising_loss(self.data.examples, draw) * gradient_scale).backward()
             self.unet.zero_grad()
             self.columns.choose(scores, config.column_share, now.period, config.column_periods)
             self.columns.close()
@@ -168,53 +165,34 @@ class UnZipLora(Method[SplitConfig]):
             self.settled = (now.period, now.warm)
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The terms of the step's loss, scalars; propagate each before asking for the next.
+        """Yield the terms of the step's loss, scalars; propagate each before asking for the next.
 
-        The main term is the denoising error with both LoRAs plus λ L⊥; then, if asked for, each LoRA's
-        prior preservation: the other LoRA off, on class pictures with the class prompt. A step in which one LoRA
-        learns alone has the denoising error without the other as its only term.
+        The main term is the denoising error with both LoRAs, plus λ L⊥ outside warm-ups. Prior preservation adds a term
+        for each LoRA: the error without the other LoRA on class images with the class prompt (arXiv 2208.12242). In a
+        step in which one LoRA learns alone, the error without the other is the only term.
         """
-        config, examples, solo = self.config, self.material.examples, self.solo(step)
+        config, examples, solo = self.config, self.data.examples, self.solo(step)
         if solo is not None:
             with self.only(solo):
-                yield self._denoising_loss(
-                    self.material.alone.get(solo, examples), generator(config.seed, "train", step)
-                )
+                draw = generator(config.seed, "train", step)
+                yield self.denoising_loss(self.data.alone.get(solo, examples), draw)
             return
-        loss = self._denoising_loss(examples, generator(config.seed, "train", step))
+        loss = self.denoising_loss(examples, generator(config.seed, "train", step))
         if self.columns is not None and config.orthogonality and not self.phase(step).warm:
             loss = loss + config.orthogonality * self.columns.orthogonality()
         yield loss
         weights = config.prior_weights()
-        for name, pictures in self.material.priors.items():
+        for name, class_examples in self.data.priors.items():
             with self.only(name):
                 draw = generator(config.seed, "prior", name, step)
-                yield weights[name] * self._denoising_loss(pictures, draw)
+                yield weights[name] * self.denoising_loss(class_examples, draw)
 
     def solo(self, step: int) -> str | None:
-        """The LoRA that learns alone in this step; None: both together."""
+        """Return the LoRA that learns alone in this step, or None if both learn together."""
         drawn = float(torch.rand((), generator=generator(self.config.seed, "alone", step)))
         if drawn < self.config.content_alone:
             return "content"
         return "style" if drawn < self.config.content_alone + self.config.style_alone else None
-
-    def _denoising_loss(self, examples: Examples, draw: torch.Generator) -> Tensor:
-        with self.autocast():
-            return denoising_loss(self.predict, self.scheduler, examples, draw=draw, **self.config.noising())
-
-    def only(self, name: str) -> AbstractContextManager[None]:
-        """Switch the other LoRA off in the UNet; the words are encoded already."""
-        return switched_off(*(self.branches[other] for other in KINDS if other != name))
-
-    @contextmanager
-    def off(self, names: tuple[str, ...]) -> Iterator[None]:
-        """Switch LoRAs off."""
-        text = self.material.text
-        with (
-            text.off() if text and "style" in names else nullcontext(),
-            switched_off(*(self.branches[name] for name in names)),
-        ):
-            yield
 
     def after_backward(self, step: int) -> None:
         """Keep the scales' gradients only where the LoRAs overlap."""
@@ -222,56 +200,38 @@ class UnZipLora(Method[SplitConfig]):
             self.columns.gate_scales()
 
     def after_step(self, step: int) -> None:
-        """Keep scales in [0, 1] and masked columns at zero."""
+        """Clamp the scales to [0, 1] and reset closed columns to zero."""
         if self.columns is not None:
             self.columns.clamp_scales()
             self.columns.zero_masked()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything of the method that a checkpoint needs, by name."""
-        state = self.material.state_dict()
-        for name in KINDS:
-            state.update(branch_state(self.branches[name], name))
+        """Return the LoRAs, the columns held and the learned conditioning by name, for a checkpoint."""
+        state = {**super().state_dict(), **self.data.state_dict()}
         if self.columns is not None:
             state.update({f"{name}.{path}.held": held for name, path, held in self.columns.items()})
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the state of a checkpoint of the same recipe."""
-        for name in KINDS:
-            load_branch_state(self.branches[name], name, state)
+        """Restore the state of a checkpoint of the same recipe."""
+        super().load_state_dict(state)
         if self.columns is not None:
             for name, path, held in self.columns.items():
                 held.copy_(state[f"{name}.{path}.held"])
         self.settled = None
-        self.material = self.material.restored(state)
-
-    def export(self) -> dict[str, Lora]:
-        """Both LoRAs as plain pairs: masks, scales and alpha folded into B."""
-        text = self.material.text
-        return {
-            "content": Lora(folded(self.branches["content"])),
-            "style": Lora(folded(self.branches["style"]), text=text.export() if text else {}),
-        }
+        self.data = self.data.restored(state)
 
     def views(self) -> list[View]:
-        """Both together with the prompts of the training; each alone, away from the other's word.
-
-        Alone they get one plain prompt each, as a user of the exported files would give it.
-        """
-        config = self.config
-        words, style, subject = config.prompts(), config.sample_style, config.sample_subject
-        return [
-            View("together", Prompts(**words) if config.prompt_separation else Prompts(words["full"])),
-            View(f"content, {style}", Prompts(f"{words['content']} in {style} style"), off=("style",)),
-            View(f"style, {subject}", Prompts(config.fill(f"a {subject} in {{style}} style")), off=("content",)),
-        ]
+        """Return both with the training prompts, and each alone with one plain prompt (`pair_views`)."""
+        prompts = self.config.prompts()
+        together = Prompts(**prompts) if self.config.prompt_separation else Prompts(prompts["full"])
+        return pair_views(self.config, together, prompts["content"], "{style}")
 
 
 def split(
     config: SplitConfig, resume: bool = False, progress: Callback | None = None, base: Base | None = None
 ) -> RunFolder:
-    """Train a content and a style LoRA on the configured picture and write them into a run folder.
+    """Train a content and a style LoRA on the configured image and write them into a run folder.
 
     Arguments and errors are those of `run_training`.
     """

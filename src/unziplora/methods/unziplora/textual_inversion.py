@@ -1,7 +1,7 @@
-"""A phrase whose embeddings are learned, in both text encoders (textual inversion, arXiv 2208.01618).
+"""Textual inversion of a phrase: learned offsets to its token embeddings in both text encoders (arXiv 2208.01618).
 
-Most of the way may go along words of styles that the base knows (`phrase_words`): far from all of them it does not
-understand what it is told.
+An offset may be a mixture of the directions to words that the base knows (`phrase_words`), plus a small free part. A
+base that knows few words draws nothing sensible from an embedding far from all of them.
 """
 
 from __future__ import annotations
@@ -18,66 +18,67 @@ from unziplora.errors import UserError
 from unziplora.models.base import Base
 
 
-class Phrase:
-    """What a phrase's tokens have learned: offsets to their embeddings, in both text encoders, in several readings.
+class PhraseOffsets:
+    """Learned offsets to the embeddings of a phrase's tokens, in both text encoders, one set for each image variant.
 
     Attributes:
-        free: the part of the offsets that goes anywhere, one parameter per text encoder,
-            [readings, tokens of the phrase, D].
-        shares: the part that goes along known words, how much of the way to each of their K tokens,
-            [readings, tokens of the phrase, K].
+        base: the base of the text encoders.
+        token_ids: the phrase's tokens, per text encoder.
+        free: unconstrained part of the offsets, one parameter per text encoder, [variants, tokens of the phrase, D].
+        word_weights: share of the way to each of the known words' K tokens, [variants, tokens of the phrase, K].
     """
 
-    def __init__(self, base: Base, text: str, readings: int = 1, known: Sequence[str] = ()) -> None:
-        """Start at the phrase as the base knows it, without any offset.
+    def __init__(self, base: Base, text: str, variants: int = 1, known_words: Sequence[str] = ()) -> None:
+        """Start at the phrase as the base knows it: all offsets are zero.
 
         Raises:
-            UserError: no prompt can hold the phrase.
+            UserError: the phrase is longer than a prompt.
         """
         self.base = base
-        self.ids = [tokenizer(text, add_special_tokens=False).input_ids for tokenizer in base.tokenizers]
+        self.token_ids = [tokenizer(text, add_special_tokens=False).input_ids for tokenizer in base.tokenizers]
         room = min(tokenizer.model_max_length for tokenizer in base.tokenizers) - 2  # start and end
-        if (count := max(map(len, self.ids))) > room:
-            raise UserError(f"style {text[:40]!r}…: {count} tokens long, {room} at most: say it shorter")
-        self.free, self.shares, self._ways = [], [], []
-        for tokenizer, encoder, ids in zip(base.tokenizers, base.text_encoders, self.ids, strict=True):
-            table = embeddings(encoder).weight.detach()
-            tokens = sorted({token for word in known for token in tokenizer(word, add_special_tokens=False).input_ids})
-            self._ways.append((table[tokens].float()[None] - table[ids].float()[:, None]).to(base.device))
-            self.free.append(nn.Parameter(torch.zeros(readings, len(ids), table.shape[1], device=base.device)))
-            self.shares.append(nn.Parameter(torch.zeros(readings, len(ids), len(tokens), device=base.device)))
+        if (count := max(map(len, self.token_ids))) > room:
+            raise UserError(f"style {text[:40]!r}… is {count} tokens long, and a prompt has {room}; shorten it")
+        self.free, self.word_weights, self._directions = [], [], []
+        for tokenizer, encoder, ids in zip(base.tokenizers, base.text_encoders, self.token_ids, strict=True):
+            table = token_embeddings(encoder).weight.detach()
+            words = [tokenizer(word, add_special_tokens=False).input_ids for word in known_words]
+            known = sorted({token for tokens in words for token in tokens})
+            self._directions.append((table[known].float()[None] - table[ids].float()[:, None]).to(base.device))
+            self.free.append(nn.Parameter(torch.zeros(variants, len(ids), table.shape[1], device=base.device)))
+            self.word_weights.append(nn.Parameter(torch.zeros(variants, len(ids), len(known), device=base.device)))
 
     @property
-    def readings(self) -> int:
-        """How many readings there are."""
+    def variants(self) -> int:
+        """Number of image variants."""
         return len(self.free[0])
 
-    def offsets(self) -> list[Tensor]:
-        """What is added to the tokens' embeddings, per text encoder [readings, tokens of the phrase, D]."""
+    def values(self) -> list[Tensor]:
+        """Return the offsets per text encoder, [variants, tokens of the phrase, D]."""
         return [
-            free + torch.einsum("rtk,tkd->rtd", shares, ways)
-            for free, shares, ways in zip(self.free, self.shares, self._ways, strict=True)
+            free + torch.einsum("rtk,tkd->rtd", weights, directions)
+            for free, weights, directions in zip(self.free, self.word_weights, self._directions, strict=True)
         ]
 
-    def occurs_in(self, prompt: str) -> bool:
-        """Whether the offsets change this prompt: all of the phrase's tokens occur in it, one after the other."""
-        for tokenizer, ids in zip(self.base.tokenizers, self.ids, strict=True):
+    def occur_in(self, prompt: str) -> bool:
+        """Test whether the offsets change a prompt: it contains all of the phrase's tokens in a row."""
+        for tokenizer, ids in zip(self.base.tokenizers, self.token_ids, strict=True):
             tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            if _starts(tokens, ids).any():
+            if _phrase_starts(tokens, ids).any():
                 return True
         return False
 
     @contextmanager
-    def applied(self, readings: Tensor | None = None) -> Iterator[None]:
-        """Add the offsets wherever the phrase occurs in a prompt, for a while.
+    def applied(self, variants: Tensor | None = None) -> Iterator[None]:
+        """Temporarily add the offsets wherever the phrase occurs in a prompt.
 
         Args:
-            readings: which to take for each of B prompts that are encoded together, [B]; default: the first.
+            variants: variant of each of B prompts that are encoded together, [B]; default: the first.
         """
-        taken = torch.zeros(1, dtype=torch.long) if readings is None else readings
+        index = torch.zeros(1, dtype=torch.long) if variants is None else variants
         hooks = [
-            embeddings(encoder).register_forward_hook(_adding(ids, offsets[taken]))
-            for encoder, ids, offsets in zip(self.base.text_encoders, self.ids, self.offsets(), strict=True)
+            token_embeddings(encoder).register_forward_hook(_offset_hook(ids, values[index]))
+            for encoder, ids, values in zip(self.base.text_encoders, self.token_ids, self.values(), strict=True)
         ]
         try:
             yield
@@ -86,18 +87,18 @@ class Phrase:
                 hook.remove()
 
 
-def embeddings(encoder: PreTrainedModel) -> nn.Embedding:
-    """The token embeddings of a text encoder."""
+def token_embeddings(encoder: PreTrainedModel) -> nn.Embedding:
+    """Return the token embeddings of a text encoder."""
     return encoder.get_input_embeddings()
 
 
-def _starts(tokens: Tensor, ids: Sequence[int]) -> Tensor:
-    """Where the phrase begins in [B, T], bool [B, T − tokens of the phrase + 1]."""
+def _phrase_starts(tokens: Tensor, ids: Sequence[int]) -> Tensor:
+    """Mark where the phrase begins in [B, T], bool [B, T − tokens of the phrase + 1]."""
     return (tokens.unfold(1, len(ids), 1) == torch.tensor(ids, device=tokens.device)).all(-1)
 
 
-def _adding(ids: Sequence[int], offsets: Tensor) -> Callable[..., Tensor]:
-    """A hook of the token embeddings that finds the phrase, token after token, in [B, T] and adds to [B, T, D].
+def _offset_hook(ids: Sequence[int], offsets: Tensor) -> Callable[..., Tensor]:
+    """Return a hook of the token embeddings that adds offsets to [B, T, D] where the phrase occurs in [B, T].
 
     Args:
         offsets: [B or 1, tokens of the phrase, D].
@@ -105,7 +106,7 @@ def _adding(ids: Sequence[int], offsets: Tensor) -> Callable[..., Tensor]:
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         tokens, length = inputs[0], len(ids)
-        starts = _starts(tokens, ids)
+        starts = _phrase_starts(tokens, ids)
         for number in range(length):
             here = F.pad(starts, (number, length - 1 - number))
             output = output + here[..., None] * offsets[:, number : number + 1].to(output.dtype)

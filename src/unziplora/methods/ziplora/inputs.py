@@ -1,4 +1,4 @@
-"""Two LoRAs of any origin to be merged: their files, the words of their runs, the pictures learned, their plain sum."""
+"""Inputs of a merge: two LoRAs of any origin, the settings of their runs, the images they learned, their plain sum."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ from unziplora.training.method import Setup
 
 
 def complete(config: ZipConfig, base: Base | None = None) -> ZipConfig:
-    """The recipe with what the LoRAs' own runs tell where it is silent: base, prompts, pictures, guidance.
+    """Complete a recipe from the LoRAs' own runs: base, prompts, images, guidance; its own values win.
 
     Args:
         base: used instead of looking for one, if it is loaded already.
 
     Raises:
-        UserError: a LoRA is not there, or they were trained on different bases, or on one that is needed and not here.
+        UserError: a LoRA is missing, the two were trained on different bases, or their base is needed and missing.
     """
-    given = {name: value for name, value in config.model_dump(exclude_unset=True).items() if value is not None}
+    settings = {name: value for name, value in config.model_dump(exclude_unset=True).items() if value is not None}
     sources = {name: find_lora(getattr(config, f"{name}_lora"), name) for name in KINDS}
-    found: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for run in (source.settings for source in reversed(sources.values()) if source.settings.get("sample_guidance")):
-        found["sample_guidance"] = run["sample_guidance"]
-        found["generated_guidance"] = run.get("generated_guidance", run["sample_guidance"])  # one key, in older runs
+        defaults["sample_guidance"] = run["sample_guidance"]
+        defaults["generated_guidance"] = run.get("generated_guidance", run["sample_guidance"])  # one key, in older runs
     for name, source in sources.items():
-        # A sum needs words for its card alone, so a trigger word will do; ZipLoRA trains with them.
+        # A sum needs a prompt for its card only, so a trigger word is enough; ZipLoRA trains with the prompt.
         if prompt := source.filled_prompt(name) or (source.trigger if config.method == "direct" else None):
-            found[f"{name}_prompt"] = prompt
+            defaults[f"{name}_prompt"] = prompt
         if config.method == "zip":
-            pictures = [Path(path) for path in source.settings.get("images", [])]
-            found[f"{name}_images"] = [path for path in pictures if path.is_file()]
+            images = [Path(path) for path in source.settings.get("images", [])]
+            defaults[f"{name}_images"] = [path for path in images if path.is_file()]
     if base is not None:
-        found["base"] = base.name
-    elif "base" not in given and (common := training_base(sources.values())):
-        found["base"] = common if config.method == "direct" else require_available(common, sources.values())
-    values = {**found, **given}
+        defaults["base"] = base.name
+    elif "base" not in settings and (common := training_base(sources.values())):
+        defaults["base"] = common if config.method == "direct" else require_available(common, sources.values())
+    values = {**defaults, **settings}
     if values.keys() >= {"content_prompt", "style_prompt"}:
         values.setdefault("full_prompt", joined_prompt(values["content_prompt"], values["style_prompt"]))
     return resolve(ZipConfig, values)
 
 
 def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) -> dict[str, Lora]:
-    """Both LoRAs by name, at their strengths.
+    """Read both LoRAs, at their strengths; return them by name.
 
     Args:
-        unet_config: the base UNet's configuration, if known: settles doubts about small bases.
+        unet_config: the base UNet's configuration, if known; resolves ambiguous keys of small bases.
 
     Raises:
-        UserError: a file is missing or no plain LoRA, or the two belong to bases of different shapes.
+        UserError: a file is missing or not a plain LoRA, or the two belong to bases of different shapes.
     """
     loras = {}
     for name in KINDS:
@@ -82,13 +82,13 @@ def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) 
         if one != two:
             raise UserError(
                 f"the LoRAs were made for bases of different shapes: {path} is {format_shape(one)} in "
-                f"{config.content_lora} and {format_shape(two)} in {config.style_lora}. Take two of the same base"
+                f"{config.content_lora} and {format_shape(two)} in {config.style_lora}. Choose two of the same base"
             )
     return loras
 
 
 def merge(loras: Mapping[str, Lora]) -> Lora:
-    """The LoRA of the sum of several, exactly: of rank Σ rᵢ where they share a module; text encoders included."""
+    """Return the exact sum of several LoRAs, text encoders included; shared modules get rank Σ rᵢ."""
     unet, text = [lora.modules for lora in loras.values()], [lora.text for lora in loras.values()]
     return Lora(_summed(unet), text=_summed(text))
 
@@ -98,38 +98,38 @@ def _summed(parts: list[dict[str, Pair]]) -> dict[str, Pair]:
 
 
 def check_zippable(config: ZipConfig, loras: Mapping[str, Lora]) -> None:
-    """Refuse what column scales cannot be put on: convolutions, LoRAs without a common layer.
+    """Check that column scales can be put on the LoRAs: no convolutions, and a common layer.
 
     Raises:
-        UserError: names the file, and what to do instead.
+        UserError: they cannot.
     """
     for name, lora in loras.items():
         if any(down.dim() > 2 for down, _ in lora.modules.values()):
             raise UserError(
                 f"{getattr(config, f'{name}_lora')}: it changes convolutions, which have no column scales; "
-                "--method direct adds them as they are"
+                "use --method direct"
             )
     if not shared_layers(loras):
         raise UserError(
-            f"{config.content_lora} and {config.style_lora} have no layer in common, so nothing can be in each "
-            "other's way: take --method direct"
+            f"{config.content_lora} and {config.style_lora} have no layer in common, so there is nothing "
+            "to separate; use --method direct"
         )
 
 
 def shared_layers(loras: Mapping[str, Lora]) -> list[str]:
-    """The modules that both LoRAs have, in the order of the content LoRA."""
+    """Return the modules that both LoRAs have, in the order of the content LoRA."""
     content, style = (loras[name].modules for name in KINDS)
     return [path for path in content if path in style]
 
 
 @dataclass(frozen=True)
-class LearnedExamples:
-    """What both LoRAs learned, by LoRA name: pictures with the conditioning of the LoRA's prompt.
+class TeacherExamples:
+    """Images that both LoRAs learned with the conditioning of their prompts, by LoRA name.
 
     Attributes:
-        alone: the prompt as the LoRA's own text encoders read it.
-        merged: the same pictures; the prompt as the text encoders with both LoRAs read it.
-        texts: the LoRAs' parts of the text encoders, which stay in the base; a LoRA may have none.
+        alone: prompts encoded with the LoRA's own text encoders.
+        merged: the same images; prompts encoded with the text encoders of both LoRAs.
+        texts: text-encoder parts of the LoRAs, attached to the base; a LoRA may have none.
     """
 
     alone: dict[str, Examples]
@@ -137,38 +137,41 @@ class LearnedExamples:
     texts: AttachedLoras
 
 
-def learned(
-    setup: Setup, config: ZipConfig, loras: Mapping[str, Lora], pictures: Mapping[str, list[Image.Image]]
-) -> LearnedExamples:
-    """What the LoRAs learned: their pictures, else some that each makes itself; text encoders are changed in place."""
+def encode_teachers(
+    setup: Setup, config: ZipConfig, loras: Mapping[str, Lora], images: Mapping[str, list[Image.Image]]
+) -> TeacherExamples:
+    """Encode the images of the LoRAs, or images that they generate; the base's text encoders change in place."""
     base, prompts = setup.base, config.prompts()
     parts = {name: NamedLora(name, lora, {}, str(getattr(config, f"{name}_lora"))) for name, lora in loras.items()}
-    latents = {name: _latents(setup, config, parts[name], pictures[name]) for name in KINDS}
-    told = [replace(part, lora=replace(part.lora, modules={})) for part in parts.values() if part.lora.text]
-    texts = AttachedLoras(base, told)
+    latents = {name: _latents(setup, config, parts[name], images[name]) for name in KINDS}
+    text_parts = [replace(part, lora=replace(part.lora, modules={})) for part in parts.values() if part.lora.text]
+    texts = AttachedLoras(base, text_parts)
 
-    def read(name: str) -> Examples:
-        made = conditioning_of(base, Prompts(prompts[name]), setup.size, len(latents[name]))
-        return to_device(Examples(latents[name], made), base)
+    def encode(name: str) -> Examples:
+        conditioning = conditioning_of(base, Prompts(prompts[name]), setup.size, len(latents[name]))
+        return to_device(Examples(latents[name], conditioning), base)
 
-    merged = {name: read(name) for name in KINDS}
+    merged = {name: encode(name) for name in KINDS}
     alone = dict(merged)
     for name in KINDS:
-        if others := [part.name for part in told if part.name != name]:
+        if others := [part.name for part in text_parts if part.name != name]:
             with texts.muted(*others):
-                alone[name] = read(name)
-    return LearnedExamples(alone, merged, texts)
+                alone[name] = encode(name)
+    return TeacherExamples(alone, merged, texts)
 
 
-def _latents(setup: Setup, config: ZipConfig, part: NamedLora, pictures: list[Image.Image]) -> Tensor:
-    """Latents of the pictures, or of some that the base makes with this LoRA in it, [N, C, h, w]."""
-    if pictures:
-        return latents_of(setup.base, pictures)
+def _latents(setup: Setup, config: ZipConfig, part: NamedLora, images: list[Image.Image]) -> Tensor:
+    """Return latents of the images, or of some that the base generates with this LoRA, [N, C, h, w]."""
+    if images:
+        return latents_of(setup.base, images)
     text = config.prompts()[part.name]
-    setup.report(f"the {part.name} LoRA makes {config.teacher_images} pictures to learn from: {text}")
+    setup.report(f"generating {config.teacher_images} images with the {part.name} LoRA: {text}")
     settings = Settings.square(
         setup.size, steps=config.generated_steps, guidance=config.generated_guidance, batch_size=config.batch_size
     )
     seeds = [FIRST_SEED + number for number in range(config.teacher_images)]
-    with AttachedLoras(setup.base, [part]):
+    attached = AttachedLoras(setup.base, [part])
+    try:
         return generate_latents(setup.base, text, seeds, settings)
+    finally:
+        attached.remove()

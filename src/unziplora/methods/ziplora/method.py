@@ -1,8 +1,14 @@
-"""ZipLoRA (arXiv 2311.13600): a content and a style LoRA become one, by trained scales of their input columns.
+"""ZipLoRA (arXiv 2311.13600): one LoRA merged from a content and a style LoRA by trained scales of input columns.
 
-ΔW = ΔW_c diag(m_c) + ΔW_s diag(m_s). The matrices are frozen; only the scales m train, towards what each LoRA does
-alone.
-What LoRAs change in text encoders has no scales: both parts act, and the UNet's scales train with prompts read so.
+    ΔW = ΔW_c diag(m_c) + ΔW_s diag(m_s)
+
+The matrices are frozen, and only the scales m train. With p_c and p_s the prompts of the two LoRAs, and x_c and x_s
+noisy latents of their images:
+
+    L = ‖ε(x_c; ΔW, p_c) − ε(x_c; ΔW_c, p_c)‖² + ‖ε(x_s; ΔW, p_s) − ε(x_s; ΔW_s, p_s)‖² + λ Σ_i |m_c^i · m_s^i|
+
+The last term is the orthogonality loss, `training.loss.orthogonality`; UnZipLoRA uses the same. Changes to text
+encoders have no scales: the parts of both LoRAs act, and the UNet's scales train with prompts encoded that way.
 """
 
 from __future__ import annotations
@@ -26,12 +32,12 @@ from unziplora.images.preprocess import load_image
 from unziplora.lora.inject import add_lora
 from unziplora.lora.layer import Branch
 from unziplora.lora.weights import Lora, check_fits
-from unziplora.methods.adapters import folded, switched_off
+from unziplora.methods.adapters import AdapterMethod, folded, switched_off
 from unziplora.methods.ziplora.inputs import (
-    LearnedExamples,
+    TeacherExamples,
     check_zippable,
     complete,
-    learned,
+    encode_teachers,
     merge,
     read_loras,
     shared_layers,
@@ -42,29 +48,29 @@ from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import About, File
 from unziplora.training.loss import generator, noised, orthogonality, snr_weights
-from unziplora.training.method import Method, Setup, View
+from unziplora.training.method import Setup, View
 from unziplora.training.runner import in_run_folder, run_training, write_card, write_loras
 from unziplora.utils.progress import Callback, Progress
 
-# What the headers of the merged files tell of their base, which is not opened for a plain sum.
-OF_THE_BASE = (
+BASE_KEYS = (
     "modelspec.resolution",
     "modelspec.prediction_type",
     "ss_resolution",
     "ss_zero_terminal_snr",
     LAYERS_KEY,
 )
+"""Header entries that describe the base; a plain sum copies them from its LoRAs, because it does not open the base."""
 
 SCALES = "scales"
-"""What is switched off, by this name, for the plain sum of both LoRAs."""
+"""Name that switches the scales off, for the plain sum of both LoRAs."""
 
 
 class InputScale(nn.Module):
-    """A diag(m) for A [rank, in]: ΔW diag(m), a soft scale for each INPUT feature (arXiv 2311.13600).
+    """Soft scale for each input feature of a LoRA: A diag(m) for A [rank, in] (arXiv 2311.13600).
 
     Attributes:
         columns: m, [in]; ones at the start.
-        on: whether the scale acts.
+        on: the scale acts.
     """
 
     def __init__(self, down: Tensor) -> None:
@@ -73,7 +79,7 @@ class InputScale(nn.Module):
         self.on = True
 
     def forward(self, down: Tensor) -> Tensor:
-        """A [rank, in] → A diag(m) [rank, in]."""
+        """Scale A [rank, in] to A diag(m) [rank, in]."""
         return down * self.columns if self.on else down
 
 
@@ -84,11 +90,12 @@ def scale_input(branch: Branch) -> InputScale:
     return scale
 
 
-class ZipLora(Method[ZipConfig]):
-    """Both LoRAs on a UNet with their scales, and what a job asks of a method.
+class ZipLora(AdapterMethod[ZipConfig]):
+    """A content and a style LoRA on a UNet, frozen, with trained scales.
 
     Attributes:
-        branches: the branches by LoRA name and module path.
+        teachers: what each LoRA learned.
+        text_pairs: changes to the text encoders by LoRA name (`Lora.text`).
         scales: the scales by LoRA name and module path, in the layers that both LoRAs have.
     """
 
@@ -98,27 +105,21 @@ class ZipLora(Method[ZipConfig]):
         self,
         unet: nn.Module,
         scheduler: DDPMScheduler,
-        learned: LearnedExamples,
+        teachers: TeacherExamples,
         loras: Mapping[str, Lora],
         config: ZipConfig,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        pictures: Sequence[Image.Image] = (),
+        images: Sequence[Image.Image] = (),
     ) -> None:
-        """Inject both LoRAs into the UNet, in place.
+        """Add both LoRAs to the UNet; for the other arguments see `AdapterMethod`.
 
         Args:
-            unet: frozen, without LoRAs.
-            scheduler: says how noise is added.
-            learned: the pictures of both LoRAs, with the conditioning of their prompts.
+            teachers: images of both LoRAs, with the conditioning of their prompts.
             loras: by name, at their strengths; of linear layers that the UNet has, and of text encoders.
-            config: the recipe.
-            autocast: context of the forward passes.
-            pictures: what the examples were made from, for the sample sheet.
         """
-        self.unet, self.scheduler, self.learned, self.config = unet, scheduler, learned, config
-        self.predict = unet
-        self.autocast, self.pictures = autocast, list(pictures)
-        self.text = {name: lora.text for name, lora in loras.items()}
+        super().__init__(unet, scheduler, config, autocast, images)
+        self.teachers = teachers
+        self.text_pairs = {name: lora.text for name, lora in loras.items()}
         self.branches = {name: add_lora(unet, name, loras[name].modules) for name in KINDS}
         for branch in (branch for branches in self.branches.values() for branch in branches.values()):
             branch.requires_grad_(False)
@@ -127,44 +128,43 @@ class ZipLora(Method[ZipConfig]):
 
     @classmethod
     def check(cls, config: ZipConfig, base: Base | None = None) -> None:
-        """Read both LoRAs, fill in the prompts, open the pictures.
+        """Read both LoRAs, fill in the prompts, open the images.
 
         Raises:
             UserError: one of them is not usable.
         """
-        direct = config.method == "direct"
-        shapes = None
-        if not direct:
-            shapes = inspect_base(config.base).unet_config if base is None else base.unet.config
-        loras = read_loras(config, shapes)
+        unet_config = None
+        if config.method == "zip":
+            unet_config = inspect_base(config.base).unet_config if base is None else base.unet.config
+        loras = read_loras(config, unet_config)
         config.prompts()
-        if not direct:
+        if config.method == "zip":
             check_zippable(config, loras)
             for path in (*config.content_images, *config.style_images):
                 load_image(path, 64)
 
     @classmethod
     def layers(cls, config: ZipConfig, paths: list[str]) -> dict[str, list[str]]:
-        """The layers of each LoRA's file."""
+        """Return the layers of each LoRA's file."""
         return {name: [path for path in paths if path in lora.modules] for name, lora in read_loras(config).items()}
 
     @classmethod
     def build(cls, config: ZipConfig, setup: Setup) -> ZipLora:
-        """Encode what each LoRA learned, or have it make pictures, then inject both."""
+        """Encode what each LoRA learned, or have it generate images, then add both to the base's UNet."""
         base = setup.base
         loras = read_loras(config, base.unet.config)
         for name, lora in loras.items():
             check_fits(lora, base.unet, str(getattr(config, f"{name}_lora")), f"base {base.name}")
         paths = {"content": config.content_images, "style": config.style_images}
-        pictures = {name: [load_image(path, setup.size) for path in paths[name]] for name in KINDS}
-        made = learned(setup, config, loras, pictures)
+        images = {name: [load_image(path, setup.size) for path in paths[name]] for name in KINDS}
+        teachers = encode_teachers(setup, config, loras, images)
         setup.make_room(config)
-        shown = [picture for name in KINDS for picture in pictures[name]]
-        return cls(base.unet, setup.noise_schedule(), made, loras, config, setup.autocast, shown)
+        shown = [image for name in KINDS for image in images[name]]
+        return cls(base.unet, setup.noise_schedule(), teachers, loras, config, setup.autocast, shown)
 
     @classmethod
     def about(cls, config: ZipConfig) -> About:
-        """One LoRA, and if asked for its two parts."""
+        """Describe one LoRA, and its two parts if they are written too."""
         prompts, hint = config.prompts(), "Add the other part, at the same strength."
         files = {"lora": File("content and style in one", prompts["full"])}
         if config.parts:
@@ -174,15 +174,15 @@ class ZipLora(Method[ZipConfig]):
         return About(method, "A LoRA merged from a content and a style LoRA", prompts["full"], files)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One optimizer group: the scales of both LoRAs, without weight decay."""
+        """Return one optimizer group: the scales of both LoRAs, without weight decay."""
         params = [scale.columns for name in KINDS for scale in self.scales[name].values()]
         return [{"name": SCALES, "params": params, "lr": self.config.learning_rate, "weight_decay": 0.0}]
 
     def losses(self, step: int) -> Iterator[Tensor]:
-        """The terms of ZipLoRA's loss, scalars: the squared distance of the merged LoRA to each alone, and λ L⊥.
+        """Yield the terms of the loss, scalars: the distance of the merged LoRA to each alone, then λ L⊥.
 
         ‖·‖² is the mean over the elements of the prediction, and λ's sum the mean over columns and then layers, so
-        that λ means the same for every picture size and base.
+        that λ means the same for every image size and base.
         """
         for name in KINDS:
             yield self._distance(name, step)
@@ -192,8 +192,8 @@ class ZipLora(Method[ZipConfig]):
             yield self.config.orthogonality * orthogonality(pairs)
 
     def _distance(self, name: str, step: int) -> Tensor:
-        """Mean squared difference of the predictions by the merged LoRA and by one alone, a scalar."""
-        config, alone, merged = self.config, self.learned.alone[name], self.learned.merged[name]
+        """Return the mean squared difference of the merged LoRA's predictions and one LoRA's alone, a scalar."""
+        config, alone, merged = self.config, self.teachers.alone[name], self.teachers.merged[name]
         drawn = noised(
             self.scheduler,
             alone,
@@ -202,24 +202,24 @@ class ZipLora(Method[ZipConfig]):
             config.noise_offset,
             config.timestep_shift,
         )
-        # Two contexts: what autocast keeps of the first pass, without gradients, must not serve the second.
+        # Two contexts: weights that autocast caches in the first pass, without gradients, must not serve the second.
         with torch.no_grad(), self.autocast(), self.only(name):
-            wanted = self.unet(**drawn.unet_inputs(alone.conditioning))[0]
+            target = self.unet(**drawn.unet_inputs(alone.conditioning))[0]
         with self.autocast():
-            given = self.predict(**drawn.unet_inputs(merged.conditioning))[0]
-        error = (given.float() - wanted.float()).square().mean(dim=(1, 2, 3))
+            output = self.predict(**drawn.unet_inputs(merged.conditioning))[0]
+        error = (output.float() - target.float()).square().mean(dim=(1, 2, 3))
         if config.min_snr_gamma is not None:
             error = error * snr_weights(self.scheduler, drawn.timesteps, config.min_snr_gamma)
         return error.mean()
 
     def only(self, name: str) -> AbstractContextManager[None]:
-        """Have one LoRA act alone in the UNet, without scales, as it was before merging."""
+        """Switch the other LoRA and the scales off in the UNet: one LoRA acts as it did before merging."""
         return self._unet_off((*(other for other in KINDS if other != name), SCALES))
 
     @contextmanager
     def off(self, names: tuple[str, ...]) -> Iterator[None]:
-        """Switch LoRAs off; `scales` switches the scales off."""
-        with self.learned.texts.muted(*names), self._unet_off(names):
+        """Switch off LoRAs by name, with all their parts; the name `scales` switches the scales off."""
+        with self.teachers.texts.muted(*names), self._unet_off(names):
             yield
 
     @contextmanager
@@ -235,25 +235,25 @@ class ZipLora(Method[ZipConfig]):
                     scale.on = True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The scales by LoRA name and module path; everything else comes from the files."""
+        """Return the scales by LoRA name and module path; everything else comes from the files."""
         return {f"{name}.{path}": scale.columns for name in KINDS for path, scale in self.scales[name].items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the state of a checkpoint of the same recipe."""
+        """Restore the scales of a checkpoint of the same recipe."""
         for name, columns in self.state_dict().items():
             columns.copy_(state[name])
 
     def export(self) -> dict[str, Lora]:
-        """The merged LoRA, of rank r_c + r_s, scales folded into A; and if asked for its two parts.
+        """Return the merged LoRA, of rank r_c + r_s, scales folded into A, and its two parts if configured.
 
-        What the LoRAs change in text encoders is added as it is.
+        Changes to text encoders are added as they are.
         """
-        parts = {name: Lora(folded(self.branches[name]), text=self.text[name]) for name in KINDS}
+        parts = {name: Lora(folded(self.branches[name]), text=self.text_pairs[name]) for name in KINDS}
         return {"lora": merge(parts), **(parts if self.config.parts else {})}
 
     def views(self) -> list[View]:
-        """Merged, beside the plain sum with the same prompt; then what each LoRA does alone, with its own."""
+        """Return the merged LoRA next to the plain sum, with the same prompt, then each LoRA alone, with its own."""
         prompts = {name: Prompts(text) for name, text in self.config.prompts().items()}
         return [
             View("zipped", prompts["full"]),
@@ -268,7 +268,7 @@ def zip_loras(
 ) -> RunFolder:
     """Merge the configured content and style LoRA into `lora.safetensors` in a run folder.
 
-    What the recipe leaves open, the LoRAs' own runs tell: base, prompts, pictures. Method `direct` needs no base.
+    Base, prompts and images that the recipe leaves open come from the LoRAs' own runs. Method `direct` needs no base.
     Arguments and errors are those of `run_training`.
     """
     config = complete(config, base)
@@ -278,7 +278,7 @@ def zip_loras(
 
 
 def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
-    """The plain sum, in a run folder like that of a training."""
+    """Write the plain sum into a run folder like that of a training."""
     ZipLora.check(config)
 
     def wrote(path: Path) -> None:
@@ -288,13 +288,13 @@ def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
         parts = read_loras(config)
         loras = {"lora": merge(parts), **(parts if config.parts else {})}
         about = ZipLora.about(config)
-        write_loras(run, config, about, loras, {}, wrote, _of_the_base(parts))
+        write_loras(run, config, about, loras, {}, wrote, _base_metadata(parts))
         write_card(run, config, about, loras)
 
     return in_run_folder(config, resume, work)
 
 
-def _of_the_base(parts: Mapping[str, Lora]) -> dict[str, str]:
-    """What the content's header tells of the base, else the style's; empty where neither does, for nobody knows."""
+def _base_metadata(parts: Mapping[str, Lora]) -> dict[str, str]:
+    """Return the content header's entries about the base, else the style header's, else empty ones."""
     headers = [parts[name].metadata for name in KINDS]
-    return {key: next((header[key] for header in headers if key in header), "") for key in OF_THE_BASE}
+    return {key: next((header[key] for header in headers if key in header), "") for key in BASE_KEYS}

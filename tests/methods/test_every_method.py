@@ -1,6 +1,7 @@
-"""Runs of every method on a base that is loaded already: the base is afterwards as it was before."""
+"""Facts that hold for every method: a base is restored after a run, and a LoRA is switched off with all its parts."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,39 @@ from unziplora.formats.files import read_lora, write_lora
 from unziplora.lora.algebra import Pair
 from unziplora.lora.inject import add_lora
 from unziplora.lora.weights import Lora
-from unziplora.methods.blora import train_blora
-from unziplora.methods.dreambooth import train_dreambooth
-from unziplora.methods.unziplora.method import split
-from unziplora.methods.ziplora.method import zip_loras
+from unziplora.methods.adapters import AdapterMethod
+from unziplora.methods.blora import BLora, train_blora
+from unziplora.methods.dreambooth import DreamBooth, train_dreambooth
+from unziplora.methods.unziplora.method import UnZipLora, split
+from unziplora.methods.ziplora.method import ZipLora, zip_loras
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
 from unziplora.sampling.pipeline import Settings, generate
+from unziplora.training.method import Setup
 from unziplora.utils.progress import Progress
 
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 SPLIT = {"column_periods": 1, "column_warmup": 1, "score_timesteps": 1, "phrase_steps": 2, "content_prior": 1.0}
-METHODS: dict[str, tuple[Callable[..., Any], type, dict[str, Any]]] = {
-    "split": (split, SplitConfig, {**SPLIT, "content": "cat", "style": "ink wash", "rank": 2, "prior_images": 1}),
+METHODS: dict[str, tuple[type[AdapterMethod], Callable[..., Any], type, dict[str, Any]]] = {
+    "split": (
+        UnZipLora,
+        split,
+        SplitConfig,
+        {**SPLIT, "content": "cat", "style": "ink wash", "rank": 2, "prior_images": 1},
+    ),
     "dreambooth": (
+        DreamBooth,
         train_dreambooth,
         DreamBoothConfig,
         {"content": "cat", "rank": 2, "text_encoders": True, "prior": 1.0, "prior_images": 1},
     ),
-    "blora": (train_blora, BLoraConfig, {"rank": 2}),
-    "zip": (zip_loras, ZipConfig, {"content_prompt": "a cat", "style_prompt": "ink", "teacher_images": 1}),
+    "blora": (BLora, train_blora, BLoraConfig, {"rank": 2}),
+    "zip": (
+        ZipLora,
+        zip_loras,
+        ZipConfig,
+        {"content_prompt": "a cat", "style_prompt": "ink", "full_prompt": "a cat in ink style", "teacher_images": 1},
+    ),
 }
 
 
@@ -50,11 +64,11 @@ def base(tiny_folder: Path) -> Base:
 def configured(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Make a method's configuration; its `base` cannot be loaded."""
     monkeypatch.setenv("UNZIPLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.TEACHING_STEPS", 1)
+    monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.DISTILLATION_STEPS", 1)
     Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(tmp_path / "cat.png")
 
     def make(name: str, **changes: object) -> Any:
-        _, kind, keys = METHODS[name]
+        _, _, kind, keys = METHODS[name]
         common: dict[str, Any] = {"out": tmp_path / "run", "base": "in-memory", "steps": 2, "resolution": 64}
         common |= {"sample_steps": 1, "sample_guidance": 1, "sample_seeds": [0], "gradient_checkpointing": True}
         if name == "zip":
@@ -100,7 +114,7 @@ def check_same(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_base_is_unchanged_after_a_run(name: str, base: Base, configured: Callable[..., Any]):
-    train, before = METHODS[name][0], state(base)
+    train, before = METHODS[name][1], state(base)
     run = train(configured(name), base=base)
     assert run.card.is_file()
     check_same(before, state(base))
@@ -109,7 +123,7 @@ def test_base_is_unchanged_after_a_run(name: str, base: Base, configured: Callab
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("when", ["in a step", "before the first step"])
 def test_base_is_unchanged_after_a_failure(name: str, when: str, base: Base, configured: Callable[..., Any]):
-    train, before = METHODS[name][0], state(base)
+    train, before = METHODS[name][1], state(base)
 
     def fail(event: Progress) -> None:
         if event.step == 1 if when == "in a step" else event.message == "training":
@@ -134,7 +148,7 @@ def test_modes_and_checkpointing_are_restored(base: Base, configured: Callable[.
 def test_result_is_that_of_the_base_loaded_by_the_run(
     name: str, base: Base, tiny_folder: Path, tmp_path: Path, configured: Callable[..., Any]
 ):
-    train = METHODS[name][0]
+    train = METHODS[name][1]
     changes = {"base": str(tiny_folder), "sample_seeds": [], "save_precision": "fp32"}
     one = train(configured(name, out=tmp_path / "one", **changes))
     two = train(configured(name, out=tmp_path / "two", **changes), base=base)
@@ -143,10 +157,10 @@ def test_result_is_that_of_the_base_loaded_by_the_run(
     for file in files:
         first, second = read_lora(one.path / file), read_lora(two.path / file)
         assert first.text.keys() == second.text.keys()
-        assert all(torch.equal(second.text[key], value) for key, value in first.text.items())
         assert first.modules.keys() == second.modules.keys()
-        for path, pair in first.modules.items():
-            assert all(torch.equal(a, b) for a, b in zip(pair, second.modules[path], strict=True))
+        for one_part, other in ((first.modules, second.modules), (first.text, second.text)):
+            for path, pair in one_part.items():
+                assert all(torch.equal(a, b) for a, b in zip(pair, other[path], strict=True))
 
 
 @pytest.mark.parametrize("where", ["unet", "text encoder"])
@@ -165,3 +179,42 @@ def test_base_that_contains_loras_is_refused_and_keeps_them(where: str, base: Ba
         assert all(base.unet.get_submodule(path).branch("own") is branch for path, branch in branches.items())
     else:
         assert base.text_encoders[1].peft_config
+
+
+@torch.no_grad()
+def computed(base: Base) -> list[torch.Tensor]:
+    """What base and LoRAs make of a prompt: its embeddings, and the UNet's prediction from a fixed input."""
+    row, draw = embed(base, ["a sks cat in ink wash style"]), torch.Generator().manual_seed(9)
+    given = {"text_embeds": torch.randn(1, 24, generator=draw), "time_ids": torch.ones(1, 6)}
+    sample, tokens = torch.randn(1, 4, 8, 8, generator=draw), torch.randn(1, 7, 40, generator=draw)
+    return [row.tokens, row.pooled, base.unet(sample, 500, tokens, added_cond_kwargs=given).sample]
+
+
+def perturb(base: Base, method: AdapterMethod, name: str) -> None:
+    """Change every part of one LoRA."""
+    parts = [branch.up for branch in method.branches[name].values()]
+    adapter = "default" if name in method.text else name  # PEFT calls LoRAs from files by their names
+    for encoder in base.text_encoders:
+        parts += [tensor for key, tensor in encoder.named_parameters() if f".{adapter}." in key]
+    with torch.no_grad():
+        for part in parts:
+            part += torch.rand(part.shape, generator=torch.Generator().manual_seed(7)) / 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_switching_a_lora_off_switches_off_all_its_parts(name: str, base: Base, configured: Callable[..., Any]):
+    plain = computed(base)
+    method = METHODS[name][0].build(configured(name), Setup(base, 64, nullcontext, lambda _: None))
+    for lora in method.branches:
+        before = computed(base)
+        with method.off((lora,)):
+            off = computed(base)
+            perturb(base, method, lora)
+            assert all(torch.equal(a, b) for a, b in zip(computed(base), off, strict=True))
+        assert not torch.equal(computed(base)[2], before[2])
+    assert {"split": True, "dreambooth": True, "blora": False, "zip": True}[name] == (
+        not torch.equal(computed(base)[0], plain[0])
+    ), "a LoRA with a part for text encoders changes embeddings"
+    with method.off((*method.branches, "scales")):
+        for a, b in zip(computed(base), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
