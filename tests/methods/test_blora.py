@@ -90,7 +90,7 @@ def test_default_map_is_the_published_one():
 
 
 def test_card_header_and_sampling_use_its_prompts(config: Make, tmp_path: Path):
-    assert BLora.about(config(style_prompt="a drawing by {token}")).files["style"].trigger == "a drawing by sks"
+    assert BLora.describe(config(style_prompt="a drawing by {token}")).files["style"].trigger == "a drawing by sks"
     run = run_training(BLora, config(sample_seeds=[0], token="v7", sample_guidance=2))
     assert read_lora(run.content).metadata["modelspec.trigger_phrase"] == "A v7"
     assert read_lora(run.style).metadata["modelspec.trigger_phrase"] == "in v7 style"

@@ -12,7 +12,7 @@ from unziplora.config.split import SplitConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.runs.folder import RunFolder
-from unziplora.runs.model_card import About, File, argument, card, folder_argument
+from unziplora.runs.model_card import LoraDescription, RunDescription, argument, card, folder_argument
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def recipe(run: RunFolder, **changes: object) -> SplitConfig:
 
 def written(run: RunFolder, full_size: bool = True, **changes: object) -> str:
     config = recipe(run, **changes)
-    return card(run, config, UnZipLora.about(config), full_size)
+    return card(run, config, UnZipLora.describe(config), full_size)
 
 
 def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
@@ -87,11 +87,14 @@ def test_a_base_on_this_machine_is_opened_by_its_kind(
 
 
 def test_a_merged_lora_is_loaded_alone_and_sampled_as_a_run(run: RunFolder) -> None:
-    about = About(
-        "ZipLoRA", "A LoRA merged", "a sks cat in ink style", {n: File(n, n) for n in ("lora", "content", "style")}
+    description = RunDescription(
+        "ZipLoRA",
+        "A LoRA merged",
+        "a sks cat in ink style",
+        {n: LoraDescription(n, n) for n in ("lora", "content", "style")},
     )
     config = resolve(ZipConfig, {"content_lora": "/home/me/a", "style_lora": "/home/me/b", "out": run.path})
-    text = card(run, config, about, full_size=True)
+    text = card(run, config, description, full_size=True)
     assert text.count("load_lora_weights") == 1
     assert f"unziplora sample {run.path}\n" in text
     assert "/home/me" not in text

@@ -25,7 +25,7 @@ from unziplora.methods.data import image_examples, load_images
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
-from unziplora.runs.model_card import About, File, image_count
+from unziplora.runs.model_card import LoraDescription, RunDescription, image_count
 from unziplora.training.loss import Examples, generator
 from unziplora.training.method import Setup, View
 from unziplora.training.runner import run_training
@@ -89,16 +89,18 @@ class BLora(AdapterMethod[BLoraConfig]):
         return cls(setup.base.unet, setup.noise_schedule(), examples, config, setup.autocast, images)
 
     @classmethod
-    def about(cls, config: BLoraConfig) -> About:
+    def describe(cls, config: BLoraConfig) -> RunDescription:
         """Describe two LoRAs from one training."""
         style = config.style_trigger(config.style_prompt, "{token}")
-        return About(
+        return RunDescription(
             method="B-LoRA (arXiv 2403.14572)",
-            made=f"Two LoRAs trained on {image_count(config)}",
+            origin=f"Two LoRAs trained on {image_count(config)}",
             prompt=config.fill(config.full_prompt),
             files={
-                "content": File("the content", config.fill(config.content_prompt), "Its blocks hold no style."),
-                "style": File("the style", style, "Its blocks hold no content."),
+                "content": LoraDescription(
+                    "the content", config.fill(config.content_prompt), "Its blocks hold no style."
+                ),
+                "style": LoraDescription("the style", style, "Its blocks hold no content."),
             },
         )
 

@@ -21,7 +21,7 @@ from unziplora.methods.data import class_examples, image_examples, load_images
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
-from unziplora.runs.model_card import About, File, image_count
+from unziplora.runs.model_card import LoraDescription, RunDescription, image_count
 from unziplora.training.loss import Examples, generator
 from unziplora.training.method import Setup, View
 from unziplora.training.runner import run_training
@@ -90,15 +90,15 @@ class DreamBooth(AdapterMethod[DreamBoothConfig]):
         return cls(setup.base.unet, setup.noise_schedule(), examples, config, prior, text, setup.autocast, images)
 
     @classmethod
-    def about(cls, config: DreamBoothConfig) -> About:
+    def describe(cls, config: DreamBoothConfig) -> RunDescription:
         """Describe one LoRA."""
         prompt = config.image_prompts()[0]
         trigger = config.style_trigger(config.prompts[0]) if config.product == "style" else prompt
-        return About(
+        return RunDescription(
             method="DreamBooth LoRA (arXiv 2208.12242)",
-            made=f"A LoRA trained on {image_count(config)}",
+            origin=f"A LoRA trained on {image_count(config)}",
             prompt=prompt,
-            files={config.product: File(PRODUCTS[config.product], trigger)},
+            files={config.product: LoraDescription(PRODUCTS[config.product], trigger)},
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:

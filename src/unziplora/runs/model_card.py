@@ -20,44 +20,50 @@ from unziplora.utils.files import absolute
 
 
 @dataclass(frozen=True)
-class File:
-    """A LoRA file: what it gives, the words that call it up, and a hint for its header."""
+class LoraDescription:
+    """Description of one LoRA file.
 
-    gives: str
+    Attributes:
+        summary: what the LoRA adds to an image, such as "the style".
+        trigger: words that activate it.
+        hint: one sentence on its use, for the header.
+    """
+
+    summary: str
     trigger: str
     hint: str = ""
 
 
 @dataclass(frozen=True)
-class About:
-    """What a method tells of its LoRAs.
+class RunDescription:
+    """Description of a run's LoRAs, by the method that trained them.
 
     Attributes:
-        method: its name and paper.
-        made: how they came about, the beginning of a sentence.
-        prompt: the prompt of everything that was learned.
-        files: by name, without the ending.
-        separate: each LoRA has a prompt of its own where both act.
+        method: name and paper of the method.
+        origin: how the LoRAs came about, as the beginning of a sentence.
+        prompt: prompt of everything that was learned.
+        files: the LoRAs by file name, without the suffix.
+        separate_prompts: each LoRA has a prompt of its own where both act.
     """
 
     method: str
-    made: str
+    origin: str
     prompt: str
-    files: dict[str, File]
-    separate: bool = False
+    files: dict[str, LoraDescription]
+    separate_prompts: bool = False
 
 
-def card(run: RunFolder, config: TrainingConfig, about: About, full_size: bool) -> str:
+def card(run: RunFolder, config: TrainingConfig, description: RunDescription, full_size: bool) -> str:
     """The card as Markdown, with the head that model hubs read.
 
     Args:
         run: its LoRA files and samples are named where they are there.
         config: the run's recipe.
-        about: what its method tells.
+        description: the description by its method.
         full_size: the base has SDXL's own size, so that other programs can load the files.
     """
-    parts = [_head(config, about), _title(config, about), _files(run, about), _samples(run)]
-    parts.append(_programs(run, config, about) if full_size else _small(run, config, about))
+    parts = [_head(config, description), _title(config, description), _files(run, description), _samples(run)]
+    parts.append(_programs(run, config, description) if full_size else _small(run, config, description))
     parts.append(_settings(config))
     return "\n".join(part for part in parts if part)
 
@@ -91,9 +97,9 @@ def base_name(config: TrainingConfig) -> str:
     return absolute(path).name if path.exists() else config.base
 
 
-def _head(config: TrainingConfig, about: About) -> str:
+def _head(config: TrainingConfig, description: RunDescription) -> str:
     base = f"base_model: {config.base}\n" if HUB_ID.fullmatch(base_name(config)) else ""
-    words = _string(about.prompt)
+    words = _string(description.prompt)
     return (
         f"---\n{base}instance_prompt: {words}\nlibrary_name: diffusers\n"
         "tags: [lora, sdxl, text-to-image, unziplora]\n---\n"
@@ -105,18 +111,18 @@ def _string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _title(config: TrainingConfig, about: About) -> str:
+def _title(config: TrainingConfig, description: RunDescription) -> str:
     words = config.words()
-    title = ", ".join(words[name] for name in KINDS if name in words) or about.prompt
-    return f"# {title}\n\n{about.made} by unziplora {version('unziplora')} ({about.method}).\n"
+    title = ", ".join(words[name] for name in KINDS if name in words) or description.prompt
+    return f"# {title}\n\n{description.origin} by unziplora {version('unziplora')} ({description.method}).\n"
 
 
-def _files(run: RunFolder, about: About) -> str:
+def _files(run: RunFolder, description: RunDescription) -> str:
     rows = ["| file | gives | trigger words |", "|---|---|---|"]
-    for name, file in about.files.items():
+    for name, file in description.files.items():
         for path in sorted(run.path.glob(f"{name}*.safetensors")):
             note = "" if path.stem == name else f" ({path.stem.removeprefix(name + '.')} layout)"
-            rows.append(f"| `{path.name}`{note} | {file.gives} | `{file.trigger}` |")
+            rows.append(f"| `{path.name}`{note} | {file.summary} | `{file.trigger}` |")
     return "\n".join(rows) + "\n"
 
 
@@ -125,36 +131,36 @@ def _samples(run: RunFolder) -> str:
     return f"![samples]({found[-1].relative_to(run.path).as_posix()})\n" if found else ""
 
 
-def _small(run: RunFolder, config: TrainingConfig, about: About) -> str:
+def _small(run: RunFolder, config: TrainingConfig, description: RunDescription) -> str:
     return f"""## Use
 
 What was trained fits its base, `{base_name(config)}`, and no other: it is smaller than SDXL, so ComfyUI and its like
 cannot load it. Sample with
 
 ```sh
-{_commands(run, config, about)}
+{_commands(run, config, description)}
 ```
 """
 
 
-def _commands(run: RunFolder, config: TrainingConfig, about: About) -> str:
+def _commands(run: RunFolder, config: TrainingConfig, description: RunDescription) -> str:
     subject = config.sample_subject if isinstance(config, ImageConfig) else "dog"
     lines = []
-    if "lora" in about.files or set(KINDS) <= about.files.keys():
+    if "lora" in description.files or set(KINDS) <= description.files.keys():
         lines.append(f"unziplora sample {folder_argument(run.path)}")
     prompts = {"content": "{} on a beach", "style": f"a {subject} {{}}"}
-    for name, file in about.files.items():
+    for name, file in description.files.items():
         if name != "lora":
             prompt = argument(prompts[name].format(file.trigger))
             lines.append(f"unziplora sample --{name} {folder_argument(run.path)} --prompts {prompt}")
     return "\n".join(lines)
 
 
-def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
+def _programs(run: RunFolder, config: TrainingConfig, description: RunDescription) -> str:
     name = absolute(run.path).name
     # A merged LoRA is its two parts already.
-    titles = {file: f"{name}-{file}" for file in (["lora"] if "lora" in about.files else about.files)}
-    both = about.prompt
+    titles = {file: f"{name}-{file}" for file in (["lora"] if "lora" in description.files else description.files)}
+    both, together = description.prompt, _together(run, description) if len(titles) > 1 else ""
     calls = " ".join(f"<lora:{title}:1>" for title in titles.values())
     loads = "\n".join(
         f'pipe.load_lora_weights({_string(run.path.as_posix())}, weight_name="{file}.safetensors", '
@@ -165,7 +171,7 @@ def _programs(run: RunFolder, config: TrainingConfig, about: About) -> str:
 
 Load the checkpoint of the training, `{base_name(config)}`. Begin with strength 1, as trained, and CFG
 {config.sample_guidance:g}; turn the strength down if it dominates the picture. Give the files names of their own when
-you copy them, such as `{next(iter(titles.values()))}.safetensors`.{_together(run, about) if len(titles) > 1 else ""}
+you copy them, such as `{next(iter(titles.values()))}.safetensors`.{together}
 
 **ComfyUI**: copy to `ComfyUI/models/loras`, put one *Load LoRA* node per file between *Load Checkpoint* and the
 sampler, prompt `{both}`.
@@ -189,18 +195,18 @@ pipe({_string(both)}, guidance_scale={config.sample_guidance:g}).images[0].save(
 **unziplora**:
 
 ```sh
-{_commands(run, config, about)}
+{_commands(run, config, description)}
 ```
 """
 
 
-def _together(run: RunFolder, about: About) -> str:
+def _together(run: RunFolder, description: RunDescription) -> str:
     """How a content and a style LoRA go together."""
     text = """
 
 Either works alone, with its own trigger words; both together restore the picture or show its content anew in its style.
 """
-    if about.separate and any(run.samples.glob("*.png")):
+    if description.separate_prompts and any(run.samples.glob("*.png")):
         text += f"""The picture "together" in `samples` was made with a prompt for each LoRA. Other programs give both
 the same one, as `unziplora sample {folder_argument(run.path)} --mode direct` does.
 """

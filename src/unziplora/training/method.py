@@ -16,7 +16,7 @@ from unziplora.config.training import TrainingConfig
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
-from unziplora.runs.model_card import About
+from unziplora.runs.model_card import RunDescription
 from unziplora.training.cuda_graphs import Predict
 
 C = TypeVar("C")
@@ -93,8 +93,8 @@ class Method(Trainable, Generic[C]):
 
     @classmethod
     @abstractmethod
-    def about(cls, config: C) -> About:
-        """What the card and the files' headers tell."""
+    def describe(cls, config: C) -> RunDescription:
+        """Describe the LoRAs for the card and the headers of the files."""
 
     @abstractmethod
     def views(self) -> list[View]:

@@ -27,7 +27,7 @@ from unziplora.models.base import Base, load_base
 from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.sizes import must_be_downloaded
 from unziplora.runs.folder import RunFolder
-from unziplora.runs.model_card import About, base_name, card, folder_argument, shared_settings
+from unziplora.runs.model_card import RunDescription, base_name, card, folder_argument, shared_settings
 from unziplora.training.cuda_graphs import Recorder, recording
 from unziplora.training.method import Method, Setup
 from unziplora.training.preflight import check_resolution, check_run, warn_of_memory
@@ -128,14 +128,14 @@ class TrainingRun(Generic[C]):
             done = self.train(base, method, make_scaler(device, dtype), curves)
             if done < config.steps:
                 raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
-            loras, about = method.export(), method.about(config)
-            write_loras(run, config, about, loras, self.of_the_base(method, setup), self.report_file)
+            loras, description = method.export(), method.describe(config)
+            write_loras(run, config, description, loras, self.of_the_base(method, setup), self.report_file)
             gc.collect()  # optimizer states; samples need the room
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             if config.sample_seeds:
                 self.last_sample(base, method)
-            write_card(run, config, about, loras)
+            write_card(run, config, description, loras)
 
     def stopped(self, where: str) -> Interrupted:
         """Return the exception for a run that was asked to stop."""
@@ -239,7 +239,7 @@ class TrainingRun(Generic[C]):
 def write_loras(
     run: RunFolder,
     config: TrainingConfig,
-    about: About,
+    description: RunDescription,
     loras: Mapping[str, Lora],
     of_the_base: Mapping[str, Any],
     wrote: Callable[[Path], None],
@@ -257,13 +257,13 @@ def write_loras(
         MachineError: disk full, no permission.
     """
     for name, lora in loras.items():
-        file = about.files[name]
+        file = description.files[name]
         described = metadata_for(
             title=f"{run.path.name}-{name}",
             trigger=file.trigger,
             hint=f'Add to any prompt: "{file.trigger}". {file.hint}'.strip(),
             base=base_name(config),
-            method=f"{about.method}, {name} LoRA",
+            method=f"{description.method}, {name} LoRA",
             settings=shared_settings(config),
             **of_the_base,
         )
@@ -274,14 +274,14 @@ def write_loras(
             wrote(path)
 
 
-def write_card(run: RunFolder, config: TrainingConfig, about: About, loras: Mapping[str, Lora]) -> None:
+def write_card(run: RunFolder, config: TrainingConfig, description: RunDescription, loras: Mapping[str, Lora]) -> None:
     """Write the card, the last file of a run.
 
     Raises:
         MachineError: disk full, no permission.
     """
     shapes = {path: shape(pair)[:2] for lora in loras.values() for path, pair in lora.modules.items()}
-    atomic_write(run.card, card(run, config, about, has_sdxl_widths(shapes)))
+    atomic_write(run.card, card(run, config, description, has_sdxl_widths(shapes)))
 
 
 def autocast_for(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractContextManager[object]]:

@@ -30,7 +30,7 @@ from unziplora.methods.unziplora.data import TrainingData, check_prompts, encode
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
-from unziplora.runs.model_card import About, File, image_count
+from unziplora.runs.model_card import LoraDescription, RunDescription, image_count
 from unziplora.training.loss import generator
 from unziplora.training.method import Setup, View
 from unziplora.training.runner import run_training
@@ -107,18 +107,22 @@ class UnZipLora(AdapterMethod[SplitConfig]):
         return cls(setup.base.unet, setup.noise_schedule(), data, config, setup.autocast)
 
     @classmethod
-    def about(cls, config: SplitConfig) -> About:
+    def describe(cls, config: SplitConfig) -> RunDescription:
         """Describe two LoRAs that work alone and together."""
         prompts = config.prompts()
-        return About(
+        return RunDescription(
             method="UnZipLoRA (arXiv 2412.04465)",
-            made=f"Two LoRAs split from {image_count(config)}",
+            origin=f"Two LoRAs split from {image_count(config)}",
             prompt=prompts["full"],
             files={
-                "content": File("the content", prompts["content"], "Pair with the style LoRA to restore the picture."),
-                "style": File("the style", config.style_trigger(config.style_prompt), "Pair with any content LoRA."),
+                "content": LoraDescription(
+                    "the content", prompts["content"], "Pair with the style LoRA to restore the picture."
+                ),
+                "style": LoraDescription(
+                    "the style", config.style_trigger(config.style_prompt), "Pair with any content LoRA."
+                ),
             },
-            separate=config.prompt_separation,
+            separate_prompts=config.prompt_separation,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:

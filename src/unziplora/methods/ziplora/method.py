@@ -46,7 +46,7 @@ from unziplora.models.base import Base
 from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
-from unziplora.runs.model_card import About, File
+from unziplora.runs.model_card import LoraDescription, RunDescription
 from unziplora.training.loss import generator, noised, orthogonality, snr_weights
 from unziplora.training.method import Setup, View
 from unziplora.training.runner import in_run_folder, run_training, write_card, write_loras
@@ -163,15 +163,15 @@ class ZipLora(AdapterMethod[ZipConfig]):
         return cls(base.unet, setup.noise_schedule(), teachers, loras, config, setup.autocast, shown)
 
     @classmethod
-    def about(cls, config: ZipConfig) -> About:
+    def describe(cls, config: ZipConfig) -> RunDescription:
         """Describe one LoRA, and its two parts if they are written too."""
         prompts, hint = config.prompts(), "Add the other part, at the same strength."
-        files = {"lora": File("content and style in one", prompts["full"])}
+        files = {"lora": LoraDescription("content and style in one", prompts["full"])}
         if config.parts:
             triggers = {"content": prompts["content"], "style": style_words(prompts["style"])}
-            files |= {name: File(f"the {name} in it", trigger, hint) for name, trigger in triggers.items()}
+            files |= {name: LoraDescription(f"the {name} in it", trigger, hint) for name, trigger in triggers.items()}
         method = "ZipLoRA (arXiv 2311.13600)" if config.method == "zip" else "direct addition"
-        return About(method, "A LoRA merged from a content and a style LoRA", prompts["full"], files)
+        return RunDescription(method, "A LoRA merged from a content and a style LoRA", prompts["full"], files)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return one optimizer group: the scales of both LoRAs, without weight decay."""
@@ -287,9 +287,9 @@ def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
     def work(run: RunFolder) -> None:
         parts = read_loras(config)
         loras = {"lora": merge(parts), **(parts if config.parts else {})}
-        about = ZipLora.about(config)
-        write_loras(run, config, about, loras, {}, wrote, _base_metadata(parts))
-        write_card(run, config, about, loras)
+        description = ZipLora.describe(config)
+        write_loras(run, config, description, loras, {}, wrote, _base_metadata(parts))
+        write_card(run, config, description, loras)
 
     return in_run_folder(config, resume, work)
 
