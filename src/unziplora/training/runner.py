@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,24 +18,19 @@ from torch.amp import GradScaler
 
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import Interrupted, OutOfMemory, UserError
-from unziplora.formats.files import write_lora
-from unziplora.formats.header import metadata_for
-from unziplora.formats.sdxl import has_sdxl_widths
-from unziplora.lora.algebra import shape
-from unziplora.lora.weights import Lora
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.sizes import must_be_downloaded
 from unziplora.runs.folder import RunFolder
-from unziplora.runs.model_card import RunDescription, base_name, card, folder_argument, shared_settings
+from unziplora.runs.model_card import base_name, folder_argument, shared_settings
 from unziplora.training.cuda_graphs import Recorder, recording
+from unziplora.training.export import Provenance, write_card, write_loras
 from unziplora.training.method import Method, Setup
 from unziplora.training.preflight import check_resolution, check_run, warn_of_memory
 from unziplora.training.restore import restored
 from unziplora.training.sample_sheet import sample_sheet
 from unziplora.training.trackers import Tracker, trackers
 from unziplora.training.trainer import NonFiniteLoss, StepReport, Trainer, is_finite, train
-from unziplora.utils.files import atomic_write
 from unziplora.utils.progress import Callback, Progress
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -129,7 +124,7 @@ class TrainingRun(Generic[C]):
             if done < config.steps:
                 raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
             loras, description = method.export(), method.describe(config)
-            write_loras(run, config, description, loras, self.of_the_base(method, setup), self.report_file)
+            write_loras(run, config, description, self.provenance(method, setup), loras, self.report_file)
             gc.collect()  # optimizer states; samples need the room
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -196,16 +191,17 @@ class TrainingRun(Generic[C]):
         remedy = "--precision fp32 or lower learning rates" if half else "lower learning rates"
         return f"Start a new run, into another --out, with {remedy}; a resumed run keeps its learning rates"
 
-    def of_the_base(self, method: Method[C], setup: Setup) -> dict[str, Any]:
-        """Return the base and the image for the files' headers: keywords of `metadata_for`."""
+    def provenance(self, method: Method[C], setup: Setup) -> Provenance:
+        """Return what the headers of the LoRA files record about the base and the images."""
         base = setup.base
-        return {
-            "resolution": (setup.size, setup.size),
-            "prediction": base.prediction_type,
-            "zero_terminal_snr": base.zero_terminal_snr,
-            "layers_per_block": base.unet.config.layers_per_block,
-            "thumbnail": method.images[0] if method.images else None,
-        }
+        return Provenance(
+            base=base_name(self.config),
+            resolution=setup.size,
+            prediction_type=base.prediction_type,
+            zero_terminal_snr=base.zero_terminal_snr,
+            layers_per_block=base.unet.config.layers_per_block,
+            thumbnail=method.images[0] if method.images else None,
+        )
 
     def report_file(self, path: Path) -> None:
         """Report a file that was written."""
@@ -234,54 +230,6 @@ class TrainingRun(Generic[C]):
         """Report something worth a line."""
         peak = peak_memory(self.device) if memory else None
         self.progress(Progress(done, self.config.steps, memory_bytes=peak, message=message))
-
-
-def write_loras(
-    run: RunFolder,
-    config: TrainingConfig,
-    description: RunDescription,
-    loras: Mapping[str, Lora],
-    of_the_base: Mapping[str, Any],
-    wrote: Callable[[Path], None],
-    more: Mapping[str, str] | None = None,
-) -> None:
-    """Write LoRAs in every layout asked for, each with its words and settings in the header.
-
-    Args:
-        loras: by file name.
-        of_the_base: further keywords of `metadata_for`.
-        wrote: called for every file.
-        more: entries of the header that are known already; an empty one is left out.
-
-    Raises:
-        MachineError: disk full, no permission.
-    """
-    for name, lora in loras.items():
-        file = description.files[name]
-        described = metadata_for(
-            title=f"{run.path.name}-{name}",
-            trigger=file.trigger,
-            hint=f'Add to any prompt: "{file.trigger}". {file.hint}'.strip(),
-            base=base_name(config),
-            method=f"{description.method}, {name} LoRA",
-            settings=shared_settings(config),
-            **of_the_base,
-        )
-        metadata = {key: value for key, value in {**described, **(more or {})}.items() if value}
-        for layout in config.formats:
-            path = run.lora(name, layout)
-            write_lora(lora, path, layout, metadata=metadata, dtype=config.save_precision)
-            wrote(path)
-
-
-def write_card(run: RunFolder, config: TrainingConfig, description: RunDescription, loras: Mapping[str, Lora]) -> None:
-    """Write the card, the last file of a run.
-
-    Raises:
-        MachineError: disk full, no permission.
-    """
-    shapes = {path: shape(pair)[:2] for lora in loras.values() for path, pair in lora.modules.items()}
-    atomic_write(run.card, card(run, config, description, has_sdxl_widths(shapes)))
 
 
 def autocast_for(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractContextManager[object]]:

@@ -46,10 +46,11 @@ from unziplora.models.base import Base
 from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
-from unziplora.runs.model_card import LoraDescription, RunDescription
+from unziplora.runs.model_card import LoraDescription, RunDescription, base_name
+from unziplora.training.export import Provenance, write_card, write_loras
 from unziplora.training.loss import generator, noised, orthogonality, snr_weights
 from unziplora.training.method import Setup, View
-from unziplora.training.runner import in_run_folder, run_training, write_card, write_loras
+from unziplora.training.runner import in_run_folder, run_training
 from unziplora.utils.progress import Callback, Progress
 
 BASE_KEYS = (
@@ -288,7 +289,8 @@ def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
         parts = read_loras(config)
         loras = {"lora": merge(parts), **(parts if config.parts else {})}
         description = ZipLora.describe(config)
-        write_loras(run, config, description, loras, {}, wrote, _base_metadata(parts))
+        provenance = Provenance(base_name(config), entries=_base_metadata(parts))
+        write_loras(run, config, description, provenance, loras, wrote)
         write_card(run, config, description, loras)
 
     return in_run_folder(config, resume, work)
