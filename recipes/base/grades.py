@@ -99,11 +99,16 @@ def _grade_chunk(job: tuple[np.ndarray, tuple[int, int]]) -> tuple[np.ndarray, l
     return grade_each(pixels, np.random.default_rng(seed))
 
 
-def grade_all(pixels: np.ndarray, seed: int, workers: int) -> tuple[np.ndarray, list[str]]:
-    """As `grade_each`, on several processes; the result does not depend on how many."""
-    jobs = [(pixels[i : i + 256], (seed, i)) for i in range(0, len(pixels), 256)]
+def grade_all(pixels: np.ndarray, seed: int, workers: int, first: int = 0) -> tuple[np.ndarray, list[str]]:
+    """Grade images as `grade_each` does, on several processes; the number of processes does not change the result.
+
+    Args:
+        first: number of the first image. Parts that begin at multiples of 256 get the same grades as all images in
+            one call.
+    """
+    jobs = [(pixels[i : i + 256], (seed, first + i)) for i in range(0, len(pixels), 256)]
     parts = on_processes(_grade_chunk, jobs, workers)
-    return np.concatenate([graded for graded, _ in parts]), [words for _, found in parts for words in found]
+    return np.concatenate([graded for graded, _ in parts]), [name for _, names in parts for name in names]
 
 
 def grade_some(pixels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:

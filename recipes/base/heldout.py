@@ -14,8 +14,9 @@ from torch import Tensor
 from recipes.base.captions import strip_colours, wordings
 from recipes.base.config import Recipe
 from recipes.base.dataset import Pictures, render_items, unseen_drawings
+from recipes.base.latents import encode_images
 from recipes.base.text import TextEncoders
-from recipes.base.unet import build_scheduler, encode_images, trained_pipeline
+from recipes.base.unet import build_scheduler, trained_pipeline
 from recipes.base.world import NEVER_FILTERS, World
 
 TIMESTEPS = (100, 300, 500, 700, 900)

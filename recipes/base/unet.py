@@ -19,13 +19,16 @@ from recipes.base.captions import Kind, wordings
 from recipes.base.config import Recipe, UnetSettings
 from recipes.base.dataset import training_pictures
 from recipes.base.draws import Batch, Batches, Deck
-from recipes.base.grades import grade_all
+from recipes.base.latents import stored_latents
 from recipes.base.loop import Figures, Stage, adamw
 from recipes.base.sheets import sheet
 from recipes.base.text import TextEncoders
-from recipes.base.vae import broad_pictures, open_vae, to_tensor
+from recipes.base.vae import broad_pictures, open_vae
 from recipes.base.widen import widen_unet
 from recipes.base.world import World
+
+SHEET_STEPS = 20
+"""Sampling steps of the images on a sheet."""
 
 
 def build_unet(settings: UnetSettings, latent_channels: int, text_width: int, pooled: int) -> UNet2DConditionModel:
@@ -97,14 +100,6 @@ def trained_pipeline(recipe: Recipe) -> tuple[StableDiffusionXLPipeline, int]:
     return assemble(text, vae.eval(), unet.eval()), state["step"]
 
 
-@torch.no_grad()
-def encode_images(vae: AutoencoderTiny, pixels: np.ndarray, device: torch.device) -> Tensor:
-    """Scaled latents [N, C, h, w] of pictures uint8 [N, R, R, 3]."""
-    parts = [pixels[i : i + 64] for i in range(0, len(pixels), 64)]
-    latents = torch.cat([vae.encode(to_tensor(part, device)).latents for part in parts])
-    return latents.float() * vae.config.scaling_factor
-
-
 def take_over(recipe: Recipe, init: Path) -> None:
     """Copy an exported base's text encoders and autoencoder, where the recipe has not trained its own."""
     clip, vae = recipe.output / "clip", recipe.output / "vae" / "vae"
@@ -138,11 +133,7 @@ class UnetStage(Stage):
         self.tokens = (recipe.world.resolution // 8 // 2) ** 2  # attention starts at the second level
         own = training_pictures(recipe)
         pictures = broad_pictures(recipe) if s.broad else own
-        self.latents = encode_images(self.vae, pictures.pixels, self.device)
-        papers: list[str] = []
-        if s.graded:
-            graded, papers = grade_all(pictures.pixels, recipe.seed, recipe.threads)
-            self.latents = torch.cat([self.latents, encode_images(self.vae, graded, self.device)])
+        self.latents, papers = stored_latents(recipe, self.vae, pictures.pixels, s.graded > 0, self.device)
         deck = Deck(pictures, self.world, s, papers, len(own))
         self.batches = Batches(deck, s, recipe.seed, self.text.tokenizers)
 
@@ -194,7 +185,7 @@ class UnetStage(Stage):
             kind: Kind = "full" if concept else "style"
             prompts = [wordings(kind, caption, style)[0] for style in styles]
             prompts += [wordings("content", caption)[0]] * 2 if caption else ["", ""]
-            rows.append(sample(pipe, prompts, self.recipe.world.resolution, self.settings.guidance, seed=7))
+            rows.append(sample(pipe, prompts, self.recipe.world.resolution, self.settings.guidance, 7, SHEET_STEPS))
         sheet(rows, self.folder / f"sheet-{step:06d}.png")
 
 

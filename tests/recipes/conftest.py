@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ class Never:
 
     def __bool__(self) -> bool:
         return False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_sampling() -> Iterator[None]:
+    """Sample the images of sheets in two steps; twenty would take most of the time of the stage `unet`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recipes.base.unet.SHEET_STEPS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")

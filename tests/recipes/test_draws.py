@@ -43,3 +43,10 @@ def test_grades_do_not_depend_on_the_number_of_processes() -> None:
     assert words == same
     first, _ = grade_each(pixels[256:], np.random.default_rng((5, 256)))
     assert np.array_equal(one[256:], first)
+
+
+def test_parts_get_the_grades_of_all_images() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), dtype=np.uint8)
+    (all_at_once, words), (part, same) = grade_all(pixels, 5, 1), grade_all(pixels[256:], 5, 1, first=256)
+    assert np.array_equal(all_at_once[256:], part)
+    assert words[256:] == same

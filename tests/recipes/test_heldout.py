@@ -9,7 +9,8 @@ import torch
 
 from recipes.base.config import Recipe
 from recipes.base.heldout import held_out_images, held_out_loss, v_loss
-from recipes.base.unet import build_scheduler, encode_images, trained_pipeline
+from recipes.base.latents import encode_images
+from recipes.base.unet import build_scheduler, trained_pipeline
 from recipes.base.world import NEVER_FILTERS, NEVER_SETS, is_held_out_pair
 
 COUNT = 4
