@@ -341,7 +341,7 @@ class TestPictures:
         mounted.remove()
         plain = generate_latents(other, "a sks cat", [FIRST_SEED], settings)
         assert not torch.allclose(plain, expected[:1], atol=1e-3)
-        assert len(method.pictures) == 1  # the style's
+        assert len(method.images) == 1  # the style's
 
     def test_images_prompts_base_and_guidance_come_from_run_folders(self, files, picture: Path, tiny_folder, tmp_path):
         for name, images in (("content", [picture, tmp_path / "gone.png"]), ("style", [tmp_path / "gone.png"])):
