@@ -1,38 +1,38 @@
-"""The two kinds of failure that a person sees; everything else is a bug and keeps its traceback."""
+"""Failures that a user sees as a message; every other exception is a bug and keeps its traceback."""
 
 import sys
 
 
 class UnziploraError(Exception):
-    """A failure with a message for a person: what was wrong, where, and what to do next."""
+    """A failure whose message names the thing, the fault and the remedy."""
 
     exit_code = 1
 
 
 class UserError(UnziploraError):
-    """The request cannot be carried out as it was asked (exit code 2)."""
+    """A request that cannot be carried out as stated (exit code 2)."""
 
     exit_code = 2
 
 
 class MachineError(UnziploraError):
-    """The machine stood in the way: disk full, no permission, out of memory (exit code 1)."""
+    """A fault of the machine: disk full, no permission, out of memory (exit code 1)."""
 
     exit_code = 1
 
 
 class OutOfMemory(MachineError):
-    """Memory, of the GPU or of the machine, does not suffice."""
+    """Too little memory on the GPU or in the machine."""
 
 
 class Interrupted(UnziploraError):
-    """A run was stopped on purpose after saving a checkpoint (exit code 130, as shells do)."""
+    """A run that was stopped on purpose and can be resumed (exit code 130, as in shells)."""
 
     exit_code = 130
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on a GPU or the CPU; torch is not imported for it."""
+    """Return True if an exception means that a GPU or the CPU ran out of memory. Does not import torch."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -42,5 +42,5 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, cut to one line for use inside a message."""
+    """Return the first line of an exception's message, for use inside another message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")

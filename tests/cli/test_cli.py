@@ -226,7 +226,7 @@ class TestWrongRequests:
         before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
         done = call(*SPLIT, "--out", finished)
         assert done.code == 2
-        assert "holds a finished run: choose another --out" in done.err
+        assert "contains a finished run: choose another --out" in done.err
         assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
     def test_json_contains_the_fault_too(self, call: Call) -> None:

@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path / "cat", recipe(tmp_path / "cat"))
 
 
-def test_a_config_toml_of_ones_own_is_not_overwritten(tmp_path: Path) -> None:
+def test_config_toml_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("# my notes\n")
     with pytest.raises(UserError, match="exists already and is not empty"):
         RunFolder.create(tmp_path, recipe(tmp_path))
@@ -45,7 +45,7 @@ def fill(folder: Path) -> None:
     (folder / "deep" / "b.bin").write_bytes(b"b")
 
 
-def test_a_new_folder_holds_the_configuration_with_absolute_paths(run: RunFolder) -> None:
+def test_new_folder_contains_the_configuration_with_absolute_paths(run: RunFolder) -> None:
     saved = run.config(SplitConfig)
     assert saved.images == [Path("cat.jpg").resolve()]
     assert saved.content == "cat"
@@ -53,7 +53,7 @@ def test_a_new_folder_holds_the_configuration_with_absolute_paths(run: RunFolder
     assert run.checkpoints.is_dir()
 
 
-def test_a_base_on_disk_is_saved_absolute_and_a_name_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_of_a_base_becomes_absolute_and_a_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny-xl").mkdir()
     for base, saved in (("tiny-xl", str(tmp_path / "tiny-xl")), ("bundled", "bundled"), ("some/xl", "some/xl")):
@@ -61,8 +61,8 @@ def test_a_base_on_disk_is_saved_absolute_and_a_name_as_it_is(tmp_path: Path, mo
         assert run.config(SplitConfig).base == saved
 
 
-def test_a_base_behind_a_link_keeps_its_own_name(tmp_path: Path) -> None:
-    """As in the hub's cache, where a model's name leads to a file that is called by its hash."""
+def test_linked_base_keeps_its_own_name(tmp_path: Path) -> None:
+    """As in the hub's cache, where a model's name links to a file that is named by its hash."""
     (tmp_path / "31e35c80").touch()
     (tmp_path / "my-xl.safetensors").symlink_to(tmp_path / "31e35c80")
     config = recipe(tmp_path / "cat", base=str(tmp_path / "my-xl.safetensors"))
@@ -86,14 +86,14 @@ def test_folder_stays_locked_from_its_check_to_the_end_of_the_work(tmp_path: Pat
         pass
 
 
-def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not empty: choose another --out"):
         RunFolder.create(tmp_path, recipe(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cat"
     path.write_text("mine")
     with pytest.raises(UserError, match="choose another --out"):
@@ -104,21 +104,21 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", ["content.safetensors", "samples/000600.png", "checkpoints/step-000200/x"])
-def test_a_run_that_has_learnt_something_is_never_overwritten(run: RunFolder, left: str) -> None:
+def test_run_that_has_learned_something_is_never_overwritten(run: RunFolder, left: str) -> None:
     (run.path / left).parent.mkdir(exist_ok=True)
     (run.path / left).write_text("result")
     with pytest.raises(UserError, match="--resume"):
         RunFolder.create(run.path, recipe(run.path))
 
 
-def test_a_run_that_failed_before_its_first_step_is_started_over(run: RunFolder) -> None:
+def test_run_that_failed_before_its_first_step_may_start_again(run: RunFolder) -> None:
     run.log(step=0, note="base missing")
     again = RunFolder.create(run.path, recipe(run.path, rank=8))
     assert again.config(SplitConfig).rank == 8
     assert again.read_log() == []
 
 
-def test_resume_wants_the_same_recipe_and_names_what_differs(run: RunFolder) -> None:
+def test_resume_with_other_settings_names_the_differences(run: RunFolder) -> None:
     with pytest.raises(UserError, match=r"rank: 64 → 8") as caught:
         RunFolder.resume(run.path, recipe(run.path, rank=8))
     assert "seed" not in str(caught.value)
@@ -127,18 +127,18 @@ def test_resume_wants_the_same_recipe_and_names_what_differs(run: RunFolder) -> 
     )
 
 
-def test_resume_without_a_run_says_so(tmp_path: Path) -> None:
+def test_resume_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run to resume"):
         RunFolder.resume(tmp_path, recipe(tmp_path))
 
 
-def test_a_damaged_configuration_is_named(run: RunFolder) -> None:
+def test_damaged_configuration_is_named(run: RunFolder) -> None:
     run.config_file.write_text("rank = [")
     with pytest.raises(UserError, match=r"config\.toml: not valid TOML"):
         run.config(SplitConfig)
 
 
-def test_a_checkpoint_is_a_folder_and_replaces_the_one_before(run: RunFolder) -> None:
+def test_checkpoint_replaces_the_previous_one(run: RunFolder) -> None:
     assert run.latest() is None
     run.checkpoint(200, fill)
     path = run.checkpoint(400, fill)
@@ -149,7 +149,7 @@ def test_a_checkpoint_is_a_folder_and_replaces_the_one_before(run: RunFolder) ->
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-000400"]
 
 
-def test_a_checkpoint_that_fails_leaves_the_one_before(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_checkpoint_leaves_the_previous_one(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     run.checkpoint(200, fill)
 
     def full(folder: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(run: RunFolder, monkeypat
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-000200"]
 
 
-def test_a_process_killed_while_it_writes_leaves_no_false_checkpoint(run: RunFolder) -> None:
+def test_process_killed_while_writing_leaves_no_incomplete_checkpoint(run: RunFolder) -> None:
     run.checkpoint(200, fill)
     code = (
         "import os, signal, pathlib, unziplora.runs.folder as r\n"
@@ -191,11 +191,11 @@ def test_a_process_killed_while_it_writes_leaves_no_false_checkpoint(run: RunFol
     assert run.steps() == [200]
     RunFolder.resume(run.path, recipe(run.path))
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-000200"]
-    with run.lock():  # the dead process holds it no longer
+    with run.lock():  # the lock of the dead process is released
         pass
 
 
-def test_one_process_at_a_time(run: RunFolder) -> None:
+def test_second_process_is_refused(run: RunFolder) -> None:
     with run.lock():
         with pytest.raises(UserError, match=f"process {os.getpid()} is training"), RunFolder(run.path).lock():
             pass
@@ -210,7 +210,7 @@ def test_one_process_at_a_time(run: RunFolder) -> None:
     assert not half.exists()
 
 
-def test_log_lines_survive_a_cut_and_are_rewound(run: RunFolder) -> None:
+def test_half_written_log_line_is_ignored_and_later_steps_are_deleted(run: RunFolder) -> None:
     for step in (1, 2, 3):
         run.log(step=step, loss=float("nan") if step == 2 else 0.5)
     with run.log_file.open("a") as file:
@@ -249,8 +249,8 @@ def test_new_files_get_the_permissions_of_the_umask(tmp_path: Path, monkeypatch:
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
 
 
-def test_files_are_synced_by_a_handle_that_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows refuses to sync others, with EBADF."""
+def test_files_are_synced_by_a_writable_handle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to sync read-only handles, with EBADF."""
     synced = []
 
     def windows(handle: int) -> None:
@@ -274,7 +274,7 @@ def test_files_are_synced_by_a_handle_that_may_write(tmp_path: Path, monkeypatch
         (errno.EIO, "cannot be written"),
     ],
 )
-def test_faults_of_the_machine_are_named(
+def test_error_names_the_fault_of_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
 ) -> None:
     def fail(*_: object) -> None:
@@ -288,8 +288,8 @@ def test_faults_of_the_machine_are_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_really_full_disk(run: RunFolder) -> None:
-    """A limit on the size of files stands in for a full disk; the system itself refuses the write."""
+def test_full_disk_leaves_no_files(run: RunFolder) -> None:
+    """A limit on the size of files replaces a full disk, because then the system itself refuses the write."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -308,11 +308,11 @@ def test_a_really_full_disk(run: RunFolder) -> None:
 def test_samples_are_png(run: RunFolder) -> None:
     path = run.save_image("000200", Image.new("RGB", (8, 8), "red"))
     assert path == run.samples / "000200.png"
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
+    with Image.open(path) as image:
+        assert image.format == "PNG"
 
 
-def test_a_run_that_stopped_between_its_files_is_no_content_alone(run: RunFolder) -> None:
+def test_run_that_stopped_between_its_files_is_not_a_content_lora(run: RunFolder) -> None:
     run.content.touch()
     assert loras_of(run.path) == {"content": run.path, "style": run.path}
     with pytest.raises(UserError, match=r"no style\.safetensors in it; the run is not finished: resume it"):

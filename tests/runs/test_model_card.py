@@ -25,8 +25,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def recipe(run: RunFolder, **changes: object) -> SplitConfig:
-    given = {"images": ["/home/me/cat.jpg"], "content": "cat", "style": 'pencil "sketch"', "out": run.path}
-    return resolve(SplitConfig, {**given, **changes})
+    settings = {"images": ["/home/me/cat.jpg"], "content": "cat", "style": 'pencil "sketch"', "out": run.path}
+    return resolve(SplitConfig, {**settings, **changes})
 
 
 def written(run: RunFolder, full_size: bool = True, **changes: object) -> str:
@@ -34,7 +34,7 @@ def written(run: RunFolder, full_size: bool = True, **changes: object) -> str:
     return card(run, config, UnZipLora.describe(config), full_size)
 
 
-def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
+def test_card_explains_the_files_for_every_program(run: RunFolder) -> None:
     text = written(run, full_size=True)
     for program in ("ComfyUI", "Forge", "A1111", "InvokeAI", "diffusers", "unziplora"):
         assert f"**{program}" in text or f", {program}**" in text
@@ -53,18 +53,18 @@ def test_says_how_to_use_the_files_in_every_program(run: RunFolder) -> None:
     assert shlex.split(commands[-1])[-1] == 'a dog in pencil "sketch" style'
 
 
-def test_without_samples_no_picture_is_told_of(run: RunFolder) -> None:
+def test_card_without_samples_mentions_no_image(run: RunFolder) -> None:
     (run.samples / "samples.png").unlink()
     assert "--mode direct" not in written(run)
 
 
-def test_files_for_a_small_base_promise_nothing(run: RunFolder) -> None:
+def test_card_of_a_small_base_excludes_other_programs(run: RunFolder) -> None:
     text = written(run, full_size=False, base="bundled")
     assert "cannot load it" in " ".join(text.split())
     assert "lora:" not in text.split("Settings")[0]
 
 
-def test_tells_nothing_about_the_machine(run: RunFolder) -> None:
+def test_card_contains_no_path_of_the_machine(run: RunFolder) -> None:
     text = written(run, full_size=False, base=str(run.path))
     assert "/home/me" not in text
     assert f'base = "{run.path.name}"' in text
@@ -77,7 +77,7 @@ def test_tells_nothing_about_the_machine(run: RunFolder) -> None:
         ("my-xl.safetensors", 'from_single_file("PATH/TO/my-xl.safetensors"'),
     ],
 )
-def test_a_base_on_this_machine_is_opened_by_its_kind(
+def test_local_base_is_opened_as_folder_or_file(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: str
 ) -> None:
     (tmp_path / name).touch()
@@ -86,7 +86,7 @@ def test_a_base_on_this_machine_is_opened_by_its_kind(
     assert call in written(run, base=name)
 
 
-def test_a_merged_lora_is_loaded_alone_and_sampled_as_a_run(run: RunFolder) -> None:
+def test_merged_lora_is_loaded_alone_and_sampled_as_a_run(run: RunFolder) -> None:
     description = RunDescription(
         "ZipLoRA",
         "A LoRA merged",
@@ -116,6 +116,6 @@ def test_arguments_are_quoted_as_all_shells_read_them(text: str, typed: str) -> 
     assert shlex.split(typed) == [text]
 
 
-def test_a_folder_that_looks_like_a_flag_is_still_a_folder() -> None:
+def test_folder_that_looks_like_a_flag_is_quoted() -> None:
     assert folder_argument(Path("-cat")) == "./-cat"
     assert folder_argument(Path("runs/my cat")) == '"runs/my cat"'

@@ -1,4 +1,4 @@
-"""Recorded passes, by a recorder that works as CUDA graphs do: fixed places for inputs, output and gradients."""
+"""Recorded passes, with a stand-in for CUDA graphs that also has fixed places for inputs, output and gradients."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from unziplora.training.trainer import Trainer
 
 
 class Replays:
-    """Stands in for `torch.cuda.make_graphed_callables`: computes anew, but between places that never change."""
+    """Stand-in for `torch.cuda.make_graphed_callables` that computes again, but between fixed places."""
 
     def __init__(self):
         self.recorded, self.replayed, self.fails = 0, 0, False
@@ -26,10 +26,10 @@ class Replays:
 
         class Graphed(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, *given):
+            def forward(ctx, *inputs):
                 self.replayed += 1
                 with torch.no_grad():
-                    for place, tensor in zip(places, given, strict=True):
+                    for place, tensor in zip(places, inputs, strict=True):
                         if place.data_ptr() != tensor.data_ptr():
                             place.copy_(tensor)
                 with torch.enable_grad():
@@ -38,8 +38,8 @@ class Replays:
 
             @staticmethod
             def backward(ctx, grad):
-                found = torch.autograd.grad(results["graph"], trained, grad, allow_unused=True)
-                for place, value in zip(trained, found, strict=True):
+                gradients = torch.autograd.grad(results["graph"], trained, grad, allow_unused=True)
+                for place, value in zip(trained, gradients, strict=True):
                     if value is not None:
                         results.setdefault(id(place), torch.empty_like(place)).copy_(value)
                 return tuple(results[id(place)].detach() if id(place) in results else None for place in places)
@@ -56,7 +56,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Replays:
 
 
 def trained(method, steps, recorded):
-    """What a method has learned after some steps, with or without recorded passes."""
+    """Return the losses and the state of a method after some steps, with or without recorded passes."""
     trainer = Trainer(method, method.config)
     if recorded:
         method.predict = Recorder(method.unet, trainer.parameters())
@@ -65,7 +65,7 @@ def trained(method, steps, recorded):
 
 
 def assert_same(one, other):
-    """Two trainings gave the same, to the last digit."""
+    """Check that two trainings agree to the last digit."""
     assert one[0] == other[0]
     assert one[1].keys() == other[1].keys()
     assert all(torch.equal(value, other[1][name]) for name, value in one[1].items())
@@ -79,26 +79,26 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_recorded_steps_learn_the_same(fresh_base, replays, recipe):
+def test_recorded_steps_give_the_same_results(fresh_base, replays, recipe):
     eager, recorded = (trained(build(fresh_base(), **recipe), recipe["steps"], flag) for flag in (False, True))
     assert_same(eager, recorded)
     assert replays.replayed > replays.recorded
 
 
-def test_a_pass_is_recorded_once_for_every_kind(fresh_base, replays):
+def test_unchanged_pass_is_recorded_once(fresh_base, replays):
     trained(build(fresh_base(), steps=8, column_separation=False), 8, recorded=True)
     assert (replays.recorded, replays.replayed) == (1, 8 - FIRST)
 
 
-def test_what_trains_anew_is_recorded_anew(fresh_base, replays):
+def test_change_of_trained_parameters_needs_a_new_recording(fresh_base, replays):
     method = build(fresh_base(), steps=16, column_periods=2, column_warmup=4)
     trained(method, 16, recorded=True)
     # In each period the scales are frozen during the warm-up and train after it.
     assert replays.recorded == 4
-    assert len(method.predict.passes) == 1  # the others will not be asked for again
+    assert len(method.predict.passes) == 1  # the others are not needed again
 
 
-def test_the_second_loss_of_a_step_finds_its_own_place_for_gradients(fresh_base, replays):
+def test_second_loss_of_a_step_has_its_own_gradients(fresh_base, replays):
     def method(base):
         recipe = resolve(
             DreamBoothConfig,
@@ -122,7 +122,7 @@ def test_passes_without_gradient_are_not_recorded(fresh_base, replays):
     assert not replays.recorded
 
 
-def test_where_nothing_can_be_recorded_training_goes_on(fresh_base, replays):
+def test_training_continues_without_recording_if_it_fails(fresh_base, replays):
     replays.fails = True
     eager = trained(build(fresh_base(), steps=6, column_separation=False), 6, recorded=False)
     with pytest.warns(UserWarning, match=r"not recorded as CUDA graphs \(operation not permitted .*--no-cuda-graphs"):
@@ -130,7 +130,7 @@ def test_where_nothing_can_be_recorded_training_goes_on(fresh_base, replays):
     assert_same(eager, recorded)
 
 
-def test_on_a_cpu_nothing_is_recorded(fresh_base, replays):
+def test_nothing_is_recorded_on_a_cpu(fresh_base, replays):
     method = build(fresh_base())
     with recording(method.unet, [], method.config) as predict:
         assert predict is method.unet

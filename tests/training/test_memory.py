@@ -99,7 +99,7 @@ class TestMemory:
         more = split_memory(recipe(base=str(tiny_folder), batch_size=4), sizes).total
         assert split_memory(recipe(base=str(tiny_folder), batch_size=4, **less), sizes).total < more
 
-    def test_one_lora_needs_less_than_two_and_two_blocks_less_than_all(self, tiny_folder: Path) -> None:
+    def test_fewer_loras_and_fewer_layers_need_less(self, tiny_folder: Path) -> None:
         sizes = inspect_base(str(tiny_folder))
         loras = UnZipLora.layers(recipe(), sizes.names)
         few = {"content": [path for path in loras["content"] if path.startswith("up_blocks.0.")]}
@@ -160,15 +160,15 @@ class TestMemory:
             config = DreamBoothConfig(
                 images=["cat.png"], content="cat", out="run", text_encoders=texts, precision="bf16"
             )
-            found = estimate(config, sizes, {"content": filter_targets(sizes.names, ["attention"])})
-            parts.append({line.part: line.bytes for line in found.lines})
+            memory = estimate(config, sizes, {"content": filter_targets(sizes.names, ["attention"])})
+            parts.append({line.part: line.bytes for line in memory.lines})
         assert "VAE and text encoders" not in parts[0]
         assert parts[1]["VAE and text encoders"] == 2 * sizes.text
         # 4 layers a block of q, k, v, out: 12 blocks of width 768, 32 of width 1280
         more = 64 * 4 * (12 * 2 * 768 + 32 * 2 * 1280)
         assert parts[1]["gradients"] - parts[0]["gradients"] == 4 * more
 
-    def test_base_without_a_sample_size_has_that_of_sdxl(self, tiny_folder: Path, tmp_path: Path) -> None:
+    def test_base_without_a_sample_size_has_the_size_of_sdxl(self, tiny_folder: Path, tmp_path: Path) -> None:
         shutil.copytree(tiny_folder, tmp_path / "base")
         path = tmp_path / "base" / "unet" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": None}))
@@ -177,19 +177,21 @@ class TestMemory:
         assert sizes.latent_scale == known.latent_scale
 
     @pytest.mark.parametrize(("free", "warned"), [(2**20, True), (2**40, False)])
-    def test_run_beyond_a_cpus_memory_is_warned_of(
+    def test_run_that_exceeds_the_memory_of_a_cpu_causes_a_warning(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, warned: bool
     ) -> None:
         monkeypatch.setattr("unziplora.training.memory.free_bytes", lambda _: free)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             warn_of_memory(UnZipLora, recipe(base=str(tiny_folder), device="cpu", batch_size=4))
-        found = [str(warning.message) for warning in caught if "are free" in str(warning.message)]
-        assert bool(found) is warned
-        assert not warned or "1.0 MiB are free, so the system may end this run; needs less: --batch-size 2" in found[0]
+        messages = [str(warning.message) for warning in caught if "are free" in str(warning.message)]
+        assert bool(messages) is warned
+        assert (
+            not warned or "1.0 MiB are free, so the system may end this run; needs less: --batch-size 2" in messages[0]
+        )
 
     @pytest.mark.usefixtures("on_a_gpu")
-    def test_readme_table_is_the_forecast(self, sdxl: Sizes) -> None:
+    def test_readme_table_agrees_with_the_forecast(self, sdxl: Sizes) -> None:
         lines = (ROOT / "README.md").read_text().splitlines()
         checkpointed = {"gradient_checkpointing": True}
         for start, changes in {

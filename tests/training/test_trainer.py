@@ -135,7 +135,7 @@ def test_half_precision_computes_under_autocast_and_fp16_scales_its_loss() -> No
     assert make_scaler(cpu, torch.float16) is not None
 
 
-def test_peak_memory_is_that_of_the_runs_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_measured_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {"cuda:1": 7}[str(device)])
     assert peak_memory(torch.device("cuda:1")) == 7

@@ -1,4 +1,4 @@
-"""What is shown of a running job, on a terminal and elsewhere."""
+"""Views of a running job, in a terminal and elsewhere."""
 
 import io
 
@@ -10,7 +10,7 @@ from unziplora.utils.progress import Lines, Progress, Rich, Silent, describe, du
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_durations_have_at_most_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -18,16 +18,16 @@ def test_durations(seconds: float, text: str) -> None:
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 50, "1048576.0 GiB")],
 )
-def test_sizes(count: int, text: str) -> None:
+def test_sizes_have_the_largest_unit_up_to_gib(count: int, text: str) -> None:
     assert size(count) == text
 
 
-def test_a_report_tells_step_loss_speed_time_left_and_memory() -> None:
+def test_report_contains_step_loss_speed_time_left_and_memory() -> None:
     assert describe(Progress(5, 20, 0.25, 2.0, 3 << 30)) == "step 5/20  loss 0.2500  2.00 s/step  30 s left  3.0 GiB"
     assert describe(Progress(5, 20)) == "step 5/20"
 
 
-def test_lines_are_few_and_the_last_step_is_told() -> None:
+def test_lines_are_few_and_include_the_last_step() -> None:
     stream = io.StringIO()
     with Lines(stream, seconds=1000) as view:
         view(Progress(0, 100, message="loading"))
@@ -47,7 +47,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_a_bar_that_keeps_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_of_a_terminal_keeps_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
@@ -60,6 +60,6 @@ def test_a_terminal_gets_a_bar_that_keeps_its_figures(monkeypatch: pytest.Monkey
     assert "loss 0.1250" in stream.getvalue().split("wrote a.safetensors")[-1]
 
 
-def test_quiet_and_pipes() -> None:
+def test_view_is_silent_if_quiet_and_lines_in_pipes() -> None:
     assert isinstance(show(quiet=True), Silent)
     assert isinstance(show(stream=io.StringIO()), Lines)

@@ -31,7 +31,7 @@ MERGED = "lora"
 """Name of the file in which content and style are one LoRA."""
 
 _STEP = re.compile(r"step-(\d{6,})")
-# What a run that has learned nothing yet may hold; such a folder is started over without asking.
+# Entries of a run that has learned nothing yet; such a folder is reused without asking.
 _EARLY = {"config.toml", "log.jsonl", "samples", "checkpoints", IMAGES}
 
 
@@ -70,7 +70,7 @@ class RunFolder:
         return self.lora("style")
 
     def lora(self, name: str, layout: str = "kohya") -> Path:
-        """The file of a LoRA in a layout."""
+        """Return the path of a LoRA in a layout."""
         return self.path / (f"{name}.safetensors" if layout == "kohya" else f"{name}.{layout}.safetensors")
 
     @property
@@ -89,7 +89,7 @@ class RunFolder:
             MachineError: no permission, disk full.
         """
         run = cls(path)
-        run._check_free()  # before the lock, which would leave its file in a folder of someone else
+        run._check_free()  # before the lock, whose file would stay in someone else's folder
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -116,22 +116,22 @@ class RunFolder:
             raise UserError(f"{self.path} {self._taken()}")
 
     def _taken(self) -> str:
-        """What lies where a new run should begin, and what to do."""
+        """Return why no new run can begin here, and the remedy, as the end of a sentence."""
         if not self.path.is_dir():
             return "is a file: choose another --out"
         if self.card.exists() and self.config_file.is_file():
-            return "holds a finished run: choose another --out"
+            return "contains a finished run: choose another --out"
         if not self._begun():
             return "exists already and is not empty: choose another --out"
-        return "exists already and holds a run: continue it with --resume, or choose another --out"
+        return "contains an unfinished run: continue it with --resume, or choose another --out"
 
     def _begun(self) -> bool:
-        """Whether a run began here: a config.toml alone may be somebody's own."""
+        """Return True if a run began here; a config.toml alone may be a file of the user's."""
         return self.config_file.is_file() and self.checkpoints.is_dir()
 
     @property
     def unfinished(self) -> bool:
-        """Whether a run began here and has not written its last file, the card."""
+        """True if a run began here and has not written its last file, the card."""
         return self._begun() and not self.card.exists()
 
     @classmethod
@@ -162,26 +162,26 @@ class RunFolder:
             return run
 
     def config(self, model: type[R]) -> R:
-        """The configuration that the run began with.
+        """Read the configuration that the run began with.
 
         Raises:
-            UserError: this folder holds no run, or its configuration was damaged.
+            UserError: this folder contains no run, or its configuration is damaged.
         """
         if not self.config_file.is_file():
             raise UserError(f"{self.path}: no run to resume here (it has no config.toml); leave --resume out")
         return resolve(model, read_toml(self.config_file))
 
     def is_free(self) -> bool:
-        """Whether a new run may begin here: nothing there, or only the start of a run; hidden files are ignored."""
+        """Return True if a new run may begin here: no files but hidden ones, or a run that has learned nothing yet."""
         try:
             if self.path.exists() and not self.path.is_dir():
                 return False
-            found = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+            names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
         except FileNotFoundError:
             return True
         except OSError as error:
             raise explain(self.path, error) from None
-        if not found <= _EARLY or (found - {IMAGES} and not self._begun()):
+        if not names <= _EARLY or (names - {IMAGES} and not self._begun()):
             return False
         return self.latest() is None and not any(self.samples.glob("*"))
 
@@ -205,30 +205,30 @@ class RunFolder:
         except OSError as error:
             raise explain(self.path, error) from None
         try:
-            with suppress(OSError):  # it serves the message alone
+            with suppress(OSError):  # only the message of other processes needs it
                 owner.write_text(str(os.getpid()))
             yield
         finally:
             lock.release()
 
     def tidy(self) -> None:
-        """Remove what an interrupted process left half-written."""
+        """Remove half-written files of an interrupted process."""
         for parent in (self.path, self.samples, self.checkpoints):
-            for rest in parent.glob(".*"):
-                if rest.name.startswith(".tmp-"):
-                    shutil.rmtree(rest, ignore_errors=True)
-                elif rest.name != ".lock" and re.search(r"\.(toml|jsonl|png|md|safetensors)\.", rest.name):
-                    rest.unlink(missing_ok=True)
+            for leftover in parent.glob(".*"):
+                if leftover.name.startswith(".tmp-"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                elif leftover.name != ".lock" and re.search(r"\.(toml|jsonl|png|md|safetensors)\.", leftover.name):
+                    leftover.unlink(missing_ok=True)
 
     def checkpoint(self, step: int, fill: Callable[[Path], object]) -> Path:
-        """Save a checkpoint as `checkpoints/step-000200`, whole or not at all, then drop older ones.
+        """Save a checkpoint atomically as `checkpoints/step-000200`, then delete the others.
 
         Args:
             step: steps done.
-            fill: writes the files into the folder that it is given.
+            fill: writes the files into a folder.
 
         Raises:
-            MachineError: disk full, no permission; the checkpoint before it stays.
+            MachineError: disk full, no permission; the previous checkpoint stays.
         """
         path = self.checkpoints / f"step-{step:06d}"
         atomic_folder(path, fill)
@@ -238,12 +238,12 @@ class RunFolder:
         return path
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         names = [_STEP.fullmatch(entry.name) for entry in self.checkpoints.glob("step-*") if entry.is_dir()]
         return sorted(int(match[1]) for match in names if match)
 
     def latest(self) -> tuple[int, Path] | None:
-        """Steps done and folder of the newest complete checkpoint."""
+        """Return steps done and folder of the newest complete checkpoint."""
         steps = self.steps()
         return (steps[-1], self.checkpoints / f"step-{steps[-1]:06d}") if steps else None
 
@@ -261,7 +261,7 @@ class RunFolder:
             raise explain(self.log_file, error) from None
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl; a half-written one is left out."""
+        """Return the lines of log.jsonl without half-written ones."""
         lines = []
         if self.log_file.is_file():
             for line in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -272,30 +272,30 @@ class RunFolder:
         return lines
 
     def rewind_log(self, step: int) -> None:
-        """Drop log lines after a checkpoint, so that a resumed run does not tell its steps twice."""
-        kept = [line for line in self.read_log() if line.get("step", 0) <= step]
-        atomic_write(self.log_file, "".join(json.dumps(line) + "\n" for line in kept))
+        """Delete log lines after a checkpoint, so that a resumed run does not log its steps twice."""
+        lines = [line for line in self.read_log() if line.get("step", 0) <= step]
+        atomic_write(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def save_image(self, name: str, picture: Image.Image) -> Path:
+    def save_image(self, name: str, image: Image.Image) -> Path:
         """Write a sample as `samples/NAME.png`.
 
         Raises:
             MachineError: disk full, no permission.
         """
         path = self.samples / f"{name}.png"
-        write_png(path, picture)
+        write_png(path, image)
         return path
 
 
 def with_absolute_paths(config: R) -> R:
-    """The same configuration with absolute paths, so that it works from any folder."""
+    """Return the configuration with absolute paths, so that it works from any folder."""
     paths: dict[str, Any] = {}
     for name, value in config:
         if isinstance(value, Path) and name != "out":
             paths[name] = absolute(value)
         elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
             paths[name] = [absolute(item) for item in value]
-    for name in ("base", "blocks"):  # a file or folder, or a name that stays one, whatever files are called so
+    for name in ("base", "blocks"):  # a path, or a name that stays one even if a file is called the same
         value = getattr(config, name, None)
         if value is not None and value not in BLOCK_MAPS and Path(value).expanduser().exists():
             paths[name] = str(absolute(Path(value).expanduser()))

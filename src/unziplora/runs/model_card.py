@@ -1,4 +1,4 @@
-"""The README of a run folder: trigger words, how to use the files in each program, how they were made."""
+"""The README of a run folder: trigger words, use in each program, settings of the training."""
 
 from __future__ import annotations
 
@@ -54,12 +54,10 @@ class RunDescription:
 
 
 def card(run: RunFolder, config: TrainingConfig, description: RunDescription, full_size: bool) -> str:
-    """The card as Markdown, with the head that model hubs read.
+    """Return the card as Markdown, with the front matter that model hubs read.
 
     Args:
-        run: its LoRA files and samples are named where they are there.
-        config: the run's recipe.
-        description: the description by its method.
+        run: the card names the LoRA files and samples that exist in it.
         full_size: the base has SDXL's own size, so that other programs can load the files.
     """
     parts = [_head(config, description), _title(config, description), _files(run, description), _samples(run)]
@@ -69,30 +67,30 @@ def card(run: RunFolder, config: TrainingConfig, description: RunDescription, fu
 
 
 def argument(text: str) -> str:
-    """A text as an argument on a command line: bare or in double quotes, where all shells read these alike."""
+    """Quote a text for a command line: bare or in double quotes if all shells agree on its meaning."""
     if re.fullmatch(r"(?!~)[\w./:~-]+", text):
         return text
     return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
 
 
 def folder_argument(path: Path) -> str:
-    """A path as an argument on a command line, also one that looks like a flag."""
+    """Quote a path for a command line, even one that looks like a flag."""
     text = path.as_posix()
     return argument(f"./{text}" if text.startswith("-") else text)
 
 
 def image_count(config: ImageConfig) -> str:
-    """How many pictures were learned from, in words."""
+    """Return the number of training images in words."""
     return "one picture" if len(config.images) == 1 else f"{len(config.images)} pictures"
 
 
 def shared_settings(config: TrainingConfig) -> dict[str, Any]:
-    """The settings as others may know them, without paths of this machine."""
+    """Return the settings for publication, without paths of this machine."""
     return {**config.model_dump(mode="json", exclude=config.marked("private")), "base": base_name(config)}
 
 
 def base_name(config: TrainingConfig) -> str:
-    """The base as others may know it: of a path on this machine, the last part."""
+    """Return the name of the base for publication: the last part of a path, or the name as it is."""
     path = Path(config.base).expanduser()
     return absolute(path).name if path.exists() else config.base
 
@@ -107,7 +105,7 @@ def _head(config: TrainingConfig, description: RunDescription) -> str:
 
 
 def _string(text: str) -> str:
-    """A text in quotes, whatever is in it: strings of JSON are strings of YAML and of Python."""
+    """Quote a text for YAML and Python, which both read strings of JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -127,14 +125,14 @@ def _files(run: RunFolder, description: RunDescription) -> str:
 
 
 def _samples(run: RunFolder) -> str:
-    found = sorted(run.samples.glob("*.png"), key=lambda path: path.stat().st_mtime)
-    return f"![samples]({found[-1].relative_to(run.path).as_posix()})\n" if found else ""
+    sheets = sorted(run.samples.glob("*.png"), key=lambda path: path.stat().st_mtime)
+    return f"![samples]({sheets[-1].relative_to(run.path).as_posix()})\n" if sheets else ""
 
 
 def _small(run: RunFolder, config: TrainingConfig, description: RunDescription) -> str:
     return f"""## Use
 
-What was trained fits its base, `{base_name(config)}`, and no other: it is smaller than SDXL, so ComfyUI and its like
+These LoRAs fit only their base, `{base_name(config)}`. It is smaller than SDXL, so ComfyUI and similar programs
 cannot load it. Sample with
 
 ```sh
@@ -158,7 +156,7 @@ def _commands(run: RunFolder, config: TrainingConfig, description: RunDescriptio
 
 def _programs(run: RunFolder, config: TrainingConfig, description: RunDescription) -> str:
     name = absolute(run.path).name
-    # A merged LoRA is its two parts already.
+    # A merged LoRA contains its two parts.
     titles = {file: f"{name}-{file}" for file in (["lora"] if "lora" in description.files else description.files)}
     both, together = description.prompt, _together(run, description) if len(titles) > 1 else ""
     calls = " ".join(f"<lora:{title}:1>" for title in titles.values())
@@ -170,8 +168,8 @@ def _programs(run: RunFolder, config: TrainingConfig, description: RunDescriptio
     return f"""## Use
 
 Load the checkpoint of the training, `{base_name(config)}`. Begin with strength 1, as trained, and CFG
-{config.sample_guidance:g}; turn the strength down if it dominates the picture. Give the files names of their own when
-you copy them, such as `{next(iter(titles.values()))}.safetensors`.{together}
+{config.sample_guidance:g}; turn the strength down if it dominates the picture. Rename the files when you
+copy them, such as `{next(iter(titles.values()))}.safetensors`.{together}
 
 **ComfyUI**: copy to `ComfyUI/models/loras`, put one *Load LoRA* node per file between *Load Checkpoint* and the
 sampler, prompt `{both}`.
@@ -201,10 +199,11 @@ pipe({_string(both)}, guidance_scale={config.sample_guidance:g}).images[0].save(
 
 
 def _together(run: RunFolder, description: RunDescription) -> str:
-    """How a content and a style LoRA go together."""
+    """Describe the use of a content and a style LoRA together."""
     text = """
 
-Either works alone, with its own trigger words; both together restore the picture or show its content anew in its style.
+Either works alone, with its own trigger words. Both together restore the picture, or draw its content again in its
+style.
 """
     if description.separate_prompts and any(run.samples.glob("*.png")):
         text += f"""The picture "together" in `samples` was made with a prompt for each LoRA. Other programs give both
@@ -214,7 +213,7 @@ the same one, as `unziplora sample {folder_argument(run.path)} --mode direct` do
 
 
 def _loading(config: TrainingConfig) -> str:
-    """The beginning of diffusers' call that opens the base; where it lies on this machine is not told."""
+    """Return the start of diffusers' call that opens the base, without its folder on this machine."""
     name = base_name(config)
     if not Path(config.base).expanduser().exists() and not name.endswith(".safetensors"):
         return f"from_pretrained({_string(name)}"

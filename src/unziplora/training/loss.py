@@ -1,4 +1,4 @@
-"""The denoising loss: noise drawn by (seed, purpose, step), the target by the scheduler's configuration."""
+"""The denoising loss, with noise that depends on (seed, purpose, step) alone."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ArrayT = TypeVar("ArrayT", Tensor, "np.ndarray[Any, Any]")
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures to learn from, encoded once.
+    """Training images, encoded once.
 
     Attributes:
         latents: [N, C, h, w], in the UNet's scaling.
-        conditioning: one row per picture.
-        weights: weight of the loss per latent pixel, [N, 1, h, w], or None for 1.
+        conditioning: one row per image.
+        weights: weights of the loss per latent pixel, [N, 1, h, w], or None for equal weights.
     """
 
     latents: Tensor
@@ -36,10 +36,10 @@ class Examples:
 
 
 def generator(*key: object) -> torch.Generator:
-    """A CPU generator whose stream depends on the key alone.
+    """Return a CPU generator whose stream depends on the key alone.
 
-    What a step draws is a function of (seed, purpose, step): a resumed run draws what the uninterrupted
-    one would have drawn, and switching one part of the loss on or off does not shift the others' noise.
+    With the key (seed, purpose, step), a resumed run draws what the uninterrupted one would have drawn. Switching one
+    part of the loss on or off does not change the noise of the others.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -63,12 +63,12 @@ def denoising_loss(
 
     Args:
         predict: the UNet, or its recorded passes.
-        batch_size: noisy latents to draw; pictures are taken in turn from a random start.
-        draw: source of pictures, timesteps and noise.
+        batch_size: number of noisy latents; images are taken in turn from a random start.
+        draw: generator of images, timesteps and noise.
         min_snr_gamma: γ of min-SNR weighting (arXiv 2303.09556), or None for equal weights.
-        noise_offset: size of an additional noise that is constant over each latent channel.
+        noise_offset: size of additional noise that is constant over each latent channel.
         timestep_shift: see `shifted`.
-        conditioning: what the UNet sees beside the noisy latents, instead of the examples' own conditioning.
+        conditioning: used instead of the examples' own.
     """
     drawn = noised(scheduler, examples, batch_size, draw, noise_offset, timestep_shift)
     clean, timesteps = examples.latents[drawn.index], drawn.timesteps
@@ -76,7 +76,7 @@ def denoising_loss(
     error = (prediction.float() - target(scheduler, clean, drawn.noise, timesteps).float()).square()
     if examples.weights is not None:
         weights = examples.weights[drawn.index]
-        # Normalized per picture, so that a small subject teaches as strongly as a large one.
+        # Normalized per image, so that a small subject counts as much as a large one.
         error = error * (weights / weights.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6))
     error = error.mean(dim=(1, 2, 3))
     if min_snr_gamma is not None:
@@ -86,12 +86,12 @@ def denoising_loss(
 
 @dataclass(frozen=True)
 class Noised:
-    """Noisy latents of some pictures.
+    """Noisy latents of a batch of images.
 
     Attributes:
-        index: which pictures, [B].
-        noise: what was added, [B, C, h, w].
-        timesteps: how much of it, [B].
+        index: numbers of the images, [B].
+        noise: the added noise, [B, C, h, w].
+        timesteps: its timesteps, [B].
         latents: the noisy latents, [B, C, h, w].
     """
 
@@ -101,7 +101,7 @@ class Noised:
     latents: Tensor
 
     def unet_inputs(self, conditioning: ConditioningSource) -> dict[str, Any]:
-        """What the UNet is called with, given the conditioning of all pictures."""
+        """Return the inputs of the UNet by name, from the conditioning of all images."""
         rows = conditioning.take(self.index)
         return {
             "sample": self.latents,
@@ -120,7 +120,7 @@ def noised(
     noise_offset: float = 0.0,
     timestep_shift: float = 1.0,
 ) -> Noised:
-    """Draw pictures in turn from a random start, timesteps and noise, on the CPU: alike on every device."""
+    """Draw images in turn from a random start, timesteps and noise, on the CPU so that all devices agree."""
     device, count = examples.latents.device, len(examples.latents)
     start = int(torch.randint(count, (1,), generator=draw))
     index = ((start + torch.arange(batch_size)) % count).to(device)
@@ -135,17 +135,17 @@ def noised(
 
 
 def shifted(timesteps: Tensor, steps: int, shift: float) -> Tensor:
-    """Uniform timesteps 0…steps − 1 moved towards noise by a shift above 1 (arXiv 2403.03206, equation 23), [B]."""
+    """Move uniform timesteps 0…steps − 1, [B], towards noise by a shift above 1 (arXiv 2403.03206, equation 23)."""
     return towards_noise((timesteps + 0.5) / steps, steps, shift).long()
 
 
-def towards_noise(part: ArrayT, steps: int, shift: float) -> ArrayT:
-    """Even parts 0…1 of the way to noise as shifted timesteps, not yet rounded; tensors or arrays of any shape."""
-    return steps * shift * part / (1 + (shift - 1) * part)
+def towards_noise(fraction: ArrayT, steps: int, shift: float) -> ArrayT:
+    """Convert even fractions 0…1 of the way to noise, of any shape, to shifted timesteps, not yet rounded."""
+    return steps * shift * fraction / (1 + (shift - 1) * fraction)
 
 
 def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet should predict, [B, C, h, w]."""
+    """Return the target of the UNet's prediction, [B, C, h, w]."""
     kind = scheduler.config["prediction_type"]
     if kind == "epsilon":
         return noise
@@ -157,7 +157,7 @@ def target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timesteps: Te
 
 
 def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weights per picture, [B]: the clean latent's loss counts min(SNR, γ) (arXiv 2303.09556)."""
+    """Return min-SNR weights per image, [B]; the clean latent's loss has weight min(SNR, γ) (arXiv 2303.09556)."""
     alpha = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alpha / (1 - alpha)
     kind = scheduler.config["prediction_type"]
@@ -167,7 +167,7 @@ def snr_weights(scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Te
 
 
 def loss_weights(masks: Sequence[Tensor], latents: Tensor, background: float) -> Tensor | None:
-    """Weights of the loss from subject masks, N × [1, H, W] in 0…1 → [N, 1, h, w], or None without masks."""
+    """Convert subject masks, N × [1, H, W] in 0…1, to weights of the loss, [N, 1, h, w]; None without masks."""
     if not masks:
         return None
     small = F.interpolate(torch.stack(list(masks)).float(), latents.shape[-2:], mode="area")
@@ -175,7 +175,7 @@ def loss_weights(masks: Sequence[Tensor], latents: Tensor, background: float) ->
 
 
 def to_device(examples: Examples, base: Base) -> Examples:
-    """The examples where the UNet is, in its number format; latents stay in fp32."""
+    """Move examples to the base's device; the conditioning takes its number format, latents become fp32."""
     weights = None if examples.weights is None else examples.weights.to(base.device)
     return Examples(
         examples.latents.to(base.device, torch.float32),
@@ -185,7 +185,7 @@ def to_device(examples: Examples, base: Base) -> Examples:
 
 
 def orthogonality(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """L⊥, the mean over layers of mean_i |m_c^i · m_s^i| (arXiv 2412.04465; means as in the code).
+    """Return L⊥, the mean over layers of mean_i |m_c^i · m_s^i| (arXiv 2412.04465; means as in the official code).
 
     Args:
         pairs: per layer, the effective scales mask ⊙ scale of the content and the style LoRA, [out] each.
@@ -193,6 +193,6 @@ def orthogonality(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     by_width: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for pair in pairs:
         by_width.setdefault(len(pair[0]), []).append(pair)
-    # Layers of a width together: SDXL has hundreds, and their kernels would cost more than their arithmetic.
+    # Layers of a width at once: one kernel for each of SDXL's hundreds of layers would cost more than the arithmetic.
     stacks = [map(torch.stack, zip(*alike, strict=True)) for alike in by_width.values()]
     return torch.cat([(content * style).abs().mean(1) for content, style in stacks]).mean()

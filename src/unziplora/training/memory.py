@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import Sizes
-from unziplora.training.cuda_graphs import graphs_wanted
+from unziplora.training.cuda_graphs import uses_cuda_graphs
 from unziplora.utils.progress import size
 
 _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
@@ -22,7 +22,7 @@ _OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}
 
 _CUDA_CONTEXT = 600 * 2**20
 _RECORDED = 256 * 2**20
-"""Memory of recorded steps besides separate gradients (profiling/results/sdxl-gpu.json)."""
+"""Memory of recorded steps in addition to separate gradients (profiling/results/sdxl-gpu.json)."""
 
 _PROMPT_TOKENS = 77
 
@@ -118,7 +118,7 @@ def estimate(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequence[str
     exact = _exact(config, sizes, loras, each, gpu)
     about = {"activations": activation_bytes(config, sizes, loras, half=each == 2)}
     about["work in progress"] = about["activations"] // 4 + _CUDA_CONTEXT * gpu
-    if gpu and graphs_wanted(config):
+    if gpu and uses_cuda_graphs(config):
         losses = 1 + sum(weight > 0 for weight in config.prior_weights().values())
         about["CUDA graphs"] = exact["gradients"] * losses + _RECORDED
     training = sum(exact.values()) + sum(about.values())
@@ -187,9 +187,9 @@ def activation_bytes(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequ
     if config.gradient_checkpointing:
         return round(each * (transformers + 6.6 * resnets))
     # More numbers in half precision: norms read a copy in fp32.
-    kept = 26 * transformers + 14 * resnets if half else 22 * transformers + 10 * resnets
+    blocks = 26 * transformers + 14 * resnets if half else 22 * transformers + 10 * resnets
     factors = 0.875 * sizes.adapter(config.rank, adapted)
-    return round(each * (kept + 7 * inner + 3 * prompt + factors))
+    return round(each * (blocks + 7 * inner + 3 * prompt + factors))
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def smaller(config: TrainingConfig, side: int) -> str | None:
     if config.batch_size > 1:
         return f"--batch-size {max(1, config.batch_size // 2)}"
     device = pick_device(config.device)
-    if device.type == "cuda" and graphs_wanted(config):
+    if device.type == "cuda" and uses_cuda_graphs(config):
         return "--no-cuda-graphs (slower, the same result)"
     if not config.gradient_checkpointing:
         return "--gradient-checkpointing (slower, the same result)"

@@ -1,4 +1,4 @@
-"""What a method offers: it is built from a recipe, says its losses, and exports its LoRAs."""
+"""The interface of a method: it is built from a recipe, yields losses and exports LoRAs."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ C = TypeVar("C")
 
 
 class Trainable(ABC):
-    """What the training loop asks of a method."""
+    """Interface of a method to the training loop."""
 
     predict: Predict
     """The UNet, or its recorded passes while a run trains."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups with a name each."""
+        """Return named optimizer groups."""
 
     def before_step(self, step: int, gradient_scale: float) -> None:
-        """What is to be done before a step's losses; nothing, unless a method says so."""
+        """Prepare a step, before its losses; does nothing by default."""
         return
 
     @abstractmethod
     def losses(self, step: int) -> Iterator[Tensor]:
-        """Terms of the loss; each is propagated before the next is asked for."""
+        """Yield the terms of the loss; each is propagated before the next is computed."""
 
     def after_backward(self, step: int) -> None:
-        """Change gradients before they are clipped; nothing, unless a method says so."""
+        """Change gradients before they are clipped; does nothing by default."""
         return
 
     def after_step(self, step: int) -> None:
-        """Put parameters back into their bounds; nothing, unless a method says so."""
+        """Return parameters to their bounds; does nothing by default."""
         return
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs."""
+        """Return the tensors that a checkpoint stores."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore the tensors of `state_dict`."""
 
 
 class Method(Trainable, Generic[C]):
-    """What a job asks of a method besides its training.
+    """Interface of a method to the runner.
 
     Attributes:
         command: the command that runs it, for messages.
@@ -70,7 +70,7 @@ class Method(Trainable, Generic[C]):
 
     @classmethod
     def check(cls, config: C, base: Base | None = None) -> None:
-        """Refuse what can be seen to be wrong before a folder is made and a base is loaded; nothing, by default.
+        """Refuse an unusable recipe before a folder is created and a base is loaded; does nothing by default.
 
         Args:
             base: used instead of the configured one, if it is loaded already.
@@ -80,16 +80,16 @@ class Method(Trainable, Generic[C]):
     @classmethod
     @abstractmethod
     def layers(cls, config: C, paths: list[str]) -> dict[str, list[str]]:
-        """The layers that each LoRA adapts, by its name, of a UNet's linear layers at these paths."""
+        """Return the layers that each LoRA adapts, by LoRA name, out of a UNet's linear layers at these paths."""
 
     @classmethod
     @abstractmethod
     def build(cls, config: C, setup: Setup) -> Method[C]:
-        """Encode what is needed once and put the LoRAs into the base's UNet."""
+        """Encode the training data and add the LoRAs to the base's UNet."""
 
     @abstractmethod
     def export(self) -> dict[str, Lora]:
-        """The LoRAs by file name, in fp32, of strength 1."""
+        """Return the LoRAs by file name, in fp32, at strength 1."""
 
     @classmethod
     @abstractmethod
@@ -98,22 +98,22 @@ class Method(Trainable, Generic[C]):
 
     @abstractmethod
     def views(self) -> list[View]:
-        """The columns of the sample sheet."""
+        """Return the columns of the sample sheet."""
 
     @abstractmethod
     def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
-        """Have LoRAs of these names switched off for a while."""
+        """Temporarily switch off the LoRAs of these names."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method is built with.
+    """Everything besides its recipe that a method is built from.
 
     Attributes:
         base: frozen, without LoRAs.
-        size: side of the training pictures in pixels.
+        size: side of the training images in pixels.
         autocast: context of the forward passes.
-        report: tells the user something worth a line.
+        report: shows the user one line.
         resumed: a checkpoint will be loaded next, with all that was learned before it.
     """
 
@@ -124,14 +124,14 @@ class Setup:
     resumed: bool = False
 
     def noise_schedule(self) -> DDPMScheduler:
-        """How the base was trained to see noise."""
+        """Return the noise schedule of the base's training."""
         return DDPMScheduler.from_config(self.base.scheduler.config)
 
     def make_room(self, config: TrainingConfig, keep_text: bool = False) -> None:
-        """Make room for training the UNet, once all pictures are encoded: the encoders go to the CPU.
+        """Make room for training the UNet, once all images are encoded: move the encoders to the CPU.
 
-        The text encoders stay where they are needed in every step (`keep_text`). Gradient checkpointing begins here,
-        if the recipe asks for it.
+        The text encoders stay if every step needs them (`keep_text`). Gradient checkpointing is switched on here if the
+        recipe uses it.
         """
         for module in (self.base.vae, *(() if keep_text else self.base.text_encoders)):
             module.to("cpu")
@@ -141,7 +141,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class View:
-    """A column of the sample sheet: prompts, and the LoRAs (by name) that are switched off for it."""
+    """A column of the sample sheet: prompts, and names of the LoRAs that are switched off for it."""
 
     title: str
     prompts: Prompts

@@ -20,33 +20,33 @@ _PACKAGES = {"prodigy": ("prodigyopt", "Prodigy"), "adamw8bit": ("bitsandbytes.o
 
 
 def make_optimizers(groups: Groups, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers for these named parameter groups.
+    """Create the optimizers of named parameter groups.
 
-    Prodigy estimates one step size per optimizer, so each LoRA gets its own; the column scales, whose step
-    is bound to their range [0, 1] and not to a gradient's size, stay with AdamW.
+    Prodigy estimates one step size per optimizer, so each LoRA has its own. The column scales stay with AdamW, because
+    their step depends on their range [0, 1] and not on the size of a gradient.
 
     Raises:
         UserError: the optimizer's package is not installed.
     """
-    found = find_optimizer(config.optimizer)
+    optimizer = find_optimizer(config.optimizer)
     if config.optimizer == "prodigy":
         options = {"betas": config.betas, "decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
-        matrices = [found([group], **options) for group in groups if group["name"] != "scales"]
+        matrices = [optimizer([group], **options) for group in groups if group["name"] != "scales"]
         return [*matrices, *(_adamw([group], config) for group in groups if group["name"] == "scales")]
     if config.optimizer == "adamw8bit":
-        return [found(groups, betas=config.betas)]
+        return [optimizer(groups, betas=config.betas)]
     return [_adamw(groups, config)]
 
 
 def _adamw(groups: Groups, config: TrainingConfig) -> torch.optim.AdamW:
-    # Fused: the LoRAs are hundreds of small matrices, and a loop over them would cost as much as the UNet.
-    # Not on Apple's GPUs, where the fused step is taken even if the loss scaler found that fp16 has overflowed.
+    # Fused, because a loop over the hundreds of small matrices of the LoRAs would cost as much as the UNet.
+    # Not on Apple's GPUs, where a fused optimizer ignores an overflow that the loss scaler detected.
     fused = all(parameter.device.type != "mps" for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, betas=config.betas, fused=fused)
 
 
 def find_optimizer(kind: str) -> Callable[..., torch.optim.Optimizer]:
-    """The class of an optimizer.
+    """Return the class of an optimizer.
 
     Raises:
         UserError: its package is not installed.
@@ -57,7 +57,7 @@ def find_optimizer(kind: str) -> Callable[..., torch.optim.Optimizer]:
     package = module.partition(".")[0]
     try:
         return getattr(import_module(module), name)
-    except Exception as error:  # bitsandbytes fails in many ways where it finds no CUDA
+    except Exception as error:  # bitsandbytes fails in many ways without CUDA
         raise UserError(
             f"optimizer needs {package}, which cannot be loaded ({error}): pip install {package}, or set "
             'optimizer = "adamw"'
@@ -65,7 +65,7 @@ def find_optimizer(kind: str) -> Callable[..., torch.optim.Optimizer]:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, kind: str, steps: int, warmup: int = 0) -> LambdaLR:
-    """Constant, or cosine to zero at the last step, after a linear warm-up."""
+    """Create a schedule: constant, or cosine to zero at the last step, after a linear warm-up."""
 
     def factor(step: int) -> float:
         warm = min(1.0, (step + 1) / (warmup + 1))

@@ -1,4 +1,4 @@
-"""What cannot be trained is told before a folder is made and a base is loaded."""
+"""Checks of a recipe that run before a folder is created and a base is loaded."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ C = TypeVar("C", bound=TrainingConfig)
 
 
 def check_run(kind: type[Method[C]], config: C, side: int, base: Base | None = None) -> None:
-    """Refuse what cannot be trained, before a folder is made and a base is loaded.
+    """Refuse a recipe that cannot be trained, before a folder is created and a base is loaded.
 
     Args:
-        side: pixels at which pictures and masks are opened.
+        side: side in pixels at which images and masks are opened.
         base: used instead of the configured one, if it is loaded already.
 
     Raises:
-        UserError: a picture, a mask, a word, a block map or the base is not usable, or this machine lacks what a
+        UserError: an image, a mask, a word, a block map or the base is not usable, or this machine lacks what a
             setting needs.
     """
     if isinstance(config, ImageConfig):
@@ -54,7 +54,10 @@ def check_run(kind: type[Method[C]], config: C, side: int, base: Base | None = N
 
 
 def warn_of_memory(kind: type[Method[C]], config: C) -> None:
-    """Warn where a CPU's memory will not do: a GPU tells when it runs out, a system ends the process without a word."""
+    """Warn if the memory of a CPU is too small.
+
+    A GPU that runs out of memory raises an error, but an operating system silently kills the process.
+    """
     device = pick_device(config.device)
     if device.type != "cpu" or not isinstance(config, ImageConfig):
         return
@@ -62,22 +65,22 @@ def warn_of_memory(kind: type[Method[C]], config: C) -> None:
 
     free, stored = free_bytes(device) or 0, stored_bytes(config.base)
     if stored is not None and 2 * stored * (8 + 4 * config.batch_size) < free:
-        return  # more than any training takes, and an estimate takes seconds
+        return  # more than any training needs, and an estimate takes seconds
     sizes = inspect_base(config.base)
     memory = estimate(config, sizes, kind.layers(config, sizes.names))
     if memory.fits is False:
         warnings.warn(
             f"about {size(memory.total)} of memory are needed and {size(free)} are free, so the system may end this "
-            f"run{memory.needs_less}. --dry-run tells what takes how much",
+            f"run{memory.needs_less}. --dry-run lists what needs how much",
             stacklevel=2,
         )
 
 
 def check_resolution(resolution: int, latent_scale: int) -> None:
-    """Refuse pictures whose latents cannot be halved twice, as they are inside the UNet.
+    """Refuse a resolution whose latents cannot be halved twice, as the UNet does.
 
     Raises:
-        UserError: names the nearest that can.
+        UserError: it cannot; the message names the nearest one that can.
     """
     unit = latent_scale * 4
     if resolution % unit:

@@ -1,4 +1,4 @@
-"""A base that outlives a run: as it was before, whatever a method does to it."""
+"""Restoration of a base that outlives a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def restored(base: Base) -> Iterator[None]:
         yield
     finally:
         remove(base.unet)
-        with base.forked_rng():  # diffusers makes linear layers to put in place of PEFT's
+        with base.forked_rng():  # diffusers creates linear layers that replace PEFT's, which draws random numbers
             base.pipe.unload_lora_weights()
         if base.unet.is_gradient_checkpointing and not checkpointing:
             base.unet.disable_gradient_checkpointing()

@@ -50,12 +50,12 @@ def run_training(
         config: its recipe.
         resume: continue an interrupted run in `config.out` from its last checkpoint, with the same result as
             if it had not been interrupted.
-        progress: called after every step, and for every file that is worth a look.
-        base: use this one, on its device and in its number format, instead of loading `config.base`; afterwards it is
-            as it was before, also when the run fails.
+        progress: called after every step and after every file.
+        base: used, on its device and in its number format, instead of loading `config.base`. It is restored
+            afterwards, even if the run fails.
 
     Raises:
-        UserError: a picture, a word, the base, the folder or a setting is not usable.
+        UserError: an image, a word, the base, the folder or a setting is not usable.
         MachineError: disk full, no permission, out of memory.
         Interrupted: stopped on request; its message names the command that continues.
     """
@@ -111,7 +111,7 @@ class TrainingRun(Generic[C]):
         dtype = pick_dtype(config.precision, device) if base is None else base.dtype
         self.device = device
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # an earlier run of this process may have needed more
+            torch.cuda.reset_peak_memory_stats(device)  # an earlier run of this process may have used more
         with trackers(config.trackers, run.path / "trackers", flat(config)) as curves:
             if base is None:
                 self.report(f"loading base {config.base}{_fetching(config.base)}")
@@ -227,7 +227,7 @@ class TrainingRun(Generic[C]):
         self.progress(Progress(step.done, self.config.steps, step.loss, speed, peak_memory(self.device)))
 
     def report(self, message: str, done: int = 0, memory: bool = False) -> None:
-        """Report something worth a line."""
+        """Report one line."""
         peak = peak_memory(self.device) if memory else None
         self.progress(Progress(done, self.config.steps, memory_bytes=peak, message=message))
 
@@ -245,8 +245,8 @@ def make_scaler(device: torch.device, dtype: torch.dtype) -> GradScaler | None:
 
 
 def _fetching(base: str) -> str:
-    """Announce the download of a base that is not on this machine: gigabytes may come before the next line."""
-    return " (it is fetched now; SDXL has 7 GB, in fp32 twice that)" if must_be_downloaded(base) else ""
+    """Announce the download of a base that is not on this machine, because it delays the next line by minutes."""
+    return " (downloading it; SDXL has 7 GB, in fp32 twice that)" if must_be_downloaded(base) else ""
 
 
 def flat(config: TrainingConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The sample sheet of a training: what the LoRAs do together, alone and apart, with fixed seeds."""
+"""The sample sheet of a training: images of the LoRAs together and alone, with fixed seeds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from unziplora.sampling.pipeline import Settings, generate
 from unziplora.training.method import Method
 
 SMALLEST = 128
-"""Pictures of a small base are enlarged to this side, in pixels, so that they can be looked at."""
+"""Side in pixels to which the images of a small base are enlarged."""
 
 LONGEST = LARGEST - 2_000
-"""Pictures are made smaller where a sheet's rows or columns would be longer, in pixels: the rest is for labels."""
+"""Longest row or column in pixels without labels; larger images are scaled down."""
 
 
 def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Image.Image:
-    """A labeled sheet with a row per seed: the picture that was learned from, then the method's views."""
+    """Return a labeled sheet with a row per seed: the training image, then the method's views."""
     side = config.resolution or base.resolution
     columns: dict[str, list[Image.Image]] = {}
     if method.images:
@@ -35,16 +35,16 @@ def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Ima
             with method.off(view.off):
                 columns[view.title] = generate(base, view.prompts, config.sample_seeds, settings)
     room = LONGEST // max(len(columns), len(config.sample_seeds)) - GAP
-    rows = [[_visible(picture, room) for picture in row] for row in zip(*columns.values(), strict=True)]
+    rows = [[_scaled(image, room) for image in row] for row in zip(*columns.values(), strict=True)]
     return sheet(rows, [f"seed {seed}" for seed in config.sample_seeds], list(columns))
 
 
-def _visible(picture: Image.Image, room: int) -> Image.Image:
-    """A picture as it goes into the sheet, at most `room` pixels wide and high."""
-    times = -(-SMALLEST // picture.width)
-    if times * picture.width > room:
-        return picture.resize((room, room), Image.Resampling.LANCZOS)
-    return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
+def _scaled(image: Image.Image, room: int) -> Image.Image:
+    """Enlarge a small image, or shrink one that exceeds `room` pixels."""
+    times = -(-SMALLEST // image.width)
+    if times * image.width > room:
+        return image.resize((room, room), Image.Resampling.LANCZOS)
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A LoRA on the text encoders, by PEFT, trained along with the UNet's."""
+"""A LoRA on the text encoders, by PEFT, trained together with the UNet's."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The conditioning of N pictures, encoded when it is asked for: a step pays for the prompts that it draws alone.
+class LazyConditioning:
+    """Conditioning of N images that is encoded on access, so that a step encodes only the prompts that it draws.
 
     Attributes:
         base: its text encoders are on the device.
-        prompts: one per picture.
-        encoded: the same, encoded before; only its size conditioning is used.
+        prompts: one per image.
+        encoded: conditioning of the same images; only its size conditioning is used.
     """
 
     base: Base
@@ -36,22 +36,22 @@ class Reading:
     encoded: Conditioning
 
     def take(self, index: Tensor) -> Conditioning:
-        """The rows at these indices."""
+        """Encode the rows at these indices."""
         rows = encode_each(self.base, [self.prompts[number] for number in index.tolist()])
         return rows.with_time_ids(self.encoded.take(index).time_ids)
 
 
 class TextLora:
-    """PEFT's LoRA on q, k, v, out of both text encoders; the prompts' embeddings are computed anew in every step."""
+    """PEFT's LoRA on q, k, v, out of both text encoders; every step computes the prompts' embeddings again."""
 
     def __init__(self, base: Base, config: ImageConfig, prompts: Sequence[str] = (), prior: Sequence[str] = ()) -> None:
-        """Put adapters into the base's text encoders, in place.
+        """Add adapters to the base's text encoders, in place.
 
         Args:
-            base: its text encoders are frozen, and stay so but for the adapters.
+            base: its text encoders are frozen; only the adapters train.
             config: rank, alpha and seed.
-            prompts: one per picture.
-            prior: one per class picture.
+            prompts: one per image.
+            prior: one per class image.
         """
         self.base, self.prompts, self.prior_prompts = base, list(prompts), list(prior)
         self.strength = (config.alpha or config.rank) / config.rank
@@ -65,7 +65,7 @@ class TextLora:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Have the text encoders without their adapters for a while."""
+        """Temporarily disable the adapters of the text encoders."""
         for encoder in self.base.text_encoders:
             encoder.disable_adapters()
         try:
@@ -75,7 +75,7 @@ class TextLora:
                 encoder.enable_adapters()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained matrices by encoder and name."""
+        """Return the trained matrices by encoder and name."""
         return {
             f"{name}.{path}": parameter
             for name, encoder in zip(ENCODERS, self.base.text_encoders, strict=True)
@@ -84,20 +84,20 @@ class TextLora:
         }
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trained matrices."""
+        """Return the trained matrices."""
         return list(self.named_parameters().values())
 
-    def read(self, examples: Examples, prior: bool = False) -> Reading:
-        """The examples' conditioning with embeddings that gradients flow through to the adapters."""
-        return Reading(self.base, self.prior_prompts if prior else self.prompts, examples.conditioning)
+    def read(self, examples: Examples, prior: bool = False) -> LazyConditioning:
+        """Return the examples' conditioning with embeddings through which gradients reach the adapters."""
+        return LazyConditioning(self.base, self.prior_prompts if prior else self.prompts, examples.conditioning)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained matrices for a checkpoint."""
+        """Return the trained matrices for a checkpoint."""
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore the matrices of `state_dict`."""
         for name, parameter in self.named_parameters().items():
             parameter.copy_(state[name])
 

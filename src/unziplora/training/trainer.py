@@ -29,7 +29,7 @@ from unziplora.utils.signals import caught
 
 @dataclass(frozen=True)
 class StepReport:
-    """One finished step: how many are done, its loss, the learning rate and how long it took in seconds."""
+    """Report of one step: number of steps done, loss, learning rate and duration in seconds."""
 
     done: int
     loss: float
@@ -38,13 +38,13 @@ class StepReport:
 
 
 class NonFiniteLoss(UserError):
-    """A step whose loss is infinite or not a number, after which nothing can be learned."""
+    """An infinite or undefined loss, after which nothing can be learned."""
 
 
 class Trainer:
     """A method with its optimizers, whose whole state can be saved and restored between steps.
 
-    A loss scaler, which fp16 needs, serves one optimizer.
+    fp16 needs a loss scaler, which can serve only one optimizer.
     """
 
     def __init__(self, method: Trainable, config: TrainingConfig, scaler: GradScaler | None = None) -> None:
@@ -63,7 +63,7 @@ class Trainer:
     def save(self, folder: Path) -> None:
         """Write adapters, masks, scales, optimizers, schedules and loss scaler into a folder.
 
-        Random states are not part of it: what a step draws depends on the seed and its number (see `generator`).
+        Random states are not stored, because the draws of a step depend on the seed and its number (see `generator`).
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.method.state_dict().items()}
         save_file(tensors, folder / "method.safetensors")
@@ -113,7 +113,7 @@ class Trainer:
                 schedule.step()
             optimizer.zero_grad()
         self.method.after_step(step)
-        # Last: a GPU is asked for the whole step before it is waited for.
+        # Last, because it waits for the GPU, which by now has received the whole step.
         total = sum(loss.item() for loss in losses)
         if not math.isfinite(total):
             raise NonFiniteLoss(f"step {step}: the loss is {total}")
@@ -168,7 +168,7 @@ def train(
             report(trainer.step(done))
             done += 1
             if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                save(done)  # also at the end: the files that follow may find the disk full
+                save(done)  # also at the end, because the disk may be full when the LoRAs are written
             if config.sample_every and done % config.sample_every == 0 and done < config.steps:
                 sample(done)
         if done < config.steps and (not config.checkpoint_every or done % config.checkpoint_every):
@@ -178,7 +178,7 @@ def train(
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets, so that the step in progress is finished.
+    """Yield an event that the first Ctrl-C or SIGTERM sets, so that the step in progress is finished.
 
     A second one stops at once.
     """

@@ -48,13 +48,13 @@ def atomic_write(path: Path, data: bytes | str | Writer) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_png(path: Path, picture: Image.Image) -> None:
+def write_png(path: Path, image: Image.Image) -> None:
     """Write an image as PNG atomically. Raises the errors of `atomic_write`."""
-    atomic_write(path, lambda file: picture.save(file, "PNG"))
+    atomic_write(path, lambda file: image.save(file, "PNG"))
 
 
 def atomic_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Make a folder atomically: `fill` writes its files into a temporary folder next to it (`.tmp-…`).
+    """Create a folder atomically: `fill` writes its files into a temporary folder next to it (`.tmp-…`).
 
     An existing folder stays until the new one is complete, and is then replaced.
 

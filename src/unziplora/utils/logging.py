@@ -1,4 +1,4 @@
-"""Silence for libraries that talk while they work."""
+"""Suppression of the output of libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars and advice of diffusers and transformers out of our output."""
+    """Temporarily suppress the progress bars and warnings of diffusers and transformers."""
     loggers = [logging.getLogger("diffusers"), logging.getLogger("transformers")]
     levels = [logger.level for logger in loggers]
     bars = diffusers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.is_progress_bar_enabled()

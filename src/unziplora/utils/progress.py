@@ -1,4 +1,4 @@
-"""What a long job tells while it runs, and two ways of showing it: a bar on a terminal, plain lines elsewhere."""
+"""Progress reports of long jobs, and views that show them: a bar in terminals and notebooks, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Progress:
         loss: the loss of this step, NaN where there is none.
         seconds_per_step: mean over the last steps.
         memory_bytes: peak memory of the device (GPU) or of the process (CPU).
-        message: something worth a line of its own, such as a sample sheet's path.
+        message: text with a line of its own, such as a sample sheet's path.
     """
 
     step: int
@@ -36,16 +36,16 @@ class Progress:
 
     @property
     def seconds_left(self) -> float:
-        """Time to the end at the present speed."""
+        """Seconds to the end at the present speed."""
         return max(0, self.steps - self.step) * self.seconds_per_step
 
 
 Callback = Callable[[Progress], None]
-"""What a job calls after each step."""
+"""Function that a job calls after each step."""
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 8 s, 3 min 05 s, 2 h 10 min."""
+    """Format seconds for people: 8 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -55,7 +55,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as a person reads them, in powers of 1024: 512 B, 93.2 MiB, 10.4 GiB."""
+    """Format bytes for people, in powers of 1024: 512 B, 93.2 MiB, 10.4 GiB."""
     if count < 1024:
         return f"{count:.0f} B"
     for unit in ("KiB", "MiB", "GiB"):
@@ -66,7 +66,7 @@ def size(count: float) -> str:
 
 
 def describe(event: Progress) -> str:
-    """One report as a line: step, loss, speed, time left, memory."""
+    """Format a report as a line: step, loss, speed, time left, memory."""
     parts = [f"step {event.step}/{event.steps}" if event.steps else f"step {event.step}"]
     if event.loss == event.loss:
         parts.append(f"loss {event.loss:.4f}")
@@ -80,7 +80,7 @@ def describe(event: Progress) -> str:
 
 
 class Lines:
-    """Writes every message, and a line of figures at most every `seconds`: for logs and pipes."""
+    """View for logs and pipes: every message, and a line of figures at most every `seconds`."""
 
     def __init__(self, stream: TextIO | None = None, seconds: float = 10.0) -> None:
         self.stream = stream or sys.stderr
@@ -98,14 +98,14 @@ class Lines:
             print(event.message, file=self.stream, flush=True)
         now = time.monotonic()
         final = 0 < event.steps == event.step
-        # A job's first step is slow and says little; the last one is always told.
+        # Step 0 has no figures yet; the last step is always shown.
         if (event.steps and event.step and now - self.last >= self.seconds) or (final and not event.message):
             self.last = now
             print(describe(event), file=self.stream, flush=True)
 
 
 class Rich:
-    """A progress bar with step, loss, speed, time left and memory, for a terminal."""
+    """View for terminals: a bar with step, loss, speed, time left and memory."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
@@ -137,7 +137,7 @@ class Rich:
             return
         if self.task is None:
             self.task = self.bar.add_task("", total=event.steps, figures="")
-        # a message brings no figures: the last ones stay
+        # a message has no figures; the last ones stay
         fields: dict[str, Any] = {}
         if event.loss == event.loss or event.seconds_per_step:
             fields["figures"] = "  ".join(describe(event).split("  ")[1:])
@@ -145,7 +145,7 @@ class Rich:
 
 
 class Notebook:
-    """Shows a bar with its figures below a notebook's cell, updated in place, and every message above it."""
+    """View for notebooks: every message, and below them a bar with its figures, updated in place."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
@@ -172,7 +172,7 @@ class Notebook:
 
 
 class Silent:
-    """Shows nothing: for `--quiet`."""
+    """View that shows nothing, for `--quiet`."""
 
     def __enter__(self) -> Silent:
         return self
@@ -185,7 +185,7 @@ class Silent:
 
 
 def show(quiet: bool = False, stream: TextIO | None = None) -> Rich | Lines | Notebook | Silent:
-    """Choose the view that fits where the output goes; enter it and hand it to a job as its callback."""
+    """Return the view that suits the output stream: a context manager and the callback of a job."""
     if quiet:
         return Silent()
     if stream is None and _in_notebook():
@@ -195,13 +195,13 @@ def show(quiet: bool = False, stream: TextIO | None = None) -> Rich | Lines | No
 
 
 def _in_notebook() -> bool:
-    """Tell a notebook's kernel from a script and from IPython in a terminal."""
+    """Return True in a notebook's kernel, False in scripts and in IPython in a terminal."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
 def counted(view: Callback) -> Callable[[int, int], Any]:
-    """A view of progress for jobs that tell steps done and steps in all; the speed is measured here."""
+    """Adapt a view to jobs that count steps alone; the speed is measured here."""
     start = time.perf_counter()
 
     def report(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Signals caught for a while."""
+"""Temporary signal handlers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def caught(handler: Callable[[int, Any], object], *numbers: signal.Signals) -> Iterator[None]:
-    """Have a handler for signals; outside the main thread none can be caught, and none are."""
+    """Temporarily handle signals by a function; does nothing outside the main thread, where Python allows none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

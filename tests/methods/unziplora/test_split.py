@@ -21,7 +21,7 @@ from unziplora.methods.unziplora.method import split
 from unziplora.models.text import Prompts
 from unziplora.training import runner as job
 from unziplora.training.method import View
-from unziplora.training.sample_sheet import LONGEST, _visible, sample_sheet
+from unziplora.training.sample_sheet import LONGEST, _scaled, sample_sheet
 from unziplora.utils.progress import Progress
 
 WORDS = {"content": "cat", "style": "ink"}
@@ -94,17 +94,17 @@ def test_run_writes_loras_card_log_and_samples(config, tmp_path):
 
 def test_sheet_with_many_seeds_shrinks_its_images():
     large, small = Image.new("RGB", (1024, 1024)), Image.new("RGB", (64, 64))
-    assert _visible(large, LONGEST // 16 - GAP).size == (871, 871)
-    assert _visible(large, 1024).size == (1024, 1024)
-    assert _visible(small, 1024).size == (128, 128)
-    assert _visible(small, 66).size == (66, 66)
+    assert _scaled(large, LONGEST // 16 - GAP).size == (871, 871)
+    assert _scaled(large, 1024).size == (1024, 1024)
+    assert _scaled(small, 1024).size == (128, 128)
+    assert _scaled(small, 66).size == (66, 66)
     assert 200 * (LONGEST // 200) < LARGEST  # as many seeds as a recipe takes
 
 
 def test_finished_run_is_not_overwritten(config):
     run = split(config(steps=4, column_periods=1, sample_seeds=[]))
     before = run.content.read_bytes()
-    with pytest.raises(UserError, match="holds a finished run: choose another --out"):
+    with pytest.raises(UserError, match="contains a finished run: choose another --out"):
         split(config(steps=4, column_periods=1, sample_seeds=[]))
     with pytest.raises(UserError, match="finished"):
         split(config(steps=4, column_periods=1, sample_seeds=[]), resume=True)

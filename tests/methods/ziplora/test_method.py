@@ -457,7 +457,7 @@ class TestDirect:
         assert merged.metadata["unziplora.method"] == "direct addition, lora LoRA"
         assert "direct addition" in run.card.read_text()
         assert not run.checkpoints.exists()
-        with pytest.raises(UserError, match="holds a finished run"):
+        with pytest.raises(UserError, match="contains a finished run"):
             zip_loras(config(method="direct", **changes))
         with pytest.raises(UserError, match="finished"):
             zip_loras(run.config(ZipConfig), resume=True)
