@@ -45,7 +45,7 @@ class Trainable(ABC):
         return
 
     def after_step(self, step: int) -> None:
-        """Return parameters to their bounds; does nothing by default."""
+        """Clamp parameters to their bounds; does nothing by default."""
         return
 
     @abstractmethod
