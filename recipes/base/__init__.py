@@ -1,1 +1,1 @@
-"""How the bundled base model is made: picture world, captions, training stages, judges, export."""
+"""Recipe of the bundled base: world of images, captions, training stages, judges, export."""

@@ -1,7 +1,7 @@
-"""Build the picture world from package registries: ``python -m recipes.base.build FOLDER``.
+"""Build the image world from package registries: ``python -m recipes.base.build FOLDER``.
 
 Drawings come from npm (`npm` must be installed) and, for Symbola, from Debian (`apt-get`; left out where
-that is missing). `world.json` says what is drawn and under which name each set has it.
+that is missing). `world.json` lists the concepts and their names in each set.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from recipes.base.filters.common import Picture
+from recipes.base.filters.common import Pixels
 
 WORLD = Path(__file__).with_name("world.json")
 ICONIFY = "@iconify/json@2.2.535"
 FLUENT_3D = "@lobehub/fluent-emoji-3d@1.1.0"
 NOTO_MONO = "@fontsource/noto-emoji@5.3.2"
 SIZE = 128
-Draw = Callable[[], Picture]
+Draw = Callable[[], Pixels]
 
 
 class Package:
-    """A package of npm, downloaded once into `folder` and read without unpacking."""
+    """Package of npm, downloaded once into `folder` and read without unpacking."""
 
     def __init__(self, name: str, folder: Path):
         stem = name.rsplit("@", 1)[0].lstrip("@").replace("/", "-")
@@ -45,17 +45,17 @@ class Package:
         self.members = {m.name.removeprefix("package/"): m for m in self.archive.getmembers()}
 
     def read(self, path: str) -> bytes:
-        """The bytes of a file."""
+        """Read the bytes of a file."""
         return self.archive.extractfile(self.members[path]).read()
 
 
 def plain(code: str) -> str:
-    """A code point sequence without variation selectors: "2600-fe0f" is "2600"."""
+    """Remove variation selectors from a code point sequence: "2600-fe0f" becomes "2600"."""
     return "-".join(part for part in code.lower().split("-") if part != "fe0f").lstrip("0")
 
 
 def svg(icons: dict, name: str) -> str:
-    """An icon of an iconify set as an SVG document."""
+    """Return an icon of an iconify set as an SVG document."""
     icon = icons["icons"].get(name) or icons["icons"][icons["aliases"][name]["parent"]]
     width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
@@ -63,20 +63,20 @@ def svg(icons: dict, name: str) -> str:
     return f'<svg {space} viewBox="{box}" width="{width}" height="{height}" color="#000">{icon["body"]}</svg>'
 
 
-def rgba(data: bytes) -> Picture:
-    """An image file as RGBA."""
+def rgba(data: bytes) -> Pixels:
+    """Decode an image file as RGBA."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
 
 
-def rasterise(document: str, width: int = 256) -> Picture:
-    """An SVG document as RGBA."""
+def rasterize(document: str, width: int = 256) -> Pixels:
+    """Draw an SVG document as RGBA."""
     import resvg_py
 
     return rgba(bytes(resvg_py.svg_to_bytes(svg_string=document, width=width, height=width, skip_system_fonts=True)))
 
 
 def iconify(key: str, world: dict, packages: Path) -> Iterator[tuple[str, Draw]]:
-    """Drawings of an iconify set, found by code point, else by the set's own name."""
+    """Yield the drawings of an iconify set, by code point or else by the set's own name."""
     icons = json.loads(Package(ICONIFY, packages).read(f"json/{key}.json"))
     by_code = {plain(code): name for code, name in icons.get("chars", {}).items()}
     names = world["names"].get(key, {})
@@ -85,11 +85,11 @@ def iconify(key: str, world: dict, packages: Path) -> Iterator[tuple[str, Draw]]
         slug = concept["slug"]
         name = by_code.get(concept["code"]) or names.get(slug, slug)
         if name in known:
-            yield slug, lambda name=name: rasterise(svg(icons, name))
+            yield slug, lambda name=name: rasterize(svg(icons, name))
 
 
-def pictures(key: str, world: dict, packages: Path) -> Iterator[tuple[str, Draw]]:
-    """Rendered pictures named by code point."""
+def images(key: str, world: dict, packages: Path) -> Iterator[tuple[str, Draw]]:
+    """Yield rendered images named by code point."""
     package = Package(FLUENT_3D, packages)
     files = {plain(Path(name).stem): name for name in package.members if name.endswith(".webp")}
     for concept in world["concepts"]:
@@ -100,8 +100,8 @@ def pictures(key: str, world: dict, packages: Path) -> Iterator[tuple[str, Draw]
             )
 
 
-def glyph(data: bytes, code: int, size: int = 220) -> Picture:
-    """A character of a font, black on transparent."""
+def glyph(data: bytes, code: int, size: int = 220) -> Pixels:
+    """Draw a character of a font, black on transparent."""
     font = ImageFont.truetype(io.BytesIO(data), size)
     image = Image.new("L", (560, 480), 0)
     ImageDraw.Draw(image).text((280, 240), chr(code), font=font, fill=255, anchor="mm")
@@ -110,7 +110,7 @@ def glyph(data: bytes, code: int, size: int = 220) -> Picture:
 
 
 def in_ranges(code: int, ranges: str) -> bool:
-    """Whether a code point is in a CSS unicode-range."""
+    """Return true if a code point is in a CSS unicode-range."""
     for part in ranges.replace("U+", "").split(","):
         first, _, last = part.partition("-")
         if int(first, 16) <= code <= int(last or first, 16):
@@ -119,7 +119,7 @@ def in_ranges(code: int, ranges: str) -> bool:
 
 
 def noto_mono(key: str, world: dict, packages: Path) -> Iterator[tuple[str, Draw]]:
-    """Glyphs of Noto Emoji, whose npm package is cut into subsets."""
+    """Yield glyphs of Noto Emoji, whose npm package is split into subsets."""
     package = Package(NOTO_MONO, packages)
     weight = 300 if key.endswith("light") else 700
     subsets = {part.strip("[]"): ranges for part, ranges in json.loads(package.read("unicode.json")).items()}
@@ -133,7 +133,7 @@ def noto_mono(key: str, world: dict, packages: Path) -> Iterator[tuple[str, Draw
 
 
 def symbola(key: str, world: dict, packages: Path) -> Iterator[tuple[str, Draw]]:
-    """Glyphs of Symbola from Debian's package, without those that it lacks."""
+    """Yield the glyphs that Symbola has, from Debian's package."""
     if not shutil.which("apt-get"):
         print("symbola left out: apt-get is missing")
         return
@@ -149,18 +149,18 @@ def symbola(key: str, world: dict, packages: Path) -> Iterator[tuple[str, Draw]]
 
 
 def single_characters(world: dict) -> list[dict]:
-    """Concepts that are one code point."""
+    """Return the concepts of one code point."""
     return [concept for concept in world["concepts"] if "-" not in concept["code"]]
 
 
 def source(key: str) -> Callable[[str, dict, Path], Iterator[tuple[str, Draw]]]:
-    """The reader of a set."""
-    special = {"fluent-3d": pictures, "noto-mono-light": noto_mono, "noto-mono-bold": noto_mono, "symbola": symbola}
+    """Return the reader of a set."""
+    special = {"fluent-3d": images, "noto-mono-light": noto_mono, "noto-mono-bold": noto_mono, "symbola": symbola}
     return special.get(key, iconify)
 
 
-def fit(drawing: Picture, share: float = 0.9) -> Picture | None:
-    """Crop to the drawing, center it on a square whose share it fills, average down to 128 pixels."""
+def fit(drawing: Pixels, share: float = 0.9) -> Pixels | None:
+    """Crop to the drawing, center it on a square of which it fills `share`, average down to 128 pixels."""
     ys, xs = np.where(drawing[..., 3] > 8)
     if len(ys) < 20:
         return None
@@ -173,33 +173,33 @@ def fit(drawing: Picture, share: float = 0.9) -> Picture | None:
     method = cv2.INTER_AREA if side >= SIZE else cv2.INTER_CUBIC
     small = cv2.resize(square, (SIZE, SIZE), interpolation=method)
     alpha = np.clip(small[..., 3:], 0, 255)
-    colour = np.where(alpha > 0.5, small[..., :3] * 255 / np.maximum(alpha, 1e-3), 255)
-    return np.clip(np.dstack([colour, alpha]), 0, 255).round().astype(np.uint8)
+    color = np.where(alpha > 0.5, small[..., :3] * 255 / np.maximum(alpha, 1e-3), 255)
+    return np.clip(np.dstack([color, alpha]), 0, 255).round().astype(np.uint8)
 
 
 def build(folder: Path, *, sets: list[str] | None = None, limit: int | None = None) -> int:
-    """Write `emoji128.zip` and `meta.json`; returns the number of drawings."""
+    """Write `emoji128.zip` and `meta.json`; return the number of drawings."""
     world = json.loads(WORLD.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     count, temporary = 0, folder / "emoji128.tmp"
     with zipfile.ZipFile(temporary, "w") as archive:
         for key in sets or [entry["key"] for entry in world["sets"]]:
-            found = list(islice(source(key)(key, world, folder / "packages"), limit))
-            for slug, draw in found:
+            drawings = list(islice(source(key)(key, world, folder / "packages"), limit))
+            for slug, draw in drawings:
                 drawing = fit(draw())
                 if drawing is not None:
                     data = io.BytesIO()
                     Image.fromarray(drawing).save(data, "webp", lossless=True, exact=True)
                     archive.writestr(f"{key}/{slug}.webp", data.getvalue())
                     count += 1
-            print(f"{key}: {len(found)} drawings", flush=True)
+            print(f"{key}: {len(drawings)} drawings", flush=True)
     temporary.replace(folder / "emoji128.zip")
     shutil.copyfile(WORLD, folder / "meta.json")
     return count
 
 
 def main() -> None:
-    """Build the world into a folder; several minutes."""
+    """Build the world in a folder; this takes several minutes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path(".work/base/world"))
     parser.add_argument("--sets", nargs="*", help="only these sets")

@@ -1,4 +1,4 @@
-"""The words of the world: prompts with content and style, content alone, style alone, none."""
+"""Prompts of the world: content and style, content alone, style alone, empty."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ FULL = (
 CONTENT = ("{content}", "an image of {content}", "a picture of {content}")
 STYLE = ("an image in {style} style", "{style} style", "a picture in {style} style", "{style}")
 
-COLOURS = frozenset(
+COLORS = frozenset(
     {"red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey", "gray"}
     | {"golden", "silver", "dark", "light"}
 )
-NOT_COLOURS = frozenset({"light bulb", "black nib", "white flower", "orange book"})
+NOT_COLORS = frozenset({"light bulb", "black nib", "white flower", "orange book"})
 
 
-def strip_colours(caption: str) -> str:
-    """The caption without colour words, for pictures that are black: "red apple" is "apple"."""
-    if caption in NOT_COLOURS:
+def strip_colors(caption: str) -> str:
+    """Remove color words from a caption, for images that are black: "red apple" becomes "apple"."""
+    if caption in NOT_COLORS:
         return caption
-    words = [word for word in caption.split() if word not in COLOURS]
+    words = [word for word in caption.split() if word not in COLORS]
     return " ".join(words) or caption
 
 
 def with_article(caption: str) -> str:
-    """ "apple" is "an apple", "cherries" stays as it is."""
+    """Put an article before a caption: "apple" becomes "an apple"; "cherries" stays as it is."""
     last = caption.split()[-1]
     if last.endswith("s") and not last.endswith(("us", "ss")):
         return caption
@@ -67,7 +67,7 @@ def with_article(caption: str) -> str:
 
 
 def fill(template: str, caption: str | None, style_words: str | None) -> str:
-    """A template with its words; the article before a style agrees with it."""
+    """Fill a template; the article before a style agrees with it."""
     text = template.format(content=with_article(caption) if caption else "", style=style_words or "")
     if text.startswith("a ") and text[2] in "aeiou":
         text = "an " + text[2:]
@@ -75,7 +75,7 @@ def fill(template: str, caption: str | None, style_words: str | None) -> str:
 
 
 def wordings(kind: Kind, caption: str | None = None, style: str | None = None) -> list[str]:
-    """Every prompt of a kind for a caption and a style (a key of STYLE_WORDS), the plainest first."""
+    """Return every prompt of a kind for a caption and a style (a key of STYLE_WORDS), the plainest first."""
     if kind == "empty":
         return [""]
     if kind == "content":
@@ -89,7 +89,7 @@ def wordings(kind: Kind, caption: str | None = None, style: str | None = None) -
 def draw_prompt(
     kind: Kind, caption: str, style: str, rng: np.random.Generator, *, black: bool = False, paper: str = ""
 ) -> str:
-    """A random wording; colour words are left out where the picture cannot show them, an odd paper is named."""
-    choices = wordings(kind, strip_colours(caption) if black or paper else caption, style)
+    """Draw a random wording, without color words if the image cannot show them, and with the paper if there is one."""
+    choices = wordings(kind, strip_colors(caption) if black or paper else caption, style)
     prompt = choices[int(rng.integers(len(choices)))]
     return f"{prompt} on {paper}" if prompt and paper else prompt

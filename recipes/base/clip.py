@@ -1,4 +1,4 @@
-"""Stage `clip`: both text encoders against a small picture encoder, as SDXL's own were trained."""
+"""Stage `clip`: contrastive training of both text encoders with a small image encoder, as for SDXL's own."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 from recipes.base.captions import Kind, draw_prompt
 from recipes.base.config import Recipe
-from recipes.base.dataset import training_pictures
+from recipes.base.dataset import training_images
 from recipes.base.loop import Log, Stage, adamw
 from recipes.base.text import TextEncoders, build_encoder
 from recipes.base.tokenizer import build_tokenizer, read_merges
-from recipes.base.vae import broad_pictures, to_tensor
+from recipes.base.vae import broad_images, to_tensor
 from recipes.base.world import Item, World
 
 KINDS: tuple[Kind, ...] = ("full", "content", "style")
 SHARES = (0.6, 0.25, 0.15)
 LENGTH = 32
-"""Tokens seen in this stage: the encoders are causal, so what follows the end changes nothing."""
+"""Tokens per prompt in this stage. The encoders are causal, so tokens after the end change nothing."""
 
 
-class PictureEncoder(nn.Sequential):
-    """Pictures [N, 3, R, R] to unit vectors' directions [N, D]: four strided stages and a mean.
+class ImageEncoder(nn.Sequential):
+    """Encoder of images [N, 3, R, R] as directions [N, D]: four strided stages and a mean.
 
-    Pictures larger than `LARGEST` are averaged down to it: what they show is as plain, at a quarter of the cost.
+    Images larger than `LARGEST` are averaged down to it: their content is as plain, at a quarter of the cost.
     """
 
     LARGEST = 64
@@ -41,15 +41,15 @@ class PictureEncoder(nn.Sequential):
             before = channels
         super().__init__(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * before, out))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Directions of pictures."""
-        if pictures.shape[-1] > self.LARGEST:
-            pictures = F.interpolate(pictures, (self.LARGEST, self.LARGEST), mode="area")
-        return super().forward(pictures)
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the directions of images."""
+        if images.shape[-1] > self.LARGEST:
+            images = F.interpolate(images, (self.LARGEST, self.LARGEST), mode="area")
+        return super().forward(images)
 
 
 def matches(items: list[Item], kinds: list[Kind]) -> Tensor:
-    """Whether prompt i, of its kind, is true of picture j: bool [N, N]."""
+    """Return a mask, bool [N, N], of which prompt i is true of image j."""
     concepts = np.array([item.concept for item in items])
     styles = np.array([item.style for item in items])
     same_concept, same_style = concepts[:, None] == concepts, styles[:, None] == styles
@@ -58,9 +58,9 @@ def matches(items: list[Item], kinds: list[Kind]) -> Tensor:
     return torch.from_numpy((same_concept | ~about_concept) & (same_style | ~about_style))
 
 
-def contrastive_loss(texts: Tensor, pictures: Tensor, true: Tensor, scale: Tensor) -> tuple[Tensor, float]:
-    """CLIP's loss with several true pictures per text; also the share of texts whose best picture is true."""
-    logits = scale.exp() * F.normalize(texts.float(), dim=-1) @ F.normalize(pictures.float(), dim=-1).T
+def contrastive_loss(texts: Tensor, images: Tensor, true: Tensor, scale: Tensor) -> tuple[Tensor, float]:
+    """Compute CLIP's loss with several true images per text, and the share of texts whose best image is true."""
+    logits = scale.exp() * F.normalize(texts.float(), dim=-1) @ F.normalize(images.float(), dim=-1).T
     weight = true.float()
     rows = -(weight / weight.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
     columns = -(weight / weight.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
@@ -85,29 +85,29 @@ class ClipStage(Stage):
             "text_encoder": encoders[0],
             "text_encoder_2": encoders[1],
             "head": nn.Linear(s.widths[0], s.embedding).to(self.device),
-            "pictures": PictureEncoder(24, s.embedding).to(self.device, memory_format=torch.channels_last),
+            "pictures": ImageEncoder(24, s.embedding).to(self.device, memory_format=torch.channels_last),
             "scale": nn.ParameterList([torch.tensor(math.log(10.0), device=self.device)]),
         }
         self.optimizer = adamw(self.modules, s.lr, weight_decay=0.05)
-        self.own = len(training_pictures(recipe))
-        self.pictures = broad_pictures(recipe)
+        self.own = len(training_images(recipe))
+        self.images = broad_images(recipe)
         self.world = World(recipe.world)
 
     def choose(self, rng: np.random.Generator) -> np.ndarray:
-        """Indices of a batch: the recipe's own pictures, which come first, at least at the share `own`."""
-        count, everything = self.settings.batch, len(self.pictures)
+        """Draw the indices of a batch: the recipe's own images, which come first, at least at the share `own`."""
+        count, everything = self.settings.batch, len(self.images)
         own = rng.integers(0, self.own, count)
         return np.where(rng.random(count) < self.settings.own, own, rng.integers(0, everything, count))
 
     def prompts(self, items: list[Item], kinds: list[Kind], rng: np.random.Generator) -> list[str]:
-        """A random wording of each picture's caption."""
+        """Draw a random wording of each image's caption."""
         return [
             draw_prompt(kind, self.world.caption(item.concept), item.style, rng, black=item.black)
             for item, kind in zip(items, kinds, strict=True)
         ]
 
     def pooled(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """The two encoders' summaries of prompts in the common space, each [N, D]."""
+        """Return both encoders' embeddings of prompts in the common space, each [N, D]."""
         first = self.text.encoders[0](self.text.ids(prompts, 0, LENGTH)).pooler_output
         second = self.text.encoders[1](self.text.ids(prompts, 1, LENGTH)).text_embeds
         return self.modules["head"](first), second
@@ -115,10 +115,10 @@ class ClipStage(Stage):
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         rng = self.draw(step)
         chosen = self.choose(rng)
-        items = [self.pictures.items[i] for i in chosen]
+        items = [self.images.items[i] for i in chosen]
         kinds = [KINDS[k] for k in rng.choice(3, len(items), p=SHARES)]
         true = matches(items, kinds).to(self.device)
-        pixels = to_tensor(self.pictures.pixels[chosen], self.device)
+        pixels = to_tensor(self.images.pixels[chosen], self.device)
         shown = self.modules["pictures"](pixels.contiguous(memory_format=torch.channels_last))
         scale = self.modules["scale"][0].clamp(max=math.log(50))
         prompts = self.prompts(items, kinds, rng)
@@ -128,6 +128,6 @@ class ClipStage(Stage):
         return parts[0][0] + parts[1][0], figures
 
     def finish(self) -> None:
-        """Save tokenizers and text encoders as a pipeline does."""
+        """Save tokenizers and text encoders in the layout of a pipeline."""
         self.text.save(self.folder)
         Log(self.folder).write(stage="clip", saved=str(self.folder))

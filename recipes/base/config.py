@@ -15,22 +15,22 @@ else:
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, not silence."""
+    """Base of all settings; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Style(Strict):
-    """Where pictures of one style come from: drawing sets as they are, or a filter over drawings."""
+    """Sources of the images of one style: drawing sets as they are, or a filter over drawings."""
 
     sets: list[str] = []
     filter: str | None = None
     natural: bool = False
-    """Pictures of this style also answer prompts that name no style."""
+    """If true, images of this style also answer prompts that name no style."""
 
 
 class WorldSettings(Strict):
-    """Which part of the picture world is trained on."""
+    """Part of the world that a recipe trains on."""
 
     zip: Path
     meta: Path
@@ -46,14 +46,14 @@ class WorldSettings(Strict):
 
 
 class StageSettings(Strict):
-    """What every training stage needs."""
+    """Settings that every training stage has."""
 
     batch: int = 32
     lr: float = 5e-4
     warmup: int = 300
     steps: int = 10_000
     cooldown: float = 0.2
-    """Share of the steps, at the end, in which the learning rate falls to nearly nothing."""
+    """Share of the steps, at the end, over which the learning rate falls to 5 %."""
     checkpoint_minutes: float = 3
     sample_minutes: float = 10
     log_every: int = 50
@@ -70,16 +70,16 @@ class VaeSettings(StageSettings):
     latent_channels: int = 16
     crop: int = 64
     pictures: int = 6000
-    """Trained on the recipe's pictures and this many more, of all concepts that are not held out."""
+    """Images added to the recipe's own, of all concepts that are not held out."""
     graded: float = 0.6
-    """Share of crops on other paper, in other pigments and textures: what an autoencoder has never seen it paints as
-    what it knows, and then no LoRA can learn it."""
+    """Share of crops on other paper, in other pigments and textures. An autoencoder reconstructs unknown looks as
+    known ones, and no LoRA can then learn them."""
     latent_penalty: float = 0.03
     latent_noise: float = 0.1
 
 
 class DecoderSettings(StageSettings):
-    """Texture for the decoder."""
+    """Training of the decoder alone, for texture."""
 
     batch: int = 16
     lr: float = 3e-4
@@ -95,7 +95,7 @@ class DecoderSettings(StageSettings):
 
 
 class ClipSettings(StageSettings):
-    """Tokenizer and the two text encoders, trained against a small picture encoder."""
+    """Tokenizer and the two text encoders, trained against a small image encoder."""
 
     merges: int = 3500
     widths: list[int] = [96, 160]
@@ -104,7 +104,7 @@ class ClipSettings(StageSettings):
     embedding: int = 160
     """Width of the common space and of the pooled output of the second encoder."""
     own: float = 0.6
-    """Share of each batch that is drawn from the recipe's own pictures, not from the broad ones."""
+    """Share of each batch that is drawn from the recipe's own images instead of the broad ones."""
 
 
 class UnetSettings(StageSettings):
@@ -119,29 +119,29 @@ class UnetSettings(StageSettings):
     kinds: dict[str, float] = {"full": 0.63, "content": 0.15, "style": 0.1, "empty": 0.12}
     """Shares of the kinds of prompts."""
     graded: float = 0.0
-    """Share of pictures on other paper, in other pigments and textures, which their prompts name: "… on blue paper"."""
+    """Share of images on other paper, in other pigments and textures. Their prompts name it: "… on blue paper"."""
     before: int = 0
-    """Steps that the base given with `--init` was trained for before: the model card counts them."""
+    """Steps that the base of `--init` was trained for; the model card counts them."""
     before_batch: int | None = None
-    """Their batch, where it was another."""
+    """Batch size of these steps, if it was another."""
     broad: float = 0.0
-    """Share of pictures of all concepts that are not held out, `[vae] pictures` of them: shapes beyond the recipe's."""
+    """Share of images from the `[vae] images` images of other concepts: shapes beyond the recipe's."""
     timestep_shift: float = 1.0
-    """Above 1, noisy timesteps come more often: the larger the latents, the more noise it takes to hide a shape, and
-    the shape is what a small model learns last. 2 for twice the side (arXiv 2403.03206, section 5.3.2)."""
+    """Above 1, noisy timesteps come more often. Larger latents need more noise to hide a shape, and a small model
+    learns shapes last. 2 for twice the side (arXiv 2403.03206, section 5.3.2)."""
     guidance: float = 4.0
     """Classifier-free guidance of the sheets."""
     compile: bool = False
     workers: int = 0
-    """Processes that draw batches ahead, for a GPU, which would wait for them; 0: each is drawn when it is needed."""
+    """Processes that draw batches ahead so that a GPU need not wait; with 0, each batch is drawn when needed."""
 
     def seen(self, steps: int) -> int:
-        """Pictures seen after so many steps of this recipe, those before it included."""
+        """Count the images seen after `steps` steps of this recipe, including those of `before`."""
         return steps * self.batch + self.before * (self.before_batch or self.batch)
 
 
 class JudgeSettings(StageSettings):
-    """The two classifiers that say what a picture shows and in which style."""
+    """The two classifiers of concept and style."""
 
     batch: int = 64
     lr: float = 2e-3
@@ -150,12 +150,12 @@ class JudgeSettings(StageSettings):
     cooldown: float = 0.5
     width: int = 24
     test_drawings: list[str] = ["fxemoji", "noto-v1"]
-    """Drawings that judges never see in training: their accuracy is measured on these."""
+    """Drawing sets that no judge is trained on; their accuracy is measured on these."""
     test_filters: list[str] = ["stained", "clay", "linocut"]
 
 
 class Recipe(Strict):
-    """One TOML: the world, and a table for each stage."""
+    """Recipe of one TOML file: the world, and a table for each stage."""
 
     name: str
     output: Path

@@ -1,6 +1,6 @@
-"""Stage `decoder` (optional): the decoder learns texture from a patch critic; the encoder stays as it is.
+"""Stage `decoder` (optional): the decoder learns texture from a patch critic.
 
-Latents do not change, so this may run before, beside or after the UNet's training.
+The encoder and its latents do not change, so this may run before, during or after the UNet's training.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from recipes.base.config import Recipe
 from recipes.base.grades import grade_some
 from recipes.base.loop import Stage, adamw
-from recipes.base.vae import broad_pictures, crop_batch, edge_loss, report_reconstructions, to_tensor
+from recipes.base.vae import broad_images, crop_batch, edge_loss, report_reconstructions, to_tensor
 
 
 class Critic(nn.Sequential):
-    """Pictures [N, 3, R, R] to scores of overlapping patches [N, 1, R/4, R/4]: high for real ones."""
+    """Critic of images [N, 3, R, R]: scores of overlapping patches [N, 1, R/4, R/4], high for real ones."""
 
     def __init__(self, width: int):
         super().__init__(
@@ -47,7 +47,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class DecoderStage(Stage):
-    """L1 on pixels and edges, and the critic's opinion (hinge loss)."""
+    """Training of the decoder: L1 on pixels and edges, and the critic's opinion (hinge loss)."""
 
     name = "decoder"
 
@@ -61,7 +61,7 @@ class DecoderStage(Stage):
         self.critic = Critic(s.critic_width).to(self.device, memory_format=torch.channels_last)
         self.modules = {"vae": self.vae, "critic": self.critic}
         self.optimizer = adamw(self.modules, s.lr, betas=(0.5, 0.99))
-        self.pixels = broad_pictures(recipe).pixels
+        self.pixels = broad_images(recipe).pixels
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         s = self.settings
@@ -70,18 +70,18 @@ class DecoderStage(Stage):
         real = to_tensor(crops, self.device).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = self.vae.encode(real).latents
-        made = self.vae.decode(latents + s.latent_noise * torch.randn_like(latents)).sample.float()
+        output = self.vae.decode(latents + s.latent_noise * torch.randn_like(latents)).sample.float()
         with frozen(self.critic):
-            opinion = -self.critic(made).float().mean()
-        truth, lie = (self.critic(x).float() for x in (real, made.detach()))
-        critic = F.relu(1 - truth).mean() + F.relu(1 + lie).mean()
-        pixel, edge = (made - real).abs().mean(), edge_loss(made, real)
+            opinion = -self.critic(output).float().mean()
+        real_scores, fake_scores = (self.critic(x).float() for x in (real, output.detach()))
+        critic = F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean()
+        pixel, edge = (output - real).abs().mean(), edge_loss(output, real)
         weight = s.adversarial * min(1.0, step / max(s.critic_start, 1))
         loss = pixel + 0.5 * edge + weight * opinion + critic
         return loss, {"l1": pixel.item(), "edge": edge.item(), "opinion": opinion.item(), "critic": critic.item()}
 
     def report(self, step: int) -> None:
-        """PSNR and reconstructions."""
+        """Log PSNR and write a sheet of reconstructions."""
         report_reconstructions(self, self.vae, self.pixels, step)
 
     def finish(self) -> None:

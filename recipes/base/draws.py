@@ -1,4 +1,4 @@
-"""What each training step of stage `unet` sees: which pictures, under which prompts, at which timesteps."""
+"""Batches of stage `unet`: images, prompts and timesteps of each step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from recipes.base.captions import draw_prompt
 from recipes.base.config import UnetSettings
-from recipes.base.dataset import Pictures
+from recipes.base.dataset import Images
 from recipes.base.text import token_ids
 from recipes.base.world import Item, World
 from unziplora.training.loss import towards_noise
 
 
 class Pool:
-    """Some of the pictures, by their numbers: those of each style, and those that answer prompts without a style."""
+    """Numbers of a group of images: those of each style, and those that answer prompts without a style."""
 
     def __init__(self, items: Sequence[Item], first: int = 0):
         numbered = list(enumerate(items, first))
@@ -29,27 +29,27 @@ class Pool:
         self.natural = np.array([i for i, x in numbered if x.natural])
 
     def draw(self, kind: str, rng: np.random.Generator) -> int:
-        """A picture's number: of a random style, or a natural one where the prompt names none."""
+        """Draw the number of an image of a random style, or of a natural image if the prompt names no style."""
         numbers = self.natural if kind == "content" else self.by_style[int(rng.integers(len(self.by_style)))]
         return int(rng.choice(numbers))
 
 
 class Deck:
-    """Draws training examples: the kind of prompt first, then a style, then a picture of it, plain or graded.
+    """Source of training examples: the kind of prompt is drawn first, then a style, then an image, plain or graded.
 
-    The graded picture of number i is number N + i; `papers` are its words. The recipe's own pictures come first, then
-    those of all concepts, which are drawn at the share `broad`.
+    The graded copy of image i has number N + i, and `papers[i]` names its paper. The recipe's own images come first.
+    Those of all concepts follow and are drawn at the share `broad`.
     """
 
     def __init__(
         self,
-        pictures: Pictures,
+        images: Images,
         world: World,
         settings: UnetSettings,
         papers: Sequence[str] = (),
         own: int | None = None,
     ):
-        self.items, self.world = pictures.items, world
+        self.items, self.world = images.items, world
         self.papers, self.graded = papers, settings.graded if papers else 0.0
         self.kinds, shares = list(settings.kinds), np.array(list(settings.kinds.values()))
         self.shares = shares / shares.sum()
@@ -58,7 +58,7 @@ class Deck:
         self.broad_share = settings.broad
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-        """Indices of pictures and a prompt for each."""
+        """Draw indices of images and a prompt for each."""
         chosen, prompts = [], []
         for kind in rng.choice(self.kinds, count, p=self.shares):
             broad = self.broad if self.broad and rng.random() < self.broad_share else None
@@ -71,31 +71,31 @@ class Deck:
 
 
 def timesteps(count: int, shift: float, rng: np.random.Generator) -> np.ndarray:
-    """Random timesteps in 0…999, [count]; a shift above 1 prefers noisy ones (arXiv 2403.03206, eq. 23)."""
+    """Draw timesteps in 0…999, [count]; a shift above 1 prefers noisy ones (arXiv 2403.03206, eq. 23)."""
     return np.floor(towards_noise(rng.random(count), 1000, shift)).astype(np.int64)
 
 
 @dataclass
 class Batch:
-    """The examples of one step.
+    """Examples of one step.
 
     Attributes:
-        chosen: numbers of pictures, [N].
+        indices: numbers of images, [N].
         timesteps: [N].
-        kept: 0 for the empty prompts that are zeros, as SDXL's may be at sampling, else 1; [N].
+        mask: 0 for empty prompts whose conditions are zeros, as SDXL's may be at sampling, else 1; [N].
         prompts: N texts.
-        ids: their tokens for both encoders, each [N, 77]; only of batches that were drawn ahead.
+        ids: token ids for both encoders, each [N, 77]; only in batches that were drawn ahead.
     """
 
-    chosen: Tensor
+    indices: Tensor
     timesteps: Tensor
-    kept: Tensor
+    mask: Tensor
     prompts: list[str]
     ids: tuple[Tensor, Tensor] | None = None
 
 
 class Batches(Dataset[Batch]):
-    """The batches of a run, by step: each follows from (seed, step) alone, so any process can draw it."""
+    """Batches of a run by step. Each depends on (seed, step) alone, so any process can draw it."""
 
     def __init__(self, deck: Deck, settings: UnetSettings, seed: int, tokenizers: Sequence[Any]):
         self.deck, self.settings, self.seed, self.tokenizers = deck, settings, seed, tokenizers
@@ -108,16 +108,16 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng((self.seed, step))
         chosen, prompts = self.deck.draw(self.settings.batch, rng)
-        kept = [not (prompt == "" and rng.random() < 0.5) for prompt in prompts]
+        mask = [not (prompt == "" and rng.random() < 0.5) for prompt in prompts]
         t = timesteps(len(prompts), self.settings.timestep_shift, rng)
-        batch = Batch(torch.from_numpy(chosen), torch.from_numpy(t), torch.tensor(kept).float(), prompts)
+        batch = Batch(torch.from_numpy(chosen), torch.from_numpy(t), torch.tensor(mask).float(), prompts)
         if self.settings.workers:
             first, second = (token_ids(tokenizer, prompts) for tokenizer in self.tokenizers)
             batch.ids = (first, second)
         return batch
 
     def at(self, step: int) -> Batch:
-        """The batch of a step; with workers those of the following steps are drawn meanwhile."""
+        """Return the batch of a step; workers draw those of the following steps meanwhile."""
         if not self.settings.workers:
             return self[step]
         if self._ahead is None or step != self._next:

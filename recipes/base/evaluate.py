@@ -1,4 +1,4 @@
-"""What a base can do, by the judges: ``python -m recipes.base.evaluate TOML [FOLDER]``."""
+"""Scores of a base by the judges: ``python -m recipes.base.evaluate TOML [FOLDER]``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recipes.base.world import World, is_held_out_pair
 
 @dataclass
 class Question:
-    """A prompt and what a picture of it must show."""
+    """Prompt, with the concept and the style that an image of it must show."""
 
     prompt: str
     concept: str | None = None
@@ -29,7 +29,7 @@ class Question:
 
 
 def questions(recipe: Recipe, count: int, seed: int = 0) -> dict[str, list[Question]]:
-    """Prompts of seen pairs (`count` of them), all unseen pairs, every content, every style (several times)."""
+    """Return prompts of seen and of unseen pairs, contents alone and styles alone, at most about `count` of each."""
     world, styles = World(recipe.world), recipe.world.styles
 
     def ask(kind: Kind, concept: str | None = None, style: str | None = None) -> Question:
@@ -39,36 +39,36 @@ def questions(recipe: Recipe, count: int, seed: int = 0) -> dict[str, list[Quest
     pairs: dict[bool, list[Question]] = {False: [], True: []}
     for concept in world.trained_concepts:
         for style, settings in styles.items():
-            kept = is_held_out_pair(concept, style, recipe.world.held_out_pairs) and not settings.natural
-            pairs[kept].append(ask("full", concept, style))
+            unseen = is_held_out_pair(concept, style, recipe.world.held_out_pairs) and not settings.natural
+            pairs[unseen].append(ask("full", concept, style))
     rng = np.random.default_rng(seed)
     seen = [pairs[False][i] for i in rng.permutation(len(pairs[False]))[:count]]
-    unseen = [pairs[True][i] for i in rng.permutation(len(pairs[True]))[:count]]
+    new = [pairs[True][i] for i in rng.permutation(len(pairs[True]))[:count]]
     contents = [ask("content", concept) for concept in world.trained_concepts[:count]]
     alone = [ask("style", style=style) for style in styles for _ in range(max(1, count // 4 // len(styles)))]
-    return {"seen pairs": seen, "unseen pairs": unseen, "content only": contents, "style only": alone}
+    return {"seen pairs": seen, "unseen pairs": new, "content only": contents, "style only": alone}
 
 
 def answer(
-    pipe: StableDiffusionXLPipeline, asked: list[Question], size: int, guidance: float, steps: int
+    pipe: StableDiffusionXLPipeline, group: list[Question], size: int, guidance: float, steps: int
 ) -> np.ndarray:
-    """One picture for each question, uint8 [N, R, R, 3]."""
-    parts = [asked[i : i + 16] for i in range(0, len(asked), 16)]
-    made = [
+    """Sample one image for each question, uint8 [N, R, R, 3]."""
+    parts = [group[i : i + 16] for i in range(0, len(group), 16)]
+    samples = [
         sample(pipe, [q.prompt for q in part], size, guidance, seed=1000 + 16 * n, steps=steps)
         for n, part in enumerate(parts)
     ]
-    return np.concatenate(made)
+    return np.concatenate(samples)
 
 
-def score(asked: list[Question], concepts: list[str], styles: list[str]) -> dict[str, float]:
-    """Shares of right concepts and right styles, of those that were asked for."""
-    found: dict[str, float] = {"pictures": len(asked)}
+def score(group: list[Question], concepts: list[str], styles: list[str]) -> dict[str, float]:
+    """Compute the shares of right concepts and right styles among the questions that name one."""
+    shares: dict[str, float] = {"pictures": len(group)}
     for axis, judged in (("concept", concepts), ("style", styles)):
-        right = [getattr(q, axis) == j for q, j in zip(asked, judged, strict=True) if getattr(q, axis)]
+        right = [getattr(q, axis) == j for q, j in zip(group, judged, strict=True) if getattr(q, axis)]
         if right:
-            found[axis] = round(float(np.mean(right)), 4)
-    return found
+            shares[axis] = round(float(np.mean(right)), 4)
+    return shares
 
 
 def evaluate(
@@ -80,13 +80,13 @@ def evaluate(
     guidance: float | None = None,
     steps: int = 20,
 ) -> dict[str, dict[str, float]]:
-    """Scores of every group of questions; sheets of the samples go to the recipe's output folder."""
+    """Score every group of questions; write sheets of the samples to the recipe's output folder."""
     judge_concept, judge_style = (Judge.load(recipe.name, axis, judges_folder) for axis in AXES)
     scores = {}
-    for name, asked in questions(recipe, count).items():
-        pixels = answer(pipe, asked, recipe.world.resolution, guidance or recipe.unet.guidance, steps)
+    for name, group in questions(recipe, count).items():
+        pixels = answer(pipe, group, recipe.world.resolution, guidance or recipe.unet.guidance, steps)
         concepts, styles = judge_concept(pixels), judge_style(pixels)
-        scores[name] = score(asked, concepts, styles)
+        scores[name] = score(group, concepts, styles)
         if name == "content only":
             natural = {style for style, settings in recipe.world.styles.items() if settings.natural}
             scores[name]["natural style"] = round(float(np.mean([style in natural for style in styles])), 4)
@@ -98,7 +98,7 @@ def evaluate(
 
 
 def main() -> None:
-    """Judge a base: an exported folder, or the checkpoint of the recipe; writes evaluation.json."""
+    """Judge an exported folder or the checkpoint of the recipe; write evaluation.json."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("folder", type=Path, nargs="?", help="pipeline folder; the recipe's checkpoint by default")

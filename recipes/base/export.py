@@ -22,7 +22,7 @@ CARD = Path(__file__).with_name("card.md")
 
 
 def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Add vocab.json and merges.txt, which older tools read, beside tokenizer.json."""
+    """Write vocab.json and merges.txt, which older tools read, next to tokenizer.json."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
     lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -30,7 +30,7 @@ def write_vocabulary(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def tidy_vae_config(path: Path) -> None:
-    """Drop an entry that diffusers writes but warns about when it reads it, and where the weights came from."""
+    """Remove the path of the weights and an entry that diffusers writes but warns about on reading."""
     config = json.loads(path.read_text())
     for name in ("block_out_channels", "_name_or_path"):
         config.pop(name, None)
@@ -38,18 +38,18 @@ def tidy_vae_config(path: Path) -> None:
 
 
 def attributions(world: World) -> str:
-    """A table of the drawing sets that the weights were trained on."""
+    """Return a table of the drawing sets that the weights were trained on."""
     used = {s for style in world.settings.styles.values() for s in style.sets} | set(world.settings.drawings)
     rows = [f"| {key} | {world.sets[key]['licence']} | {world.sets[key].get('package', '')} |" for key in sorted(used)]
     return "\n".join(["| set | licence | source |", "|---|---|---|", *rows])
 
 
 def scores_table(evaluation: dict, judges: dict) -> str:
-    """The judges' scores of samples as a table, and for comparison those of real pictures."""
+    """Return a table of the judges' scores for samples and, for comparison, for real images."""
     lines = ["| prompts | pictures | concept right | style right |", "|---|---|---|---|"]
-    for name, found in evaluation.get("scores", {}).items():
-        cells = [f"{100 * found[axis]:.0f} %" if axis in found else "–" for axis in ("concept", "style")]
-        lines.append(f"| {name} | {found['pictures']:.0f} | {cells[0]} | {cells[1]} |")
+    for name, shares in evaluation.get("scores", {}).items():
+        cells = [f"{100 * shares[axis]:.0f} %" if axis in shares else "–" for axis in ("concept", "style")]
+        lines.append(f"| {name} | {shares['pictures']:.0f} | {cells[0]} | {cells[1]} |")
     if judges:
         real = [judges[axis]["accuracy"]["unseen drawings"] for axis in ("concept", "style")]
         lines.append(f"| (real pictures, unseen drawings) | – | {100 * real[0]:.0f} % | {100 * real[1]:.0f} % |")
@@ -57,7 +57,7 @@ def scores_table(evaluation: dict, judges: dict) -> str:
 
 
 def card(recipe: Recipe, steps: int, channels: int, evaluation: dict) -> str:
-    """The model card: what it knows, how it was made (steps of this recipe), how good it is, whose drawings it saw."""
+    """Return the model card: contents, styles, training (with the steps of this recipe), scores and attributions."""
     world = World(recipe.world)
     words = [f"- {STYLE_WORDS[style][0]}" for style in recipe.world.styles]
     about = FOLDER / f"{recipe.name}.json"
@@ -76,9 +76,10 @@ def card(recipe: Recipe, steps: int, channels: int, evaluation: dict) -> str:
 
 
 def export(recipe: Recipe, folder: Path) -> int:
-    """Write the folder with half-precision weights and the card; returns its size in bytes.
+    """Write the folder with half-precision weights and the card; return its size in bytes.
 
-    Raises ValueError when it is larger than 60 MB.
+    Raises:
+        ValueError: the folder is larger than 60 MB.
     """
     pipe, steps = trained_pipeline(recipe)
     evaluation_file = recipe.output / "evaluation" / "evaluation.json"

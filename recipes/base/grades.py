@@ -1,4 +1,4 @@
-"""Endless variants of styles: the same picture on other paper, in other pigments, with another texture."""
+"""Variants of styles: the same image on other paper, in other pigments, with another texture."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PAPERS: dict[str, tuple[float, float, float]] = {
 
 @dataclass
 class Grade:
-    """Another paper, other pigments, another texture; the default changes nothing."""
+    """Paper, pigments and texture of an image."""
 
     matrix: np.ndarray
-    """Turns hues and scales chroma, [3, 3] on RGB."""
+    """Matrix on RGB that rotates hues and scales chroma, [3, 3]."""
     gamma: float
     dark: np.ndarray
     light: np.ndarray
-    """The colours that black and white become, in 0…1."""
+    """Colors that replace black and white, in 0…1."""
     texture: float
     """Strength of grain or hatching, 0 for none."""
     period: float
@@ -41,12 +41,12 @@ class Grade:
 
     @classmethod
     def none(cls) -> Grade:
-        """The grade that changes nothing."""
+        """Return the grade that changes nothing."""
         return cls(np.eye(3), 1.0, np.zeros(3), np.ones(3), 0.0, 4.0, None)
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Grade:
-        """A grade that is seen at a glance."""
+        """Draw a grade that is visible at a glance."""
         light = 1 - rng.uniform(0, 0.35, 3) * rng.choice([0.3, 1.0])
         dark = rng.uniform(0, 0.35, 3) * rng.choice([0.2, 1.0])
         strength = rng.choice([0.0, rng.uniform(0.12, 0.4)])
@@ -56,7 +56,7 @@ class Grade:
         return cls(matrix, float(np.exp(rng.uniform(-0.5, 0.5))), dark, light, strength, rng.uniform(2.5, 8), angle)
 
     def field(self, size: int, rng: np.random.Generator) -> np.ndarray:
-        """The texture [size, size] at a random place, roughly within −1…1."""
+        """Return the texture [size, size] at a random place, roughly within −1…1."""
         if self.angle is None:
             soft = cv2.GaussianBlur(rng.standard_normal((size, size)), (0, 0), self.period / 5)
             return soft / (1.5 * soft.std())
@@ -65,7 +65,7 @@ class Grade:
         return np.sin(2 * np.pi * (along + rng.random()))
 
     def apply(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Grade one picture, float [R, R, 3] in 0…1."""
+        """Grade one image, float [R, R, 3] in 0…1."""
         toned = np.clip(pixels @ self.matrix.T, 0, 1) ** self.gamma
         graded = self.dark + (self.light - self.dark) * toned
         if self.texture:
@@ -74,24 +74,24 @@ class Grade:
 
     @property
     def words(self) -> str:
-        """Its paper as prompts name it: "grainy blue paper"."""
+        """Name of the paper in prompts: "grainy blue paper"."""
         paper = min(PAPERS, key=lambda name: float(np.square(np.array(PAPERS[name]) - self.light).sum()))
         texture = ("grainy " if self.angle is None else "hatched ") if self.texture else ""
         return f"{texture}{paper} paper"
 
 
 def hue_matrix(angle: float, chroma: float) -> np.ndarray:
-    """Turn colours around the grey axis by an angle in radians and scale their distance from it, [3, 3]."""
+    """Return the matrix [3, 3] that rotates colors about the gray axis, in radians, and scales their chroma."""
     grey = np.full((3, 3), 1 / 3)
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
     return grey + chroma * (np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross)
 
 
 def grade_each(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """Every picture uint8 [N, R, R, 3] in a grade of its own, and the words for each."""
+    """Grade each image uint8 [N, R, R, 3] differently; return the images and the words for each."""
     grades = [Grade.draw(rng) for _ in pixels]
-    pictures = [grade.apply(one / 255, rng) for grade, one in zip(grades, pixels, strict=True)]
-    return np.round(255 * np.stack(pictures)).astype(np.uint8), [grade.words for grade in grades]
+    images = [grade.apply(one / 255, rng) for grade, one in zip(grades, pixels, strict=True)]
+    return np.round(255 * np.stack(images)).astype(np.uint8), [grade.words for grade in grades]
 
 
 def _grade_chunk(job: tuple[np.ndarray, tuple[int, int]]) -> tuple[np.ndarray, list[str]]:
@@ -112,5 +112,5 @@ def grade_all(pixels: np.ndarray, seed: int, workers: int, first: int = 0) -> tu
 
 
 def grade_some(pixels: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """A share of pictures uint8 [N, R, R, 3] in a grade of their own each, the others as they are."""
+    """Grade a share of images uint8 [N, R, R, 3], each differently; leave the others as they are."""
     return np.stack([grade_each(one[None], rng)[0][0] if rng.random() < share else one for one in pixels])

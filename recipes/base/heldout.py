@@ -11,9 +11,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from recipes.base.captions import strip_colours, wordings
+from recipes.base.captions import strip_colors, wordings
 from recipes.base.config import Recipe
-from recipes.base.dataset import Pictures, render_items, unseen_drawings
+from recipes.base.dataset import Images, render_items, unseen_drawings
 from recipes.base.latents import encode_images
 from recipes.base.text import TextEncoders
 from recipes.base.unet import build_scheduler, trained_pipeline
@@ -23,7 +23,7 @@ TIMESTEPS = (100, 300, 500, 700, 900)
 NOISE_SEED = 20_000
 
 
-def held_out_images(recipe: Recipe, count: int = 64) -> dict[str, Pictures]:
+def held_out_images(recipe: Recipe, count: int = 64) -> dict[str, Images]:
     """Render up to `count` images per group; the choice depends on the world and its settings alone."""
     world = World(recipe.world)
     pairs = list(world.items(held_out_pairs=True))
@@ -65,7 +65,7 @@ def held_out_loss(pipe: StableDiffusionXLPipeline, recipe: Recipe, count: int = 
         prompts = []
         for item in images.items:
             caption = world.caption(item.concept)
-            prompts.append(wordings("full", strip_colours(caption) if item.black else caption, item.style)[0])
+            prompts.append(wordings("full", strip_colors(caption) if item.black else caption, item.style)[0])
         losses[name] = v_loss(pipe, images.pixels, prompts)
     return losses
 

@@ -1,7 +1,7 @@
-"""The networks that say which drawing, which thing and which style: ``python -m recipes.base.identity TOML``.
+"""Networks that identify drawings, concepts and styles: ``python -m recipes.base.identity TOML``.
 
-They learn from real pictures only, by supervised contrast (Khosla et al., arXiv 2004.11362): rows of the same
-drawing, the same kind of thing or the same style come close, all others apart.
+They learn from real images only, by supervised contrast (Khosla et al., arXiv 2004.11362): embeddings of the same
+drawing, concept or style move together, all others apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.base.config import Recipe, StageSettings
-from recipes.base.dataset import Pictures
+from recipes.base.dataset import Images
 from recipes.base.grades import Grade
 from recipes.base.identity_data import disturb, natural_and_filtered, open_world
 from recipes.base.loop import Stage, Stop, adamw, train
@@ -27,7 +27,7 @@ VAE = Path("src/unziplora/bundled/emoji-xl/vae")
 
 
 class IdentitySettings(StageSettings):
-    """How the networks learn."""
+    """Settings of the networks' training."""
 
     lr: float = 2e-3
     warmup: int = 50
@@ -37,9 +37,9 @@ class IdentitySettings(StageSettings):
     groups: int = 14
     """Concepts, or styles, in a batch."""
     drawings: int = 3
-    """Drawings of each concept in a batch: pictures of two of them are the hard negatives of the third's."""
+    """Drawings of each concept in a batch; each has the images of the others as hard negatives."""
     each: int = 3
-    """Pictures of each drawing, or of each style."""
+    """Images of each drawing, or of each style."""
 
 
 SHAPE = IdentitySettings(steps=650, batch=14 * 3 * 3)
@@ -47,13 +47,13 @@ STYLE = IdentitySettings(steps=500, batch=16 * 6, width=24, groups=16, each=6)
 
 
 def supcon(rows: Tensor, same: Tensor, ignored: Tensor | None = None, temperature: float = 0.1) -> Tensor:
-    """Supervised contrastive loss (arXiv 2004.11362, eq. 2) of rows [N, D] of unit length.
+    """Compute the supervised contrastive loss (arXiv 2004.11362, eq. 2) of rows [N, D] of unit length.
 
     Args:
-        rows: the embeddings.
-        same: which pairs should be close, bool [N, N]; the diagonal does not matter.
-        ignored: which pairs count neither as close nor as apart, bool [N, N].
-        temperature: what similarities are divided by.
+        rows: embeddings.
+        same: pairs that should be close, bool [N, N]; the diagonal does not matter.
+        ignored: pairs that count neither as close nor as apart, bool [N, N].
+        temperature: divisor of the similarities.
     """
     away = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     if ignored is not None:
@@ -66,34 +66,34 @@ def supcon(rows: Tensor, same: Tensor, ignored: Tensor | None = None, temperatur
 
 
 def equal(labels: list[object]) -> Tensor:
-    """Which labels are equal, bool [N, N]."""
+    """Return the mask of equal labels, bool [N, N]."""
     numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     codes = torch.tensor([numbers[label] for label in labels])
     return codes[:, None] == codes
 
 
 class IdentityStage(Stage):
-    """What both networks share: the pictures and how a batch of them is painted."""
+    """Common part of both networks' training: the images, and their grades and disturbances."""
 
     settings: IdentitySettings
 
     def __init__(
-        self, recipe: Recipe, pictures: Pictures, settings: IdentitySettings, net: type[ShapeNet] | type[StyleNet]
+        self, recipe: Recipe, images: Images, settings: IdentitySettings, net: type[ShapeNet] | type[StyleNet]
     ):
         super().__init__(recipe)
-        self.settings, self.pictures = settings, pictures
+        self.settings, self.images = settings, images
         sets = open_world(recipe).sets
-        self.drawn = [(sets[item.drawing]["drawings"], item.concept) for item in pictures.items]
-        """Which drawing each picture shows; related sets share drawings."""
+        self.drawn = [(sets[item.drawing]["drawings"], item.concept) for item in images.items]
+        """Drawing that each image shows; related sets share drawings."""
         torch.manual_seed(recipe.seed)
         self.net = net(settings.width).to(self.device)
         self.modules = {"net": self.net}
         self.optimizer = adamw(self.modules, settings.lr, weight_decay=0.05)
 
     def paint(self, chosen: list[int], grades: list[Grade], rng: np.random.Generator) -> Tensor:
-        """Graded, disturbed pictures [N, 3, R, R] in −1…1."""
+        """Return graded, disturbed images [N, 3, R, R] in −1…1."""
         graded = [
-            grade.apply(self.pictures.pixels[i].astype(np.float32) / 255, rng)
+            grade.apply(self.images.pixels[i].astype(np.float32) / 255, rng)
             for i, grade in zip(chosen, grades, strict=True)
         ]
         pixels = torch.from_numpy(np.stack(graded)).float().permute(0, 3, 1, 2) * 2 - 1
@@ -101,22 +101,22 @@ class IdentityStage(Stage):
 
 
 class ShapeStage(IdentityStage):
-    """Content and concept: a few drawings each of a few concepts, each in several styles."""
+    """Training of content and concept: a few drawings each of a few concepts, each in several styles."""
 
-    def __init__(self, recipe: Recipe, pictures: Pictures, settings: IdentitySettings = SHAPE):
+    def __init__(self, recipe: Recipe, images: Images, settings: IdentitySettings = SHAPE):
         self.name = "shape"
-        super().__init__(recipe, pictures, settings, ShapeNet)
+        super().__init__(recipe, images, settings, ShapeNet)
         self.index: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for i, (group, concept) in enumerate(self.drawn):
             self.index[concept][group].append(i)
         self.concepts = sorted(self.index)
 
     def choose(self, rng: np.random.Generator) -> list[int]:
-        """Indices of a batch."""
+        """Draw the indices of a batch."""
         s, chosen = self.settings, []
         for c in rng.choice(len(self.concepts), min(s.groups, len(self.concepts)), replace=False):
             groups = self.index[self.concepts[c]]
-            rich = [g for g, found in groups.items() if len(found) >= s.each]
+            rich = [g for g, members in groups.items() if len(members) >= s.each]
             for g in rng.choice(rich, min(s.drawings, len(rich)), replace=False):
                 chosen += rng.choice(groups[g], s.each, replace=False).tolist()
         return chosen
@@ -136,22 +136,22 @@ class ShapeStage(IdentityStage):
 
 
 class StyleStage(IdentityStage):
-    """Style: a few styles, two of each filter or set in other grades, on drawings that all of them share."""
+    """Training of style: a few styles, two of each filter or set in different grades, on drawings that all share."""
 
     pool = 40
-    """Concepts that a batch draws from: the same things in many styles, so that things say nothing."""
+    """Concepts per batch: the same ones in many styles, so that the concept does not give the style away."""
 
-    def __init__(self, recipe: Recipe, pictures: Pictures, settings: IdentitySettings = STYLE):
+    def __init__(self, recipe: Recipe, images: Images, settings: IdentitySettings = STYLE):
         self.name = "style"
-        super().__init__(recipe, pictures, settings, StyleNet)
+        super().__init__(recipe, images, settings, StyleNet)
         self.index: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for i, item in enumerate(pictures.items):
+        for i, item in enumerate(images.items):
             self.index[item.style][item.variant].append(i)
         self.styles = sorted(self.index)
-        self.concepts = np.array([item.concept for item in pictures.items])
+        self.concepts = np.array([item.concept for item in images.items])
 
     def choose(self, rng: np.random.Generator) -> tuple[list[int], list[int], list[Grade]]:
-        """Indices of a batch, the style class of each and its grade."""
+        """Draw the indices of a batch, with the style class and the grade of each."""
         s = self.settings
         pool = rng.choice(np.unique(self.concepts), self.pool)
         chosen, classes, grades = [], [], []
@@ -191,14 +191,14 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--only", choices=["shape", "style"])
     parser.add_argument("--threads", type=int, default=1)
-    asked = parser.parse_args()
-    recipe = Recipe.read(asked.recipe).model_copy(update={"output": asked.output})
-    torch.set_num_threads(asked.threads)
-    pictures, stop = natural_and_filtered(recipe, VAE), Stop()
+    options = parser.parse_args()
+    recipe = Recipe.read(options.recipe).model_copy(update={"output": options.output})
+    torch.set_num_threads(options.threads)
+    images, stop = natural_and_filtered(recipe, VAE), Stop()
     for kind in (ShapeStage, StyleStage):
-        stage = kind(recipe, pictures)
-        if asked.only in (None, stage.name) and train(stage, stop):
-            write(stage, asked.weights)
+        stage = kind(recipe, images)
+        if options.only in (None, stage.name) and train(stage, stop):
+            write(stage, options.weights)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How well a measure tells drawings, things and styles apart: ``python -m recipes.base.identity_report TOML MEASURE``.
+"""Accuracy of a measure on drawings, concepts and styles: ``python -m recipes.base.identity_report TOML MEASURE``.
 
-Tested on drawings and concepts that no network has seen, in filters that were trained and in filters that were not.
+The tests use drawings and concepts that no network has seen, under filters that were trained on and under new ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture of a test: a drawing in one rendering of a filter."""
+    """Image of a test: a drawing in one rendering of a filter."""
 
     concept: str
     drawing: str
@@ -42,12 +42,12 @@ class Shown:
 
     @property
     def look(self) -> tuple[str, int]:
-        """Its style: another rendering of the filter is another style."""
+        """Style of the image; another rendering of the filter is another style."""
         return self.filter, self.rendering
 
 
 class Trials:
-    """Queries, each with its target first among the candidates; the pictures of one group of filters."""
+    """Source of trials in one group of filters: a query, its target, then the wrong candidates."""
 
     def __init__(self, concepts: list[str], filters: Sequence[str], renderings: int, seed: int = 7):
         self.rng = np.random.default_rng(seed)
@@ -55,12 +55,12 @@ class Trials:
         self.looks = [(f, r) for f in filters for r in range(renderings)]
 
     def pick(self, options: Sequence, count: int = 1, but: object = None) -> list:
-        """Some of the options, without one of them."""
+        """Draw `count` of the options other than `but`."""
         left = [option for option in options if option != but]
         return [left[i] for i in self.rng.choice(len(left), min(count, len(left)), replace=False)]
 
     def content(self) -> list[Shown]:
-        """1 of 16 drawings: three of the same concept by other hands, half of all in the query's own style."""
+        """Draw a trial of 16 drawings: three of the same concept from other sets, half of all in the query's style."""
         concept, drawing = self.pick(self.concepts)[0], self.pick(UNSEEN)[0]
         mine, other = self.pick(self.looks, 2)
         rivals = [(concept, d) for d in (*UNSEEN, *OTHERS) if d != drawing]
@@ -70,7 +70,7 @@ class Trials:
         return [Shown(concept, drawing, *mine), Shown(concept, drawing, *other), *wrong]
 
     def concept(self) -> list[Shown]:
-        """1 of 16 concepts, by another hand in another style; half of the others in the query's hand and style."""
+        """Draw a trial of 16 concepts, the target in another set and style, half of the others in the query's."""
         concept, drawing = self.pick(self.concepts)[0], self.pick(UNSEEN)[0]
         hand = self.pick(UNSEEN, but=drawing)[0]
         mine, other = self.pick(self.looks, 2)
@@ -79,7 +79,7 @@ class Trials:
         return [Shown(concept, drawing, *mine), Shown(concept, hand, *other), *wrong]
 
     def style(self) -> list[Shown]:
-        """1 of 12 styles on another drawing; half of the others show the query's own drawing."""
+        """Draw a trial of 12 styles, the target on another drawing, half of the others on the query's."""
         first, second = self.pick(self.concepts, 2)
         a, b = self.pick(UNSEEN)[0], self.pick(UNSEEN)[0]
         mine = self.pick(self.looks)[0]
@@ -90,7 +90,7 @@ class Trials:
 
 
 def paint(world: World, shown: Shown) -> Image.Image:
-    """A picture of a test: rendering 0 is the filter as it is, the others have grades of their own."""
+    """Render an image of a test: rendering 0 is the filter as it is, each other one has its own grade."""
     rgb = _filtered(world, shown.concept, shown.drawing, shown.filter, shown.rendering)
     if shown.rendering == 0:
         return Image.fromarray(rgb)
@@ -106,25 +106,25 @@ def _filtered(world: World, concept: str, drawing: str, name: str, variant: int)
 
 
 def auc(same: np.ndarray, different: np.ndarray) -> float:
-    """Chance that a same pair is more alike than a different one; ties count half."""
+    """Compute the chance that a same pair is more similar than a different one; ties count half."""
     every = np.sort(different)
     below, upto = np.searchsorted(every, same, "left"), np.searchsorted(every, same, "right")
     return float((below + upto).mean() / 2 / len(every))
 
 
 def judge(embed: Embed, trials: list[list[Shown]], world: World) -> Figures:
-    """Share of trials whose target is the nearest candidate, and the AUC of same against different pairs."""
+    """Compute the share of trials whose target is the nearest candidate, and the AUC of same and different pairs."""
     where = {shown: n for n, shown in enumerate(dict.fromkeys(s for trial in trials for s in trial))}
     rows = embed([paint(world, shown) for shown in where]).numpy()
-    found = [rows[[where[s] for s in trial[1:]]] @ rows[where[trial[0]]] for trial in trials]
-    right = np.mean([similar[0] > similar[1:].max() for similar in found])
-    same = np.array([similar[0] for similar in found])
-    different = np.concatenate([similar[1:] for similar in found])
+    similarities = [rows[[where[s] for s in trial[1:]]] @ rows[where[trial[0]]] for trial in trials]
+    right = np.mean([similar[0] > similar[1:].max() for similar in similarities])
+    same = np.array([similar[0] for similar in similarities])
+    different = np.concatenate([similar[1:] for similar in similarities])
     return {"right": round(float(right), 3), "auc": round(auc(same, different), 3)}
 
 
 def report(measure: CaseMeasure, recipe: Recipe, count: int) -> dict[str, dict[str, Figures]]:
-    """Accuracies and AUCs of content, concept and style, in filters that were trained and in others."""
+    """Compute accuracies and AUCs of content, concept and style, under trained filters and under new ones."""
     world = open_world(recipe)
     concepts = [c for c in sorted(held_out_concepts()) if all(world.has(d, c) for d in (*UNSEEN, *OTHERS))]
     known = [name for name in FILTERS if name not in NEVER_FILTERS]
@@ -133,30 +133,30 @@ def report(measure: CaseMeasure, recipe: Recipe, count: int) -> dict[str, dict[s
         "unseen filters": (Trials(concepts, sorted(NEVER_FILTERS), 4), ("content", "concept", "style")),
         "all filters, one rendering each": (Trials(concepts, list(FILTERS), 1), ("style",)),
     }
-    found: dict[str, dict[str, Figures]] = {}
+    figures: dict[str, dict[str, Figures]] = {}
     for name, (trials, views) in groups.items():
-        found[name] = {}
+        figures[name] = {}
         for view in views:
-            asked = [getattr(trials, view)() for _ in range(count)]
-            found[name][view] = judge(getattr(measure, view), asked, world)
-            print(measure.name, name, view, found[name][view], flush=True)
-    return found
+            queries = [getattr(trials, view)() for _ in range(count)]
+            figures[name][view] = judge(getattr(measure, view), queries, world)
+            print(measure.name, name, view, figures[name][view], flush=True)
+    return figures
 
 
 def main() -> None:
-    """Test one measure and write its figures into report.json, beside those of the others."""
+    """Test one measure and add its figures to report.json."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("measure", choices=["trained", "plain"])
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the trained networks")
     parser.add_argument("--name", help="under which to write, the measure's own name if left out")
     parser.add_argument("--count", type=int, default=150, help="trials of each kind")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     cv2.setNumThreads(1)
-    measure = Trained(asked.weights) if asked.measure == "trained" else Plain()
+    measure = Trained(options.weights) if options.measure == "trained" else Plain()
     path = WEIGHTS / "report.json"
     every = json.loads(path.read_text()) if path.exists() else {}
-    every[asked.name or measure.name] = report(measure, Recipe.read(asked.recipe), asked.count)
+    every[options.name or measure.name] = report(measure, Recipe.read(options.recipe), options.count)
     path.write_text(json.dumps(every, indent=2) + "\n")
 
 

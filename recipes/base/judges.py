@@ -1,7 +1,7 @@
-"""Two classifiers, of concept and of style, that judge a base: ``python -m recipes.base.judges TOML``.
+"""Classifiers of concept and of style that judge a base: ``python -m recipes.base.judges TOML``.
 
-They learn from real pictures only, pairs kept from the base included, and are tested on drawings and
-filters that neither they nor the base have seen.
+They learn from real images only, including the held-out pairs. They are tested on drawings and filters that neither
+they nor the base have seen.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recipes.base.clip import PictureEncoder
+from recipes.base.clip import ImageEncoder
 from recipes.base.config import Recipe
-from recipes.base.dataset import Pictures, render_items, training_pictures
+from recipes.base.dataset import Images, render_items, training_images
 from recipes.base.loop import Stage, Stop, adamw, train
 from recipes.base.vae import to_tensor
 from recipes.base.world import Item, World
@@ -30,18 +30,18 @@ AXES: tuple[Axis, Axis] = ("concept", "style")
 FOLDER = Path(__file__).with_name("judges")
 
 
-def judge_pictures(recipe: Recipe) -> Pictures:
-    """The recipe's pictures and those of the pairs kept from the base."""
-    mine = training_pictures(recipe)
-    kept = list(World(recipe.world).items(held_out_pairs=True))
-    if not kept:
+def judge_images(recipe: Recipe) -> Images:
+    """Return the recipe's images and those of the held-out pairs."""
+    mine = training_images(recipe)
+    held_out = list(World(recipe.world).items(held_out_pairs=True))
+    if not held_out:
         return mine
-    more = render_items(recipe.world, kept)
-    return Pictures(np.concatenate([mine.pixels, more.pixels]), mine.items + more.items)
+    more = render_items(recipe.world, held_out)
+    return Images(np.concatenate([mine.pixels, more.pixels]), mine.items + more.items)
 
 
 def judged_items(recipe: Recipe) -> dict[str, list[Item]]:
-    """Unseen drawings in known styles, unseen drawings in unseen filters, known drawings in unseen filters."""
+    """Return the items of each test: unseen drawings in known styles, and unseen or known ones in unseen filters."""
     world, s = World(recipe.world), recipe.judges
     styles = {name: style.filter for name, style in recipe.world.styles.items() if style.filter or style.natural}
     new = [(d, c) for d in s.test_drawings for c in world.trained_concepts if world.has(d, c)]
@@ -54,7 +54,7 @@ def judged_items(recipe: Recipe) -> dict[str, list[Item]]:
 
 
 def jitter(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Shift pictures by up to a twelfth and add a little noise: judges must not rely on exact places."""
+    """Shift images by up to a twelfth and add a little noise, so that judges do not rely on exact positions."""
     reach = pixels.shape[-1] // 12
     padded = F.pad(pixels, (reach,) * 4, mode="replicate")
     y, x = rng.integers(0, 2 * reach + 1, 2)
@@ -63,24 +63,24 @@ def jitter(pixels: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 class JudgeStage(Stage):
-    """Cross-entropy on one axis."""
+    """Training of one judge by cross-entropy."""
 
     def __init__(self, recipe: Recipe, axis: Axis):
         self.name = f"judge-{axis}"
         super().__init__(recipe)
         self.axis, self.settings = axis, recipe.judges
-        self.pictures = judge_pictures(recipe)
-        self.labels = sorted({getattr(item, axis) for item in self.pictures.items})
-        self.classes = torch.tensor([self.labels.index(getattr(i, axis)) for i in self.pictures.items])
+        self.images = judge_images(recipe)
+        self.labels = sorted({getattr(item, axis) for item in self.images.items})
+        self.classes = torch.tensor([self.labels.index(getattr(i, axis)) for i in self.images.items])
         torch.manual_seed(recipe.seed)
-        self.net = PictureEncoder(recipe.judges.width, len(self.labels)).to(self.device)
+        self.net = ImageEncoder(recipe.judges.width, len(self.labels)).to(self.device)
         self.modules = {"net": self.net}
         self.optimizer = adamw(self.modules, recipe.judges.lr, weight_decay=0.05)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         rng = self.draw(step)
-        chosen = rng.integers(0, len(self.pictures), self.settings.batch)
-        pixels = jitter(to_tensor(self.pictures.pixels[chosen], self.device), rng)
+        chosen = rng.integers(0, len(self.images), self.settings.batch)
+        pixels = jitter(to_tensor(self.images.pixels[chosen], self.device), rng)
         logits = self.net(pixels).float()
         truth = self.classes[torch.from_numpy(chosen)].to(self.device)
         loss = F.cross_entropy(logits, truth, label_smoothing=0.05)
@@ -89,43 +89,43 @@ class JudgeStage(Stage):
 
 @dataclass
 class Judge:
-    """A trained classifier and the names of its classes."""
+    """Trained classifier and the names of its classes."""
 
-    net: PictureEncoder
+    net: ImageEncoder
     labels: list[str]
 
     @classmethod
     def load(cls, recipe: str, axis: Axis, folder: Path = FOLDER) -> Judge:
-        """The judge of a recipe, by the recipe's name."""
+        """Read the judge of a recipe, by the recipe's name."""
         about = json.loads((folder / f"{recipe}.json").read_text())[axis]
-        net = PictureEncoder(about["width"], len(about["labels"]))
+        net = ImageEncoder(about["width"], len(about["labels"]))
         weights = load_file(folder / f"{recipe}-{axis}.safetensors")
         net.load_state_dict({key: value.float() for key, value in weights.items()})
         return cls(net.eval(), about["labels"])
 
     @torch.no_grad()
     def __call__(self, pixels: np.ndarray) -> list[str]:
-        """The most likely label of each picture uint8 [N, R, R, 3]."""
+        """Return the most likely label of each image uint8 [N, R, R, 3]."""
         device = next(self.net.parameters()).device
         parts = [self.net(to_tensor(pixels[i : i + 256], device)) for i in range(0, len(pixels), 256)]
         return [self.labels[i] for i in torch.cat(parts).argmax(1).tolist()]
 
 
 def accuracy(judge: Judge, pixels: np.ndarray, truth: list[str]) -> float:
-    """Share of pictures judged right."""
+    """Compute the share of images that the judge gets right."""
     return float(np.mean([a == b for a, b in zip(judge(pixels), truth, strict=True)]))
 
 
 def measure(judge: Judge, axis: Axis, recipe: Recipe) -> dict[str, float]:
-    """Accuracy on real pictures of every kind of test that has this judge's classes."""
-    found = {}
+    """Compute the accuracy on real images of every test that has this judge's classes."""
+    accuracies = {}
     for name, items in judged_items(recipe).items():
         if axis == "style" and "filters" in name:
             continue
-        pictures = render_items(recipe.world, items)
+        images = render_items(recipe.world, items)
         truth = [getattr(item, axis) for item in items]
-        found[name] = round(accuracy(judge, pictures.pixels, truth), 4)
-    return found
+        accuracies[name] = round(accuracy(judge, images.pixels, truth), 4)
+    return accuracies
 
 
 def train_judges(recipe: Recipe, stop: Stop) -> None:
@@ -145,7 +145,7 @@ def train_judges(recipe: Recipe, stop: Stop) -> None:
 
 
 def main() -> None:
-    """Train the judges of a recipe; they are written into `recipes/base/judges`."""
+    """Train the judges of a recipe and write them to `recipes/base/judges`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("recipe", type=Path)
     recipe = Recipe.read(parser.parse_args().recipe)

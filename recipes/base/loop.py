@@ -1,7 +1,6 @@
-"""The one training loop: a stage says its loss; the loop steps, logs, checkpoints, stops and resumes.
+"""Training loop of all stages: steps, logs, checkpoints, stops, resumes.
 
-All randomness of a step comes from (seed, step), so that a run that was interrupted and resumed
-equals one that was not.
+All randomness of a step comes from (seed, step), so a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from recipes.base.config import Recipe, StageSettings
 
 Figures = dict[str, float | Tensor]
-"""What a step tells the log; a tensor is read only when it is written, so that a GPU need not be waited for."""
+"""Figures of a step for the log. Tensors are read only when the log is written, so that no step waits for a GPU."""
 
 
 def pick_device() -> torch.device:
-    """The GPU if there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def reduced_precision(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32: on a GPU, and on a CPU with AVX-512 (without, 16 times slower)."""
+    """Return true if bfloat16 is faster than float32: on a GPU and on a CPU with AVX-512 (else 16 times slower)."""
     return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def training_attention(device: torch.device | str, tokens: int) -> AbstractContextManager[None]:
-    """How attention over so many tokens is best computed in a forward pass that a backward pass follows.
+    """Select the attention kernel for a forward pass that a backward pass follows.
 
-    On a CPU as plain products: torch's fused kernel saves memory, but its backward pass takes several times as long.
-    From about a thousand tokens on, memory decides.
+    On a CPU, plain products: torch's fused kernel saves memory, but its backward pass takes several times as long.
+    From about a thousand tokens on, memory matters more.
     """
     return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" and tokens <= 1024 else nullcontext()
 
 
 class Stop:
-    """Says when to stop: on SIGTERM or SIGINT, after some minutes, or at a time of day (UTC, "HH:MM")."""
+    """Stop condition, true after SIGTERM or SIGINT, after some minutes, or from a time of day on (UTC, "HH:MM")."""
 
     def __init__(self, minutes: float | None = None, until: str | None = None):
         self.asked = False
@@ -75,7 +74,7 @@ class Stage(ABC):
     modules: dict[str, nn.Module]
     optimizer: torch.optim.Optimizer
     tokens = 0
-    """The most that any of its attentions looks over."""
+    """Length of the longest sequence that any attention of the stage covers."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -84,19 +83,19 @@ class Stage(ABC):
 
     @abstractmethod
     def loss(self, step: int) -> tuple[Tensor, Figures]:
-        """The loss of a step and figures to log."""
+        """Return the loss of a step and figures to log."""
 
     def after_step(self, step: int) -> None:  # noqa: B027
-        """Called after each optimizer step (averages of weights)."""
+        """Run after each optimizer step, for averages of weights."""
 
     def report(self, step: int) -> None:  # noqa: B027
         """Write sheets of samples."""
 
     def finish(self) -> None:  # noqa: B027
-        """Called once, when the last step is done."""
+        """Run once after the last step."""
 
     def draw(self, step: int) -> np.random.Generator:
-        """The random numbers of a step; torch is seeded alike."""
+        """Return the random numbers of a step, and seed torch for it."""
         torch.manual_seed(self.recipe.seed * 1_000_003 + step)
         return np.random.default_rng((self.recipe.seed, step))
 
@@ -107,13 +106,13 @@ def adamw(
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.99),
 ) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters of the modules."""
+    """Return fused AdamW over the trainable parameters of the modules."""
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
 
 
 def rate(step: int, settings: StageSettings) -> float:
-    """Factor on the learning rate: linear warm-up, constant, linear cool-down to 5 %."""
+    """Return the factor on the learning rate: linear warm-up, constant, linear cool-down to 5 %."""
     rise = min(1.0, (step + 1) / max(settings.warmup, 1))
     left = (settings.steps - step) / max(settings.cooldown * settings.steps, 1)
     return rise * max(0.05, min(1.0, left))
@@ -130,7 +129,7 @@ def save_checkpoint(stage: Stage, step: int) -> None:
 
 
 def load_checkpoint(stage: Stage) -> int:
-    """Restore a stage; returns the number of steps already done, 0 without a checkpoint."""
+    """Restore a stage; return the number of finished steps, 0 without a checkpoint."""
     path = stage.folder / "checkpoint.pt"
     if not path.exists():
         return 0
@@ -156,7 +155,7 @@ class Log:
 
 
 def update(stage: Stage, step: int) -> Figures:
-    """One optimizer step; returns the figures of the stage."""
+    """Take one optimizer step; return the figures of the stage."""
     for group in stage.optimizer.param_groups:
         group.setdefault("full_lr", group["lr"])
         group["lr"] = group["full_lr"] * rate(step, stage.settings)

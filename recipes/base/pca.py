@@ -1,4 +1,4 @@
-"""A head start for the autoencoder: an encoder that begins as the principal components of 8 × 8 patches."""
+"""Head start for the autoencoder: an encoder that begins as the principal components of 8 × 8 patches."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PATCH = 8
 
 
 def patches(pixels: np.ndarray) -> Tensor:
-    """The patches of pictures uint8 [N, R, R, 3], in 0…1: [N · (R / 8)², 8, 8, 3]."""
+    """Cut images uint8 [N, R, R, 3] into patches [N · (R / 8)², 8, 8, 3] in 0…1."""
     count, size = len(pixels), pixels.shape[1] // PATCH
     parts = torch.from_numpy(np.ascontiguousarray(pixels)).reshape(count, size, PATCH, size, PATCH, 3)
     return parts.permute(0, 1, 3, 2, 4, 5).reshape(-1, PATCH, PATCH, 3).double() / 255
 
 
 def principal_components(pixels: np.ndarray, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [192], leading directions [count, 192] and their variances [count] of patches, pixel by pixel."""
+    """Return mean [192], leading directions [count, 192] and their variances [count] of patches."""
     rows = patches(pixels).flatten(1)
     mean = rows.mean(0)
     variances, directions = torch.linalg.eigh((rows - mean).T.cov())
@@ -26,9 +26,9 @@ def principal_components(pixels: np.ndarray, count: int) -> tuple[Tensor, Tensor
 
 
 def latent_spread(variances: Tensor) -> Tensor:
-    """Standard deviations of the latents, mean square 1: strong components stay stronger, but less so than in pixels.
+    """Return the latents' standard deviations, mean square 1; strong components stay stronger, less so than in pixels.
 
-    With equal spreads a diffusion model would spend as much on the weakest component, which is grain, as on colour.
+    With equal spreads a diffusion model would spend as much on the weakest component, grain, as on color.
     """
     spread = variances**0.25
     return spread / spread.square().mean().sqrt()
@@ -36,7 +36,7 @@ def latent_spread(variances: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _gather(layer: nn.Conv2d, channels: int) -> None:
-    """Let a strided convolution put the four pixels under it into channels: (row, column, channel) in this order."""
+    """Make a strided convolution move its four pixels into channels: (row, column, channel) in this order."""
     layer.weight[: 4 * channels] = 0
     for place in range(4):
         for channel in range(channels):
@@ -45,11 +45,11 @@ def _gather(layer: nn.Conv2d, channels: int) -> None:
 
 @torch.no_grad()
 def start_as_pca(vae: AutoencoderTiny, pixels: np.ndarray) -> Tensor:
-    """Set the encoder so that latents are scaled principal components of `pixels`; what it has beyond stays random.
+    """Set the encoder so that latents are scaled principal components; return their standard deviations, [C].
 
-    The pixels reach the last strided convolution unchanged, since all of them are positive and residual branches
-    start silent; there each component takes two channels, its positive and its negative part. Returns the latents'
-    standard deviations, [C].
+    The pixels reach the last strided convolution unchanged, because all of them are positive and residual branches
+    start at zero. There each component takes two channels, its positive and its negative part. Further channels stay
+    random.
 
     Raises:
         ValueError: the encoder is too narrow: it needs 48 channels, and two for each latent channel.
@@ -69,9 +69,9 @@ def start_as_pca(vae: AutoencoderTiny, pixels: np.ndarray) -> Tensor:
     first.weight[range(3), range(3), 1, 1] = 1
     _gather(second, 3)
     _gather(third, 12)
-    # The 48 channels before the last stride are (row, column) in a 2 × 2, of (row, column) in a 2 × 2, of colours;
-    # a patch is [y, x, colour] with y = (place in the last 2 × 2, then third's, then second's).
-    by_place = maps.reshape(latents, 2, 2, 2, 2, 2, 2, 3)  # y: last, third, second; x: last, third, second; colour
+    # The 48 channels before the last stride are (row, column) in a 2 × 2, of (row, column) in a 2 × 2, of colors;
+    # a patch is [y, x, color] with y = (place in the last 2 × 2, then third's, then second's).
+    by_place = maps.reshape(latents, 2, 2, 2, 2, 2, 2, 3)  # y: last, third, second; x: last, third, second; color
     ordered = by_place.permute(0, 2, 5, 3, 6, 7, 1, 4).reshape(latents, 48, 2, 2).float()
     fourth.weight[: 2 * latents] = 0
     fourth.weight[:latents, :48, 1:, 1:] = ordered

@@ -1,4 +1,4 @@
-"""Work that is the same for many pieces, on several processes."""
+"""Parallel work: one function applied to many jobs, on several processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 def on_processes(function: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> list[Result]:
-    """The results of all jobs, in order; with one worker in this process."""
+    """Return the results of all jobs, in order; one worker means this process."""
     if workers == 1:
         return [function(job) for job in jobs]
     with ProcessPoolExecutor(workers) as pool:

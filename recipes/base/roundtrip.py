@@ -1,6 +1,6 @@
-"""How well an exported base's autoencoder shows pictures: ``python -m recipes.base.roundtrip TOML FOLDER``.
+"""Reconstruction quality of an exported base's autoencoder: ``python -m recipes.base.roundtrip TOML FOLDER``.
 
-What it cannot show, no LoRA can learn: look at the sheet before anything else.
+No LoRA can learn a look that the autoencoder cannot show, so look at the sheet first.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ import torch
 from diffusers import AutoencoderTiny
 
 from recipes.base.config import Recipe
-from recipes.base.dataset import training_pictures
+from recipes.base.dataset import training_images
 from recipes.base.sheets import sheet, to_pixels
-from recipes.base.vae import pictures_to_rebuild, psnr, to_tensor
+from recipes.base.vae import psnr, reconstruction_images, to_tensor
 from unziplora.bench.cases import load_cases
 
 
 @torch.no_grad()
-def roundtrip(recipe: Recipe, folder: Path, drawn: Path) -> dict[str, float]:
-    """Mean PSNR in dB of pictures that went through the autoencoder of a pipeline folder, by kind.
+def roundtrip(recipe: Recipe, folder: Path, path: Path) -> dict[str, float]:
+    """Return the mean PSNR in dB of reconstructions by the autoencoder of a pipeline folder, by kind of image.
 
-    Kinds: seen and never-trained pictures of the recipe's world, the development cases of the benchmark. Writes a
-    sheet of the latter, real above, made below.
+    Kinds: seen and never-trained images of the recipe's world, and the benchmark's development cases. The sheet `path`
+    shows the latter, real images above, reconstructions below.
     """
     vae = AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).eval()
-    kinds = pictures_to_rebuild(recipe, training_pictures(recipe).pixels)
+    kinds = reconstruction_images(recipe, training_images(recipe).pixels)
     size = (recipe.world.resolution,) * 2
     cases = [np.asarray(case.image.resize(size)) for case in load_cases("dev").values()]
-    found = {}
+    figures = {}
     for name, pixels in {**kinds, "dev_cases": np.stack(cases)}.items():
         real = to_tensor(pixels, torch.device("cpu"))
-        made = vae(real).sample
-        found[name] = round(psnr(real, made), 2)
-    sheet([to_pixels(real), to_pixels(made)], drawn)
-    return found
+        output = vae(real).sample
+        figures[name] = round(psnr(real, output), 2)
+    sheet([to_pixels(real), to_pixels(output)], path)
+    return figures
 
 
 def main() -> None:
     """Print the figures; the sheet goes to the recipe's output folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("recipe", type=Path, help="TOML file")
-    parser.add_argument("folder", type=Path, help="pipeline folder, or one that holds the autoencoder in `vae`")
+    parser.add_argument("folder", type=Path, help="pipeline folder, or one that contains the autoencoder in `vae`")
     options = parser.parse_args()
     recipe = Recipe.read(options.recipe)
     for name, value in roundtrip(recipe, options.folder, recipe.output / "roundtrip.png").items():

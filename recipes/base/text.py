@@ -1,4 +1,4 @@
-"""The two text encoders, of SDXL's classes and conventions, and how a prompt becomes conditions."""
+"""Text encoders of SDXL's classes and conventions, and the conditions that they make of prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recipes.base.tokenizer import MAX_LENGTH
 def build_encoder(
     settings: ClipSettings, which: int, tokenizer: CLIPTokenizer
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """Untrained text encoder 0 (no projection) or 1 (with projection, pooled)."""
+    """Return the untrained text encoder 0 (no projection) or 1 (with projection, pooled)."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.widths[which],
@@ -34,14 +34,14 @@ def build_encoder(
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: list[str], length: int = MAX_LENGTH) -> Tensor:
-    """Token ids [N, length], padded and cut."""
-    found = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return found.input_ids
+    """Return token ids [N, length], padded and truncated."""
+    batch = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return batch.input_ids
 
 
 @dataclass
 class TextEncoders:
-    """Tokenizers and encoders together; `encode` gives what the UNet is conditioned on."""
+    """Tokenizers and encoders; `encode` returns the conditions of the UNet."""
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
@@ -59,18 +59,18 @@ class TextEncoders:
         return cls(tokenizers, tuple(e.to(device).eval().requires_grad_(False) for e in encoders))
 
     def save(self, folder: Path) -> None:
-        """Write what `load` reads."""
+        """Write the folders that `load` reads."""
         for n, tokenizer, encoder in zip(("", "_2"), self.tokenizers, self.encoders, strict=True):
             tokenizer.save_pretrained(folder / f"tokenizer{n}")
             encoder.save_pretrained(folder / f"text_encoder{n}")
 
     def ids(self, prompts: list[str], which: int, length: int = MAX_LENGTH) -> Tensor:
-        """Token ids [N, length] where the encoder is."""
+        """Return token ids [N, length] on the encoder's device."""
         return token_ids(self.tokenizers[which], prompts, length).to(self.encoders[which].device)
 
     @torch.no_grad()
     def encode_ids(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """As `encode`, from the token ids [N, 77] of either tokenizer, in whatever precision is set."""
+        """Encode token ids [N, 77] of both tokenizers as `encode` does, uncached, in the current precision."""
         outputs = [
             encoder(ids.to(encoder.device), output_hidden_states=True)
             for encoder, ids in zip(self.encoders, (first, second), strict=True)
@@ -80,7 +80,7 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Penultimate hidden states of both [N, 77, D1 + D2] and the pooled output [N, P], float32."""
+        """Return both encoders' penultimate hidden states [N, 77, D1 + D2] and the pooled output [N, P], float32."""
         missing = sorted(set(prompts) - self.cache.keys())
         if len(self.cache) + len(missing) > self.cache_limit:
             self.cache.clear()
@@ -89,5 +89,5 @@ class TextEncoders:
             hidden, pooled = self.encode_ids(self.ids(missing, 0), self.ids(missing, 1))
             pairs = zip(hidden.to(torch.bfloat16), pooled.float(), strict=True)
             self.cache.update(zip(missing, pairs, strict=True))
-        found = [self.cache[prompt] for prompt in prompts]
-        return torch.stack([h for h, _ in found]).float(), torch.stack([p for _, p in found])
+        rows = [self.cache[prompt] for prompt in prompts]
+        return torch.stack([h for h, _ in rows]).float(), torch.stack([p for _, p in rows])

@@ -1,4 +1,4 @@
-"""A CLIPTokenizer of few words: its merges are the first ones of CLIP's own byte-pair encoding."""
+"""CLIPTokenizer with a small vocabulary: the first merges of CLIP's own byte-pair encoding."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ MAX_LENGTH = 77
 
 
 def read_merges(count: int) -> list[tuple[str, str]]:
-    """The first `count` merges of CLIP, most frequent first.
+    """Read the first `count` merges of CLIP, most frequent first.
 
-    Raises ValueError when more are asked for than `merges.txt` has.
+    Raises:
+        ValueError: `merges.txt` has fewer.
     """
     lines = [line for line in MERGES.read_text().splitlines() if not line.startswith("#version")]
     if count > len(lines):
@@ -23,14 +24,14 @@ def read_merges(count: int) -> list[tuple[str, str]]:
 
 
 def byte_symbols() -> list[str]:
-    """The printable symbol of each byte, in CLIP's order."""
+    """Return the printable symbol of each byte, in CLIP's order."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [chr(256 + n) for n in range(256 - len(plain))]
     return [chr(b) for b in plain] + others
 
 
 def build_tokenizer(merges: list[tuple[str, str]], pad_token: str = END) -> CLIPTokenizer:
-    """A tokenizer with these merges; ids are CLIP's layout: bytes, word-final bytes, merges, start, end."""
+    """Return a tokenizer with these merges and ids in CLIP's order: bytes, word-final bytes, merges, start, end."""
     symbols = byte_symbols()
     tokens = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges] + [START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}

@@ -1,4 +1,4 @@
-"""Stage `unet`: v-prediction on latents kept in memory, conditioned by the frozen text encoders."""
+"""Stage `unet`: v-prediction on latents in memory, conditioned by the frozen text encoders."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from recipes.base.captions import Kind, wordings
 from recipes.base.config import Recipe, UnetSettings
-from recipes.base.dataset import training_pictures
+from recipes.base.dataset import training_images
 from recipes.base.draws import Batch, Batches, Deck
 from recipes.base.latents import stored_latents
 from recipes.base.loop import Figures, Stage, adamw
 from recipes.base.sheets import sheet
 from recipes.base.text import TextEncoders
-from recipes.base.vae import broad_pictures, open_vae
+from recipes.base.vae import broad_images, open_vae
 from recipes.base.widen import widen_unet
 from recipes.base.world import World
 
@@ -32,7 +32,7 @@ SHEET_STEPS = 20
 
 
 def build_unet(settings: UnetSettings, latent_channels: int, text_width: int, pooled: int) -> UNet2DConditionModel:
-    """An untrained UNet of SDXL's topology: every block name of SDXL exists."""
+    """Return an untrained UNet of SDXL's topology: every block name of SDXL exists."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=latent_channels,
@@ -53,9 +53,9 @@ def build_unet(settings: UnetSettings, latent_channels: int, text_width: int, po
 
 
 def build_scheduler() -> DDIMScheduler:
-    """SDXL's betas, rescaled so that the last step is pure noise; v-prediction.
+    """Return a v-prediction scheduler with SDXL's betas, rescaled so that the last step is pure noise.
 
-    Pure noise at the end makes grounds come from the words alone, dark grounds too (Lin et al. 2023,
+    The words alone then decide the background, a dark one too (Lin et al. 2023,
     "Common Diffusion Noise Schedules and Sample Steps are Flawed").
     """
     return DDIMScheduler(
@@ -71,7 +71,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def assemble(text: TextEncoders, vae: AutoencoderTiny, unet: UNet2DConditionModel) -> StableDiffusionXLPipeline:
-    """The parts as diffusers' own pipeline."""
+    """Return the parts as a diffusers pipeline."""
     pipe = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=text.encoders[0],
@@ -88,7 +88,7 @@ def assemble(text: TextEncoders, vae: AutoencoderTiny, unet: UNet2DConditionMode
 
 
 def trained_pipeline(recipe: Recipe) -> tuple[StableDiffusionXLPipeline, int]:
-    """The pipeline of a recipe's checkpoint, with averaged weights, and the steps it was trained for."""
+    """Return the pipeline of a recipe's checkpoint, with averaged weights, and the number of its steps."""
     cpu = torch.device("cpu")
     text = TextEncoders.load(recipe.output / "clip", cpu)
     vae = open_vae(recipe)
@@ -110,7 +110,7 @@ def take_over(recipe: Recipe, init: Path) -> None:
 
 
 class UnetStage(Stage):
-    """The UNet; text encoders and autoencoder are frozen, so their outputs are computed once."""
+    """Training of the UNet. Text encoders and autoencoder are frozen, so their outputs are computed once."""
 
     name = "unet"
 
@@ -131,14 +131,14 @@ class UnetStage(Stage):
         self.alphas = self.scheduler.alphas_cumprod.to(self.device)
         self.world = World(recipe.world)
         self.tokens = (recipe.world.resolution // 8 // 2) ** 2  # attention starts at the second level
-        own = training_pictures(recipe)
-        pictures = broad_pictures(recipe) if s.broad else own
-        self.latents, papers = stored_latents(recipe, self.vae, pictures.pixels, s.graded > 0, self.device)
-        deck = Deck(pictures, self.world, s, papers, len(own))
+        own = training_images(recipe)
+        images = broad_images(recipe) if s.broad else own
+        self.latents, papers = stored_latents(recipe, self.vae, images.pixels, s.graded > 0, self.device)
+        deck = Deck(images, self.world, s, papers, len(own))
         self.batches = Batches(deck, s, recipe.seed, self.text.tokenizers)
 
     def start(self, init: Path | None) -> UNet2DConditionModel:
-        """An untrained UNet, or that of an exported base, with as many channels as the autoencoder has."""
+        """Return an untrained UNet or that of an exported base, with the channels of the autoencoder."""
         channels = self.vae.config.latent_channels
         if init:
             unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet", torch_dtype=torch.float32)
@@ -147,16 +147,16 @@ class UnetStage(Stage):
         return build_unet(self.settings, channels, width, self.text.encoders[1].config.projection_dim)
 
     def conditions(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the UNet is told."""
+        """Return the hidden states and the added conditions of a batch."""
         hidden, pooled = self.text.encode(batch.prompts) if batch.ids is None else self.text.encode_ids(*batch.ids)
-        keep, size = batch.kept.to(self.device), float(self.recipe.world.resolution)
+        keep, size = batch.mask.to(self.device), float(self.recipe.world.resolution)
         ids = torch.tensor([size, size, 0, 0, size, size], device=self.device).repeat(len(keep), 1)
         return hidden * keep[:, None, None], {"text_embeds": pooled * keep[:, None], "time_ids": ids}
 
     def loss(self, step: int) -> tuple[Tensor, Figures]:
         batch = self.batches.at(step)
         self.draw(step)  # seeds the noise
-        latents = self.latents[batch.chosen.to(self.device)]
+        latents = self.latents[batch.indices.to(self.device)]
         hidden, added = self.conditions(batch)
         t = batch.timesteps.to(self.device)
         noise = torch.randn_like(latents)
@@ -167,7 +167,7 @@ class UnetStage(Stage):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Move the averaged weights, every few steps."""
+        """Update the averaged weights every `ema_every` steps."""
         if (step + 1) % self.settings.ema_every:
             return
         moves = (step + 1) // self.settings.ema_every
@@ -175,7 +175,7 @@ class UnetStage(Stage):
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.unet.parameters()), weight)
 
     def report(self, step: int) -> None:
-        """A sheet of concepts × styles; the last two columns name no style, the last row no content."""
+        """Write a sheet of concepts × styles; the last two columns name no style, the last row no content."""
         pipe = assemble(self.text, self.vae, self.ema)
         concepts = self.world.trained_concepts[:: max(1, len(self.world.trained_concepts) // 10)][:10]
         styles = list(self.recipe.world.styles)
@@ -192,9 +192,9 @@ class UnetStage(Stage):
 def sample(
     pipe: StableDiffusionXLPipeline, prompts: list[str], size: int, guidance: float, seed: int, steps: int = 20
 ) -> np.ndarray:
-    """Pictures uint8 [N, size, size, 3] for prompts, one fixed noise for each place in the list."""
+    """Sample images uint8 [N, size, size, 3] for prompts, with a fixed noise for each place in the list."""
     noise = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    made = pipe(
+    images = pipe(
         prompts,
         height=size,
         width=size,
@@ -203,4 +203,4 @@ def sample(
         generator=noise,
         output_type="np",
     ).images
-    return np.round(made * 255).astype(np.uint8)
+    return np.round(images * 255).astype(np.uint8)

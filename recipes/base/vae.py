@@ -1,4 +1,4 @@
-"""Stage `vae`: an AutoencoderTiny whose latents are near zero mean and unit variance."""
+"""Stage `vae`: an AutoencoderTiny whose latents have about zero mean and unit variance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from recipes.base.config import Recipe, VaeSettings
-from recipes.base.dataset import Pictures, kept, render_items, training_pictures, unseen_drawings
+from recipes.base.dataset import Images, render_items, stored_images, training_images, unseen_drawings
 from recipes.base.grades import grade_some
 from recipes.base.loop import Log, Stage, adamw
 from recipes.base.pca import start_as_pca
@@ -21,7 +21,7 @@ from recipes.base.world import NEVER_FILTERS, World
 
 
 def build_vae(settings: VaeSettings) -> AutoencoderTiny:
-    """An untrained autoencoder, f = 8; it starts out painting light grey."""
+    """Return an untrained autoencoder, f = 8, whose first reconstructions are light gray."""
     vae = AutoencoderTiny(
         encoder_block_out_channels=(settings.channels,) * 4,
         decoder_block_out_channels=(settings.channels,) * 4,
@@ -43,7 +43,7 @@ def build_vae(settings: VaeSettings) -> AutoencoderTiny:
 
 
 def to_tensor(pixels: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 [N, R, R, 3] as float [N, 3, R, R] in -1..1."""
+    """Convert uint8 [N, R, R, 3] to float [N, 3, R, R] in -1..1."""
     batch = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
     return batch.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -58,25 +58,25 @@ def standardize(vae: AutoencoderTiny, real: Tensor, first: int = 0) -> None:
     last.weight[first:] /= spread[:, None, None, None]
 
 
-def broad_pictures(recipe: Recipe) -> Pictures:
-    """The recipe's pictures and a random choice of pictures of all concepts that are not held out."""
+def broad_images(recipe: Recipe) -> Images:
+    """Return the recipe's images, then a random choice of images of all concepts that are not held out."""
     if not recipe.vae.pictures:
-        return training_pictures(recipe)
+        return training_images(recipe)
     settings = recipe.world.model_copy(update={"concepts": "all", "variants": 1})
 
-    def make() -> Pictures:
+    def make() -> Images:
         items = list(World(settings).items())
         chosen = np.random.default_rng(recipe.seed).permutation(len(items))[: recipe.vae.pictures]
         more = render_items(settings, [items[i] for i in chosen], workers=recipe.threads)
-        mine = training_pictures(recipe)
-        return Pictures(np.concatenate([mine.pixels, more.pixels]), mine.items + more.items)
+        mine = training_images(recipe)
+        return Images(np.concatenate([mine.pixels, more.pixels]), mine.items + more.items)
 
-    told = [recipe.seed, recipe.vae.pictures]
-    return kept(recipe.output / "broad-pictures.npy", recipe.world, told, make)
+    other = [recipe.seed, recipe.vae.pictures]
+    return stored_images(recipe.output / "broad-pictures.npy", recipe.world, other, make)
 
 
 def crop_batch(pixels: np.ndarray, count: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Random crops [count, size, size, 3], half of them mirrored."""
+    """Draw random crops [count, size, size, 3], half of them mirrored."""
     chosen = rng.integers(0, len(pixels), count)
     corners = rng.integers(0, pixels.shape[1] - size + 1, (count, 2))
     crops = [pixels[i, y : y + size, x : x + size] for i, (y, x) in zip(chosen, corners, strict=True)]
@@ -84,24 +84,24 @@ def crop_batch(pixels: np.ndarray, count: int, size: int, rng: np.random.Generat
 
 
 def latent_penalty(latents: Tensor, spread: Tensor) -> Tensor:
-    """Squared distance of each channel's mean from 0 and variance from `spread`², relative to it."""
+    """Penalize each channel's mean other than 0 and variance other than `spread`², both relative to it."""
     mean, variance = latents.float().mean((0, 2, 3)), latents.float().var((0, 2, 3))
     return (mean**2 / spread**2 + (variance / spread**2 - 1) ** 2).mean()
 
 
 def edge_loss(a: Tensor, b: Tensor) -> Tensor:
-    """L1 between differences of neighbors: thin lines weigh as much as areas."""
+    """Compute L1 between differences of neighboring pixels, so that thin lines weigh as much as areas."""
     return sum(((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for d in (2, 3)), torch.zeros((), device=a.device))
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in -1..1, averaged over the pictures."""
+    """Compute the peak signal-to-noise ratio in dB of images in -1..1, averaged over the images."""
     error = ((a.clamp(-1, 1) - b.clamp(-1, 1)) / 2).float().pow(2).mean((1, 2, 3))
     return float((-10 * torch.log10(error + 1e-8)).mean())
 
 
-def pictures_to_rebuild(recipe: Recipe, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """Training pictures, never-trained drawings, flat and under never-trained filters, uint8 [N, R, R, 3] each."""
+def reconstruction_images(recipe: Recipe, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return training images and never-trained drawings, flat and under new filters, uint8 [N, R, R, 3] each."""
     world = World(recipe.world)
     return {
         "seen": pixels[:: max(1, len(pixels) // 64)][:64],
@@ -112,31 +112,31 @@ def pictures_to_rebuild(recipe: Recipe, pixels: np.ndarray) -> dict[str, np.ndar
 
 @torch.no_grad()
 def report_reconstructions(stage: Stage, vae: AutoencoderTiny, pixels: np.ndarray, step: int) -> None:
-    """Log PSNR and write a sheet, real above, made below."""
+    """Log PSNR and write a sheet, real images above, reconstructions below."""
     rows, figures = [], {}
-    for name, picked in pictures_to_rebuild(stage.recipe, pixels).items():
+    for name, picked in reconstruction_images(stage.recipe, pixels).items():
         real = to_tensor(picked, stage.device)
-        made = vae(real).sample
-        figures[f"psnr_{name}"] = round(psnr(real, made), 2)
+        output = vae(real).sample
+        figures[f"psnr_{name}"] = round(psnr(real, output), 2)
         width = min(16, len(real))
         for i in range(0, min(len(real), 4 * width) - width + 1, width):
-            rows += [to_pixels(real[i : i + width]), to_pixels(made[i : i + width])]
+            rows += [to_pixels(real[i : i + width]), to_pixels(output[i : i + width])]
     Log(stage.folder).write(stage=stage.name, step=step, **figures)
     width = min(len(row) for row in rows)
     sheet([row[:width] for row in rows], stage.folder / f"sheet-{step:06d}.png")
 
 
 def open_vae(recipe: Recipe) -> AutoencoderTiny:
-    """The trained autoencoder of a recipe, with the decoder of stage `decoder` where it has run."""
+    """Read the trained autoencoder of a recipe, with the decoder of stage `decoder` if that has run."""
     folder = next(f for f in (recipe.output / "decoder", recipe.output / "vae") if (f / "vae").exists())
     return AutoencoderTiny.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
 
 
 class VaeStage(Stage):
-    """L1 on pixels and on edges, with the latents' spread held where it started and a little noise on them.
+    """Training of the autoencoder: L1 on pixels and edges, a penalty on the latents' spread, a little noise on them.
 
-    Started from an exported base, the latents of the recipe's own pictures are held where they were instead, so that
-    this base's UNet goes with the new autoencoder too. Channels that the recipe has more than the base are added.
+    From an exported base, the latents of ungraded images stay where they were instead, so that the base's UNet still
+    fits the new autoencoder. If the recipe has more latent channels than the base, the missing ones are added.
     """
 
     name = "vae"
@@ -145,22 +145,22 @@ class VaeStage(Stage):
         super().__init__(recipe)
         self.settings = recipe.vae
         torch.manual_seed(recipe.seed)
-        vae, self.before, self.kept = build_vae(recipe.vae), None, 0
+        vae, self.before, self.old_channels = build_vae(recipe.vae), None, 0
         if init:
             vae = AutoencoderTiny.from_pretrained(init, subfolder="vae", torch_dtype=torch.float32)
             self.before = copy.deepcopy(vae).to(self.device).eval().requires_grad_(False)
-            self.kept = vae.config.latent_channels
-            if recipe.vae.latent_channels > self.kept:
+            self.old_channels = vae.config.latent_channels
+            if recipe.vae.latent_channels > self.old_channels:
                 vae = widen_vae(vae, recipe.vae.latent_channels)
         self.vae = vae.to(self.device, memory_format=torch.channels_last).train()
         self.modules = {"vae": self.vae}
         self.optimizer = adamw(self.modules, recipe.vae.lr)
-        self.pixels = broad_pictures(recipe).pixels
-        self.spread = torch.ones(self.vae.config.latent_channels - self.kept, device=self.device)
+        self.pixels = broad_images(recipe).pixels
+        self.spread = torch.ones(self.vae.config.latent_channels - self.old_channels, device=self.device)
         if recipe.vae.start == "pca" and not init:
             self.spread = start_as_pca(self.vae, self.pixels[::40]).to(self.device)
         elif len(self.spread):
-            standardize(self.vae, to_tensor(self.pixels[::100], self.device), self.kept)
+            standardize(self.vae, to_tensor(self.pixels[::100], self.device), self.old_channels)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         s, rng = self.settings, self.draw(step)
@@ -168,29 +168,29 @@ class VaeStage(Stage):
         real = to_tensor(grade_some(plain, s.graded, rng), self.device).contiguous(memory_format=torch.channels_last)
         latents = self.vae.encode(real).latents
         noisy = latents + s.latent_noise * torch.randn_like(latents)
-        made = self.vae.decode(noisy).sample.float()
-        pixel, edge = (made - real).abs().mean(), edge_loss(made, real)
-        held = latents.new_zeros(()) if self.before is None else self.moved(plain)
-        if self.kept < latents.shape[1]:
-            held = held + s.latent_penalty * latent_penalty(latents[:, self.kept :], self.spread)
-        loss = pixel + 0.5 * edge + held
-        return loss, {"l1": pixel.item(), "edge": edge.item(), "held": held.item()}
+        output = self.vae.decode(noisy).sample.float()
+        pixel, edge = (output - real).abs().mean(), edge_loss(output, real)
+        drift = latents.new_zeros(()) if self.before is None else self.moved(plain)
+        if self.old_channels < latents.shape[1]:
+            drift = drift + s.latent_penalty * latent_penalty(latents[:, self.old_channels :], self.spread)
+        loss = pixel + 0.5 * edge + drift
+        return loss, {"l1": pixel.item(), "edge": edge.item(), "held": drift.item()}
 
     def moved(self, crops: np.ndarray) -> Tensor:
-        """How far the latents of ungraded pictures are from where they were: mean squared, a scalar."""
+        """Compute the mean squared change of the latents of ungraded images since the start, a scalar."""
         assert self.before is not None
         real = to_tensor(crops[: len(crops) // 2], self.device)
         with torch.no_grad():
-            wanted = self.before.encode(real).latents
-        return (self.vae.encode(real).latents[:, : self.kept] - wanted).float().square().mean()
+            target = self.before.encode(real).latents
+        return (self.vae.encode(real).latents[:, : self.old_channels] - target).float().square().mean()
 
     def report(self, step: int) -> None:
-        """PSNR and reconstructions."""
+        """Log PSNR and write a sheet of reconstructions."""
         report_reconstructions(self, self.vae, self.pixels, step)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Save the autoencoder as diffusers does, its scaling factor measured, or as it was."""
+        """Save the autoencoder; measure its scaling factor, unless it comes from an exported base."""
         if self.before is None:
             sample = to_tensor(self.pixels[:2000], self.device)
             spread = torch.cat([self.vae.encode(part).latents for part in sample.split(100)]).float().std()

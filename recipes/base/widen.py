@@ -1,4 +1,4 @@
-"""More latent channels for a trained base: the old channels stay what they were, the new ones start unheard."""
+"""More latent channels for a trained base. The new channels have no effect at first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def copy_corner(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy smaller tensors of the same names into the leading corner of a module's; the rest stays as it is."""
+    """Copy smaller tensors of the same names into the leading corner of a module's tensors."""
     for name, wide in module.state_dict().items():
         old = state[name]
         wide[tuple(slice(size) for size in old.shape)] = old
@@ -17,7 +17,7 @@ def copy_corner(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def widen_vae(vae: AutoencoderTiny, channels: int) -> AutoencoderTiny:
-    """The same autoencoder with more latent channels, which its decoder does not hear yet."""
+    """Return the autoencoder with more latent channels, which its decoder ignores at first."""
     wide = AutoencoderTiny.from_config({**vae.config, "latent_channels": channels})
     nn.init.zeros_(wide.decoder.layers[0].weight)
     copy_corner(wide, vae.state_dict())
@@ -26,7 +26,7 @@ def widen_vae(vae: AutoencoderTiny, channels: int) -> AutoencoderTiny:
 
 @torch.no_grad()
 def widen_unet(unet: UNet2DConditionModel, channels: int) -> UNet2DConditionModel:
-    """The same UNet with more latent channels, of which it predicts nothing yet."""
+    """Return the UNet with more latent channels, for which it predicts zero at first."""
     wide = UNet2DConditionModel.from_config({**unet.config, "in_channels": channels, "out_channels": channels})
     for parameter in (wide.conv_in.weight, wide.conv_out.weight, wide.conv_out.bias):
         nn.init.zeros_(parameter)

@@ -1,4 +1,4 @@
-"""The picture world: drawings × styles, and what of it is never trained on."""
+"""World of images: drawings × styles, and the parts that are never trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from recipes.base.config import WorldSettings
 from recipes.base.filters import FILTERS, rendered
-from recipes.base.filters.common import Picture
+from recipes.base.filters.common import Pixels
 
 NEVER_SETS = frozenset({"fxemoji", "noto-v1", "openmoji", "openmoji-black", "unifont"})
 NEVER_FILTERS = frozenset({"stained", "clay", "linocut"})
@@ -25,24 +25,24 @@ NEVER_SUBCATEGORIES = frozenset({"time"})
 BLACK_SETS = frozenset(
     {"fluent-emoji-high-contrast", "emojione-monotone", "noto-mono-light", "noto-mono-bold", "symbola"}
 )
-FREE_LICENCES = ("Apache-2.0", "MIT", "OFL-1.1", "CC-BY-4.0", "free")
+FREE_LICENSES = ("Apache-2.0", "MIT", "OFL-1.1", "CC-BY-4.0", "free")
 HELD_OUT_FILE = Path(__file__).with_name("held_out_concepts.txt")
 
 
 def held_out_concepts() -> frozenset[str]:
-    """The slugs that no base is trained on."""
+    """Return the slugs that no base is trained on."""
     lines = HELD_OUT_FILE.read_text().splitlines()
     return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
 def is_held_out_pair(concept: str, style: str, share: float) -> bool:
-    """Whether a (concept, style) pair is kept for testing: a fixed rule, free of any seed."""
+    """Return true if a (concept, style) pair is reserved for tests; the rule is fixed and needs no seed."""
     return zlib.crc32(f"{concept}|{style}".encode()) % 1000 < round(1000 * share)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of the world: a concept in a drawing set, seen in a style."""
+    """Image of the world: a concept from a drawing set, in a style."""
 
     concept: str
     drawing: str
@@ -53,15 +53,16 @@ class Item:
 
     @property
     def black(self) -> bool:
-        """Whether the picture cannot show colours named in a caption."""
+        """True if the image cannot show colors named in a caption."""
         return self.drawing in BLACK_SETS or self.filter in {"pencil", "blueprint", "linocut"}
 
 
 class World:
-    """Read access to the zip of drawings (`SET/CONCEPT.webp`, RGBA) and its metadata.
+    """Reader of the zip of drawings (`SET/CONCEPT.webp`, RGBA) and its metadata.
 
-    Raises FileNotFoundError when the zip or the metadata is missing, and ValueError for settings
-    that would train on what must stay unseen.
+    Raises:
+        FileNotFoundError: the zip or the metadata is missing.
+        ValueError: the settings would train on something that must stay unseen.
     """
 
     def __init__(self, settings: WorldSettings):
@@ -90,7 +91,7 @@ class World:
 
     @cached_property
     def trained_concepts(self) -> list[str]:
-        """The chosen slugs, in order; with "all", every concept that is not held out."""
+        """Slugs of the recipe, in order; with "all", every concept that is not held out."""
         if self.settings.concepts == "all":
             return [slug for slug in self.concepts if slug not in held_out_concepts()]
         return list(self.settings.concepts)
@@ -109,38 +110,38 @@ class World:
         if unknown := used - set(self.sets) or filters - set(FILTERS):
             raise ValueError(f"unknown sets or filters {sorted(unknown)}")
         for key in used:
-            if not self.sets[key]["licence"].startswith(FREE_LICENCES):
+            if not self.sets[key]["licence"].startswith(FREE_LICENSES):
                 raise ValueError(f"set {key} has licence {self.sets[key]['licence']}: not allowed for weights")
 
     def has(self, drawing: str, concept: str) -> bool:
-        """Whether the set has a drawing of the concept."""
+        """Return true if the set has a drawing of the concept."""
         return f"{drawing}/{concept}.webp" in self.names
 
-    def drawing(self, drawing: str, concept: str) -> Picture:
-        """The RGBA drawing, uint8 [128, 128, 4]."""
+    def drawing(self, drawing: str, concept: str) -> Pixels:
+        """Read the RGBA drawing, uint8 [128, 128, 4]."""
         data = self.archive.read(f"{drawing}/{concept}.webp")
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
 
     def caption(self, concept: str) -> str:
-        """The concept in words: "red apple"."""
+        """Return the concept in words: "red apple"."""
         return self.concepts[concept]["caption"]
 
     def items(self, *, held_out_pairs: bool = False) -> Iterator[Item]:
-        """Every picture to train on, or with `held_out_pairs` those of the pairs kept for testing."""
+        """Yield every image to train on, or with `held_out_pairs` those of the pairs reserved for tests."""
         for name, style in self.settings.styles.items():
             sources = style.sets if style.filter is None else self.settings.drawings
             variants = self.settings.variants if style.filter else 1
             for concept in self.trained_concepts:
-                held = not style.natural and is_held_out_pair(concept, name, self.settings.held_out_pairs)
-                if held != held_out_pairs:
+                held_out = not style.natural and is_held_out_pair(concept, name, self.settings.held_out_pairs)
+                if held_out != held_out_pairs:
                     continue
                 for drawing in sources:
                     if self.has(drawing, concept):
                         for variant in range(variants):
                             yield Item(concept, drawing, name, style.filter, variant, style.natural)
 
-    def render(self, item: Item, resolution: int | None = None) -> Picture:
-        """The picture of an item, uint8 [R, R, 3]: filtered at 128 pixels, then area-averaged."""
+    def render(self, item: Item, resolution: int | None = None) -> Pixels:
+        """Render an item, uint8 [R, R, 3]: filtered at 128 pixels, then area-averaged."""
         key = f"{self.settings.seed}|{item.concept}|{item.drawing}|{item.filter}|{item.variant}"
         rng = np.random.default_rng(zlib.crc32(key.encode()))
         rgba, size = self.drawing(item.drawing, item.concept), resolution or self.settings.resolution

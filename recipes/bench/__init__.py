@@ -1,1 +1,1 @@
-"""How the benchmark's cases were made."""
+"""Recipe of the benchmark's cases."""

@@ -1,7 +1,7 @@
 """Render the benchmark's cases: ``python -m recipes.bench.cases WORLD.zip META OUT.zip``.
 
-A case is a drawing D of a concept under a filter f. Of every case the same drawing under other filters, the same
-filter on other drawings, and D under its partner's filter are rendered too: the truths.
+A case is a drawing D of a concept under a filter f. Its truths are rendered too: D under other filters, f on other
+drawings, and D under the filter of the case's partner.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image
 
 from recipes.base.captions import STYLE_WORDS
 from recipes.base.filters import rendered
-from recipes.base.filters.common import Picture, finish
+from recipes.base.filters.common import Pixels, finish
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,9 +33,9 @@ else:
 TABLE = Path(__file__).with_name("cases.toml")
 FREE = ("Apache-2.0", "CC-BY-4.0")
 CHANCELESS = "neon"
-"""The one filter without noise: drawn anew, the picture is the same. (Pixel art differs in its ground alone.)"""
+"""Only filter without noise: a second rendering gives the same image. (Of pixel art, only the background differs.)"""
 STAMP = (2020, 1, 1, 0, 0, 0)
-"""Time of every file in the zip: the same cases make the same bytes, but for the rounding of another processor."""
+"""Time of every file in the zip, so that the same cases give the same bytes, except for a processor's rounding."""
 
 NOTICE = """Pictures of the benchmark of unziplora: drawings of free emoji sets under filters of its own.
 noto-v1 (Noto Emoji, first version): (c) Google, under the Apache License 2.0,
@@ -49,10 +49,10 @@ Data = dict[str, Any]
 
 
 class Draws(np.random.Generator):
-    """Random numbers of one rendering: single choices (an ink) follow the look, fields of noise the picture."""
+    """Random numbers of one rendering: single choices (an ink) depend on the look, fields of noise on the image."""
 
-    def __init__(self, look: int, picture: int) -> None:
-        super().__init__(np.random.PCG64(picture))
+    def __init__(self, look: int, image: int) -> None:
+        super().__init__(np.random.PCG64(image))
         self._look = np.random.default_rng(look)
 
     def integers(self, low: Any, high: Any = None, size: Any = None, **options: Any) -> Any:
@@ -65,14 +65,14 @@ class Draws(np.random.Generator):
 
 @dataclass(frozen=True)
 class Look:
-    """A filter with its free choices fixed, or no filter.
+    """Filter with its free choices fixed, or no filter.
 
     Attributes:
-        name: part of the pictures' file names and of their seeds.
+        name: part of the images' file names and of their seeds.
         filter: a key of FILTERS, or 'flat' for the drawing as it is.
-        phrase: the words for it in prompts.
+        phrase: words for it in prompts.
         new: whether the base has never seen the filter.
-        seed: decides single choices.
+        seed: seed of single choices.
         tint: factors of red, green, blue.
     """
 
@@ -85,15 +85,15 @@ class Look:
 
     @classmethod
     def known(cls, style: str) -> Look:
-        """A style as the base has learned it."""
+        """Return a style as the base has learned it."""
         return cls(style, style, STYLE_WORDS[style][0])
 
     def alike(self, other: Look) -> bool:
-        """Whether two looks differ in nothing but their names."""
+        """Return true if two looks differ in nothing but their names."""
         return (self.filter, self.seed, tuple(self.tint)) == (other.filter, other.seed, tuple(other.tint))
 
-    def render(self, rgba: Picture, resolution: int, seed: int) -> NDArray[np.uint8]:
-        """The picture of a drawing [S, S, 4], uint8 [R, R, 3]: filtered, then area-averaged, then tinted."""
+    def render(self, rgba: Pixels, resolution: int, seed: int) -> NDArray[np.uint8]:
+        """Render a drawing [S, S, 4] as uint8 [R, R, 3]: filtered, then area-averaged, then tinted."""
         name = None if self.filter == "flat" else self.filter
         small = rendered(rgba, name, Draws(self.seed, seed), resolution)
         return finish(small.astype(np.float32) * np.float32(self.tint))
@@ -101,35 +101,35 @@ class Look:
 
 @dataclass
 class Builder:
-    """The table with the drawings, and the pictures rendered so far by file name."""
+    """Table with the drawings, and the images rendered so far by file name."""
 
     table: Data
     archive: zipfile.ZipFile
     meta: Data
-    pictures: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    images: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.looks = {name: Look(name, **values) for name, values in self.table["looks"].items()}
         self.words = {concept["slug"]: concept["caption"] for concept in self.meta["concepts"]}
         self.names = frozenset(self.archive.namelist())
-        licences = {entry["key"]: entry["licence"] for entry in self.meta["sets"]}
+        licenses = {entry["key"]: entry["licence"] for entry in self.meta["sets"]}
         for drawing in self.table["drawings"]:
-            if licences.get(drawing) not in FREE:
-                wanted = " or ".join(FREE)
-                raise ValueError(f"set {drawing} is under {licences.get(drawing)}, not {wanted}: it may not be shipped")
+            if licenses.get(drawing) not in FREE:
+                free = " or ".join(FREE)
+                raise ValueError(f"set {drawing} is under {licenses.get(drawing)}, not {free}: it may not be shipped")
 
-    def picture(self, look: Look, drawing: str, concept: str, number: int = 0) -> str:
-        """Render a picture, if it is not there, and return its file name; `number` tells renderings apart."""
+    def image(self, look: Look, drawing: str, concept: str, number: int = 0) -> str:
+        """Render an image, unless it is there, and return its file name; `number` distinguishes renderings."""
         name = f"{look.name}/{concept}-{drawing}-{number}.webp"
-        if name not in self.pictures:
+        if name not in self.images:
             data = self.archive.read(f"{drawing}/{concept}.webp")
             rgba = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
             seed = zlib.crc32(f"{self.table['seed']}|{name}".encode())
-            self.pictures[name] = look.render(rgba, self.table["resolution"], seed)
+            self.images[name] = look.render(rgba, self.table["resolution"], seed)
         return name
 
     def cases(self, split: str) -> Iterator[Data]:
-        """The cases of a split, every picture by its file name."""
+        """Yield the cases of a split, every image by its file name."""
         part = self.table[split]
         for number, (concept, drawing, name) in enumerate(part["cases"]):
             look, partner = self.looks[name], part["cases"][number ^ 1]
@@ -145,11 +145,11 @@ class Builder:
                 "new": look.new,
                 "seed": look.seed,
                 "tint": list(look.tint),
-                "picture": self.picture(look, drawing, concept),
+                "picture": self.image(look, drawing, concept),
                 "targets": targets,
                 "others": self._others(part, name),
                 "partner": slug(partner[0], partner[2]),
-                "mix": self.picture(self.looks[partner[2]], drawing, concept),
+                "mix": self.image(self.looks[partner[2]], drawing, concept),
                 "oracle_content": self._oracle_content(look, drawing, concept, targets),
                 "oracle_style": self._oracle_style(part, name),
             }
@@ -167,79 +167,79 @@ class Builder:
             raise ValueError(f"{look.name}: the other split has the same look")
 
     def _targets(self, look: Look, drawing: str, concept: str, number: int) -> list[Data]:
-        """Four known styles that are not the case's, in turn."""
+        """Return four known styles other than the case's, in turn."""
         styles = [style for style in self.table["targets"] if style != look.filter]
         chosen = [Look.known(styles[(number + step) % len(styles)]) for step in range(4)]
-        return [{"word": known.phrase, "pictures": [self.picture(known, drawing, concept)]} for known in chosen]
+        return [{"word": known.phrase, "pictures": [self.image(known, drawing, concept)]} for known in chosen]
 
     def _others(self, part: Data, name: str) -> list[Data]:
-        """Four concepts that are no case of this look, each in every drawing set."""
+        """Return four concepts that no case shows in this look, each in every drawing set."""
         look, sets = self.looks[name], self.table["drawings"]
-        found = {other: [s for s in sets if self.has(s, other)] for other in self.other_concepts(part, name)}
+        others = {other: [s for s in sets if self.has(s, other)] for other in self.other_concepts(part, name)}
         return [
-            {"word": self.words[o], "pictures": [self.picture(look, s, o) for s in sets]} for o, sets in found.items()
+            {"word": self.words[o], "pictures": [self.image(look, s, o) for s in sets]} for o, sets in others.items()
         ]
 
     def has(self, drawing: str, concept: str) -> bool:
-        """Whether a set has a drawing of the concept."""
+        """Return true if a set has a drawing of the concept."""
         return f"{drawing}/{concept}.webp" in self.names
 
     def other_concepts(self, part: Data, name: str) -> list[str]:
-        """The four concepts on which a look is tested: the same for all its cases."""
+        """Return the four concepts on which a look is tested: the same for all its cases."""
         start = 3 * sorted(self.looks).index(name)
         free = [concept for concept in part["concepts"] if concept not in shown(part, name)]
         return [free[(start + 2 * step) % len(free)] for step in range(4)]
 
     def _oracle_content(self, look: Look, drawing: str, concept: str, targets: list[Data]) -> list[Data]:
-        """The drawing in known styles, rendered anew, without the case's own; no truth among them."""
+        """Return second renderings of the drawing in known styles, without the case's own and without any truth."""
         truths = {example["word"] for example in targets}
         every = [Look.known(style) for style in self.table["oracle_targets"] if style != look.filter]
         chosen = [known for known in every if not (known.filter == CHANCELESS and known.phrase in truths)]
-        return [{"word": known.phrase, "pictures": [self.picture(known, drawing, concept, 1)]} for known in chosen]
+        return [{"word": known.phrase, "pictures": [self.image(known, drawing, concept, 1)]} for known in chosen]
 
     def _oracle_style(self, part: Data, name: str) -> list[Data]:
-        """The look on drawings of which no truth is made."""
+        """Return the look on drawings that no truth shows."""
         taken = {*shown(part, name), *self.other_concepts(part, name)}
         free = [concept for concept in part["concepts"] if concept not in taken]
         turns = [(concept, (number + turn) % 2) for turn in (0, 1) for number, concept in enumerate(free)]
         every = [(self.table["drawings"][turn], concept) for concept, turn in turns]
         chosen = [pair for pair in every if self.has(*pair)][: self.table["oracle_drawings"]]
         look = self.looks[name]
-        return [{"word": self.words[concept], "pictures": [self.picture(look, s, concept)]} for s, concept in chosen]
+        return [{"word": self.words[concept], "pictures": [self.image(look, s, concept)]} for s, concept in chosen]
 
     def attributions(self) -> list[Data]:
-        """Whose drawings these are."""
+        """Return the sources and licenses of the drawings."""
         sets = [entry for entry in self.meta["sets"] if entry["key"] in self.table["drawings"]]
         return [{key: entry.get(key, "") for key in ("key", "licence", "package")} for entry in sets]
 
 
 def slug(concept: str, look: str) -> str:
-    """The name of a case."""
+    """Return the name of a case."""
     return f"{concept}-{look.removeprefix('dev-')}"
 
 
 def shown(part: Data, name: str) -> set[str]:
-    """Concepts that are shown in a look as an input or as a mix: its cases and their partners."""
+    """Return the concepts of a look's inputs and mixes: its cases and their partners."""
     cases = part["cases"]
     numbers = [number for number, case in enumerate(cases) if case[2] == name]
     return {cases[other][0] for number in numbers for other in (number, number ^ 1)}
 
 
 def build(world: Path, meta: Path, out: Path, table: Path = TABLE) -> list[Data]:
-    """Write the zip of pictures, cases.json and NOTICE; return the cases."""
+    """Write the zip of images, cases.json and NOTICE; return the cases."""
     with zipfile.ZipFile(world) as archive:
         builder = Builder(tomllib.loads(table.read_text()), archive, json.loads(meta.read_text()))
         cases = [case for split in ("dev", "test") for case in builder.cases(split)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(out, "w") as made:
-        told = {"attributions": builder.attributions(), "cases": cases}
-        rows = [f"- {entry['key']}: {entry['licence']}, {entry['package']}\n" for entry in told["attributions"]]
-        for name, text in (("cases.json", json.dumps(told, indent=1)), ("NOTICE", "".join([NOTICE, *rows]))):
-            made.writestr(zipfile.ZipInfo(name, STAMP), text, zipfile.ZIP_DEFLATED)
-        for name, pixels in sorted(builder.pictures.items()):
+    with zipfile.ZipFile(out, "w") as target:
+        content = {"attributions": builder.attributions(), "cases": cases}
+        rows = [f"- {entry['key']}: {entry['licence']}, {entry['package']}\n" for entry in content["attributions"]]
+        for name, text in (("cases.json", json.dumps(content, indent=1)), ("NOTICE", "".join([NOTICE, *rows]))):
+            target.writestr(zipfile.ZipInfo(name, STAMP), text, zipfile.ZIP_DEFLATED)
+        for name, pixels in sorted(builder.images.items()):
             data = io.BytesIO()
             Image.fromarray(pixels).save(data, "webp", quality=90, method=6)
-            made.writestr(zipfile.ZipInfo(name, STAMP), data.getvalue())
+            target.writestr(zipfile.ZipInfo(name, STAMP), data.getvalue())
     return cases
 
 

@@ -1,4 +1,4 @@
-"""A toy picture world and a toy recipe, made on the spot."""
+"""A toy image world and a toy recipe, made on the spot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONCEPTS = ("red-apple", "key", "star", "house", sorted(held_out_concepts())[0],
 
 
 class Never:
-    """A stop that never says yes."""
+    """Stop condition that never becomes true."""
 
     def __bool__(self) -> bool:
         return False

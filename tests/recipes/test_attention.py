@@ -1,4 +1,4 @@
-"""How attention is computed in training: the same numbers on another path, chosen by device and size."""
+"""Attention kernels in training: equal numbers, selected by device and size."""
 
 import pytest
 import torch
@@ -8,24 +8,24 @@ from recipes.base.loop import training_attention
 
 
 def fused() -> bool:
-    return torch.backends.cuda.flash_sdp_enabled()  # one switch for all devices, whatever its name says
+    return torch.backends.cuda.flash_sdp_enabled()  # one switch for all devices, despite its name
 
 
 @pytest.mark.parametrize(("device", "tokens", "plain"), [("cpu", 64, True), ("cpu", 4096, False), ("cuda", 64, False)])
-def test_small_attention_on_a_cpu_is_computed_plainly(device: str, tokens: int, plain: bool) -> None:
+def test_small_attention_on_a_cpu_uses_plain_products(device: str, tokens: int, plain: bool) -> None:
     with training_attention(device, tokens):
         assert fused() is not plain
     assert fused()
 
 
-def test_gradients_are_the_same() -> None:
+def test_both_kernels_have_equal_gradients() -> None:
     draw = torch.Generator().manual_seed(0)
-    found = []
+    gradients = []
     queries = [torch.randn(2, 3, 20, 8, generator=draw) for _ in range(3)]
     for tokens in (20, 4096):
         inputs = [x.clone().requires_grad_() for x in queries]
         with training_attention("cpu", tokens):
             F.scaled_dot_product_attention(*inputs).square().sum().backward()
-        found.append([x.grad for x in inputs])
-    for mine, theirs in zip(*found, strict=True):
+        gradients.append([x.grad for x in inputs])
+    for mine, theirs in zip(*gradients, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The cases are rendered from a table: nothing leaks, and the same table makes the same bytes."""
+"""Rendering of cases from a table: nothing leaks, and the same table gives the same bytes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def table(folder: Path, text: str = TABLE, cases: str = '["key", "fxemoji", "cla
     return path
 
 
-def test_cases_name_pictures_that_are_there(world: tuple[Path, Path], tmp_path: Path):
+def test_cases_name_stored_images(world: tuple[Path, Path], tmp_path: Path):
     cases = build(*world, tmp_path / "a.zip", table(tmp_path))
     build(*world, tmp_path / "b.zip", tmp_path / "cases.toml")
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
@@ -101,7 +101,7 @@ def test_cases_name_pictures_that_are_there(world: tuple[Path, Path], tmp_path: 
         ),
     ],
 )
-def test_a_table_that_would_leak_is_refused(
+def test_leaking_table_raises(
     world: tuple[Path, Path], tmp_path: Path, change: tuple[str, str], cases: str, message: str
 ):
     with pytest.raises(ValueError, match=message):
@@ -109,34 +109,34 @@ def test_a_table_that_would_leak_is_refused(
     assert not (tmp_path / "out.zip").exists()
 
 
-def test_the_shipped_cases_are_those_of_the_table():
-    told = tomllib.loads(SHIPPED.read_text())
+def test_shipped_cases_equal_the_table():
+    table_of_cases = tomllib.loads(SHIPPED.read_text())
     with zipfile.ZipFile(CASES) as archive:
         cases = json.loads(archive.read("cases.json"))["cases"]
     looks = {"dev": set(), "test": set()}
     for split, seen in looks.items():
         mine = [case for case in cases if case["split"] == split]
-        assert len(mine) == len(told[split]["cases"])
-        for case, (concept, drawing, name) in zip(mine, told[split]["cases"], strict=True):
-            look = Look(name, **told["looks"][name])
+        assert len(mine) == len(table_of_cases[split]["cases"])
+        for case, (concept, drawing, name) in zip(mine, table_of_cases[split]["cases"], strict=True):
+            look = Look(name, **table_of_cases["looks"][name])
             assert (case["drawing"], case["style"]) == (f"{drawing}/{concept}", look.phrase)
             assert (case["filter"], case["seed"], case["tint"]) == (look.filter, look.seed, list(look.tint))
             seen.add((look.filter, look.seed, tuple(look.tint)))
     assert not looks["dev"] & looks["test"]
 
 
-def test_a_look_keeps_its_ink_while_the_noise_changes():
-    colours = []
+def test_look_keeps_ink_while_noise_changes():
+    colors = []
     for seed in range(6):
         pixels = Look("x", "linocut", "linocut", seed=4).render(shape(3, 1), 64, seed).reshape(-1, 3)
-        colours.append(pixels[pixels.sum(1).argmin()].astype(int))
-    assert np.ptp(colours, axis=0).max() < 40
-    assert all(colour[2] > colour[0] + 20 for colour in colours)  # a blue ink
+        colors.append(pixels[pixels.sum(1).argmin()].astype(int))
+    assert np.ptp(colors, axis=0).max() < 40
+    assert all(color[2] > color[0] + 20 for color in colors)  # a blue ink
     first, second = (FILTERS["linocut"](shape(3, 1), Draws(4, seed)) for seed in (0, 1))
     assert not np.array_equal(first, second)
 
 
-def test_tint_multiplies_colours():
+def test_tint_multiplies_colors():
     plain = Look("x", "clay", "clay").render(shape(2, 0), 32, 7).astype(float)
     tinted = Look("x", "clay", "clay", tint=(1.0, 0.5, 0.0)).render(shape(2, 0), 32, 7)
     assert np.abs(tinted - plain * (1.0, 0.5, 0.0)).max() <= 1

@@ -1,4 +1,4 @@
-"""The weights that ship with the package obey words: a right prompt explains a picture better than a wrong one."""
+"""Obedience of the shipped weights to prompts: a right prompt has a lower loss than a wrong one."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def pipe() -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
 
 
-def picture(path: Path, style: str, size: int) -> np.ndarray:
-    """A drawing in a style, uint8 [size, size, 3]."""
+def image(path: Path, style: str, size: int) -> np.ndarray:
+    """Render a drawing in a style, uint8 [size, size, 3]."""
     rgba = np.asarray(Image.open(path).convert("RGBA"))
     rgb = finish(over(rgba)) if style == "flat" else FILTERS[style](rgba, np.random.default_rng(0))
     return cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA)
@@ -38,7 +38,7 @@ def picture(path: Path, style: str, size: int) -> np.ndarray:
 
 @torch.no_grad()
 def losses(pipe: StableDiffusionXLPipeline, pixels: np.ndarray, prompts: list[str]) -> torch.Tensor:
-    """Mean v-prediction error of each picture under its prompt, the same noise for every call; [N]."""
+    """Compute the v-prediction error of each image under its prompt, with the same noise for every call; [N]."""
     latents = pipe.vae.encode(to_tensor(pixels, torch.device("cpu"))).latents * pipe.vae.config.scaling_factor
     hidden, _, pooled, _ = pipe.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
     size = pixels.shape[1]
@@ -50,16 +50,16 @@ def losses(pipe: StableDiffusionXLPipeline, pixels: np.ndarray, prompts: list[st
         noisy = pipe.scheduler.add_noise(latents, noise, steps)
         target = pipe.scheduler.get_velocity(latents, noise, steps)
         added = {"text_embeds": pooled, "time_ids": ids}
-        made = pipe.unet(noisy, steps, hidden, added_cond_kwargs=added).sample
-        total += (made - target).pow(2).mean((1, 2, 3)) / 3
+        predicted = pipe.unet(noisy, steps, hidden, added_cond_kwargs=added).sample
+        total += (predicted - target).pow(2).mean((1, 2, 3)) / 3
     return total
 
 
 @pytest.mark.parametrize("what", ["content", "style"])
-def test_right_prompt_has_lower_loss_than_wrong(pipe: StableDiffusionXLPipeline, what: str) -> None:
+def test_right_prompt_has_lower_loss_than_wrong_prompt(pipe: StableDiffusionXLPipeline, what: str) -> None:
     cases = [(path, style) for path in DRAWINGS for style in STYLES]
     size = pipe.default_sample_size * pipe.vae_scale_factor
-    pixels = np.stack([picture(path, style, size) for path, style in cases])
+    pixels = np.stack([image(path, style, size) for path, style in cases])
     right, wrong = [], []
     for path, style in cases:
         captions = [p.stem.replace("-", " ") for p in DRAWINGS]
@@ -74,12 +74,12 @@ def test_right_prompt_has_lower_loss_than_wrong(pipe: StableDiffusionXLPipeline,
 
 def test_reconstruction_keeps_drawings(pipe: StableDiffusionXLPipeline) -> None:
     size = pipe.default_sample_size * pipe.vae_scale_factor
-    real = to_tensor(np.stack([picture(path, "flat", size) for path in DRAWINGS]), torch.device("cpu"))
+    real = to_tensor(np.stack([image(path, "flat", size) for path in DRAWINGS]), torch.device("cpu"))
     with torch.no_grad():
         assert psnr(real, pipe.vae(real).sample) > 20
 
 
-def test_size_and_formats() -> None:
+def test_bundled_base_is_small_and_has_safe_formats() -> None:
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 60_000_000
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md", ".txt"}

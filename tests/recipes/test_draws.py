@@ -1,4 +1,4 @@
-"""Batches that processes draw ahead."""
+"""Batches that processes draw ahead, and grades on several processes."""
 
 import numpy as np
 import pytest
@@ -19,19 +19,19 @@ def stages(trained: Recipe) -> tuple[UnetStage, UnetStage]:
     return ahead(trained, 0), ahead(trained, 2)
 
 
-def test_batches_drawn_ahead_are_those_drawn_when_needed_also_from_the_middle_of_a_run(stages) -> None:
+def test_batches_drawn_ahead_equal_batches_drawn_when_needed(stages) -> None:
     plain, early = stages
     for step in (0, 1, 2, 7, 8, 3):
         a, b = plain.batches.at(step), early.batches.at(step)
         assert a.prompts == b.prompts
-        assert all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("chosen", "timesteps", "kept"))
+        assert all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("indices", "timesteps", "mask"))
     assert plain.batches.at(1).prompts != plain.batches.at(2).prompts
 
 
-def test_prompts_are_encoded_alike_from_words_and_from_tokens(stages) -> None:
+def test_token_ids_and_words_have_the_same_conditions(stages) -> None:
     plain, early = stages
     (hidden, added), (same, other) = (stage.conditions(stage.batches.at(4)) for stage in stages)
-    torch.testing.assert_close(hidden, same, rtol=1e-2, atol=2e-2)  # those from words are kept in bfloat16
+    torch.testing.assert_close(hidden, same, rtol=1e-2, atol=2e-2)  # those from words are cached in bfloat16
     torch.testing.assert_close(added["text_embeds"], other["text_embeds"])
     assert plain.loss(4)[0].item() == pytest.approx(early.loss(4)[0].item(), rel=1e-2)
 

@@ -16,7 +16,7 @@ from recipes.base.world import NEVER_FILTERS, NEVER_SETS, is_held_out_pair
 COUNT = 4
 
 
-def test_held_out_images_are_none_of_the_training(trained: Recipe) -> None:
+def test_held_out_images_are_not_training_images(trained: Recipe) -> None:
     pairs, drawings, both = held_out_images(trained, COUNT).values()
     assert all(is_held_out_pair(x.concept, x.style, trained.world.held_out_pairs) for x in pairs.items)
     assert not any(item.natural for item in pairs.items)
@@ -27,7 +27,7 @@ def test_held_out_images_are_none_of_the_training(trained: Recipe) -> None:
     assert all(0 < len(group) <= COUNT for group in (pairs, drawings, both))
 
 
-def test_two_calls_give_equal_losses(trained: Recipe) -> None:
+def test_two_calls_return_equal_losses(trained: Recipe) -> None:
     pipe, _ = trained_pipeline(trained)
     losses = held_out_loss(pipe, trained, COUNT)
     torch.rand(7)

@@ -1,4 +1,4 @@
-"""The networks that tell drawings, things and styles apart, at toy size."""
+"""Networks that identify drawings, concepts and styles, at toy size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from recipes.base import identity_data
 from recipes.base.config import Recipe, WorldSettings
-from recipes.base.dataset import Pictures
+from recipes.base.dataset import Images
 from recipes.base.grades import Grade, grade_some, hue_matrix
 from recipes.base.identity import IdentitySettings, IdentityStage, ShapeStage, StyleStage, equal, supcon, write
 from recipes.base.identity_data import disturb, natural_and_filtered, natural_sets, open_world
@@ -27,7 +27,7 @@ FEW = {"steps": 4, "warmup": 1, "log_every": 2, "width": 8}
 
 
 class After:
-    """A stop that says yes after some steps."""
+    """Stop condition that becomes true after some steps."""
 
     def __init__(self, steps: int):
         self.left = steps
@@ -39,13 +39,13 @@ class After:
 
 @pytest.fixture(scope="module")
 def at_64(world_settings: WorldSettings, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """The toy world at the side that the networks see."""
+    """The toy world at the size of the networks' input."""
     world = world_settings.model_copy(update={"resolution": 64})
     return Recipe(name="toy", output=tmp_path_factory.mktemp("identity"), world=world)
 
 
 @pytest.fixture(scope="module")
-def pictures(at_64: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+def images(at_64: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Images:
     folder = tmp_path_factory.mktemp("vae")
     AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).save_pretrained(folder)
     return natural_and_filtered(at_64, folder)
@@ -68,11 +68,11 @@ class TestSupcon:
         mask = torch.zeros(6, 6, dtype=torch.bool)
         for pair in ignored:
             mask[pair] = True
-        found = supcon(rows, equal(list(labels)), mask, temperature=0.2)
+        loss = supcon(rows, equal(list(labels)), mask, temperature=0.2)
         assert len(anchors) == 5
-        assert found.item() == pytest.approx(sum(anchors) / 5, rel=1e-5)
+        assert loss.item() == pytest.approx(sum(anchors) / 5, rel=1e-5)
 
-    def test_gradient_is_finite_and_pulls_pairs_together(self):
+    def test_gradient_is_finite_and_moves_pairs_together(self):
         rows = torch.nn.functional.normalize(torch.tensor([[1.0, 0.2], [0.2, 1.0], [-1.0, 0.1]]), dim=1)
         rows.requires_grad_()
         supcon(rows, equal(["a", "a", "b"])).backward()
@@ -80,17 +80,17 @@ class TestSupcon:
         assert -rows.grad[0] @ (rows[1] - rows[0]).detach() > 0
 
 
-class TestPictures:
-    def test_what_tests_are_made_of_is_left_out(self, pictures: Pictures):
-        assert not {item.drawing for item in pictures.items} & NEVER_SETS
-        assert not {item.filter for item in pictures.items} & NEVER_FILTERS
-        assert not {item.concept for item in pictures.items} & held_out_concepts()
-        assert pictures.pixels.shape[1:] == (64, 64, 3)
+class TestImages:
+    def test_test_drawings_filters_and_concepts_are_left_out(self, images: Images):
+        assert not {item.drawing for item in images.items} & NEVER_SETS
+        assert not {item.filter for item in images.items} & NEVER_FILTERS
+        assert not {item.concept for item in images.items} & held_out_concepts()
+        assert images.pixels.shape[1:] == (64, 64, 3)
 
     def test_share_alike_sets_are_left_out(self, at_64: Recipe):
         assert natural_sets(open_world(at_64)) == ["noto", "twemoji", "fluent-3d"]
 
-    def test_a_rendering_is_the_same_paper_for_every_drawing(self, at_64: Recipe):
+    def test_drawings_of_a_variant_share_the_paper(self, at_64: Recipe):
         world = open_world(at_64)
         items = [identity_data.Item(c, "noto", "chalk", "chalk", v) for c, v in (("key", 0), ("star", 0), ("key", 1))]
         key, star, other = (identity_data.render(world, item)[:6, :6].astype(int) for item in items)
@@ -99,7 +99,7 @@ class TestPictures:
 
 
 class TestGrade:
-    def test_none_changes_nothing_and_a_draw_does(self):
+    def test_only_the_empty_grade_changes_nothing(self):
         rng = np.random.default_rng(0)
         pixels = rng.random((64, 64, 3))
         assert np.allclose(Grade.none().apply(pixels, rng), pixels)
@@ -122,10 +122,10 @@ class TestGrade:
             ((0.95, 0.9, 0.7), 0.3, 0.5, "hatched yellow paper"),
         ],
     )
-    def test_a_grade_names_its_paper(self, light: tuple, texture: float, angle: float | None, words: str):
+    def test_grade_names_its_paper(self, light: tuple, texture: float, angle: float | None, words: str):
         assert replace(Grade.none(), light=np.array(light), texture=texture, angle=angle).words == words
 
-    def test_a_share_of_pictures_is_graded(self):
+    def test_share_of_images_is_graded(self):
         pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
         changed = {
             share: (grade_some(pixels, share, np.random.default_rng(1)) != pixels).any((1, 2, 3)).sum()
@@ -150,15 +150,13 @@ def settings(**change: int) -> IdentitySettings:
 
 
 @pytest.mark.parametrize("kind", [ShapeStage, StyleStage])
-def test_resumed_equals_uninterrupted(
-    kind: type[IdentityStage], at_64: Recipe, pictures: Pictures, tmp_path: Path
-) -> None:
+def test_resumed_equals_uninterrupted(kind: type[IdentityStage], at_64: Recipe, images: Images, tmp_path: Path) -> None:
     once = at_64.model_copy(update={"output": tmp_path / "once"})
-    straight = kind(once, pictures, settings())
+    straight = kind(once, images, settings())
     assert train(straight, After(1000))
     other = at_64.model_copy(update={"output": tmp_path / "again"})
-    assert not train(kind(other, pictures, settings()), After(2))
-    resumed = kind(other, pictures, settings())
+    assert not train(kind(other, images, settings()), After(2))
+    resumed = kind(other, images, settings())
     assert train(resumed, After(1000))
     for mine, theirs in zip(straight.net.parameters(), resumed.net.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -167,23 +165,23 @@ def test_resumed_equals_uninterrupted(
     assert {value.dtype for value in saved.values()} == {torch.float16}
 
 
-def test_batches_hold_hard_negatives(at_64: Recipe, pictures: Pictures) -> None:
-    stage = ShapeStage(at_64, pictures, settings())
+def test_batches_contain_hard_negatives(at_64: Recipe, images: Images) -> None:
+    stage = ShapeStage(at_64, images, settings())
     drawn = [stage.drawn[i] for i in stage.choose(np.random.default_rng(0))]
     for concept in {concept for _, concept in drawn}:
         groups = [group for group, other in drawn if other == concept]
         assert len(set(groups)) == 2
         assert all(groups.count(group) == 2 for group in groups)
-    style = StyleStage(at_64, pictures, settings(each=3))
+    style = StyleStage(at_64, images, settings(each=3))
     chosen, classes, _ = style.choose(np.random.default_rng(0))
-    named = {(c, pictures.items[i].style) for i, c in zip(chosen, classes, strict=True)}
+    named = {(c, images.items[i].style) for i, c in zip(chosen, classes, strict=True)}
     assert len(named) == 4
     assert len({name for _, name in named}) < 4
     assert all(classes.count(c) == 3 for c in classes)
 
 
 class TestReport:
-    def test_auc_by_hand(self):
+    def test_auc_counts_ties_half(self):
         assert auc(np.array([0.9, 0.5]), np.array([0.1, 0.5])) == (1 + 1 + 1 + 0.5) / 4
 
     def test_trials_have_one_target_and_rivals_of_every_kind(self):
@@ -205,14 +203,14 @@ class TestReport:
             assert len({w.look for w in wrong} | {query.look}) == 12 == len(wrong) + 1
             assert sum(w.filter == query.filter for w in wrong) == 2
 
-    def test_a_measure_that_sees_the_concept_is_always_right_about_it(self, at_64: Recipe):
+    def test_perfect_measure_scores_one(self, at_64: Recipe):
         world = open_world(at_64)
         things = ["red-apple", "key"]
         trial = [Shown(things[i], "noto", "neon", r) for i, r in ((0, 0), (0, 1), (1, 0))]
-        found = judge(lambda pictures: torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [trial], world)
-        assert found == {"right": 1.0, "auc": 1.0}
+        figures = judge(lambda images: torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), [trial], world)
+        assert figures == {"right": 1.0, "auc": 1.0}
 
 
-def test_network_is_the_shipped_one_at_its_width() -> None:
+def test_narrow_network_has_the_shipped_embedding_size() -> None:
     content, concept = ShapeNet(8)(torch.zeros(2, 3, 64, 64))
     assert content.shape == concept.shape == (2, 96)

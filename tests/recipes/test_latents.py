@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny
 
 from recipes.base import latents
 from recipes.base.config import Recipe
-from recipes.base.dataset import training_pictures
+from recipes.base.dataset import training_images
 from recipes.base.unet import UnetStage
 
 
@@ -46,7 +46,7 @@ def graded(trained: Recipe, tmp_path: Path) -> Recipe:
 
 def test_second_stage_reads_stored_latents(graded: Recipe, calls: Calls) -> None:
     first = UnetStage(graded)
-    count = len(training_pictures(graded))
+    count = len(training_images(graded))
     assert calls.images == 2 * count
     second = UnetStage(graded)
     assert calls.images == 2 * count
@@ -59,7 +59,7 @@ def test_stopped_stage_keeps_finished_parts(
     graded: Recipe, calls: Calls, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(latents, "PART", 5)
-    count = len(training_pictures(graded))
+    count = len(training_images(graded))
     calls.limit = count + 7  # all plain images and one graded part
     with pytest.raises(KeyboardInterrupt):
         UnetStage(graded)
@@ -75,7 +75,7 @@ def test_stopped_stage_keeps_finished_parts(
 
 def test_other_images_encoders_and_seeds_are_encoded_again(graded: Recipe, calls: Calls) -> None:
     stage = UnetStage(graded)
-    pixels, cpu = training_pictures(graded).pixels.copy(), torch.device("cpu")
+    pixels, cpu = training_images(graded).pixels.copy(), torch.device("cpu")
 
     def encoded(recipe: Recipe = graded) -> int:
         before = calls.images

@@ -1,4 +1,4 @@
-"""An encoder that starts as principal components gives what a plain computation of them gives."""
+"""Encoders that start as principal components, against a plain computation of the components."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETTINGS = VaeSettings(channels=48, latent_channels=6, encoder_blocks=[0, 1, 2, 
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """Smooth random pictures, uint8 [40, 32, 32, 3]: neighboring pixels go together."""
+    """Smooth random images, uint8 [40, 32, 32, 3]: neighboring pixels go together."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (40, 8, 8, 3)).repeat(4, 1).repeat(4, 2)
     return (0.8 * coarse + 0.2 * rng.integers(0, 256, coarse.shape)).astype(np.uint8)
@@ -47,18 +47,18 @@ def test_latents_are_scaled_principal_components(pixels: np.ndarray) -> None:
     assert np.allclose(spread.numpy() / spread[0].item(), (variances / variances[0]) ** 0.25, rtol=1e-3)
 
 
-def test_spreads_have_mean_square_one_and_fall_slower_than_variances() -> None:
+def test_spreads_have_mean_square_one_and_fall_slower_than_deviations() -> None:
     spread = latent_spread(torch.tensor([16.0, 1.0]))
     assert spread.square().mean() == pytest.approx(1)
     assert spread[0] / spread[1] == pytest.approx(2)  # standard deviations differ by a factor of 4
 
 
-def test_narrow_encoders_are_refused(pixels: np.ndarray) -> None:
+def test_narrow_encoder_raises(pixels: np.ndarray) -> None:
     with pytest.raises(ValueError, match="too few to start from 30"):
         start_as_pca(build_vae(SETTINGS.model_copy(update={"latent_channels": 30})), pixels)
 
 
-def test_the_stage_starts_from_them_and_learns_every_part(recipe: Recipe) -> None:
+def test_stage_starts_from_components_and_trains_every_parameter(recipe: Recipe) -> None:
     vae = recipe.vae.model_copy(update={"start": "pca", "channels": 48, "latent_channels": 6, "warmup": 1})
     stage = VaeStage(recipe.model_copy(update={"vae": vae}))
     assert stage.spread[0] > stage.spread[-1]

@@ -21,7 +21,7 @@ from recipes.base.vae import VaeStage
 
 
 class After:
-    """A stop that says yes after some steps."""
+    """Stop condition that becomes true after some steps."""
 
     def __init__(self, steps: int):
         self.left = steps
@@ -35,7 +35,7 @@ def weights(stage: Stage) -> torch.Tensor:
     return torch.cat([p.detach().float().flatten() for m in stage.modules.values() for p in m.parameters()])
 
 
-def test_vae_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path) -> None:
+def test_resumed_vae_equals_uninterrupted(recipe: Recipe, tmp_path: Path) -> None:
     straight = VaeStage(recipe)
     assert train(straight, After(1000))
     recipe.output = tmp_path / "again"
@@ -46,7 +46,7 @@ def test_vae_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path) -> Non
     assert (recipe.output / "vae" / "vae" / "config.json").exists()
 
 
-def test_vae_of_a_base_goes_on_with_its_latents_held(trained: Recipe, tmp_path: Path) -> None:
+def test_vae_of_a_base_keeps_its_latents(trained: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     export(trained, folder)
     recipe = trained.model_copy(update={"output": tmp_path / "more"})
@@ -63,7 +63,7 @@ def test_vae_of_a_base_goes_on_with_its_latents_held(trained: Recipe, tmp_path: 
     assert stage.vae.config.scaling_factor == AutoencoderTiny.from_pretrained(folder / "vae").config.scaling_factor
 
 
-def test_all_stages_and_sheet(trained: Recipe) -> None:
+def test_unet_stage_writes_sheet_and_finite_losses(trained: Recipe) -> None:
     recipe = trained
     assert (recipe.output / "unet" / "sheet-000006.png").exists()
     log = (recipe.output / "unet" / "log.jsonl").read_text()
@@ -72,7 +72,9 @@ def test_all_stages_and_sheet(trained: Recipe) -> None:
     assert np.isfinite(losses).all()
 
 
-def test_judges_evaluation_and_export(trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_recipe_is_judged_exported_and_loaded(
+    trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = JudgeSettings(batch=8, steps=3, width=8, test_drawings=["fxemoji"], test_filters=["clay"])
     recipe = trained.model_copy(update={"judges": few})
     monkeypatch.setattr(judges, "FOLDER", tmp_path)
@@ -84,7 +86,7 @@ def test_judges_evaluation_and_export(trained: Recipe, tmp_path: Path, monkeypat
     assert steps == 6
     scores = evaluate(pipe, recipe, judges_folder=tmp_path, count=4, steps=2)
     assert set(scores) == {"seen pairs", "unseen pairs", "content only", "style only"}
-    assert all(0 <= value <= 1 for found in scores.values() for key, value in found.items() if key != "pictures")
+    assert all(0 <= value <= 1 for group in scores.values() for key, value in group.items() if key != "pictures")
 
     folder = tmp_path / "base"
     size = export(recipe, folder)
@@ -92,8 +94,8 @@ def test_judges_evaluation_and_export(trained: Recipe, tmp_path: Path, monkeypat
     assert "never trained" in (folder / "README.md").read_text().lower()
     assert not [file for file in folder.rglob("*") if file.suffix in (".bin", ".pt")]
     loaded = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    made = loaded("a key in neon sign style", num_inference_steps=2, output_type="np").images
-    assert made.shape == (1, 32, 32, 3)
+    images = loaded("a key in neon sign style", num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 32, 32, 3)
     other = recipe.model_copy(update={"output": tmp_path / "next"})
     again = UnetStage(other, init=folder)
     assert torch.allclose(weights(again)[:100], weights(again).half().float()[:100])

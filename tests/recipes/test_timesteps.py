@@ -1,4 +1,4 @@
-"""Which timesteps the base learns at."""
+"""Timesteps of the base's training."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import numpy as np
 from recipes.base.draws import timesteps
 
 
-def test_all_timesteps_come_alike_without_a_shift() -> None:
+def test_timesteps_without_shift_are_uniform() -> None:
     drawn = timesteps(20_000, 1.0, np.random.default_rng(0))
     assert (drawn.min(), drawn.max()) == (0, 999)
     counts, _ = np.histogram(drawn, 10, (0, 1000))
     assert counts.min() > 1800
 
 
-def test_a_shift_of_two_moves_the_middle_to_two_thirds() -> None:
+def test_shift_of_two_moves_the_median_to_two_thirds() -> None:
     drawn = timesteps(20_000, 2.0, np.random.default_rng(0))
     assert (drawn.min(), drawn.max()) == (0, 999)
     assert abs(np.median(drawn) - 2000 / 3) < 10  # 2 · ½ / (1 + ½)

@@ -1,4 +1,4 @@
-"""A base with more latent channels starts as the base that it was."""
+"""Bases with more latent channels, which start with the results of the original."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from PIL import Image
 
 from recipes.base.config import Recipe
-from recipes.base.dataset import training_pictures
+from recipes.base.dataset import training_images
 from recipes.base.draws import Deck
 from recipes.base.export import export
 from recipes.base.loop import train
 from recipes.base.roundtrip import roundtrip
 from recipes.base.unet import UnetStage, trained_pipeline
-from recipes.base.vae import VaeStage, broad_pictures, to_tensor
+from recipes.base.vae import VaeStage, broad_images, to_tensor
 from recipes.base.widen import widen_unet, widen_vae
 from recipes.base.world import World
 from unziplora.bench.cases import load_cases
@@ -28,7 +28,7 @@ MORE = 20
 
 
 class Never:
-    """A stop that never says yes."""
+    """Stop condition that never becomes true."""
 
     def __bool__(self) -> bool:
         return False
@@ -49,19 +49,19 @@ def wide(trained: Recipe, tmp_path: Path) -> Recipe:
     return trained.model_copy(update={"output": tmp_path / "wide", "vae": vae})
 
 
-def test_the_decoder_paints_what_it_painted(folder: Path) -> None:
+def test_wider_autoencoder_keeps_latents_and_reconstructions(folder: Path) -> None:
     vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     more = widen_vae(vae, MORE)
-    picture = torch.rand(2, 3, 32, 32) * 2 - 1
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        old, new = vae.encode(picture).latents, more.encode(picture).latents
+        old, new = vae.encode(image).latents, more.encode(image).latents
         assert new.shape[1] == MORE
         assert torch.allclose(new[:, :16], old, atol=1e-5)
         assert new[:, 16:].std() > 0
         assert torch.allclose(more.decode(new).sample, vae.decode(old).sample, atol=1e-5)
 
 
-def test_the_unet_predicts_what_it_predicted_and_nothing_more(folder: Path) -> None:
+def test_wider_unet_keeps_predictions_and_predicts_zero_for_new_channels(folder: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
     more = widen_unet(unet, MORE)
     latents, t = torch.randn(2, MORE, 4, 4), torch.tensor([10, 700])
@@ -73,13 +73,13 @@ def test_the_unet_predicts_what_it_predicted_and_nothing_more(folder: Path) -> N
     assert torch.equal(new[:, 16:], torch.zeros_like(new[:, 16:]))
 
 
-def test_a_base_goes_on_with_more_channels_and_exports(folder: Path, wide: Recipe, tmp_path: Path) -> None:
+def test_wider_base_trains_and_exports(folder: Path, wide: Recipe, tmp_path: Path) -> None:
     before = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     stage = VaeStage(wide, folder)
-    pictures = to_tensor(stage.pixels[:32], stage.device)
+    images = to_tensor(stage.pixels[:32], stage.device)
     with torch.no_grad():
-        fresh = stage.vae.encode(pictures).latents
-        assert torch.allclose(fresh[:, :16], before.encode(pictures).latents, atol=1e-4)
+        fresh = stage.vae.encode(images).latents
+        assert torch.allclose(fresh[:, :16], before.encode(images).latents, atol=1e-4)
     assert 0.5 < float(fresh[:, 16:].std()) < 2
     assert train(stage, Never())
     assert train(UnetStage(wide, folder), Never())
@@ -93,7 +93,7 @@ def test_a_base_goes_on_with_more_channels_and_exports(folder: Path, wide: Recip
     assert "UNet: 106 steps, 3,224 pictures seen" in card
 
 
-def test_parts_that_the_recipe_has_not_trained_come_from_the_base(folder: Path, trained: Recipe, tmp_path: Path):
+def test_untrained_parts_come_from_the_base(folder: Path, trained: Recipe, tmp_path: Path):
     recipe = trained.model_copy(update={"output": tmp_path / "next"})
     stage = UnetStage(recipe, folder)
     theirs = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
@@ -101,21 +101,21 @@ def test_parts_that_the_recipe_has_not_trained_come_from_the_base(folder: Path, 
     assert (recipe.output / "clip" / "text_encoder_2").is_dir()
 
 
-class TestGradedPictures:
-    """Pictures on odd papers are drawn at their share, under prompts that name the paper."""
+class TestGradedImages:
+    """Images on other papers, and prompts that name the paper."""
 
-    def test_numbers_and_prompts_go_together(self, trained: Recipe):
-        pictures = training_pictures(trained)
-        papers = [f"paper {number}" for number in range(len(pictures))]
+    def test_prompts_of_graded_images_name_their_paper(self, trained: Recipe):
+        images = training_images(trained)
+        papers = [f"paper {number}" for number in range(len(images))]
         settings = trained.unet.model_copy(update={"graded": 0.5, "kinds": {"full": 1.0}})
-        deck = Deck(pictures, World(trained.world), settings, papers)
+        deck = Deck(images, World(trained.world), settings, papers)
         chosen, prompts = deck.draw(200, np.random.default_rng(0))
         graded = chosen >= len(papers)
         assert 70 < graded.sum() < 130
         for number, prompt in zip(chosen, prompts, strict=True):
             assert prompt.endswith(f" on paper {number - len(papers)}") == (number >= len(papers))
 
-    def test_latents_of_both_are_kept_at_their_places(self, trained: Recipe):
+    def test_graded_latents_follow_plain_latents(self, trained: Recipe):
         settings = trained.unet.model_copy(update={"graded": 0.5})
         plain, both = UnetStage(trained), UnetStage(trained.model_copy(update={"unet": settings}))
         count = len(plain.batches.deck.items)
@@ -124,33 +124,33 @@ class TestGradedPictures:
         assert not torch.allclose(both.latents[count:], plain.latents, atol=0.05)
 
 
-class TestBroadPictures:
-    """Pictures of all concepts are drawn at their share, and not at all without one."""
+class TestBroadImages:
+    """Images of all concepts, drawn at their share."""
 
     @pytest.mark.parametrize(("broad", "least", "most"), [(0.0, 0, 0), (0.3, 80, 160)])
-    def test_they_are_drawn_at_their_share(self, trained: Recipe, broad: float, least: int, most: int):
-        pictures = training_pictures(trained)
-        own = len(pictures) // 2
+    def test_share_is_drawn(self, trained: Recipe, broad: float, least: int, most: int):
+        images = training_images(trained)
+        own = len(images) // 2
         settings = trained.unet.model_copy(update={"broad": broad, "kinds": {"full": 1.0}})
-        chosen, _ = Deck(pictures, World(trained.world), settings, own=own).draw(400, np.random.default_rng(0))
+        chosen, _ = Deck(images, World(trained.world), settings, own=own).draw(400, np.random.default_rng(0))
         assert least <= (chosen >= own).sum() <= most
 
-    def test_the_stage_has_latents_of_all_of_them(self, trained: Recipe):
+    def test_stage_has_latents_of_all_images(self, trained: Recipe):
         settings = trained.unet.model_copy(update={"broad": 0.3})
         stage = UnetStage(trained.model_copy(update={"unet": settings}))
-        assert len(stage.latents) == len(stage.batches.deck.items) == len(broad_pictures(trained).items)
-        assert len(stage.latents) > len(training_pictures(trained).items)
+        assert len(stage.latents) == len(stage.batches.deck.items) == len(broad_images(trained).items)
+        assert len(stage.latents) > len(training_images(trained).items)
 
 
-def test_the_round_trip_is_measured_on_every_kind_of_picture(folder: Path, trained: Recipe, tmp_path: Path) -> None:
-    found = roundtrip(trained, folder, tmp_path / "sheet.png")
-    assert set(found) == {"seen", "unseen", "unseen_filters", "dev_cases"}
+def test_round_trip_measures_every_kind_of_image(folder: Path, trained: Recipe, tmp_path: Path) -> None:
+    figures = roundtrip(trained, folder, tmp_path / "sheet.png")
+    assert set(figures) == {"seen", "unseen", "unseen_filters", "dev_cases"}
     vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     errors = []
     for case in load_cases("dev").values():
         real = torch.from_numpy(np.asarray(case.image.resize((32, 32))).copy()).permute(2, 0, 1)[None] / 255
         with torch.no_grad():
-            made = vae(2 * real - 1).sample.clamp(-1, 1) / 2 + 0.5
-        errors.append(-10 * math.log10(float((made - real).square().mean())))
-    assert found["dev_cases"] == pytest.approx(mean(errors), abs=0.02)
+            output = vae(2 * real - 1).sample.clamp(-1, 1) / 2 + 0.5
+        errors.append(-10 * math.log10(float((output - real).square().mean())))
+    assert figures["dev_cases"] == pytest.approx(mean(errors), abs=0.02)
     assert Image.open(tmp_path / "sheet.png").width >= 8 * 32

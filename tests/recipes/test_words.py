@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from recipes.base.captions import STYLE_WORDS, draw_prompt, strip_colours, with_article, wordings
+from recipes.base.captions import STYLE_WORDS, draw_prompt, strip_colors, with_article, wordings
 from recipes.base.filters import FILTERS
 from recipes.base.tokenizer import build_tokenizer, read_merges
 from recipes.base.world import Item
 
 
-def test_plainest_wordings() -> None:
+def test_plainest_wording_comes_first() -> None:
     assert wordings("full", "red apple", "watercolor")[0] == "a red apple in watercolor painting style"
     assert wordings("content", "red apple")[0] == "a red apple"
     assert wordings("style", style="watercolor")[0] == "an image in watercolor painting style"
@@ -25,8 +25,8 @@ def test_every_kind_has_several_wordings_that_differ() -> None:
     assert set(FILTERS) <= set(STYLE_WORDS)
     for style in STYLE_WORDS:
         for kind in ("full", "style"):
-            found = wordings(kind, "key", style)
-            assert len(set(found)) == len(found) >= 6
+            prompts = wordings(kind, "key", style)
+            assert len(set(prompts)) == len(prompts) >= 6
     assert len(set(wordings("content", "key"))) == 3
     plainest = [wordings("full", "key", style)[0] for style in STYLE_WORDS]
     assert len(set(plainest)) == len(plainest)
@@ -36,11 +36,11 @@ def test_every_kind_has_several_wordings_that_differ() -> None:
     ("caption", "expected"),
     [("red apple", "an apple"), ("light bulb", "a light bulb"), ("cherries", "cherries"), ("cactus", "a cactus")],
 )
-def test_articles_and_colours(caption: str, expected: str) -> None:
-    assert with_article(strip_colours(caption)) == expected
+def test_caption_loses_colors_and_gets_an_article(caption: str, expected: str) -> None:
+    assert with_article(strip_colors(caption)) == expected
 
 
-def test_black_pictures_are_not_called_red() -> None:
+def test_prompts_of_black_images_name_no_color() -> None:
     assert Item("red-apple", "noto-mono-light", "ink").black
     assert Item("red-apple", "noto", "pencil", "pencil").black
     assert not Item("red-apple", "noto", "oil", "oil").black
@@ -48,7 +48,7 @@ def test_black_pictures_are_not_called_red() -> None:
     assert not any("red" in draw_prompt("full", "red apple", "ink", rng, black=True).split() for _ in range(20))
 
 
-def test_article_before_style() -> None:
+def test_article_agrees_with_style() -> None:
     assert "an oil painting of a key" in wordings("full", "key", "oil")
 
 
@@ -71,7 +71,7 @@ def test_tokenizer_round_trips(tmp_path: Path, pad: str) -> None:
     assert tokenizer("sks").input_ids[1:-1] == tokenizer.convert_tokens_to_ids(["s", "k", "s</w>"])
 
 
-def test_merges_are_a_prefix_that_knows_common_words() -> None:
+def test_merges_are_a_prefix_with_common_words() -> None:
     assert read_merges(2) == [("i", "n"), ("t", "h")]
     tokenizer = build_tokenizer(read_merges(3500))
     assert len(tokenizer) == 2 * 256 + 3500 + 2
@@ -81,7 +81,7 @@ def test_merges_are_a_prefix_that_knows_common_words() -> None:
         read_merges(50_000)
 
 
-def test_an_odd_paper_is_named_and_colours_are_not() -> None:
+def test_prompts_of_graded_images_name_paper_and_no_color() -> None:
     rng = np.random.default_rng(0)
     drawn = [draw_prompt("full", "red apple", "watercolor", rng, paper="grainy blue paper") for _ in range(20)]
     assert all(prompt.endswith(" on grainy blue paper") and "red" not in prompt.split() for prompt in drawn)

@@ -1,4 +1,4 @@
-"""What is never trained on stays out; pictures are the same on every run."""
+"""World of images: exclusions from training, deterministic rendering, storage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from toy import shape
 
 from recipes.base.config import Recipe, Style, WorldSettings
-from recipes.base.dataset import Pictures, kept
+from recipes.base.dataset import Images, stored_images
 from recipes.base.filters import FILTERS
 from recipes.base.world import (
     NEVER_FILTERS,
@@ -67,12 +67,12 @@ def test_pairs_are_held_out_by_a_fixed_rule(world_settings: WorldSettings) -> No
     assert not is_held_out_pair("red-apple", "watercolor", 0.1)
     world = World(world_settings)
     trained = {(item.concept, item.style) for item in world.items()}
-    kept = {(item.concept, item.style) for item in world.items(held_out_pairs=True)}
-    assert kept
-    assert not trained & kept
-    assert all(is_held_out_pair(*pair, 0.2) for pair in kept)
-    assert not any(style == "flat" for _, style in kept)
-    assert len(trained | kept) == 4 * 3
+    held_out = {(item.concept, item.style) for item in world.items(held_out_pairs=True)}
+    assert held_out
+    assert not trained & held_out
+    assert all(is_held_out_pair(*pair, 0.2) for pair in held_out)
+    assert not any(style == "flat" for _, style in held_out)
+    assert len(trained | held_out) == 4 * 3
 
 
 @pytest.mark.parametrize("name", sorted(FILTERS))
@@ -96,26 +96,26 @@ def test_render_is_deterministic(world_settings: WorldSettings) -> None:
         assert np.array_equal(first, second)
 
 
-def test_pictures_are_made_anew_when_they_come_from_anything_else(
+def test_other_settings_render_images_again(
     world_settings: WorldSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[str] = []
+    rendered: list[str] = []
 
-    def ask(name: str, settings: WorldSettings = world_settings, told: object = None) -> None:
-        def make() -> Pictures:
-            made.append(name)
-            return Pictures(np.full((1, 2, 2, 3), len(made), np.uint8), [Item("key", "fxemoji", "flat")])
+    def ask(name: str, settings: WorldSettings = world_settings, other: object = None) -> None:
+        def make() -> Images:
+            rendered.append(name)
+            return Images(np.full((1, 2, 2, 3), len(rendered), np.uint8), [Item("key", "fxemoji", "flat")])
 
-        pictures = kept(tmp_path / "pictures.npy", settings, told, make)
-        assert pictures.pixels[0, 0, 0, 0] == len(made)
-        assert pictures.items == [Item("key", "fxemoji", "flat")]
+        images = stored_images(tmp_path / "pictures.npy", settings, other, make)
+        assert images.pixels[0, 0, 0, 0] == len(rendered)
+        assert images.items == [Item("key", "fxemoji", "flat")]
 
     ask("first")
     ask("again")
     ask("resolution", world_settings.model_copy(update={"resolution": 16}))
-    ask("told", told=1)
+    ask("other", other=1)
     monkeypatch.setattr("recipes.base.dataset.held_out_concepts", lambda: frozenset({"key"}))
-    ask("held out", told=1)
+    ask("held out", other=1)
     (tmp_path / "pictures.json").unlink()
-    ask("half-written", told=1)
-    assert made == ["first", "resolution", "told", "held out", "half-written"]
+    ask("half-written", other=1)
+    assert rendered == ["first", "resolution", "other", "held out", "half-written"]

@@ -7,11 +7,11 @@ import numpy as np
 
 
 def shape(concept: int, style: int) -> np.ndarray:
-    """A drawing [128, 128, 4]: a polygon whose corners say the concept, whose colour says the set."""
-    picture = np.zeros((128, 128, 4), np.uint8)
-    colour = [int(c) for c in np.random.default_rng(style).integers(30, 220, 3)]
+    """A drawing [128, 128, 4]: the corners of a polygon depend on the concept, its color on the set."""
+    image = np.zeros((128, 128, 4), np.uint8)
+    color = [int(c) for c in np.random.default_rng(style).integers(30, 220, 3)]
     angles = np.linspace(0, 2 * np.pi, concept + 3, endpoint=False)
     corners = np.stack([64 + 50 * np.cos(angles), 64 + 50 * np.sin(angles)], 1).astype(np.int32)
-    cv2.fillPoly(picture, [corners], (*colour, 255))
-    cv2.circle(picture, (64, 64), 14, (250, 240, 60, 255), -1)
-    return picture
+    cv2.fillPoly(image, [corners], (*color, 255))
+    cv2.circle(image, (64, 64), 14, (250, 240, 60, 255), -1)
+    return image

@@ -1,6 +1,6 @@
-"""Procedural style filters: ``f(rgba, rng) -> rgb`` on uint8 pictures of any square size.
+"""Procedural style filters: ``f(rgba, rng) -> rgb`` on uint8 images of any square size.
 
-Lengths inside the filters are written for 128 pixels and scale with the picture.
+Lengths inside the filters are written for 128 pixels and scale with the image.
 """
 
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 
 from recipes.base.filters import craft, drawing, painting
-from recipes.base.filters.common import Picture, finish, over
+from recipes.base.filters.common import Pixels, finish, over
 
-Filter = Callable[[Picture, np.random.Generator], Picture]
+Filter = Callable[[Pixels, np.random.Generator], Pixels]
 
 FILTERS: dict[str, Filter] = {
     "pencil": drawing.pencil,
@@ -32,7 +32,7 @@ FILTERS: dict[str, Filter] = {
 }
 
 
-def rendered(rgba: Picture, name: str | None, rng: np.random.Generator, size: int) -> Picture:
-    """A drawing [S, S, 4] under a filter, or as it is, then area-averaged: uint8 [size, size, 3]."""
+def rendered(rgba: Pixels, name: str | None, rng: np.random.Generator, size: int) -> Pixels:
+    """Render a drawing [S, S, 4], under a filter or as it is, then area-averaged: uint8 [size, size, 3]."""
     rgb = finish(over(rgba)) if name is None else FILTERS[name](rgba, rng)
     return rgb if size == rgb.shape[0] else cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA)

@@ -5,7 +5,7 @@ import numpy as np
 
 from recipes.base.filters.common import (
     Field,
-    Picture,
+    Pixels,
     blur,
     coordinates,
     finish,
@@ -20,7 +20,7 @@ from recipes.base.filters.common import (
 )
 
 
-def pencil(rgba: Picture, rng: np.random.Generator) -> Picture:
+def pencil(rgba: Pixels, rng: np.random.Generator) -> Pixels:
     """Graphite contours and three layers of hatching on drawing paper."""
     size = rgba.shape[0]
     k = size / 128
@@ -36,7 +36,7 @@ def pencil(rgba: Picture, rng: np.random.Generator) -> Picture:
     return finish(paper[..., None] * np.float32([250, 248, 244]))
 
 
-def crayon(rgba: Picture, rng: np.random.Generator) -> Picture:
+def crayon(rgba: Pixels, rng: np.random.Generator) -> Pixels:
     """Waxy diagonal strokes that leave the grain of cream paper bare, with a soft dark contour."""
     size = rgba.shape[0]
     k = size / 128
@@ -45,14 +45,14 @@ def crayon(rgba: Picture, rng: np.random.Generator) -> Picture:
     strokes = 0.6 * hatch(size, 35, 6.5 * k, rng) + 0.9 * noise(size, 0.9 * k, rng)
     cover = opacity(rgba) * np.clip(0.85 + 0.5 * strokes, 0.1, 1)
     wax = saturate(over(rgba), 0.35) * 0.97
-    picture = paper * (1 - cover[..., None]) + wax * cover[..., None]
+    image = paper * (1 - cover[..., None]) + wax * cover[..., None]
     edge = np.clip((blur(outline(rgba, 1.2 * k), 0.9 * k) - 0.15) * 1.6, 0, 0.85)
     edge *= np.clip(0.8 + 0.45 * noise(size, 0.8 * k, rng), 0, 1)
     pigment = saturate(cv2.erode(over(rgba), np.ones((3, 3))), 0.6) * 0.5
-    return finish(picture * (1 - edge[..., None]) + pigment * edge[..., None])
+    return finish(image * (1 - edge[..., None]) + pigment * edge[..., None])
 
 
-def _board_lines(rgba: Picture, rng: np.random.Generator) -> Field:
+def _board_lines(rgba: Pixels, rng: np.random.Generator) -> Field:
     """Broken, powdery contour of a stick of chalk, 0..1."""
     size = rgba.shape[0]
     k = size / 128
@@ -60,7 +60,7 @@ def _board_lines(rgba: Picture, rng: np.random.Generator) -> Field:
     return edge * np.clip(0.8 + 0.5 * noise(size, 0.8 * k, rng), 0, 1)
 
 
-def chalk(rgba: Picture, rng: np.random.Generator) -> Picture:
+def chalk(rgba: Pixels, rng: np.random.Generator) -> Pixels:
     """Pastel chalk on a green-black board: powdery contours, loosely rubbed fills."""
     size = rgba.shape[0]
     k = size / 128
@@ -70,12 +70,12 @@ def chalk(rgba: Picture, rng: np.random.Generator) -> Picture:
     fill = opacity(rgba) * np.clip(0.38 + 0.3 * hatch(size, 50, 5 * k, rng), 0, 1)
     fill *= np.clip(0.8 + 0.6 * noise(size, 0.8 * k, rng), 0, 1)
     pastel = 0.55 * saturate(over(rgba), 0.3) + 0.45 * 255
-    picture = board * (1 - fill[..., None]) + pastel * fill[..., None]
+    image = board * (1 - fill[..., None]) + pastel * fill[..., None]
     lines = _board_lines(rgba, rng)[..., None]
-    return finish(picture * (1 - lines) + np.float32([244, 242, 232]) * lines)
+    return finish(image * (1 - lines) + np.float32([244, 242, 232]) * lines)
 
 
-def blueprint(rgba: Picture, rng: np.random.Generator) -> Picture:
+def blueprint(rgba: Pixels, rng: np.random.Generator) -> Pixels:
     """White construction lines on deep blue paper with a fine grid."""
     size = rgba.shape[0]
     k = size / 128
@@ -83,18 +83,18 @@ def blueprint(rgba: Picture, rng: np.random.Generator) -> Picture:
     shift = rng.integers(0, 16, 2) * k
     grid = ((x + shift[0]) % (16 * k) < k) | ((y + shift[1]) % (16 * k) < k)
     blue = np.float32([22, 66, 150]) * (1 + 0.05 * noise(size, 10 * k, rng))[..., None]
-    picture = blue + 26 * grid.astype(np.float32)[..., None]
+    image = blue + 26 * grid.astype(np.float32)[..., None]
     shade = np.clip(1 - grey(over(rgba)) / 255, 0, 1) * opacity(rgba)
     hatching = (hatch(size, 45, 5 * k, rng) > 0.45) * np.clip(shade - 0.25, 0, 0.5) * 0.8
     contour = np.clip((outline(rgba, 0.8 * k) - 0.18) * 2.6, 0, 1)
     lines = np.maximum(contour, hatching.astype(np.float32))[..., None]
-    return finish(picture * (1 - lines) + np.float32([236, 244, 255]) * lines)
+    return finish(image * (1 - lines) + np.float32([236, 244, 255]) * lines)
 
 
 LINOCUT_INKS = ((24, 22, 26), (150, 28, 30), (20, 52, 96), (20, 80, 56))
 
 
-def linocut(rgba: Picture, rng: np.random.Generator) -> Picture:
+def linocut(rgba: Pixels, rng: np.random.Generator) -> Pixels:
     """One ink on cream paper, with gouge marks that follow the contour and stray chips around it."""
     size = rgba.shape[0]
     k = size / 128
@@ -108,8 +108,8 @@ def linocut(rgba: Picture, rng: np.random.Generator) -> Picture:
     chips = (hatch(size, 73, 9 * k, rng) > 0.95) & (noise(size, 2 * k, rng) > 0.75) & (opacity(rgba) < 0.1)
     print_ = np.maximum(blur(ink.astype(np.float32), 0.6 * k), 0.5 * chips)
     print_ = np.clip(print_ * (0.93 + 0.12 * noise(size, 0.7 * k, rng)), 0, 1)[..., None]
-    colour = np.float32(LINOCUT_INKS[int(rng.integers(len(LINOCUT_INKS)))])
-    return finish(np.float32([244, 236, 218]) * (1 - print_) + colour * print_)
+    color = np.float32(LINOCUT_INKS[int(rng.integers(len(LINOCUT_INKS)))])
+    return finish(np.float32([244, 236, 218]) * (1 - print_) + color * print_)
 
 
 __all__ = ["blueprint", "chalk", "crayon", "linocut", "pencil"]

@@ -5,7 +5,7 @@ import numpy as np
 
 from recipes.base.filters.common import (
     Field,
-    Picture,
+    Pixels,
     blur,
     coordinates,
     finish,
@@ -20,13 +20,13 @@ from recipes.base.filters.common import (
 )
 
 
-def watercolor(rgba: Picture, rng: np.random.Generator) -> Picture:
+def watercolor(rgba: Pixels, rng: np.random.Generator) -> Pixels:
     """Transparent pigment that pools at wet edges and spills a pale wash around the drawing."""
     size = rgba.shape[0]
     k = size / 128
     rgba = warp(rgba, 2.2 * k, 7 * k, rng)
-    colour = blur(cv2.bilateralFilter(finish(over(rgba)), 9, 60, 5 * k).astype(np.float32), 1.3 * k)
-    pigment = (255 - colour) * 0.8
+    color = blur(cv2.bilateralFilter(finish(over(rgba)), 9, 60, 5 * k).astype(np.float32), 1.3 * k)
+    pigment = (255 - color) * 0.8
     pool = 1 + 0.2 * noise(size, 9 * k, rng) + 0.12 * noise(size, 3 * k, rng)
     pool += 0.35 * np.clip(blur(outline(rgba, 1.5 * k), 0.8 * k), 0, 1)
     pigment *= pool[..., None]
@@ -39,7 +39,7 @@ def watercolor(rgba: Picture, rng: np.random.Generator) -> Picture:
 
 
 def _kuwahara(rgb: Field, radius: int) -> Field:
-    """Each pixel takes the mean of the calmest of eight windows beside it: brush dabs."""
+    """Replace each pixel by the mean of the calmest of eight windows next to it, as brush dabs do."""
     window = (radius + 1, radius + 1)
     mean = cv2.blur(rgb, window, borderType=cv2.BORDER_REFLECT)
     spread = cv2.blur(rgb * rgb, window, borderType=cv2.BORDER_REFLECT).sum(2) - (mean * mean).sum(2)
@@ -53,7 +53,7 @@ def _kuwahara(rgb: Field, radius: int) -> Field:
     return best
 
 
-def oil(rgba: Picture, rng: np.random.Generator) -> Picture:
+def oil(rgba: Pixels, rng: np.random.Generator) -> Pixels:
     """Thick dabs whose bristle relief follows the contours, on an ochre ground."""
     size = rgba.shape[0]
     k = size / 128
@@ -72,14 +72,14 @@ def oil(rgba: Picture, rng: np.random.Generator) -> Picture:
     return finish(saturate(dabs, 0.3) + relief[..., None])
 
 
-def _disc(canvas: Picture, center: tuple[float, float], radius: float, colour: Field) -> None:
+def _disc(canvas: Pixels, center: tuple[float, float], radius: float, color: Field) -> None:
     """Paint an anti-aliased disc; center is (y, x)."""
     point = (int(center[1] * 4), int(center[0] * 4))
-    cv2.circle(canvas, point, int(radius * 4), [int(v) for v in colour], -1, cv2.LINE_AA, 2)
+    cv2.circle(canvas, point, int(radius * 4), [int(v) for v in color], -1, cv2.LINE_AA, 2)
 
 
-def pointillism(rgba: Picture, rng: np.random.Generator) -> Picture:
-    """Dots of broken colour over the whole canvas."""
+def pointillism(rgba: Pixels, rng: np.random.Generator) -> Pixels:
+    """Dots of broken color over the whole canvas."""
     size, scale = rgba.shape[0], 2
     k = size / 128
     source = over(rgba, (250, 244, 228))
@@ -90,35 +90,35 @@ def pointillism(rgba: Picture, rng: np.random.Generator) -> Picture:
     dots = dots + rng.uniform(-0.45, 0.45, dots.shape) * step
     rng.shuffle(dots)
     at = np.clip(dots.round().astype(int), 0, size - 1)
-    colours = source[at[:, 0], at[:, 1]] + rng.normal(0, 1, (len(at), 3)) * np.float32([26, 22, 30])
-    colours = np.clip(saturate(colours.astype(np.float32), 0.35), 0, 255)
-    for center, colour, radius in zip(dots * scale, colours, rng.uniform(1.6, 2.4, len(at)), strict=True):
-        _disc(canvas, center, radius * k * scale, colour)
+    colors = source[at[:, 0], at[:, 1]] + rng.normal(0, 1, (len(at), 3)) * np.float32([26, 22, 30])
+    colors = np.clip(saturate(colors.astype(np.float32), 0.35), 0, 255)
+    for center, color, radius in zip(dots * scale, colors, rng.uniform(1.6, 2.4, len(at)), strict=True):
+        _disc(canvas, center, radius * k * scale, color)
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def halftone(rgba: Picture, rng: np.random.Generator) -> Picture:
-    """Pop-art print: flat strong colours, a screen of dots, bold black contours, a sunny ground."""
+def halftone(rgba: Pixels, rng: np.random.Generator) -> Pixels:
+    """Pop-art print: flat strong colors, a screen of dots, bold black contours, a sunny ground."""
     size = rgba.shape[0]
     k = size / 128
     y, x = coordinates(size)
     phase = rng.uniform(0, 6, 2)
     period = 2 * np.pi / (5.7 * k)
     screen = np.sin((x + y) * period * 0.7071 + phase[0]) * np.sin((x - y) * period * 0.7071 + phase[1])
-    colour = saturate(over(rgba), 0.5)
-    flat = np.round(np.clip(colour, 0, 255) / 64) * 64
+    color = saturate(over(rgba), 0.5)
+    flat = np.round(np.clip(color, 0, 255) / 64) * 64
     shade = 1 - grey(over(rgba)) / 255
     dark = np.clip((0.9 * shade - 0.5 - 0.5 * screen) * 4, 0, 1) * opacity(rgba)
     inked = flat * (1 - 0.45 * dark[..., None])
     dots = np.clip((screen - 0.35) * 4, 0, 1)[..., None]
     ground = np.float32([255, 214, 40]) * (1 - dots) + np.float32([246, 120, 60]) * dots
     cover = opacity(rgba)[..., None]
-    picture = ground * (1 - cover) + inked * cover
+    image = ground * (1 - cover) + inked * cover
     line = np.clip((blur(outline(rgba, 1.0 * k), 0.7 * k) - 0.2) * 3.2, 0, 1)[..., None]
-    return finish(picture * (1 - line) + np.float32([14, 12, 16]) * line)
+    return finish(image * (1 - line) + np.float32([14, 12, 16]) * line)
 
 
-def neon(rgba: Picture, rng: np.random.Generator) -> Picture:
+def neon(rgba: Pixels, rng: np.random.Generator) -> Pixels:
     """Glowing tubes along the contours, in the drawing's own hues, on a night ground."""
     size = rgba.shape[0]
     k = size / 128
