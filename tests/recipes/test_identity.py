@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
+from toy import After
 
 from recipes.base import identity_data
 from recipes.base.config import Recipe, WorldSettings
@@ -24,17 +25,6 @@ from recipes.base.world import NEVER_FILTERS, NEVER_SETS, held_out_concepts
 from unziplora.metrics.networks import ShapeNet
 
 FEW = {"steps": 4, "warmup": 1, "log_every": 2, "width": 8}
-
-
-class After:
-    """Stop condition that becomes true after some steps."""
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
 
 
 @pytest.fixture(scope="module")

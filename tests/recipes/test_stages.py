@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
+from toy import After
 
 from recipes.base import judges
 from recipes.base.config import JudgeSettings, Recipe
@@ -18,17 +19,6 @@ from recipes.base.export import export
 from recipes.base.loop import Stage, train
 from recipes.base.unet import UnetStage, trained_pipeline
 from recipes.base.vae import VaeStage
-
-
-class After:
-    """Stop condition that becomes true after some steps."""
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
 
 
 def weights(stage: Stage) -> torch.Tensor:

@@ -1,9 +1,20 @@
-"""Drawings of the toy world."""
+"""Drawings of the toy world, and a stop condition."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
+
+
+class After:
+    """Stop condition that becomes true after some steps."""
+
+    def __init__(self, steps: int):
+        self.left = steps
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
 
 
 def shape(concept: int, style: int) -> np.ndarray:
