@@ -1,10 +1,11 @@
 """Views of a running job, in a terminal and elsewhere."""
 
 import io
+import time
 
 import pytest
 
-from unziplora.utils.progress import Lines, Progress, Rich, Silent, describe, duration, show, size
+from unziplora.utils.progress import Lines, Progress, Rich, Silent, counted, describe, duration, show, size
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,13 @@ def test_bar_of_a_terminal_keeps_its_figures(monkeypatch: pytest.MonkeyPatch) ->
 def test_view_is_silent_if_quiet_and_lines_in_pipes() -> None:
     assert isinstance(show(quiet=True), Silent)
     assert isinstance(show(stream=io.StringIO()), Lines)
+
+
+def test_speed_of_counted_steps_starts_anew_with_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 100.0, 104.0, 200.0, 203.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    events: list[Progress] = []
+    report = counted(events.append)
+    for done in (0, 2, 0, 3):
+        report(done, 4)
+    assert [(event.step, event.seconds_per_step) for event in events] == [(0, 0.0), (2, 2.0), (0, 0.0), (3, 1.0)]

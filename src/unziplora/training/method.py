@@ -115,6 +115,7 @@ class Setup:
         autocast: context of the forward passes.
         report: shows the user one line.
         resumed: a checkpoint will be loaded next, with all that was learned before it.
+        progress: called with the steps done and the steps in all of a phase that precedes the training.
     """
 
     base: Base
@@ -122,6 +123,7 @@ class Setup:
     autocast: Callable[[], AbstractContextManager[object]]
     report: Callable[[str], None]
     resumed: bool = False
+    progress: Callable[[int, int], object] = lambda done, total: None
 
     def noise_schedule(self) -> DDPMScheduler:
         """Return the noise schedule of the base's training."""

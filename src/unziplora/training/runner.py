@@ -31,7 +31,7 @@ from unziplora.training.restore import restored
 from unziplora.training.sample_sheet import sample_sheet
 from unziplora.training.trackers import Tracker, trackers
 from unziplora.training.trainer import NonFiniteLoss, StepReport, Trainer, is_finite, train
-from unziplora.utils.progress import Callback, Progress
+from unziplora.utils.progress import Callback, Progress, counted
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -117,7 +117,8 @@ class TrainingRun(Generic[C]):
                 self.report(f"loading base {config.base}{_fetching(config.base)}")
                 base = load_base(config.base, dtype, device)
             context = autocast_for(device, dtype)
-            setup = Setup(base, self.resolution(base), context, self.report, run.latest() is not None)
+            resumed = run.latest() is not None
+            setup = Setup(base, self.resolution(base), context, self.report, resumed, counted(self.progress))
             method = self.kind.build(config, setup)
             self.report("training", memory=True)
             done = self.train(base, method, make_scaler(device, dtype), curves)

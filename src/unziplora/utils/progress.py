@@ -200,12 +200,14 @@ def _in_notebook() -> bool:
     return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
-def counted(view: Callback) -> Callable[[int, int], Any]:
-    """Adapt a view to jobs that count steps alone; the speed is measured here."""
+def counted(view: Callback) -> Callable[[int, int], None]:
+    """Adapt a view to jobs that count steps alone; the speed is measured from each call with 0 steps done."""
     start = time.perf_counter()
 
     def report(done: int, total: int) -> None:
-        seconds = (time.perf_counter() - start) / done if done else 0.0
-        view(Progress(done, total, seconds_per_step=seconds))
+        nonlocal start
+        if not done:
+            start = time.perf_counter()
+        view(Progress(done, total, seconds_per_step=(time.perf_counter() - start) / done if done else 0.0))
 
     return report

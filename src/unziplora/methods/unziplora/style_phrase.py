@@ -79,7 +79,7 @@ def learn_style_phrase(
         prompt = config.fill("a {content} in {style} style")
         if not setup.resumed:
             setup.report(f"learning the phrase {config.style!r}")
-            fit_offsets(offsets, setup.noise_schedule(), examples, prompt, config, setup.autocast)
+            fit_offsets(offsets, setup.noise_schedule(), examples, prompt, config, setup.autocast, setup.progress)
         variants = None
         if config.content_variants:
             variants = to_device(encode_variant_prompts(offsets, examples, config), setup.base)
@@ -104,6 +104,7 @@ def fit_offsets(
     prompt: str,
     config: SplitConfig,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
     """Fit the offsets to the images by the denoising loss, everything else frozen (arXiv 2208.01618, equation 2).
 
@@ -115,12 +116,14 @@ def fit_offsets(
         prompt: contains the phrase.
         config: the recipe.
         autocast: context of the forward passes.
+        progress: called with steps done and steps in all.
     """
     parts = (offsets.free, config.phrase_learning_rate), (offsets.word_weights, config.phrase_word_rate)
     optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in parts])
     schedule = make_schedule(optimizer, config.schedule, config.phrase_steps)
     with recording(offsets.base.unet, [], config) as predict:
         for step in range(config.phrase_steps):
+            progress(step, config.phrase_steps)
             draw = generator(config.seed, "phrase", step)
             index = _draw_images(offsets, len(examples.latents), config.batch_size, draw)
             with offsets.applied(index * offsets.variants // len(examples.latents)), autocast():
