@@ -72,7 +72,7 @@ class Base:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Whether the last timestep is pure noise (arXiv 2305.08891)."""
+        """True if the last timestep is pure noise (arXiv 2305.08891)."""
         return bool(self.scheduler.config.get("rescale_betas_zero_snr", False))
 
     @property

@@ -41,7 +41,7 @@ class Prompts:
 
     @property
     def separate(self) -> bool:
-        """Whether the LoRAs see prompts of their own."""
+        """True if the LoRAs see prompts of their own."""
         return self.content is not None
 
 

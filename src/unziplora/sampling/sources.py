@@ -57,7 +57,7 @@ class LoraSource:
 
     @property
     def merged(self) -> bool:
-        """Whether the file is content and style in one."""
+        """True if the file contains content and style in one LoRA."""
         return self.file.name.split(".")[0] == MERGED
 
     def prompt(self, name: str) -> str | None:
