@@ -134,7 +134,7 @@ def test_labels_show_seeds_to_the_last_digit(shared_base: Base, tmp_path: Path, 
         ({"prompts": ["x"], "rows": "content_strength"}, "needs --content"),
         ({"content": "a", "style": "b", "seeds": [1, 2]}, "2 seeds, but no axis shows them"),
         ({"content": "a", "content_strengths": []}, "content_strengths"),
-        ({"content": "a", "style": "b", "style_strength": 0.85}, "give style_strengths, or another axis"),
+        ({"content": "a", "style": "b", "style_strength": 0.85}, "give style_strengths, or choose another axis"),
         ({"content": "a", "content_strengths": [0, 1], "columns": "seed"}, "add --columns content_strength"),
     ],
 )

@@ -148,7 +148,7 @@ def test_convolutions_and_text_encoders_are_loaded_through_diffusers(fresh_base,
     base = fresh_base()
     paths = [*attention_linears(base.unet), "down_blocks.1.resnets.0.conv1"]
     q = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
-    text = {f"{q}.lora_A.weight": torch.randn(2, 24), f"{q}.lora_B.weight": torch.randn(24, 2)}
+    text = {q: (torch.randn(2, 24), torch.randn(24, 2))}
     file = tmp_path / "locon.safetensors"
     write_lora(Lora(tiny.random_lora(base.unet, 1, paths), {}, text), file, dtype="fp32")
     config = SampleConfig(content=file, prompts=["a cat"])
@@ -165,7 +165,7 @@ def test_convolutions_and_text_encoders_are_loaded_through_diffusers(fresh_base,
 def test_text_encoder_lora_acts_on_all_prompts_has_a_strength_and_is_removed(fresh_base, shared_base: Base, tmp_path):
     base, files = fresh_base(), {}
     v = "text_encoder_2.text_model.encoder.layers.0.self_attn.v_proj"
-    text = {f"{v}.lora_A.weight": torch.randn(2, 24), f"{v}.lora_B.weight": torch.randn(24, 2)}
+    text = {v: (torch.randn(2, 24), torch.randn(24, 2))}
     for seed, (name, part) in enumerate({"content": {}, "style": text, "wordless": {}}.items()):
         files[name] = tmp_path / f"{name}.safetensors"
         write_lora(Lora(tiny.random_lora(base.unet, min(seed, 1)), {}, part), files[name], dtype="fp32")
@@ -389,8 +389,8 @@ def test_unwritable_folder_is_a_machine_error(tiny_base: Base, cat: Path, tmp_pa
         ({"content": "x", "content_blocks": ["up=much"]}, "write block=strength"),
         ({"content": "x", "content_strength": float("nan")}, "finite"),
         ({"content": "x", "mode": "separate"}, "give --content and --style"),
-        ({"content": "x", "content_prompt": "a cat"}, "content_prompt is for both LoRAs"),
-        ({"content": "x", "style": "y", "mode": "direct", "style_prompt": "ink"}, "style_prompt is for both LoRAs"),
+        ({"content": "x", "content_prompt": "a cat"}, "content_prompt is for two LoRAs"),
+        ({"content": "x", "style": "y", "mode": "direct", "style_prompt": "ink"}, "style_prompt is for two LoRAs"),
         ({"prompts": ["x"], "stepps": 3}, "did you mean 'steps'"),
     ],
 )

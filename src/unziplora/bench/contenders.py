@@ -1,7 +1,7 @@
 """Methods of the benchmark: each makes LoRAs from a case, with the recipes that users have.
 
 To add a method, write a class like those below, then add it to `METHODS` and its name to `MethodName` in
-`unziplora.config.bench`.
+`unziplora.config.bench`. "Your own method" in docs/benchmark.md is an example.
 """
 
 from __future__ import annotations
@@ -68,10 +68,14 @@ class Contender(Protocol):
         """True if the training seed changes the result."""
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """Return the resolved recipes of all trainings for one case."""
+        """Return the resolved recipes of all trainings for one case.
+
+        Stored scores are reused while these stay the same; a method without recipes has to delete its folder to be
+        measured again.
+        """
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
-        """Return the LoRAs of one case."""
+        """Return the LoRAs of one case; the base is `workspace.config.base`."""
 
     def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
         """Return LoRAs for the content of one case with the style of another."""

@@ -15,7 +15,7 @@ from unziplora.formats.sdxl import LAYERS, UNDERSCORED, is_sgm, text_module, to_
 
 PEFT_PREFIX = "base_model.model."
 
-_PREFIXES = {  # → (component of the pipeline, layout); the first that fits counts
+_PREFIXES = {  # → (component of the pipeline, layout); the first that fits counts, so "" stays last
     "lora_unet_": ("unet", "kohya"),
     "lora_te1_": ("text_encoder", "kohya"),
     "lora_te2_": ("text_encoder_2", "kohya"),

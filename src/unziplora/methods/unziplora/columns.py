@@ -7,7 +7,7 @@ scale m per column, and acts as ΔW = diag(mask ⊙ m) B A (`Branch`). The run h
 2. Scoring: C = ΔW ⊙ ∂L/∂ΔW (Cones, arXiv 2303.05125); the score of column i is mean_j |C_ij| (`Scores`).
 3. Choice: each LoRA takes its best columns, content first, and keeps those chosen before (`choose`).
 4. Training: all other columns are closed. Where both LoRAs have a column open, the scales train too, against
-   L⊥ = Σ_i |m_c^i · m_s^i|, the orthogonality loss (`training.loss.orthogonality`).
+   L⊥ = mean_i |m_c^i · m_s^i|, the orthogonality loss (`training.loss.orthogonality`).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Three separations keep the two apart. Each is implemented in one place:
 - Column separation (section 3), each LoRA trains only the columns it holds: `methods.unziplora.columns`.
 - Block separation (section 3), blocks in which one LoRA trains all columns: `lora.blocks.BlockMap`.
 
-The orthogonality loss L⊥ = Σ_i |m_c^i · m_s^i| is `training.loss.orthogonality`; ZipLoRA uses the same. This file adds
-the LoRAs to the UNet, computes the loss, moves through the phases of the columns and exports the result.
+The orthogonality loss L⊥ = mean_i |m_c^i · m_s^i| is `training.loss.orthogonality`; ZipLoRA uses the same. This file
+adds the LoRAs to the UNet, computes the loss, moves through the phases of the columns and exports the result.
 """
 
 from __future__ import annotations
@@ -171,9 +171,10 @@ class UnZipLora(AdapterMethod[SplitConfig]):
     def losses(self, step: int) -> Iterator[Tensor]:
         """Yield the terms of the step's loss, scalars; propagate each before asking for the next.
 
-        The main term is the denoising error with both LoRAs, plus λ L⊥ outside warm-ups. Prior preservation adds a term
-        for each LoRA: the error without the other LoRA on class images with the class prompt (arXiv 2208.12242). In a
-        step in which one LoRA learns alone, the error without the other is the only term.
+        The main term is the denoising error with both LoRAs, plus λ L⊥ outside warm-ups, where λ is
+        `config.orthogonality` (column separation only). Prior preservation adds a term for each LoRA: the error without
+        the other LoRA on class images with the class prompt (arXiv 2208.12242). In a step in which one LoRA learns
+        alone, the error without the other is the only term.
         """
         config, examples, solo = self.config, self.data.examples, self.solo(step)
         if solo is not None:
