@@ -118,6 +118,12 @@ def test_pipeline_in_memory_is_left_as_it_was(tiny_folder: Path, image: Image.Im
     assert all(equal(before[key], after[key]) for key in before)
 
 
+def test_run_on_a_loaded_base_finds_it_again(tiny_folder: Path, image: Image.Image) -> None:
+    settings = {"content": "cat", "style": "ink", **TINY, "sample_seeds": []}
+    run = unziplora.split(image, base=load_base(str(tiny_folder)), **settings)
+    assert len(unziplora.sample(run, steps=1, progress=False)) == 1
+
+
 def test_base_and_pipe_together_are_refused(tiny_base: Base, image: Image.Image) -> None:
     with pytest.raises(unziplora.UserError, match="one of them"):
         unziplora.split(image, content="cat", style="ink", base="bundled", pipe=tiny_base.pipe, **TINY)

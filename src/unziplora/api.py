@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
+from unziplora.config.bases import HUB_ID
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.probe import ProbeConfig
@@ -397,12 +398,13 @@ def _sample_keys(
 def _opened(
     base: Location | Base | None, pipe: StableDiffusionXLPipeline | None
 ) -> Iterator[tuple[str | None, Base | None]]:
-    """Yield the name of a base for the configuration, and the loaded base if there is one."""
+    """Yield what finds the base again, for the configuration, and the loaded base if there is one."""
     if base is not None and pipe is not None:
         raise UserError("base and pipe are two ways to say the same: give one of them")
     with borrowed(pipe) if pipe is not None else nullcontext(base) as opened:
         if isinstance(opened, Base):
-            yield opened.name, opened
+            named = opened.name == "bundled" or HUB_ID.fullmatch(opened.name)
+            yield opened.name if named else str(opened.pipe.name_or_path or opened.name), opened
         else:
             yield None if opened is None else str(opened), None
 
