@@ -10,7 +10,7 @@ import torch
 
 from recipes.base.config import Recipe
 from recipes.base.loop import Stage, Stop, train
-from unziplora.models.device import flush_denormals
+from unziplora.models.device import flushed_denormals
 
 
 def _vae(recipe: Recipe, init: Path | None) -> Stage:
@@ -56,10 +56,10 @@ def main() -> None:
     options = parser.parse_args()
     recipe, stop = Recipe.read(options.recipe), Stop(options.minutes, options.until)
     torch.set_num_threads(recipe.threads)
-    flush_denormals("cpu")
-    for name in options.stages:
-        if not train(STAGES[name](recipe, options.init), stop):
-            return
+    with flushed_denormals(torch.device("cpu")):
+        for name in options.stages:
+            if not train(STAGES[name](recipe, options.init), stop):
+                return
 
 
 if __name__ == "__main__":

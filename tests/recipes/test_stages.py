@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 from toy import After
 
+import recipes
 from recipes.base import judges
 from recipes.base.config import JudgeSettings, Recipe
 from recipes.base.draws import Batch
@@ -102,3 +104,9 @@ def test_conditions_agree_with_the_pipeline(trained: Recipe) -> None:
     assert torch.allclose(stage.text.encode([""])[0][0], empty[0], atol=2e-2)
     ids = pipe._get_add_time_ids((32, 32), (0, 0), (32, 32), torch.float32, text_encoder_projection_dim=32)
     assert added["time_ids"][0].tolist() == ids[0].tolist()
+
+
+def test_every_module_of_the_recipes_imports() -> None:
+    folder = Path(recipes.__file__).parent
+    modules = [path.relative_to(folder.parent).with_suffix("") for path in folder.rglob("*.py")]
+    assert all(import_module(".".join(path.parts)) for path in modules)
