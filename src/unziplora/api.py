@@ -240,7 +240,7 @@ def sample(
         for made in samples.generate_samples(config, loaded, report):
             images.append(made.image)
             if out is not None:
-                samples.write_image(made.image, config.out / f"{made.name}.png", made.text)
+                made.save(config.out)
         return images
 
 

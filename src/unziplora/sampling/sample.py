@@ -38,6 +38,10 @@ class Sample:
     def __post_init__(self) -> None:
         self.image.info.update(self.text)
 
+    def save(self, folder: Path) -> Path:
+        """Write the image into a folder; errors and numbering as in `write_image`."""
+        return write_image(self.image, folder / f"{self.name}.png", self.text)
+
 
 def sample(config: SampleConfig, base: Base | None = None, progress: StepCallback | None = None) -> list[Path]:
     """Generate one image per prompt and seed and write it as `<seed>.png`, or `<prompt>-<seed>.png` for several.
@@ -47,7 +51,7 @@ def sample(config: SampleConfig, base: Base | None = None, progress: StepCallbac
     """
     check_out(config)
     samples = generate_samples(config, base, progress)
-    return [write_image(made.image, config.out / f"{made.name}.png", made.text) for made in samples]
+    return [made.save(config.out) for made in samples]
 
 
 def generate_samples(
