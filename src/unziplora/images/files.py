@@ -25,9 +25,7 @@ _SIDEWAYS = range(5, 9)
 def open_upright(
     path: Path, side: int, convert: Callable[[Image.Image], Image.Image] = lambda image: image
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Open an image, turn it upright, and return it with its original width and height.
-
-    Warns if the file contains several frames or pages; only the first is used.
+    """Open an image, turn it upright, and return it with its original size; warns if it has several frames or pages.
 
     Args:
         side: shorter side that the caller needs. A larger image may be reduced, to save memory.

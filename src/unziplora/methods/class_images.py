@@ -34,10 +34,8 @@ def class_images(
     """Return square class images, ordered by file name: those in the folder, and new ones, which are stored there.
 
     Args:
-        base: generates missing images; without LoRAs.
-        prompt: describes the class.
-        count: number of images.
-        settings: sampling settings; the width is the side of all images.
+        base: without LoRAs.
+        settings: also decide the size of all images.
         report: called before images are generated.
         folder: any images in it count; default: a folder in the user's cache for this base, prompt and settings.
 

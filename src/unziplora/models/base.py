@@ -33,13 +33,12 @@ SAMPLE_SIZE = 128
 
 @dataclass
 class Base:
-    """A frozen base model, ready for use.
+    """A base model, ready for use: frozen, in eval mode.
 
     Attributes:
-        pipe: diffusers' own pipeline; all its models are in eval mode and require no gradient.
         name: 'bundled', the name of a folder or file, or a hub id.
         resolution: side of the images it was trained on, in pixels.
-        prediction_type: 'epsilon' or 'v_prediction', from the scheduler's configuration.
+        prediction_type: 'epsilon' or 'v_prediction'.
         device: where it computes; `models.offload` may temporarily move parts elsewhere.
     """
 
@@ -169,25 +168,15 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
 def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     folder, header = described(path)
     base_files.check_unet_config(folder, str(path))
-    options = {"config": str(folder), "local_files_only": True}
-    parts: dict[str, Any] = {"vae": _file_vae(path, folder, dtype)}
+    options: dict[str, Any] = {"config": str(folder), "local_files_only": True}
+    vae = AutoencoderKL.from_single_file(str(path), subfolder="vae", dtype=_vae_dtype(folder, dtype), **options)
+    parts: dict[str, Any] = {"vae": vae}
     if folder == BUNDLED / "sdxl":
         parts.update(tokenizer=base_checkpoint.clip_tokenizer(), tokenizer_2=base_checkpoint.clip_tokenizer(pad="!"))
     pipe = StableDiffusionXLPipeline.from_single_file(str(path), dtype=dtype, add_watermarker=False, **options, **parts)
-    changes = base_checkpoint.marked_schedule(header)
-    if changes:
+    if changes := base_checkpoint.marked_schedule(header):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     return pipe
-
-
-def _file_vae(path: Path, folder: Path, dtype: torch.dtype) -> AutoencoderKL:
-    return AutoencoderKL.from_single_file(
-        str(path),
-        config=str(folder),
-        subfolder="vae",
-        dtype=_vae_dtype(folder, dtype),
-        local_files_only=True,
-    )
 
 
 def described(path: Path) -> tuple[Path, Header]:
@@ -205,8 +194,8 @@ def described(path: Path) -> tuple[Path, Header]:
 def config_folder(path: Path, header: Header) -> Path:
     """Return the configuration folder of a single-file checkpoint.
 
-    In this order: a folder of the file's name without its suffix; the folder that contains the file, if it
-    is a diffusers folder; SDXL's own configuration, if the file's UNet has SDXL's sizes.
+    This is a folder of the file's name without its suffix, else the folder that contains the file, else SDXL's own
+    configuration.
 
     Raises:
         UserError: none of them exists.
@@ -247,7 +236,7 @@ def _finish(pipe: StableDiffusionXLPipeline, name: str, device: str | torch.devi
 def latent_side(config: Mapping[str, Any]) -> int:
     """Return the side of the latents that a UNet is made for; its configuration may contain one, two or none."""
     size = config["sample_size"] or SAMPLE_SIZE
-    return int(size) if isinstance(size, int) else max(size)
+    return size if isinstance(size, int) else max(size)
 
 
 @contextmanager

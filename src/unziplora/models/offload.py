@@ -39,13 +39,6 @@ def base_on_cpu(base: Base) -> Iterator[None]:
 
 
 @contextmanager
-def vae_ready(base: Base) -> Iterator[None]:
-    """Prepare a base for encoding images: the UNet makes room on a GPU."""
-    with on_cpu([base.unet]):
-        yield
-
-
-@contextmanager
 def text_encoders_ready(base: Base) -> Iterator[None]:
     """Prepare a base for encoding prompts: text encoders that are elsewhere come, and then the UNet makes room."""
     absent = any(_device(encoder) != base.device for encoder in base.text_encoders)

@@ -24,16 +24,13 @@ FULL_SIZE = BUNDLED / "sdxl"
 
 
 class Sizes(BaseModel):
-    """Sizes of a base that decide how much memory it needs.
+    """Sizes of a base that decide how much memory it needs; of `unet`, `vae` and `text` the number of parameters.
 
     Attributes:
-        source: name or path of the base.
         assumed: the base is not on this machine, and these are SDXL's sizes.
         resolution: the base's own, in pixels.
-        unet, vae, text: parameters.
         text_features: sum of the in and out features of all q, k, v, out layers of the text encoders.
         layers: (in, out) of every linear layer of the UNet's transformers, by module path.
-        unet_config: the UNet's configuration.
     """
 
     source: str
@@ -52,7 +49,6 @@ class Sizes(BaseModel):
 
     @property
     def names(self) -> list[str]:
-        """Paths of the linear layers."""
         return list(self.layers)
 
     def adapter(self, rank: int, paths: Iterable[str]) -> int:

@@ -20,13 +20,7 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of an image: one, or one for the base and one for each of the two LoRAs.
-
-    Attributes:
-        full: seen by the frozen base, and by every LoRA if the other two are None.
-        content: seen by the content LoRA.
-        style: seen by the style LoRA.
-    """
+    """Prompts of an image: one for the base and all LoRAs, or one for the base and one for each of the two LoRAs."""
 
     full: str
     content: str | None = None
@@ -41,7 +35,6 @@ class Prompts:
 
     @property
     def separate(self) -> bool:
-        """True if the LoRAs see prompts of their own."""
         return self.content is not None
 
 
@@ -67,7 +60,6 @@ class Conditioning:
     time_ids: Tensor | None = None
 
     def take(self, index: Tensor) -> Conditioning:
-        """Return the rows at these indices."""
         return self._map(lambda rows: rows[index])
 
     def repeat(self, count: int) -> Conditioning:
@@ -79,7 +71,6 @@ class Conditioning:
         return self._map(lambda rows: rows.to(device, dtype))
 
     def with_time_ids(self, ids: Tensor | None) -> Conditioning:
-        """Replace the size conditioning, [B, 6]."""
         return replace(self, time_ids=ids)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:

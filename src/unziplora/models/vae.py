@@ -27,10 +27,9 @@ def encode_images(base: Base, images: Sequence[Tensor]) -> Tensor:
 
 def scale_latents(base: Base, latents: Tensor) -> Tensor:
     """Convert the VAE's latents to the UNet's scaling."""
-    config = base.vae.config
     if statistics := _statistics(base, latents):
         latents = (latents - statistics[0]) / statistics[1]
-    return latents * config["scaling_factor"]
+    return latents * base.vae.config["scaling_factor"]
 
 
 def unscale_latents(base: Base, latents: Tensor) -> Tensor:

@@ -128,8 +128,9 @@ def generate_pair(
     base: Base, config: ProbeConfig, pair: WordPair, blocks: Sequence[str], progress: StepCallback | None = None
 ) -> PairImages:
     """Generate all images of one pair; both axes share the images of P."""
-    settings = Settings.square(
-        config.resolution, steps=config.steps, guidance=config.guidance, batch_size=config.batch_size
+    side = config.resolution
+    settings = Settings(
+        steps=config.steps, guidance=config.guidance, width=side, height=side, batch_size=config.batch_size
     )
     prompt = config.fill(pair.content, pair.style)
     others = {

@@ -23,13 +23,11 @@ from unziplora.utils.logging import quiet
 
 @dataclass(frozen=True)
 class NamedLora:
-    """A LoRA to attach.
+    """A LoRA to attach, from a file or other source.
 
     Attributes:
         name: 'content' or 'style' (the LoRA then sees its own of three prompts), or any other name.
-        lora: weights at strength 1.
         blocks: strength of the modules whose path begins with a name; the longest name counts.
-        source: its file or origin, for messages.
     """
 
     name: str
@@ -125,7 +123,6 @@ class AttachedLoras:
 
 
 def _active_adapters(model: nn.Module) -> list[str]:
-    """Return PEFT's active adapters of a model."""
     if not getattr(model, "peft_config", None):
         return []
     active = model.active_adapters()  # type: ignore[operator]

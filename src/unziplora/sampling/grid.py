@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,9 @@ from unziplora.sampling.session import SamplingSession, open_session
 
 
 def grid(config: GridConfig, base: Base | None = None, progress: StepCallback | None = None) -> Path:
-    """Write a labeled grid as one PNG that contains its settings, and return the file's path.
-
-    Arguments and errors are those of `draw_grid`.
-    """
-    sheet = draw_grid(config, base, progress)
-    return write_image(sheet.image, config.out, sheet.text)
+    """Write the sheet of `draw_grid` as a PNG that contains its settings, and return the file's path."""
+    drawn = draw_grid(config, base, progress)
+    return write_image(drawn.image, config.out, drawn.text)
 
 
 def draw_grid(config: GridConfig, base: Base | None = None, progress: StepCallback | None = None) -> Sample:
@@ -35,17 +33,15 @@ def draw_grid(config: GridConfig, base: Base | None = None, progress: StepCallba
         MachineError: out of memory.
     """
     with open_session(config, base) as session:
-        across, down = ([(axis, value) for value in _values(config, axis)] for axis in reversed(config.axes()))
-        cells = [[{**dict([row]), **dict([column])} for column in across] for row in down]
-        total = len(down) * len(across)
-        images: list[list[Image.Image]] = []
-        for y, line in enumerate(cells):
-            images.append([])
-            for x, cell in enumerate(line):
-                report = nested_progress(progress, y * len(across) + x, total)
-                images[-1].append(_cell(config, session, cell, report))
-        drawn = sheet(images, [_label(*row, session) for row in down], [_label(*column, session) for column in across])
-        text = describe(config, session, session.prompts[0], images[0][0], config.seeds[0])
+        down, across = ([(axis, value) for value in _values(config, axis)] for axis in config.axes())
+        cells = [dict(pair) for pair in product(down, across)]
+        images = [
+            _cell(config, session, cell, nested_progress(progress, number, len(cells)))
+            for number, cell in enumerate(cells)
+        ]
+        rows = [images[start : start + len(across)] for start in range(0, len(images), len(across))]
+        drawn = sheet(rows, [_label(*row, session) for row in down], [_label(*column, session) for column in across])
+        text = describe(config, session, session.prompts[0], images[0], config.seeds[0])
     return Sample(drawn, config.out.stem, text)
 
 

@@ -27,17 +27,7 @@ StepCallback = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of the sampler.
-
-    Attributes:
-        steps: denoising steps.
-        guidance: classifier-free guidance (arXiv 2207.12598); 1 switches it off.
-        guidance_rescale: φ of arXiv 2305.08891, useful with zero-terminal SNR.
-        negative: negative prompt; three in the order full, content, style, or one for all.
-        width, height: pixels, multiples of 8; None is the base's own size.
-        scheduler: 'base' or a name of `SCHEDULERS`.
-        batch_size: images computed at once.
-    """
+    """Settings of the sampler, as in `SampleConfig`; three negative prompts are for full, content and style."""
 
     steps: int = 30
     guidance: float = 5.0
@@ -47,11 +37,6 @@ class Settings:
     height: int | None = None
     scheduler: str = "base"
     batch_size: int = 1
-
-    @classmethod
-    def square(cls, side: int | None, *, steps: int, guidance: float, batch_size: int = 1) -> Settings:
-        """Return settings for square images of a side in pixels; None is the base's own size."""
-        return cls(steps=steps, guidance=guidance, width=side, height=side, batch_size=batch_size)
 
 
 def generate(
@@ -94,7 +79,7 @@ def generate_latents(
             positive, negative = embed_prompts(base, prompts), _negative(base, settings, prompts)
         for start in range(0, len(seeds), settings.batch_size):
             batch = seeds[start : start + settings.batch_size]
-            report = _batch_progress(progress, settings.steps, start, len(batch), len(seeds))
+            report = portion(progress, settings.steps * start, settings.steps * len(seeds), len(batch))
             results.append(_denoise(base, positive, negative, batch, settings, (height, width), report))
     return torch.cat(results)
 
@@ -106,7 +91,7 @@ def _denoise(
     seeds: Sequence[int],
     settings: Settings,
     size: tuple[int, int],
-    report: Callable[[int], None],
+    report: StepCallback | None,
 ) -> Tensor:
     """Denoise a batch of seeds by diffusers' own SDXL pipeline around the UNet alone."""
     pipe = StableDiffusionXLPipeline(
@@ -127,14 +112,15 @@ def _denoise(
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
     def step_done(pipe: object, step: int, timestep: object, tensors: dict) -> dict:
-        report(step + 1)
+        if report:
+            report(step + 1, settings.steps)
         return {}
 
-    count = len(seeds)
-    against = negative.repeat(count) if negative else None
+    prompt = positive.repeat(len(seeds))
+    against = negative.repeat(len(seeds)) if negative else None
     return pipe(
-        prompt_embeds=positive.repeat(count).tokens,
-        pooled_prompt_embeds=positive.repeat(count).pooled,
+        prompt_embeds=prompt.tokens,
+        pooled_prompt_embeds=prompt.pooled,
         negative_prompt_embeds=against.tokens if against else None,
         negative_pooled_prompt_embeds=against.pooled if against else None,
         latents=noise.to(base.device, base.dtype),
@@ -191,12 +177,8 @@ def _decoded(vae: AutoencoderKL, latent: Tensor) -> Tensor:
 def _negative(base: Base, settings: Settings, prompts: Prompts) -> Conditioning | None:
     if settings.guidance <= 1:
         return None
-    texts = settings.negative
-    if isinstance(texts, str):
-        texts = (texts, texts, texts)
-    if not prompts.separate:
-        return embed_negative(base, texts[:1])
-    return join_rows(embed_negative(base, texts))
+    texts = (settings.negative,) * 3 if isinstance(settings.negative, str) else settings.negative
+    return join_rows(embed_negative(base, texts)) if prompts.separate else embed_negative(base, texts[:1])
 
 
 @contextmanager
@@ -234,23 +216,14 @@ def _check(base: Base, seeds: Sequence[int], settings: Settings, width: int, hei
             raise UserError(f"{name} {side}: must be a multiple of {unit}; the nearest is {near}")
 
 
-def _batch_progress(
-    progress: StepCallback | None, steps: int, start: int, count: int, images: int
-) -> Callable[[int], None]:
-    """Report a batch's steps as a portion of the whole."""
-
-    def report(done: int) -> None:
-        if progress:
-            progress(steps * start + done * count, steps * images)
-
-    return report
+def portion(progress: StepCallback | None, before: int, total: int, images: int = 1) -> StepCallback | None:
+    """Report the steps of some images at once as a portion of `total` steps, `before` of which are done."""
+    return progress and (lambda done, _: progress(before + done * images, total))
 
 
 def nested_progress(progress: StepCallback | None, index: int, count: int) -> StepCallback | None:
     """Report the steps of one of `count` equal parts as a portion of the whole."""
-    if progress is None:
-        return None
-    return lambda done, steps: progress(index * steps + done, count * steps)
+    return progress and (lambda done, steps: progress(index * steps + done, count * steps))
 
 
 @contextmanager

@@ -16,20 +16,14 @@ from unziplora.config.sample import GenerationConfig, GridConfig, SampleConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
-from unziplora.sampling.pipeline import StepCallback, decode, generate_latents
+from unziplora.sampling.pipeline import StepCallback, decode, generate_latents, portion
 from unziplora.sampling.session import SamplingSession, open_session
 from unziplora.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated image.
-
-    Attributes:
-        image: its `info` contains the settings too.
-        name: the file's name without its ending.
-        text: the settings as PNG text entries: `parameters` as A1111 reads them, and `unziplora` as JSON.
-    """
+    """A generated image, the stem of its file's name, and its settings as PNG text entries (`describe`)."""
 
     image: Image.Image
     name: str
@@ -50,8 +44,7 @@ def sample(config: SampleConfig, base: Base | None = None, progress: StepCallbac
     `generate_samples`.
     """
     check_out(config)
-    samples = generate_samples(config, base, progress)
-    return [made.save(config.out) for made in samples]
+    return [image.save(config.out) for image in generate_samples(config, base, progress)]
 
 
 def generate_samples(
@@ -72,7 +65,7 @@ def generate_samples(
         tasks = [(number, prompts, seeds) for number, prompts in enumerate(session.prompts, 1) for seeds in batches]
         done, total = 0, len(session.prompts) * len(config.seeds) * config.steps
         for number, prompts, seeds in tasks:
-            report = _offset_progress(progress, done, total)
+            report = portion(progress, done, total)
             latents = generate_latents(session.base, prompts, seeds, session.settings, report)
             for seed, image in zip(seeds, decode(session.base, latents), strict=True):
                 name = f"{number:02d}-{seed}" if len(session.prompts) > 1 else str(seed)
@@ -88,11 +81,6 @@ def check_out(config: GenerationConfig) -> None:
     """
     if not isinstance(config, GridConfig) and config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out} is a file; give a folder for the images")
-
-
-def _offset_progress(progress: StepCallback | None, before: int, total: int) -> StepCallback | None:
-    """Report a batch's steps as a portion of the whole."""
-    return None if progress is None else lambda done, _: progress(before + done, total)
 
 
 def describe(

@@ -27,14 +27,7 @@ from unziplora.utils.files import absolute, file_stem
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """Everything about a sampling session that needs no weights of a base.
-
-    Attributes:
-        base: name of the base.
-        loras: the LoRAs 'content' and 'style' that are configured.
-        prompts: one entry per image of a seed.
-        settings: settings of the sampler.
-    """
+    """Everything about a session that needs no weights of a base; `prompts` has one entry per image of a seed."""
 
     base: str
     loras: list[NamedLora]
@@ -44,13 +37,9 @@ class SamplingPlan:
 
 @dataclass(frozen=True)
 class SamplingSession:
-    """A base with LoRAs attached, and the prompts to sample.
+    """A base with LoRAs attached at the configured strengths, and the prompts to sample.
 
     Attributes:
-        base: with the LoRAs at the configured strengths.
-        loras: the LoRAs 'content' and 'style' that are configured, with adjustable strengths.
-        prompts: one entry per image of a seed.
-        settings: settings of the sampler.
         hashes: hash of each LoRA's file, by a name that reveals nothing of the machine.
     """
 

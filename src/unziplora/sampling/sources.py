@@ -23,14 +23,7 @@ from unziplora.utils.files import file_stem
 
 @dataclass(frozen=True)
 class LoraSource:
-    """A LoRA file with the records of its training.
-
-    Attributes:
-        kind: 'content' or 'style'.
-        file: the LoRA.
-        settings: keys of the run's configuration; empty if nothing is recorded.
-        header: metadata of the file.
-    """
+    """A LoRA file of a kind, content or style, with its header and the configuration of its run, if recorded."""
 
     kind: str
     file: Path
@@ -47,7 +40,6 @@ class LoraSource:
 
     @property
     def trigger(self) -> str | None:
-        """First trigger word of the header."""
         return next(iter(trigger_words(self.header)), None)
 
     @property
@@ -57,7 +49,6 @@ class LoraSource:
 
     @property
     def merged(self) -> bool:
-        """True if the file contains content and style in one LoRA."""
         return self.file.name.split(".")[0] == MERGED
 
     def prompt(self, name: str) -> str | None:
@@ -106,9 +97,7 @@ def find_loras(config: GenerationConfig) -> list[LoraSource]:
 
 
 def find_lora(path: Path, kind: str) -> LoraSource:
-    """Find the LoRA of a kind in a run folder, or a LoRA file, and read the records of its training.
-
-    These are in config.toml next to the file, or in the header of files that unziplora wrote. No weights are read.
+    """Find the LoRA of a kind in a run folder, or a LoRA file, and read config.toml or the header; no weights.
 
     Raises:
         UserError: there is no such folder or file, the run is not finished, or the file is damaged.
@@ -133,7 +122,6 @@ def _lora_file(path: Path, kind: str) -> Path:
 
 
 def _remedy(folder: Path) -> str:
-    """Explain a folder without the LoRA that was asked for."""
     others = [name for name in (*KINDS, MERGED) if (folder / f"{name}.safetensors").is_file()]
     if RunFolder(folder).unfinished or (not others and (folder / "config.toml").is_file()):
         return "the run is not finished: resume it, or give a LoRA file"
@@ -193,4 +181,4 @@ def require_available(base: str | None, sources: Iterable[LoraSource]) -> str | 
 def choose_guidance(config: GenerationConfig, sources: Iterable[LoraSource]) -> float:
     """Return the configured guidance, else that of the first run that records one, else 5."""
     recorded = (float(value) for source in sources if (value := source.settings.get("sample_guidance")))
-    return config.guidance if config.guidance is not None else next(recorded, 5.0)
+    return config.guidance or next(recorded, 5.0)

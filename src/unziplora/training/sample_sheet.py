@@ -28,8 +28,12 @@ def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Ima
     if method.images:
         columns["input"] = [method.images[0]] * len(config.sample_seeds)
     with _without_checkpointing(base):
-        settings = Settings.square(
-            side, steps=config.sample_steps, guidance=config.sample_guidance, batch_size=config.samples_at_once()
+        settings = Settings(
+            steps=config.sample_steps,
+            guidance=config.sample_guidance,
+            width=side,
+            height=side,
+            batch_size=config.samples_at_once(),
         )
         for view in method.views():
             with method.off(view.off):

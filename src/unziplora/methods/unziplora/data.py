@@ -22,12 +22,10 @@ class TrainingData:
     """Everything that a content and a style LoRA learn from.
 
     Attributes:
-        examples: the images; their conditioning is the three prompts' embeddings joined (`join_streams`), or the full
-            prompt's alone without prompt separation.
+        examples: the images with the three prompts' embeddings joined (`join_streams`), or the full prompt's alone.
         alone: examples of the steps in which a LoRA learns alone, by LoRA name; default: `examples`.
         priors: class images, by the name of the LoRA whose prior they preserve.
         text: text-encoder part of the style LoRA. Already trained, and used to compute the conditioning.
-        images: the training images, for the sample sheet.
     """
 
     examples: Examples
@@ -43,9 +41,11 @@ class TrainingData:
         """
         if self.text is None:
             return {}
-        rows = {name: examples.conditioning for name, examples in {"full": self.examples, **self.alone}.items()}
-        tokens = {f"conditioning.{name}.tokens": row.tokens for name, row in rows.items()}
-        return {**tokens, **{f"conditioning.{name}.pooled": row.pooled for name, row in rows.items()}}
+        return {
+            f"conditioning.{name}.{part}": getattr(examples.conditioning, part)
+            for part in ("tokens", "pooled")
+            for name, examples in {"full": self.examples, **self.alone}.items()
+        }
 
     def restored(self, state: Mapping[str, Tensor]) -> TrainingData:
         """Return a copy with the embeddings of a checkpoint."""
@@ -66,7 +66,9 @@ def encode_training_data(config: SplitConfig, setup: Setup) -> TrainingData:
     """Generate class images, encode images and prompts, and learn the style phrase if configured."""
     images, texts = load_images(config, setup.size), config.prompts()
     prompts = Prompts(**texts) if config.prompt_separation else Prompts(texts["full"])
-    priors = _priors(config, setup)  # before the phrase is learned: class images are the base's own
+    priors = {  # before the phrase is learned: class images are the base's own
+        name: class_examples(setup, config, text, config.prior_images) for name, text in _class_prompts(config).items()
+    }
     examples = image_examples(setup, config, images, prompts)
 
     def with_prompts(prompts: Prompts) -> Examples:
@@ -99,11 +101,6 @@ def _class_prompts(config: SplitConfig) -> dict[str, Prompts]:
     templates = {"content": config.content_class_prompt, "style": config.style_class_prompt}
     names = [name for name, weight in config.prior_weights().items() if weight > 0]
     return {name: _shared(config, config.fill(templates[name])) for name in names}
-
-
-def _priors(config: SplitConfig, setup: Setup) -> dict[str, Examples]:
-    prompts = _class_prompts(config)
-    return {name: class_examples(setup, config, text, config.prior_images) for name, text in prompts.items()}
 
 
 def _shared(config: SplitConfig, text: str) -> Prompts:

@@ -18,11 +18,11 @@ from unziplora.formats.files import read_lora
 from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.lora.weights import Lora, format_shape
 from unziplora.methods.class_images import FIRST_SEED
-from unziplora.methods.data import conditioning_of, latents_of
+from unziplora.methods.data import conditioning_of, generation_settings, latents_of
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.sampling.adapters import AttachedLoras, NamedLora
-from unziplora.sampling.pipeline import Settings, generate_latents
+from unziplora.sampling.pipeline import generate_latents
 from unziplora.sampling.sources import find_lora, require_available, training_base
 from unziplora.training.loss import Examples, to_device
 from unziplora.training.method import Setup
@@ -166,12 +166,6 @@ def _latents(setup: Setup, config: ZipConfig, part: NamedLora, images: list[Imag
         return latents_of(setup.base, images)
     text = config.prompts()[part.name]
     setup.report(f"generating {config.teacher_images} images with the {part.name} LoRA: {text}")
-    settings = Settings.square(
-        setup.size, steps=config.generated_steps, guidance=config.generated_guidance, batch_size=config.batch_size
-    )
     seeds = [FIRST_SEED + number for number in range(config.teacher_images)]
-    attached = AttachedLoras(setup.base, [part])
-    try:
-        return generate_latents(setup.base, text, seeds, settings)
-    finally:
-        attached.remove()
+    with AttachedLoras(setup.base, [part]):
+        return generate_latents(setup.base, text, seeds, generation_settings(setup, config))
