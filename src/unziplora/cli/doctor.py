@@ -275,8 +275,5 @@ doctor_command = click.Command(
       unziplora doctor
     """,
     short_help="Check whether this machine is ready, and name the settings that fit it.",
-    params=[
-        click.Option(["--online"], is_flag=True, help="Also try to reach huggingface.co."),
-        json_option(),
-    ],
+    params=[click.Option(["--online"], is_flag=True, help="Also try to reach huggingface.co."), json_option()],
 )

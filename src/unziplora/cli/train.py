@@ -65,11 +65,7 @@ train_command = click.Group(
             notes={"prompts": ["repeatable"]},
         ),
         training_command(
-            "train blora",
-            BLoraConfig,
-            _blora,
-            help=BLORA,
-            short_help="A content and a style LoRA in one block each.",
+            "train blora", BLoraConfig, _blora, help=BLORA, short_help="A content and a style LoRA in one block each."
         ),
     ],
 )

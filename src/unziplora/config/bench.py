@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config.recipe import Precision, Recipe, key, natural_seeds
+from unziplora.config.recipe import Precision, Recipe, expert, key, natural_seeds
 
 MethodName = Literal[
     "base",
@@ -40,11 +40,9 @@ class BenchConfig(Recipe):
     split: Literal["dev", "test"] = key(
         "dev", "dev: cases for choosing settings; test: cases for the final figures.", "Input"
     )
-    cases: list[str] = key([], "Cases by name; default: all of the split.", "Input", expert=True)
+    cases: list[str] = expert([], "Cases by name; default: all of the split.", "Input")
     pictures: Path | None = key(
-        None,
-        "Folder of photos and words.toml to measure instead, by the models of clip, dino and csd.",
-        "Input",
+        None, "Folder of photos and words.toml to measure instead, by the models of clip, dino and csd.", "Input"
     )
     quick: bool = key(False, "Only the first two cases and the first seed.", "Input")
     settings: Path | None = key(
@@ -61,35 +59,30 @@ class BenchConfig(Recipe):
         "Method",
         min_length=1,
     )
-    measures: list[Literal["trained", "plain"]] = key(
+    measures: list[Literal["trained", "plain"]] = expert(
         ["trained", "plain"],
         "Measures to compare images by; the first one decides the headline.",
         "Method",
         min_length=1,
-        expert=True,
     )
-    clip: str | None = key(None, "CLIP model for --pictures: folder or hub id.", "Method", min_length=1, expert=True)
-    dino: str | None = key(None, "DINO model for --pictures: folder or hub id.", "Method", min_length=1, expert=True)
-    csd: str | None = key(None, "CSD model for --pictures: folder or hub id.", "Method", min_length=1, expert=True)
+    clip: str | None = expert(None, "CLIP model for --pictures: folder or hub id.", "Method", min_length=1)
+    dino: str | None = expert(None, "DINO model for --pictures: folder or hub id.", "Method", min_length=1)
+    csd: str | None = expert(None, "CSD model for --pictures: folder or hub id.", "Method", min_length=1)
     search: int = key(
         0, "Number of settings to try per method; writes settings.toml instead of a report.", "Method", ge=0
     )
-    token: str = key("sks", "Rare word that stands for the subject.", "Method", min_length=1, expert=True)
+    token: str = expert("sks", "Rare word that stands for the subject.", "Method", min_length=1)
     seeds: list[int] = key([0, 1, 2], "Training seeds.", "Training", min_length=1)
-    oracle_seeds: int | None = key(
-        None,
-        "Number of seeds for the oracle, which takes the longest to train; default: all.",
-        "Training",
-        ge=1,
-        expert=True,
+    oracle_seeds: int | None = expert(
+        None, "Number of seeds for the oracle, which takes the longest to train; default: all.", "Training", ge=1
     )
-    precision: Precision = key("auto", "Number format of the base.", "Training", expert=True)
+    precision: Precision = expert("auto", "Number format of the base.", "Training")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
     workers: int = key(1, "Processes that share the work.", "Training", ge=1)
 
-    samples: int = key(2, "Images per prompt.", "Sampling", ge=1, expert=True)
-    sample_steps: int = key(20, "Denoising steps.", "Sampling", ge=1, expert=True)
-    guidance: float = key(2.5, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1, expert=True)
+    samples: int = expert(2, "Images per prompt.", "Sampling", ge=1)
+    sample_steps: int = expert(20, "Denoising steps.", "Sampling", ge=1)
+    guidance: float = expert(2.5, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
 
     _natural = field_validator("seeds")(natural_seeds)
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from unziplora.config.recipe import key
+from unziplora.config.recipe import expert, key
 from unziplora.config.training import SMALL, ImageConfig
 
 
@@ -20,16 +20,15 @@ class BLoraConfig(ImageConfig):
     preset: Literal["auto", "default", "bundled"] = key(
         "auto", "Settings that yours override; auto: bundled on the bundled base, else default.", "Input"
     )
-    full_prompt: str = key("A {token}", "Training prompt.", "Prompts", expert=True)
-    content_prompt: str = key("A {token}", "Prompt that invokes the content.", "Prompts", expert=True)
-    style_prompt: str = key("an image in {token} style", "Prompt that invokes the style.", "Prompts", expert=True)
-    blocks: str = key(
+    full_prompt: str = expert("A {token}", "Training prompt.", "Prompts")
+    content_prompt: str = expert("A {token}", "Prompt that invokes the content.", "Prompts")
+    style_prompt: str = expert("an image in {token} style", "Prompt that invokes the style.", "Prompts")
+    blocks: str = expert(
         "blora",
         "Block map: 'blora' (one block each, as published), 'sdxl' (UnZipLoRA's), 'bundled' (for that base) or a TOML "
         "file.",
         "Method",
         private=True,
-        expert=True,
     )
     steps: int = key(1000, "Optimizer steps.", "Training", ge=1)
     learning_rate: float = key(5e-5, "Learning rate.", "Training", ge=0)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from unziplora.config.recipe import key
+from unziplora.config.recipe import expert, key
 from unziplora.config.training import SMALL, ImageConfig
 
 Target = Literal["attention", "feed-forward", "projections"]
@@ -23,36 +23,31 @@ class DreamBoothConfig(ImageConfig):
     preset: Literal["auto", "default", "bundled"] = key(
         "auto", "Settings that yours override; auto: bundled on the bundled base, else default.", "Input"
     )
-    prompts: list[str] = key(
+    prompts: list[str] = expert(
         [],
         "Prompt of the images: one for all, or one each; default: 'a {token} {content}', 'an image in {style} "
         "style', or both in one.",
         "Prompts",
-        expert=True,
     )
     prior: float = key(
         0.0, "Weight of prior preservation on class images, which the base generates; usually 1.", "Method", ge=0
     )
-    class_prompt: str | None = key(
-        None,
-        "Prompt of the class images; default: 'a {content}', or 'an image' without a content.",
-        "Prompts",
-        expert=True,
+    class_prompt: str | None = expert(
+        None, "Prompt of the class images; default: 'a {content}', or 'an image' without a content.", "Prompts"
     )
-    prior_images: int = key(100, "Number of class images.", "Method", ge=1, expert=True)
-    class_folder: Path | None = key(
+    prior_images: int = expert(100, "Number of class images.", "Method", ge=1)
+    class_folder: Path | None = expert(
         None,
         "Folder of class images; missing ones are generated and stay there; default: a folder in the cache for the "
         "base and the prompt.",
         "Method",
         private=True,
-        expert=True,
     )
-    targets: list[Target] = key(["attention"], "Layers of the UNet to adapt.", "Method", min_length=1, expert=True)
+    targets: list[Target] = expert(["attention"], "Layers of the UNet to adapt.", "Method", min_length=1)
     text_encoders: bool = key(False, "Adapt the attentions of the text encoders too.", "Method")
 
     learning_rate: float = key(1e-4, "Learning rate.", "Training", ge=0)
-    text_learning_rate: float = key(5e-5, "Learning rate of the text encoders' LoRA.", "Training", ge=0, expert=True)
+    text_learning_rate: float = expert(5e-5, "Learning rate of the text encoders' LoRA.", "Training", ge=0)
 
     @model_validator(mode="before")
     @classmethod

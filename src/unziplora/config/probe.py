@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pydantic import field_validator, model_validator
 
 from unziplora.config.bases import SDXL
-from unziplora.config.recipe import Precision, Recipe, key, natural_seeds
+from unziplora.config.recipe import Precision, Recipe, expert, key, natural_seeds
 from unziplora.config.templates import fill
 
 
@@ -39,26 +39,24 @@ class ProbeConfig(Recipe):
         "Prompts",
         min_length=2,
     )
-    prompt: str = key("a {content} in {style} style", "Prompt of every image.", "Prompts", expert=True)
+    prompt: str = expert("a {content} in {style} style", "Prompt of every image.", "Prompts")
 
-    pairs: int = key(8, "Pairs of prompts on each axis.", "Method", ge=1, expert=True)
+    pairs: int = expert(8, "Pairs of prompts on each axis.", "Method", ge=1)
     clip: str | None = key(
         None,
         "CLIP model to compare images by, a folder or hub id; default: statistics of gradients, colors and textures.",
         "Method",
         min_length=1,
     )
-    content_blocks: int = key(2, "Maximum number of blocks for content in the map.", "Method", ge=0, expert=True)
-    style_blocks: int = key(4, "Maximum number of blocks for style in the map.", "Method", ge=0, expert=True)
+    content_blocks: int = expert(2, "Maximum number of blocks for content in the map.", "Method", ge=0)
+    style_blocks: int = expert(4, "Maximum number of blocks for style in the map.", "Method", ge=0)
 
     seeds: list[int] = key([0, 1], "Seeds; one image of each prompt per seed.", "Sampling", min_length=1)
     steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
-    guidance: float = key(5.0, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1, expert=True)
-    resolution: int | None = key(
-        None, "Side of the images in pixels; default: the base's own.", "Sampling", ge=8, expert=True
-    )
-    batch_size: int = key(1, "Seeds computed at once.", "Sampling", ge=1, expert=True)
-    precision: Precision = key("auto", "Number format of the base.", "Sampling", expert=True)
+    guidance: float = expert(5.0, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
+    resolution: int | None = expert(None, "Side of the images in pixels; default: the base's own.", "Sampling", ge=8)
+    batch_size: int = expert(1, "Seeds computed at once.", "Sampling", ge=1)
+    precision: Precision = expert("auto", "Number format of the base.", "Sampling")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")
 
     @field_validator("contents", "styles")

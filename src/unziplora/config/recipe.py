@@ -30,25 +30,22 @@ GROUPS = ("Input", "Prompts", "Method", "Training", "Output")
 """Groups of keys in the order of `--help` and of the documentation; other groups follow."""
 
 
-def key(
-    default: Any,
-    help: str,
-    group: str,
-    *,
-    private: bool = False,
-    may_change: bool = False,
-    expert: bool = False,
-    **constraints: Any,
-) -> Any:
+def key(default: Any, help: str, group: str, *, private: bool = False, may_change: bool = False, **bounds: Any) -> Any:
     """Declare one configuration key with its help text, its group in `--help` and its bounds.
 
     Args:
         private: machine-specific (a path, for example); omitted from published metadata.
         may_change: may differ when a run is resumed, because it does not affect what is learned.
-        expert: shown by `--help-all` only.
     """
-    extra: dict[str, Any] = {"group": group, "private": private, "may_change": may_change, "expert": expert}
-    return Field(default, description=help, json_schema_extra=extra, **constraints)
+    marks: dict[str, Any] = {"group": group, "private": private, "may_change": may_change}
+    return Field(default, description=help, json_schema_extra=marks, **bounds)
+
+
+def expert(*args: Any, **marks_and_bounds: Any) -> Any:
+    """Declare a key as `key` does, for those who look for it: only `--help-all` shows it."""
+    declaration = key(*args, **marks_and_bounds)
+    declaration.json_schema_extra["expert"] = True
+    return declaration
 
 
 class Recipe(BaseModel):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config.recipe import KINDS, Precision, Recipe, key, natural_seeds
+from unziplora.config.recipe import KINDS, Precision, Recipe, expert, key, natural_seeds
 
 # name → diffusers class and changes to its configuration; latents are never clipped to −1…1
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,40 +46,39 @@ class GenerationConfig(Recipe):
         "Prompt; {token}, {content} and {style} stand for the runs' words. Default: the runs' own prompts.",
         "Prompts",
     )
-    content_prompt: str | None = key(
-        None, "Prompt for the content LoRA in separate mode; default: as in its run.", "Prompts", expert=True
+    content_prompt: str | None = expert(
+        None, "Prompt for the content LoRA in separate mode; default: as in its run.", "Prompts"
     )
-    style_prompt: str | None = key(
-        None, "Prompt for the style LoRA in separate mode; default: as in its run.", "Prompts", expert=True
+    style_prompt: str | None = expert(
+        None, "Prompt for the style LoRA in separate mode; default: as in its run.", "Prompts"
     )
-    mode: Literal["auto", "separate", "direct"] = key(
+    mode: Literal["auto", "separate", "direct"] = expert(
         "auto",
         "Combination of both LoRAs. separate: a prompt for each, as in training; direct: one prompt, as in most UIs; "
         "auto: separate if the words are known.",
         "Prompts",
-        expert=True,
     )
     negative: str = key("", "Negative prompt.", "Prompts")
 
     content_strength: float = key(1.0, "Strength of the content LoRA.", "Strength", allow_inf_nan=False)
     style_strength: float = key(1.0, "Strength of the style LoRA.", "Strength", allow_inf_nan=False)
-    content_blocks: list[str] = key(
-        [], "Strength per block of the content LoRA, such as up_blocks.0.attentions.1=0.5.", "Strength", expert=True
+    content_blocks: list[str] = expert(
+        [], "Strength per block of the content LoRA, such as up_blocks.0.attentions.1=0.5.", "Strength"
     )
-    style_blocks: list[str] = key([], "Strength per block of the style LoRA.", "Strength", expert=True)
+    style_blocks: list[str] = expert([], "Strength per block of the style LoRA.", "Strength")
 
     steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
     guidance: float | None = key(
         None, "Classifier-free guidance; 1 switches it off; default: as in the run, else 5.", "Sampling", ge=1
     )
-    guidance_rescale: float = key(
-        0.0, "Guidance rescale (arXiv 2305.08891); 0.7 suits zero-terminal SNR.", "Sampling", ge=0, le=1, expert=True
+    guidance_rescale: float = expert(
+        0.0, "Guidance rescale (arXiv 2305.08891); 0.7 suits zero-terminal SNR.", "Sampling", ge=0, le=1
     )
     scheduler: str = key("base", f"Sampler: {', '.join(SCHEDULER_NAMES)}.", "Sampling")
     width: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
     height: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
     seeds: list[int] = key([0], "Seeds; one image per seed and prompt.", "Sampling", min_length=1)
-    precision: Precision = key("auto", "Number format of the base.", "Sampling", expert=True)
+    precision: Precision = expert("auto", "Number format of the base.", "Sampling")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")
 
     @field_validator("scheduler")
@@ -129,11 +128,7 @@ class GridConfig(GenerationConfig):
     """Generate a labeled grid of images: strength × strength, or prompts × seeds."""
 
     out: Path = key(Path("grid.png"), "PNG file to write.", "Input")
-    rows: Axis = key(
-        "auto",
-        "Axis from row to row; auto: content strength with two LoRAs, else prompts.",
-        "Grid",
-    )
+    rows: Axis = key("auto", "Axis from row to row; auto: content strength with two LoRAs, else prompts.", "Grid")
     columns: Axis = key(
         "auto",
         "Axis along a row; auto: style strength with two LoRAs, else the strengths that are listed, or seeds.",
@@ -176,10 +171,7 @@ class GridConfig(GenerationConfig):
         if not both:
             listed = [f"{name}_strength" for name in KINDS if self._chosen(f"{name}_strengths")]
             columns = next((axis for axis in listed if axis != self.rows), columns)
-        return (
-            rows if self.rows == "auto" else self.rows,
-            columns if self.columns == "auto" else self.columns,
-        )
+        return (rows if self.rows == "auto" else self.rows, columns if self.columns == "auto" else self.columns)
 
     def _chosen(self, name: str) -> bool:
         return bool(getattr(self, name) != type(self).model_fields[name].default)

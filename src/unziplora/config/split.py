@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from unziplora.config.recipe import key
+from unziplora.config.recipe import expert, key
 from unziplora.config.training import SMALL, ImageConfig
 
 # The published recipe (paper, section 4, and the official code), with those faults of the code that
@@ -68,101 +68,75 @@ class SplitConfig(ImageConfig):
         "Settings that yours override; paper: as published; auto: bundled on the bundled base, else default.",
         "Input",
     )
-    full_prompt: str = key("a {token} {content} in {style} style", "Prompt of the whole image.", "Prompts", expert=True)
-    content_prompt: str = key("a {token} {content}", "Prompt that the content LoRA sees.", "Prompts", expert=True)
-    style_prompt: str = key("an image in {style} style", "Prompt that the style LoRA sees.", "Prompts", expert=True)
+    full_prompt: str = expert("a {token} {content} in {style} style", "Prompt of the whole image.", "Prompts")
+    content_prompt: str = expert("a {token} {content}", "Prompt that the content LoRA sees.", "Prompts")
+    style_prompt: str = expert("an image in {style} style", "Prompt that the style LoRA sees.", "Prompts")
 
     content_learning_rate: float = key(5e-5, "Learning rate of the content LoRA.", "Training", ge=0)
     style_learning_rate: float = key(5e-5, "Learning rate of the style LoRA.", "Training", ge=0)
-    scale_learning_rate: float = key(5e-3, "Learning rate of the column scales.", "Training", ge=0, expert=True)
+    scale_learning_rate: float = expert(5e-3, "Learning rate of the column scales.", "Training", ge=0)
 
     # method (UnZipLoRA, arXiv 2412.04465)
-    prompt_separation: bool = key(
-        True, "Give each LoRA its own prompt in cross-attention K and V.", "Method", expert=True
-    )
-    column_separation: bool = key(
-        True, "Train only the most important output columns of each LoRA.", "Method", expert=True
-    )
-    block_separation: bool = key(
-        True, "Train one LoRA fully in blocks known for content or style.", "Method", expert=True
-    )
-    blocks: str = key(
+    prompt_separation: bool = expert(True, "Give each LoRA its own prompt in cross-attention K and V.", "Method")
+    column_separation: bool = expert(True, "Train only the most important output columns of each LoRA.", "Method")
+    block_separation: bool = expert(True, "Train one LoRA fully in blocks known for content or style.", "Method")
+    blocks: str = expert(
         "sdxl",
         "Block map: 'sdxl' (as published), 'bundled' (for that base), 'blora' (one block each) or a TOML file.",
         "Method",
         private=True,
-        expert=True,
     )
-    column_periods: int = key(3, "Number of column choices, spread evenly over the run.", "Method", ge=1, expert=True)
-    column_share: float = key(
-        0.3, "Share of columns that a LoRA keeps after the last choice.", "Method", gt=0, le=1, expert=True
-    )
-    column_warmup: int = key(10, "Steps with all columns open before each choice.", "Method", ge=1, expert=True)
-    score_timesteps: int = key(
-        8, "Noisy latents over which column scores are accumulated.", "Method", ge=1, expert=True
-    )
-    orthogonality: float = key(
+    column_periods: int = expert(3, "Number of column choices, spread evenly over the run.", "Method", ge=1)
+    column_share: float = expert(0.3, "Share of columns that a LoRA keeps after the last choice.", "Method", gt=0, le=1)
+    column_warmup: int = expert(10, "Steps with all columns open before each choice.", "Method", ge=1)
+    score_timesteps: int = expert(8, "Noisy latents over which column scores are accumulated.", "Method", ge=1)
+    orthogonality: float = expert(
         0.5,
         "Weight of the orthogonality loss, the mean |m_c · m_s| of the column scales; higher: fewer shared columns.",
         "Method",
         ge=0,
-        expert=True,
     )
-    official_code: bool = key(
+    official_code: bool = expert(
         False,
         "Reproduce faults of the official code: column scores by threshold on scaled gradients, strict choice, random "
         "start, decay of masked columns.",
         "Method",
-        expert=True,
     )
-    phrase_steps: int = key(
+    phrase_steps: int = expert(
         0,
         "Steps that first learn the style phrase itself (textual inversion); the style LoRA then has a part for the "
         "text encoders. 0: none.",
         "Method",
         ge=0,
-        expert=True,
     )
-    phrase_learning_rate: float = key(5e-3, "Learning rate of the phrase's embeddings.", "Method", gt=0, expert=True)
-    phrase_words: list[str] = key(
-        [],
-        "Words of styles that the base knows well; the phrase is learned as a mixture of them too.",
-        "Method",
-        expert=True,
+    phrase_learning_rate: float = expert(5e-3, "Learning rate of the phrase's embeddings.", "Method", gt=0)
+    phrase_words: list[str] = expert(
+        [], "Words of styles that the base knows well; the phrase is learned as a mixture of them too.", "Method"
     )
-    phrase_word_rate: float = key(
-        1e-2, "Learning rate of the weights of phrase_words in the mixture.", "Method", gt=0, expert=True
+    phrase_word_rate: float = expert(
+        1e-2, "Learning rate of the weights of phrase_words in the mixture.", "Method", gt=0
     )
-    content_alone: float = key(
-        0.0,
-        "Share of steps in which the content LoRA learns the image without the style LoRA.",
-        "Method",
-        ge=0,
-        lt=1,
-        expert=True,
+    content_alone: float = expert(
+        0.0, "Share of steps in which the content LoRA learns the image without the style LoRA.", "Method", ge=0, lt=1
     )
-    content_variants: bool = key(
+    content_variants: bool = expert(
         False,
         "In the steps of content_alone, train on filtered variants of the image too, each with its own learned phrase; "
         "needs phrase_steps.",
         "Method",
-        expert=True,
     )
-    style_alone: float = key(
+    style_alone: float = expert(
         0.0,
         "Share of steps in which the style LoRA learns the image without the content LoRA, with the style prompt only.",
         "Method",
         ge=0,
         lt=1,
-        expert=True,
     )
-    content_prior: float = key(0.0, "Weight of prior preservation for the content LoRA.", "Method", ge=0, expert=True)
-    style_prior: float = key(0.0, "Weight of prior preservation for the style LoRA.", "Method", ge=0, expert=True)
-    prior_images: int = key(
-        16, "Number of class images per prior; the base generates them.", "Method", ge=1, expert=True
-    )
-    content_class_prompt: str = key("a {content}", "Class prompt of the content prior.", "Method", expert=True)
-    style_class_prompt: str = key("an image", "Class prompt of the style prior.", "Method", expert=True)
+    content_prior: float = expert(0.0, "Weight of prior preservation for the content LoRA.", "Method", ge=0)
+    style_prior: float = expert(0.0, "Weight of prior preservation for the style LoRA.", "Method", ge=0)
+    prior_images: int = expert(16, "Number of class images per prior; the base generates them.", "Method", ge=1)
+    content_class_prompt: str = expert("a {content}", "Class prompt of the content prior.", "Method")
+    style_class_prompt: str = expert("an image", "Class prompt of the style prior.", "Method")
 
     @model_validator(mode="after")
     def _consistent(self) -> SplitConfig:

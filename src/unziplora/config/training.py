@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from unziplora.config.bases import SDXL
-from unziplora.config.recipe import Precision, Recipe, key, natural_seeds
+from unziplora.config.recipe import Precision, Recipe, expert, key, natural_seeds
 from unziplora.config.templates import fill
 
 SMALL: dict[str, Any] = {
@@ -35,102 +35,80 @@ class TrainingConfig(Recipe):
         "Input",
         ge=16,
     )
-    token: str = key("sks", "Rare word that stands for this particular subject.", "Prompts", min_length=1, expert=True)
+    token: str = expert("sks", "Rare word that stands for this particular subject.", "Prompts", min_length=1)
 
     steps: int = key(600, "Optimizer steps.", "Training", ge=1)
-    batch_size: int = key(1, "Noisy latents per step.", "Training", ge=1, expert=True)
+    batch_size: int = expert(1, "Noisy latents per step.", "Training", ge=1)
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = key(
-        "adamw",
-        "adamw8bit saves memory; prodigy adapts the step size (set learning rates to 1).",
-        "Training",
+        "adamw", "adamw8bit saves memory; prodigy adapts the step size (set learning rates to 1).", "Training"
     )
-    betas: tuple[float, float] = key((0.9, 0.999), "Adam's betas.", "Training", expert=True)
-    schedule: Literal["constant", "cosine"] = key(
-        "constant", "Learning-rate schedule; cosine decays to zero.", "Training", expert=True
+    betas: tuple[float, float] = expert((0.9, 0.999), "Adam's betas.", "Training")
+    schedule: Literal["constant", "cosine"] = expert(
+        "constant", "Learning-rate schedule; cosine decays to zero.", "Training"
     )
-    schedule_warmup: int = key(0, "Steps of linear learning-rate warm-up.", "Training", ge=0, expert=True)
-    max_grad_norm: float = key(1.0, "Norm to which gradients are clipped.", "Training", gt=0, expert=True)
-    min_snr_gamma: float | None = key(
-        None, "Gamma of min-SNR weighting (arXiv 2303.09556); usually 5.", "Training", gt=0, expert=True
+    schedule_warmup: int = expert(0, "Steps of linear learning-rate warm-up.", "Training", ge=0)
+    max_grad_norm: float = expert(1.0, "Norm to which gradients are clipped.", "Training", gt=0)
+    min_snr_gamma: float | None = expert(
+        None, "Gamma of min-SNR weighting (arXiv 2303.09556); usually 5.", "Training", gt=0
     )
-    noise_offset: float = key(
+    noise_offset: float = expert(
         0.0,
         "Offset added to the noise of each channel, for very dark or bright images; usually 0.05.",
         "Training",
         ge=0,
-        expert=True,
     )
-    timestep_shift: float = key(
+    timestep_shift: float = expert(
         1.0,
         "Above 1, more steps train at high noise, which decides layout and background colors; 1 is uniform.",
         "Training",
         gt=0,
-        expert=True,
     )
-    precision: Precision = key(
+    precision: Precision = expert(
         "auto",
         "Number format of the frozen base; auto: bf16 if the GPU supports it, else fp16; fp32 on a CPU.",
         "Training",
-        expert=True,
         may_change=True,
     )
     gradient_checkpointing: bool = key(
-        False,
-        "Save memory at the cost of speed: about 9 GiB instead of 17 for SDXL.",
-        "Training",
-        may_change=True,
+        False, "Save memory at the cost of speed: about 9 GiB instead of 17 for SDXL.", "Training", may_change=True
     )
-    cuda_graphs: bool = key(
+    cuda_graphs: bool = expert(
         True,
         "On NVIDIA GPUs, record a step and replay it: the same result, faster if the GPU waits for Python. Not with "
         "gradient checkpointing.",
         "Training",
         may_change=True,
-        expert=True,
     )
-    generated_steps: int = key(
+    generated_steps: int = expert(
         30,
         "Denoising steps for images that a training generates itself: class images, ZipLoRA's teachers.",
         "Training",
         ge=1,
-        expert=True,
     )
-    generated_guidance: float = key(
-        5.0, "Classifier-free guidance for images that a training generates itself.", "Training", ge=1, expert=True
+    generated_guidance: float = expert(
+        5.0, "Classifier-free guidance for images that a training generates itself.", "Training", ge=1
     )
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training", may_change=True)
     seed: int = key(0, "Random seed.", "Training", ge=0)
 
-    save_precision: Literal["fp16", "bf16", "fp32"] = key(
-        "fp16", "Number format of the LoRA files.", "Output", expert=True
-    )
-    formats: list[Literal["kohya", "diffusers"]] = key(
+    save_precision: Literal["fp16", "bf16", "fp32"] = expert("fp16", "Number format of the LoRA files.", "Output")
+    formats: list[Literal["kohya", "diffusers"]] = expert(
         ["kohya"],
         "File layouts to write; kohya's, which every program reads, is always included.",
         "Output",
         may_change=True,
-        expert=True,
     )
-    checkpoint_every: int = key(
-        200,
-        "Steps between checkpoints; 0: only at the end and on interruption.",
-        "Output",
-        ge=0,
-        may_change=True,
-        expert=True,
+    checkpoint_every: int = expert(
+        200, "Steps between checkpoints; 0: only at the end and on interruption.", "Output", ge=0, may_change=True
     )
-    sample_every: int = key(
-        0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0, may_change=True, expert=True
+    sample_every: int = expert(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0, may_change=True)
+    sample_steps: int = expert(30, "Denoising steps of samples.", "Output", ge=1, may_change=True)
+    sample_guidance: float = expert(5.0, "Classifier-free guidance of samples.", "Output", ge=1, may_change=True)
+    sample_seeds: list[int] = expert(
+        [0, 1], "Seeds of samples; none: no samples.", "Output", max_length=200, may_change=True
     )
-    sample_steps: int = key(30, "Denoising steps of samples.", "Output", ge=1, may_change=True, expert=True)
-    sample_guidance: float = key(
-        5.0, "Classifier-free guidance of samples.", "Output", ge=1, may_change=True, expert=True
-    )
-    sample_seeds: list[int] = key(
-        [0, 1], "Seeds of samples; none: no samples.", "Output", max_length=200, may_change=True, expert=True
-    )
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = key(
-        [], "Experiment trackers.", "Output", may_change=True, expert=True
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = expert(
+        [], "Experiment trackers.", "Output", may_change=True
     )
 
     _natural = field_validator("sample_seeds")(natural_seeds)
@@ -191,39 +169,22 @@ class TrainingConfig(Recipe):
 class ImageConfig(TrainingConfig):
     """Keys of all trainings on images."""
 
-    images: list[Path] = key(
-        ...,
-        "Image file, or several that share what is to be learned.",
-        "Input",
-        min_length=1,
-        private=True,
-        expert=True,
+    images: list[Path] = expert(
+        ..., "Image file, or several that share what is to be learned.", "Input", min_length=1, private=True
     )
-    masks: list[Path] = key(
-        [], "Subject masks, one per image; white areas count in the loss.", "Input", private=True, expert=True
+    masks: list[Path] = expert(
+        [], "Subject masks, one per image; white areas count in the loss.", "Input", private=True
     )
-    background_weight: float = key(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1, expert=True)
+    background_weight: float = expert(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
 
-    rank: int = key(
-        64,
-        "Rank of each LoRA; 2.9 MB per rank in SDXL's attentions.",
-        "Training",
-        ge=1,
+    rank: int = key(64, "Rank of each LoRA; 2.9 MB per rank in SDXL's attentions.", "Training", ge=1)
+    alpha: float | None = expert(None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0)
+    weight_decay: float = expert(1e-4, "Decoupled weight decay of the LoRA matrices.", "Training", ge=0)
+    sample_subject: str = expert(
+        "dog", "Another subject, for the style-alone sample.", "Output", min_length=1, may_change=True
     )
-    alpha: float | None = key(
-        None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0, expert=True
-    )
-    weight_decay: float = key(1e-4, "Decoupled weight decay of the LoRA matrices.", "Training", ge=0, expert=True)
-    sample_subject: str = key(
-        "dog", "Another subject, for the style-alone sample.", "Output", min_length=1, may_change=True, expert=True
-    )
-    sample_style: str = key(
-        "watercolor painting",
-        "Another style, for the content-alone sample.",
-        "Output",
-        min_length=1,
-        may_change=True,
-        expert=True,
+    sample_style: str = expert(
+        "watercolor painting", "Another style, for the content-alone sample.", "Output", min_length=1, may_change=True
     )
 
     def prior_weights(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config.recipe import key
+from unziplora.config.recipe import expert, key
 from unziplora.config.training import TrainingConfig, style_words
 from unziplora.errors import UserError
 
@@ -15,8 +15,8 @@ from unziplora.errors import UserError
 class ZipConfig(TrainingConfig):
     """Merge a content LoRA and a style LoRA into one, by trained column scales (ZipLoRA, arXiv 2311.13600) or a sum."""
 
-    content_lora: Path = key(..., "Run folder or LoRA file for the content.", "Input", private=True, expert=True)
-    style_lora: Path = key(..., "Run folder or LoRA file for the style.", "Input", private=True, expert=True)
+    content_lora: Path = expert(..., "Run folder or LoRA file for the content.", "Input", private=True)
+    style_lora: Path = expert(..., "Run folder or LoRA file for the style.", "Input", private=True)
     content_images: list[Path] = key(
         [],
         "Images that the content LoRA learned; default: its run's; none: the LoRA generates some.",
@@ -32,8 +32,8 @@ class ZipConfig(TrainingConfig):
 
     content_prompt: str | None = key(None, "Prompt that the content LoRA learned; default: its run's.", "Prompts")
     style_prompt: str | None = key(None, "Prompt that the style LoRA learned; default: its run's.", "Prompts")
-    full_prompt: str | None = key(
-        None, "Prompt of both together, for samples and the card; default: joined from the two.", "Prompts", expert=True
+    full_prompt: str | None = expert(
+        None, "Prompt of both together, for samples and the card; default: joined from the two.", "Prompts"
     )
 
     method: Literal["zip", "direct"] = key(
@@ -43,16 +43,14 @@ class ZipConfig(TrainingConfig):
     )
     content_strength: float = key(1.0, "Strength of the content LoRA.", "Method", allow_inf_nan=False)
     style_strength: float = key(1.0, "Strength of the style LoRA.", "Method", allow_inf_nan=False)
-    orthogonality: float = key(
-        0.01, "Weight of the mean |m_c · m_s| of the column scales.", "Method", ge=0, expert=True
-    )
-    teacher_images: int = key(4, "Number of images that a LoRA generates if it has none.", "Method", ge=1, expert=True)
+    orthogonality: float = expert(0.01, "Weight of the mean |m_c · m_s| of the column scales.", "Method", ge=0)
+    teacher_images: int = expert(4, "Number of images that a LoRA generates if it has none.", "Method", ge=1)
 
     steps: int = key(100, "Optimizer steps.", "Training", ge=1)
     # Adam moves a scale by about this much per step: at 5e-5, ziplora-pytorch's rate, by 0.005 in 100 steps.
     learning_rate: float = key(1e-2, "Learning rate of the column scales.", "Training", ge=0)
 
-    parts: bool = key(False, "Write the two scaled LoRAs too; their sum is the merged one.", "Output", expert=True)
+    parts: bool = expert(False, "Write the two scaled LoRAs too; their sum is the merged one.", "Output")
 
     @field_validator("content_prompt", "style_prompt", "full_prompt")
     @classmethod

@@ -20,11 +20,7 @@ T = TypeVar("T")
 
 
 def convert(
-    src: str | Path,
-    dst: str | Path,
-    layout: str = "kohya",
-    dtype: str | None = None,
-    overwrite: bool = False,
+    src: str | Path, dst: str | Path, layout: str = "kohya", dtype: str | None = None, overwrite: bool = False
 ) -> Lora:
     """Write a LoRA file in another layout with the same ΔW and metadata, and return the LoRA.
 
