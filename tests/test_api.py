@@ -179,6 +179,7 @@ def dense(pipe: object, loras: dict[str, float], run: unziplora.Run) -> object:
     return changed
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_loaded_runs_equal_dense_products_and_replace_each_other(tiny_folder: Path, run: unziplora.Run) -> None:
     pipe, plain = load_base(str(tiny_folder)).pipe, load_base(str(tiny_folder)).pipe
     run.load_into(pipe, content=0.7, style=0.3)

@@ -197,7 +197,7 @@ def zip_loras(
     of `ZipConfig`.
     """
     loras = {"content_lora": content, "style_lora": style}
-    paths = {name: _lora_path(source) for name, source in loras.items() if source is not None}
+    paths = {name: path for name, source in loras.items() if (path := _lora_path(source))}
     name = "-".join(path.name.removesuffix(".safetensors") for path in paths.values())
     return _train(ziplora.zip_loras, ZipConfig, (), {**paths, **settings}, out, base, pipe, resume, progress, name)
 
@@ -218,13 +218,10 @@ def sample(
 
     Args:
         run: a run whose content and style are used, or one LoRA file.
-        content: a run or LoRA file for the content.
-        style: a run or LoRA file for the style.
+        content, style: a run or LoRA file for the content, and one for the style.
         prompts: one or several; {token}, {content} and {style} stand for the runs' words. Default: the runs' own.
         out: folder in which the images are saved too.
-        base: see `split`; default: the one that the LoRAs were trained on.
-        pipe: an SDXL pipeline in memory, used instead of a base and left as it was.
-        progress: see `split`.
+        base, pipe, progress: see `split`; the default base is the one that the LoRAs were trained on.
         settings: further keys of `SampleConfig`, such as `seeds=[0, 1]` or `style_strength=0.8`.
 
     Raises:
@@ -232,12 +229,11 @@ def sample(
         MachineError: out of memory, disk full, no permission.
     """
     keys = _sample_keys(run, content, style, prompts, out, settings)
-    with _opened(base, pipe) as (source, loaded), _counted(progress) as report:
-        config = resolve(SampleConfig, {"base": source} if source else {}, keys)
+    with _prepared(SampleConfig, {}, keys, base, pipe, progress) as (config, loaded, view):
         if out is not None:
             samples.check_out(config)
         images = []
-        for made in samples.generate_samples(config, loaded, report):
+        for made in samples.generate_samples(config, loaded, counted(view)):
             images.append(made.image)
             if out is not None:
                 made.save(config.out)
@@ -262,9 +258,8 @@ def grid(
     `GridConfig`.
     """
     keys = _sample_keys(run, content, style, prompts, out, settings)
-    with _opened(base, pipe) as (source, loaded), _counted(progress) as report:
-        config = resolve(GridConfig, {"base": source} if source else {}, keys)
-        sheet = grids.draw_grid(config, loaded, report)
+    with _prepared(GridConfig, {}, keys, base, pipe, progress) as (config, loaded, view):
+        sheet = grids.draw_grid(config, loaded, counted(view))
         if out is not None:
             samples.write_image(sheet.image, config.out, sheet.text)
         return sheet.image
@@ -280,20 +275,11 @@ def find_blocks(
 ) -> Findings:
     """Find the blocks of a base that decide content and style (B-LoRA's probe, arXiv 2403.14572, section 4).
 
-    Args:
-        base: see `split`.
-        out: folder to create for the block map, the figures and the images.
-        pipe: see `split`.
-        progress: see `split`.
-        settings: further keys of `ProbeConfig`.
-
-    Raises:
-        UserError: the folder is not empty, or the base or a setting cannot be used.
-        MachineError: out of memory, disk full, no permission.
+    Arguments and errors are those of `split`, where `out` is the folder for the block map, the figures and the images;
+    further keys are those of `ProbeConfig`.
     """
-    with _opened(base, pipe) as (source, loaded), _counted(progress) as report:
-        config = resolve(ProbeConfig, {"base": source} if source else {}, {"out": out, **settings})
-        return probe.find_blocks(config, loaded, progress=report)
+    with _prepared(ProbeConfig, {}, {"out": out, **settings}, base, pipe, progress) as (config, loaded, view):
+        return probe.find_blocks(config, loaded, progress=counted(view))
 
 
 def load_adapter(pipe: StableDiffusionXLPipeline, name: str, lora: Lora, strength: float) -> None:
@@ -340,14 +326,12 @@ def _train(
     if resume and out is None:
         raise UserError("resume needs the run folder: give out=")
     folder = Path(out) if out is not None else _default_folder(sources, name or str(settings.get("content") or ""))
-    keys: dict[str, Any] = {key: value for key, value in settings.items() if value is not None}
-    keys["out"] = folder
+    keys = {**_set(settings), "out": folder}
     if sources:
-        keys["images"] = _image_files(sources, folder)
+        keys["images"] = [_image_file(image, number, folder) for number, image in enumerate(sources, 1)]
     saved = read_toml(folder / "config.toml") if resume else {}
-    with _opened(base, pipe) as (source, loaded), _view(progress) as report:
-        config = resolve(model, saved, {"base": source} if source else {}, keys)
-        return Run(train(config, resume=resume, progress=report, base=loaded).path)
+    with _prepared(model, saved, keys, base, pipe, progress) as (config, loaded, view):
+        return Run(train(config, resume=resume, progress=view, base=loaded).path)
 
 
 def _default_folder(images: Sequence[ImageSource], name: str) -> Path:
@@ -357,21 +341,22 @@ def _default_folder(images: Sequence[ImageSource], name: str) -> Path:
     return free_folder(Path("runs") / (name or "image"))
 
 
-def _image_files(images: Sequence[ImageSource], folder: Path) -> list[Path]:
-    """Return the files of images; those in memory are saved in the run folder first, for a resumed run."""
-    files = []
-    for number, image in enumerate(images, 1):
-        if isinstance(image, Image.Image):
-            file = folder / IMAGES / f"{number}.png"
-            write_png(file, image)
-            files.append(file)
-        else:
-            files.append(Path(image))
-    return files
+def _image_file(image: ImageSource, number: int, folder: Path) -> Path:
+    """Return the file of an image; one in memory is saved in the run folder first, for a resumed run."""
+    if not isinstance(image, Image.Image):
+        return Path(image)
+    file = folder / IMAGES / f"{number}.png"
+    write_png(file, image)
+    return file
 
 
-def _lora_path(source: LoraSource) -> Path:
-    return source.path if isinstance(source, RunFolder) else Path(source)
+def _lora_path(source: LoraSource | None) -> Path | None:
+    return source.path if isinstance(source, RunFolder) else None if source is None else Path(source)
+
+
+def _set(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that have a value."""
+    return {name: value for name, value in keys.items() if value is not None}
 
 
 def _sample_keys(
@@ -383,44 +368,34 @@ def _sample_keys(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Collect the keys of a sample configuration from its arguments."""
-    keys: dict[str, Any] = dict(loras_of(_lora_path(run))) if run is not None else {}
-    keys |= {
-        kind: _lora_path(source) for kind, source in (("content", content), ("style", style)) if source is not None
-    }
-    if prompts:
-        keys["prompts"] = [prompts] if isinstance(prompts, str) else list(prompts)
-    if out is not None:
-        keys["out"] = out
-    return {**keys, **settings}
+    path = _lora_path(run)
+    texts = [prompts] if isinstance(prompts, str) and prompts else list(prompts)
+    named = {"content": _lora_path(content), "style": _lora_path(style), "prompts": texts or None, "out": out}
+    return {**(loras_of(path) if path else {}), **_set(named), **settings}
 
 
 @contextmanager
-def _opened(
-    base: Location | Base | None, pipe: StableDiffusionXLPipeline | None
-) -> Iterator[tuple[str | None, Base | None]]:
-    """Yield what finds the base again, for the configuration, and the loaded base if there is one."""
+def _prepared(
+    model: type[C],
+    saved: dict[str, Any],
+    keys: dict[str, Any],
+    base: Location | Base | None,
+    pipe: StableDiffusionXLPipeline | None,
+    progress: bool | Callback,
+) -> Iterator[tuple[C, Base | None, Callback]]:
+    """Yield the resolved configuration, the loaded base if there is one, and the function that shows progress."""
     if base is not None and pipe is not None:
         raise UserError("base and pipe are two ways to say the same: give one of them")
-    with borrowed(pipe) if pipe is not None else nullcontext(base) as opened:
-        if isinstance(opened, Base):
-            named = opened.name == "bundled" or HUB_ID.fullmatch(opened.name)
-            yield opened.name if named else str(opened.pipe.name_or_path or opened.name), opened
-        else:
-            yield None if opened is None else str(opened), None
+    opened = borrowed(pipe) if pipe is not None else nullcontext(base)
+    view = nullcontext(progress) if callable(progress) else show(quiet=not progress)
+    with opened as source, view as report:
+        named = {} if source is None else {"base": _base_name(source)}
+        yield resolve(model, saved, named, keys), source if isinstance(source, Base) else None, report
 
 
-@contextmanager
-def _view(progress: bool | Callback) -> Iterator[Callback]:
-    """Yield the function that shows progress: the caller's own, or a view that fits where the output goes."""
-    if callable(progress):
-        yield progress
-        return
-    with show(quiet=not progress) as view:
-        yield view
-
-
-@contextmanager
-def _counted(progress: bool | Callback) -> Iterator[Callable[[int, int], None]]:
-    """Yield a view of progress for what counts steps alone."""
-    with _view(progress) as view:
-        yield counted(view)
+def _base_name(base: Location | Base) -> str:
+    """Return what finds a base again: its name if it is bundled or on the hub, else its path."""
+    if not isinstance(base, Base):
+        return str(base)
+    named = base.name == "bundled" or HUB_ID.fullmatch(base.name)
+    return base.name if named else str(base.pipe.name_or_path or base.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ import transformers
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Temporarily suppress the progress bars and warnings of diffusers and transformers."""
+    """Temporarily suppress the progress bars and warnings of diffusers, transformers and PEFT."""
     loggers = [logging.getLogger("diffusers"), logging.getLogger("transformers")]
     levels = [logger.level for logger in loggers]
     bars = diffusers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.is_progress_bar_enabled()
@@ -21,7 +22,9 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="diffusers|transformers|peft")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
