@@ -31,11 +31,11 @@ def _plan(config: BenchConfig) -> Plan:
     cases = select_cases(known, config.cases, config.quick)
     read_settings(config.settings)
     lines = [
-        f"# {case.slug}: a {case.content} in {case.style} style"
+        f"{case.slug}: a {case.content} in {case.style} style"
         + ("" if case.partner == case.slug else f", mixed with {case.partner}")
         for case in cases
     ]
-    return Plan(config, {"cases": [case.slug for case in cases]}, "\n".join(["# Cases", *lines]))
+    return Plan(config, {"cases": [case.slug for case in cases]}, ["Cases", *lines])
 
 
 bench_command = RecipeCommand(

@@ -23,9 +23,9 @@ def _plan(config: ProbeConfig) -> Plan:
     inspect_base(config.base)
     pairs = config.word_pairs()
     lines = [
-        f"# {pair.content} ({pair.other_content} instead), {pair.style} ({pair.other_style} instead)" for pair in pairs
+        f"{pair.content} ({pair.other_content} instead), {pair.style} ({pair.other_style} instead)" for pair in pairs
     ]
-    return Plan(config, {"pairs": [pair._asdict() for pair in pairs]}, "\n".join(["# Pairs", *lines]))
+    return Plan(config, {"pairs": [pair._asdict() for pair in pairs]}, ["Pairs", *lines])
 
 
 blocks_command = RecipeCommand(

@@ -35,12 +35,12 @@ class Plan(NamedTuple):
     Attributes:
         config: the recipe, completed as far as possible before the run.
         data: consequences of the recipe, for `--json`.
-        comments: the same for people; TOML comments, because they follow the recipe as TOML.
+        comments: the same for people, line by line; written as TOML comments, because they follow the recipe as TOML.
     """
 
     config: Recipe
     data: Keys
-    comments: str
+    comments: list[str]
 
 
 def file_and_flags(params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
@@ -104,7 +104,8 @@ class RecipeCommand(click.Command):
             with stdout_to_stderr():
                 plan = self.plan(config)
             data = {"config": plan.config.model_dump(mode="json"), **plan.data}
-            emit(data, f"{to_toml(plan.config)}\n{plan.comments}", params["as_json"])
+            comments = "\n".join(f"# {line}" if line else "" for line in plan.comments)
+            emit(data, f"{to_toml(plan.config)}\n{comments}", params["as_json"])
             return
         options = {"resume": params["resume"]} if self.resumable else {}
         with stdout_to_stderr(), show(params["quiet"]) as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,7 +49,8 @@ FITTING_CPU: list[tuple[float, str]] = [
 """Minimum RAM in GiB, part of which the system takes, and the flags with which SDXL trains in it."""
 
 
-class Check(BaseModel):
+@dataclass(frozen=True)
+class Check:
     """One finding: 'ok', 'note' (works, but less well) or 'problem' (must be fixed), with advice."""
 
     name: str
@@ -58,14 +59,7 @@ class Check(BaseModel):
 
 
 class Device(BaseModel):
-    """A device to train on.
-
-    Attributes:
-        name: its name for `--device`.
-        model: the product name.
-        memory_free, memory_total: bytes.
-        bf16: the device computes in bf16.
-    """
+    """A device to train on: its name for `--device`, its product name, and its memory in bytes."""
 
     name: str
     model: str
@@ -110,18 +104,18 @@ def examine(online: bool = False) -> Report:
     packages = {name: number for name in PACKAGES if (number := installed(name)) is not None}
     bundled = (BUNDLED_BASE / "model_index.json").is_file()
     disk = shutil.disk_usage(Path.cwd()).free
+    missing = "not installed: run `pip install .` in the clone of unziplora"
     checks = [
-        _python(),
-        *(_missing(name) for name in PACKAGES if name not in packages),
-        Check(name="packages", state="ok", text=", ".join(f"{name} {number}" for name, number in packages.items())),
+        Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}"),
+        *(Check(name, "problem", missing) for name in PACKAGES if name not in packages),
+        Check("packages", "ok", ", ".join(f"{name} {number}" for name, number in packages.items())),
         *(_device(device) for device in devices),
         _disk(disk),
         _model_cache(Path(HF_HUB_CACHE), SDXL_GB_CPU if devices[0].name == "cpu" else SDXL_GB),
         _bundled(bundled),
         *(_extra(name) for name in EXTRAS),
+        *([_hub()] if online else []),
     ]
-    if online:
-        checks.append(_hub())
     return Report(
         python=platform.python_version(),
         system=platform.platform(),
@@ -184,74 +178,56 @@ def advice(device: Device, bundled: bool, eight_bit: bool) -> str:
     return f"{device.model}, {gib:.0f} GiB: unziplora split IMAGE --content WORD --style WORDS {flags}".rstrip()
 
 
-def _python() -> Check:
-    state: Literal["ok", "problem"] = "ok" if sys.version_info >= (3, 10) else "problem"
-    text = f"{platform.python_version()} on {platform.platform(terse=True)}"
-    return Check(name="python", state=state, text=text + ("" if state == "ok" else ": install 3.10 or newer"))
-
-
-def _missing(name: str) -> Check:
-    return Check(name=name, state="problem", text="not installed: run `pip install .` in the clone of unziplora")
-
-
 def _device(device: Device) -> Check:
     text = f"{device.model}, {size(device.memory_total)} ({size(device.memory_free)} free)"
     if device.name.startswith("cuda"):
         text += ", bf16" if device.bf16 else ", no bf16: fp16 is used"
     if device.name != "cpu" and device.memory_free < 0.5 * device.memory_total:
-        return Check(name=device.name, state="note", text=f"{text}; other programs hold more than half of it")
-    return Check(name=device.name, state="ok", text=text)
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or its nearest parent that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        return Check(device.name, "note", f"{text}; other programs hold more than half of it")
+    return Check(device.name, "ok", text)
 
 
 def _disk(free: int) -> Check:
     text = f"{size(free)} free in {Path.cwd()}"
     if free < GIB:
-        return Check(name="disk", state="problem", text=f"{text}: a run needs 1 GiB; free some space")
-    return Check(name="disk", state="ok", text=text)
+        return Check("disk", "problem", f"{text}: a run needs 1 GiB; free some space")
+    return Check("disk", "ok", text)
 
 
 def _model_cache(folder: Path, needed: int) -> Check:
-    """Check for enough room for SDXL, in GB, in the hub's cache."""
-    folder = _existing(folder)
+    """Check for enough room for SDXL, in GB, in the hub's cache or in its nearest parent that exists."""
+    folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     text = f"{size(free)} free in {folder}"
     if free < (needed + 3) * GIB:
-        advice = f"SDXL takes {needed} GB to download; set HF_HOME to use another folder"
-        return Check(name="model cache", state="note", text=f"{text}: {advice}")
-    return Check(name="model cache", state="ok", text=text)
+        return Check(
+            "model cache", "note", f"{text}: SDXL takes {needed} GB to download; set HF_HOME to use another folder"
+        )
+    return Check("model cache", "ok", text)
 
 
 def _bundled(exists: bool) -> Check:
     if exists:
-        return Check(name="bundled base", state="ok", text="installed")
-    return Check(name="bundled base", state="note", text="not in this installation; set --base to a model of your own")
+        return Check("bundled base", "ok", "installed")
+    return Check("bundled base", "note", "not in this installation; set --base to a model of your own")
 
 
 def _extra(name: str) -> Check:
     purpose, number = EXTRAS[name], installed(name)
     if number and find_spec(name):
-        return Check(name=name, state="ok", text=f"{number}: {purpose}")
-    return Check(name=name, state="note", text=f"not installed; for {purpose}: pip install {name}")
+        return Check(name, "ok", f"{number}: {purpose}")
+    return Check(name, "note", f"not installed; for {purpose}: pip install {name}")
 
 
 def _hub() -> Check:
-    from urllib.error import URLError
     from urllib.request import Request, urlopen
 
     try:
         with urlopen(Request(HUB, method="HEAD"), timeout=10):
-            return Check(name="model hub", state="ok", text=f"{HUB} answers")
-    except (URLError, OSError, ValueError) as error:
-        return Check(
-            name="model hub",
-            state="note",
-            text=f"{HUB} does not answer ({error}): give --base a folder or file on this machine",
-        )
+            return Check("model hub", "ok", f"{HUB} answers")
+    except (OSError, ValueError) as error:
+        advice = "give --base a folder or file on this machine"
+        return Check("model hub", "note", f"{HUB} does not answer ({error}): {advice}")
 
 
 def run_doctor(online: bool, as_json: bool) -> None:

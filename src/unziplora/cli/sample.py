@@ -49,11 +49,11 @@ def _plan(config: GenerationConfig) -> Plan:
     plan = plan_sampling(config)
     inspect_base(plan.base)
     guidance, prompts = plan.settings.guidance, plan.prompts
-    lines = [f"# base: {plan.base}", f"# guidance: {guidance:g}", *(f"# prompt: {prompt.full}" for prompt in prompts)]
+    lines = [f"base: {plan.base}", f"guidance: {guidance:g}", *(f"prompt: {prompt.full}" for prompt in prompts)]
     if isinstance(config, GridConfig):
-        lines.append("# rows: {}, columns: {}".format(*config.axes()))
+        lines.append("rows: {}, columns: {}".format(*config.axes()))
     data = {"base": plan.base, "guidance": guidance, "prompts": [asdict(prompt) for prompt in prompts]}
-    return Plan(config, data, "\n".join(lines))
+    return Plan(config, data, lines)
 
 
 _RUN = (

@@ -87,12 +87,12 @@ def _plan(method: ImportMethod, config: ImageConfig) -> Plan:
     memory = estimate(config, sizes, kind.layers(config, sizes.names))
     prompts = config.filled_prompts()
     data = {"prompts": prompts, "memory": memory.model_dump(mode="json")}
-    return Plan(config, data, f"{prompt_comments(prompts)}\n\n{memory.table('# ')}")
+    return Plan(config, data, [*prompt_lines(prompts), "", *memory.table().splitlines()])
 
 
-def prompt_comments(prompts: Mapping[str, str]) -> str:
-    """Format prompts as TOML comments."""
-    return "\n".join(["# Prompts", *(f"# {name}: {text}" for name, text in prompts.items())])
+def prompt_lines(prompts: Mapping[str, str]) -> list[str]:
+    """List prompts under a heading."""
+    return ["Prompts", *(f"{name}: {text}" for name, text in prompts.items())]
 
 
 def run_layers(words: str, file: Keys, flags: Keys, name: str | None, resume: bool) -> list[Keys]:

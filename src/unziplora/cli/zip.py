@@ -11,7 +11,7 @@ import click
 from unziplora.cli.command import Keys, Output, Plan, RecipeCommand
 from unziplora.cli.options import ExpandedPath
 from unziplora.cli.output import memory_advice
-from unziplora.cli.training import prompt_comments, run_layers, run_output
+from unziplora.cli.training import prompt_lines, run_layers, run_output
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.utils.files import file_stem
@@ -54,7 +54,7 @@ def _plan(config: ZipConfig) -> Plan:
     else:
         ZipLora.check(config)
     prompts = config.filled_prompts()
-    return Plan(config, {"prompts": prompts}, prompt_comments(prompts))
+    return Plan(config, {"prompts": prompts}, prompt_lines(prompts))
 
 
 _NOTES = {
