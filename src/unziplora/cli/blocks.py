@@ -22,9 +22,7 @@ def _plan(config: ProbeConfig) -> Plan:
 
     inspect_base(config.base)
     pairs = config.word_pairs()
-    lines = [
-        f"{pair.content} ({pair.other_content} instead), {pair.style} ({pair.other_style} instead)" for pair in pairs
-    ]
+    lines = [f"{one.content} ({one.other_content} instead), {one.style} ({one.other_style} instead)" for one in pairs]
     return Plan(config, {"pairs": [pair._asdict() for pair in pairs]}, ["Pairs", *lines])
 
 

@@ -7,7 +7,6 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import annotated_types
 from pydantic.fields import FieldInfo
 
 from unziplora.cli.options import format_value
@@ -114,12 +113,8 @@ def _type(field: FieldInfo) -> str:
     """Describe a key's type and bounds."""
     name = _words(field.annotation)
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    bounds = [
-        f"{signs[kind]} {format_value(getattr(rule, kind))}"
-        for rule in field.metadata
-        for kind in signs
-        if isinstance(rule, getattr(annotated_types, kind.capitalize())) and hasattr(rule, kind)
-    ]
+    rules = [(sign, getattr(rule, kind, None)) for rule in field.metadata for kind, sign in signs.items()]
+    bounds = [f"{sign} {format_value(bound)}" for sign, bound in rules if bound is not None]
     return f"{name} {', '.join(bounds)}".strip()
 
 
