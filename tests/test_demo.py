@@ -1,9 +1,11 @@
 """The demo on the tiny base."""
 
 import os
+import pickle
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,11 @@ from safetensors.torch import load_file
 
 from unziplora import demo
 from unziplora.config.recipe import read_toml, resolve
+from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.images.preprocess import load_image
+from unziplora.models.base import Base
 from unziplora.utils.files import free_folder
 from unziplora.utils.progress import Progress
 
@@ -44,6 +48,12 @@ def two_threads() -> object:
 
 
 def test_demo_writes_both_pairs_and_a_strip(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(base: Base, config: SplitConfig, sample: SampleConfig) -> Image.Image:
+        return draw_slowly(base, config.model_copy(update={"sample_steps": 1}), sample)
+
+    draw_slowly = demo._draw
+    monkeypatch.setattr(demo, "_draw", draw)
+    monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.DISTILLATION_STEPS", 1)
     monkeypatch.chdir(tmp_path)
     result = demo.demo("runs/demo", base=str(tiny_folder), steps=2)
     assert result.runs == [Path("runs/demo/first"), Path("runs/demo/second")]
@@ -76,9 +86,17 @@ def test_two_processes_give_what_one_gives(tiny_folder: Path, tmp_path: Path, tw
             torch.testing.assert_close(load_file(one), load_file(two), rtol=0, atol=0)
 
 
-def test_second_process_reports_its_fault(tiny_folder: Path, tmp_path: Path, two_threads: None) -> None:
+def test_second_process_reports_its_fault(
+    tiny_folder: Path, tmp_path: Path, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = configs(tiny_folder, tmp_path)
-    second = second.model_copy(update={"images": [tmp_path / "none.png"]})
+
+    def split(config: SplitConfig, progress: object = None) -> None:
+        if config is second:
+            raise pickle.loads(pickle.dumps(UserError("none.png: no such image")))
+
+    monkeypatch.setattr(demo, "split", split)
+    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     with pytest.raises(UserError, match=r"none\.png"):
         demo.split_both(first, second, lambda _: None)
 
