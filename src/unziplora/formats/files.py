@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from unziplora.errors import UserError
 from unziplora.formats import identify, writers
+from unziplora.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
 from unziplora.formats.header import LAYERS_KEY, complete_metadata
-from unziplora.formats.names import PEFT_PREFIX
+from unziplora.formats.names import is_peft, unwrap
+from unziplora.formats.quantization import dequantized
 from unziplora.formats.readers import FileModules, group_by_module
 from unziplora.formats.safetensors import read_tensors, write_safetensors
 from unziplora.formats.sdxl import LAYERS, has_sdxl_widths, other_unet
@@ -45,6 +48,12 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
             f"{path}: {len(broken)} tensors hold NaN or infinity, the first: {broken[0]}. "
             "The training had diverged or overflowed; take an earlier checkpoint"
         )
+    if modules.unread:
+        warnings.warn(
+            f"{path}: read without {', '.join(modules.unread[:4])}{' …' if len(modules.unread) > 4 else ''}, which "
+            f"{'are' if len(modules.unread) > 1 else 'is'} not part of a LoRA; an embedding is loaded by itself",
+            stacklevel=2,
+        )
     unet, text = ({name: factors.pair() for name, factors in part.items()} for part in (modules.unet, modules.text))
     alphas = {factors.alpha for factors in modules.all.values()}
     return Lora(unet, metadata, text, alphas.pop() if len(alphas) == 1 else None)
@@ -63,12 +72,12 @@ def read_modules(
     """
     if (kind := identify.kind(tensors)) != identify.LORA:
         raise UserError(f"{path}: this is {kind}, not a LoRA")
-    if family := identify.family(tensors):
+    if family := identify.family(map(unwrap, tensors)):
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
     config = dict(unet_config or {})
     try:
-        metadata = {**metadata, **_peft_config(path, tensors)}
-        modules = group_by_module(tensors, metadata, _layers(metadata, config))
+        configs = _adapter_configs(path, tensors, metadata)
+        modules = group_by_module(dequantized(tensors), configs, _layers(metadata, config))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     family = other_unet(modules.shapes, config.get("cross_attention_dim"))
@@ -84,24 +93,27 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _layers(metadata: Mapping[str, str], config: Mapping[str, Any]) -> int:
     """Return the resnets per block, which sgm's names depend on: those of the file's header, of the base, or SDXL's."""
-    if LAYERS_KEY in metadata and metadata[LAYERS_KEY].isdigit():
+    if re.fullmatch("[1-9]", metadata.get(LAYERS_KEY, "")):
         return int(metadata[LAYERS_KEY])
     layers = config.get("layers_per_block")
     return layers if isinstance(layers, int) and "unziplora.version" not in metadata else LAYERS
 
 
-def _peft_config(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Read the configuration next to a file that PEFT wrote, which contains the alpha, as diffusers' metadata."""
-    if not any(name.startswith(PEFT_PREFIX) for name in names):
+def _adapter_configs(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
+    """Read the configuration that PEFT wrote next to its file, or diffusers into the header, if there is one."""
+    if any(map(is_peft, keys)):
+        try:
+            text = (path.parent / ADAPTER_CONFIG).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            raise UserError(
+                f"a PEFT adapter's alpha is in {ADAPTER_CONFIG}, which is missing or unreadable; copy it next to this "
+                "file"
+            ) from None
+        return read_adapter_config(text, ADAPTER_CONFIG)
+    header = metadata.get(writers.ADAPTER_METADATA)
+    if header is None or all(key.startswith("lora_") for key in keys):  # kohya's files contain their alphas
         return {}
-    config = path.parent / "adapter_config.json"
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-        return {writers.ADAPTER_METADATA: json.dumps({f"unet.{key}": value for key, value in values.items()})}
-    except (OSError, ValueError, AttributeError):
-        raise UserError(
-            f"a PEFT adapter's alpha is in {config.name}, which is missing or broken; copy it next to this file"
-        ) from None
+    return read_adapter_config(header, f"{writers.ADAPTER_METADATA} in the header")
 
 
 def write_lora(

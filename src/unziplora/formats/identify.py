@@ -18,23 +18,24 @@ _SIGNATURES = {  # first bytes of a file, in lower case
 
 # The following patterns are searched in the names of tensors.
 _OTHER_ADAPTERS = {  # adapters that are not a plain product B A
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "oft_": "OFT",
-    "boft_": "BOFT",
-    "lora_mid": "LoCon with Tucker decomposition",
-    r"lora_B\.bias$": "LoRA with bias",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.dora_scale": "DoRA",
+    r"\.lora_magnitude_vector": "DoRA",
+    r"\.oft_": "OFT",
+    r"\.boft_": "BOFT",
+    r"\.lora_mid": "LoCon with Tucker decomposition",
+    r"\.lora_(B|up)\.(\w+\.)?bias$": "LoRA with bias",
     r"\.a1\.weight$": "GLoRA",
     r"\.on_input$": "IA3",
     r"\.w_norm$": "norm weights",
     r"\.diff(_b)?$": "full weight differences",
-    "lora_embedding_": "LoRA of an embedding",
+    r"\.lora_embedding_": "LoRA of an embedding",
 }
 LORA, CHECKPOINT = "a LoRA", "a full checkpoint"
 _KINDS = {
     r"^(control_model|controlnet_|zero_convs|input_hint_block)": "a ControlNet",
+    r"[._]lora[._](down|up|A|B)\b|\.lora_linear_layer\.": LORA,
     r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": CHECKPOINT,
     r"^(emb_params$|clip_[lg]$)": "a textual inversion embedding",
     r"^(encoder|decoder)\.(down|up|mid|conv_in)": "a VAE",

@@ -6,29 +6,29 @@ with mixed block names, and needs the UNet's configuration. The tests compare th
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from unziplora.errors import UserError
+from unziplora.formats.adapter_config import AdapterConfig
 from unziplora.formats.identify import other_adapter
-from unziplora.formats.names import parse_name
-from unziplora.formats.sdxl import LAYERS
-from unziplora.formats.writers import ADAPTER_METADATA
+from unziplora.formats.names import is_peft, parse_name, unwrap
+from unziplora.formats.sdxl import FUSED, LAYERS
 from unziplora.lora.algebra import Pair, shape
 
 # `.lora_down.weight` (kohya), `.lora_A.weight` (PEFT), `.lora_A.default.weight` (PEFT, with the adapter's name),
 # `.lora.down.weight` (diffusers 2023), `_lora.down.weight` (diffusers' attention processors, older),
 # `.lora_linear_layer.down.weight` (text encoders, older).
 _FACTOR = re.compile(
-    r"(?P<module>.+?)(?:\.lora_linear_layer\.|[._]lora\.|\.lora_)(?P<part>down|up|A|B)"
-    r"(?:\.(?!bias)[A-Za-z0-9_-]+)?\.weight"
+    r"(?:\.lora_linear_layer\.|[._]lora\.|\.lora_)(?P<part>down|up|A|B)(?:(?:\.(?!bias)[\w-]+)?\.weight)?\Z"
 )
+_ALPHA = re.compile(r"(?:[._]lora|\.lora_linear_layer)?\.alpha\Z")
 _PARTS = {"down": "down", "A": "down", "up": "up", "B": "up"}
+_LONGEST_KEY = 500
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,16 @@ class StoredFactors:
 
 @dataclass(frozen=True)
 class FileModules:
-    """Modules of a LoRA file: `unet` by diffusers' path, `text` by path with the encoder's name in front."""
+    """Modules of a LoRA file: `unet` by diffusers' path, `text` by path with the encoder's name in front.
+
+    Attributes:
+        unread: keys that belong to no module, such as those of an embedding that is stored with the LoRA.
+    """
 
     layout: str
     unet: dict[str, StoredFactors]
     text: dict[str, StoredFactors]
+    unread: list[str] = field(default_factory=list)
 
     @property
     def all(self) -> dict[str, StoredFactors]:
@@ -67,11 +72,19 @@ class FileModules:
         return {name: shape((factors.down, factors.up))[:2] for name, factors in self.unet.items()}
 
 
-def group_by_module(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], layers: int = LAYERS) -> FileModules:
+def group_by_module(
+    tensors: Mapping[str, Tensor], configs: Mapping[str, AdapterConfig] | None = None, layers: int = LAYERS
+) -> FileModules:
     """Group the tensors of a LoRA file of any layout by module.
 
+    Args:
+        tensors: tensors by key.
+        configs: PEFT's configuration of each component, for modules whose alpha is not among the tensors.
+        layers: resnets per down block of the base.
+
     Raises:
-        UserError: an unknown key, an incomplete module or one that is there twice, or adapters other than LoRA.
+        UserError: an incomplete module or one that is there twice, a key of a module that is not understood, or
+            adapters other than LoRA.
     """
     if match := other_adapter(tensors):
         raise UserError(
@@ -82,19 +95,20 @@ def group_by_module(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
     names: dict[str, str] = {}
     unet_layouts: set[str] = set()
     text_layouts: set[str] = set()
-    unknown = []
+    unread = []
     for key, tensor in tensors.items():
         try:
-            name, part, peft = _split_key(key)
+            name, part, ab = _split_key(unwrap(key))
             component, path, layout = parse_name(name, layers)
         except ValueError:
-            unknown.append(key)
+            unread.append(key)
             continue
         module = f"{component}.{path}"
         if part != "alpha":
             if names.setdefault(module, name) != name:
                 raise UserError(f"{module} is in the file twice: as {names[module]!r} and as {name!r}")
-            layout = "diffusers-old" if layout == "diffusers" and not peft else layout
+            layout = "diffusers-old" if layout == "diffusers" and not ab else layout
+            layout = "peft" if is_peft(key) else "other" if unwrap(key) != key else layout
             (unet_layouts if component == "unet" else text_layouts).add(layout)
         if part in modules.setdefault(module, {}):
             raise UserError(
@@ -102,24 +116,47 @@ def group_by_module(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
                 "Save each into a file of its own"
             )
         modules[module][part] = tensor
-    if unknown:
+    if unknown := [key for key in unread if _is_of_the_model(key, layers)]:
         raise UserError(
             f"{len(unknown)} of {len(tensors)} keys are not understood, the first: {', '.join(unknown[:3])}"
         )
+    if not modules:
+        raise UserError("the file has no module of SDXL")
     layout = _layout(unet_layouts or text_layouts)
-    adapter = {} if layout.startswith("kohya") else _adapter_config(metadata)
-    factors = {module: _factors(module, parts, adapter) for module, parts in modules.items()}
+    factors = {}
+    for module, parts in modules.items():
+        for name, stored in _unfused(module, _factors(module, parts, configs or {})):
+            if name in factors:
+                raise UserError(f"{name} is in the file twice: alone and with others in one matrix")
+            factors[name] = stored
     unet = {module.removeprefix("unet."): f for module, f in factors.items() if module.startswith("unet.")}
-    return FileModules(layout, unet, {module: f for module, f in factors.items() if not module.startswith("unet.")})
+    text = {module: f for module, f in factors.items() if not module.startswith("unet.")}
+    return FileModules(layout, unet, text, unread)
 
 
 def _split_key(key: str) -> tuple[str, str, bool]:
-    """Split a key into the module's name and "down", "up" or "alpha", with a flag for PEFT's spelling."""
-    if match := _FACTOR.fullmatch(key):
-        return match["module"], _PARTS[match["part"]], match["part"] in "AB"
-    if key.endswith(".alpha"):
-        return key.removesuffix(".alpha"), "alpha", False
-    raise ValueError(f"{key!r} is neither a factor nor an alpha")
+    """Split a key into the module's name and "down", "up" or "alpha", with a flag for the letters A and B."""
+    if len(key) <= _LONGEST_KEY:
+        if match := _FACTOR.search(key):
+            return key[: match.start()], _PARTS[match["part"]], match["part"] in "AB"
+        if match := _ALPHA.search(key):
+            return key[: match.start()], "alpha", False
+    raise ValueError("neither a factor nor an alpha")
+
+
+def _is_of_the_model(key: str, layers: int) -> bool:
+    """Return whether an unread key may change the base: it is named after an adapter, or after a module of SDXL."""
+    if re.search(r"lora|lycoris|\.alpha$", key, re.IGNORECASE):
+        return True
+    name = unwrap(key)[:_LONGEST_KEY]
+    for _ in range(2):
+        name = name.rpartition(".")[0]
+        try:
+            parse_name(name, layers)
+        except ValueError:
+            continue
+        return True
+    return False
 
 
 def _layout(layouts: set[str]) -> str:
@@ -128,58 +165,46 @@ def _layout(layouts: set[str]) -> str:
     return "kohya-mixed" if layouts == {"kohya", "kohya-diffusers"} else "mixed"
 
 
-def _factors(name: str, parts: dict[str, Tensor], adapter: dict[str, Any]) -> StoredFactors:
+def _factors(name: str, parts: dict[str, Tensor], configs: Mapping[str, AdapterConfig]) -> StoredFactors:
     missing = [part for part in ("down", "up") if part not in parts]
     if missing:
         raise UserError(f"{name}: the {' and '.join(missing)} matrix is missing: the file is incomplete")
     down, up = parts["down"], parts["up"]
     plain = down.dim() in (2, 4) and up.dim() == down.dim() and all(side == 1 for side in up.shape[2:])
-    if not plain or not down.shape[0] == up.shape[1] > 0:
+    if not plain or not down.shape[0] == up.shape[1] > 0 or not down.numel() or not up.numel():
         raise UserError(f"{name}: A {list(down.shape)} and B {list(up.shape)} make no LoRA")
+    if not down.is_floating_point() or not up.is_floating_point():
+        raise UserError(f"{name}: the matrices hold integers, as in a quantized file; take the fp16, bf16 or fp32 file")
     if down.dim() == 4 and down.shape[2:] == up.shape[2:] == (1, 1) and not re.search(r"conv\w*$", name):
         down, up = down.flatten(1), up.flatten(1)  # a linear layer that was written as a 1×1 convolution
     rank = down.shape[0]
-    if "alpha" not in parts:
-        return StoredFactors(down, up, *_adapter_alpha(adapter, name, rank))
-    if parts["alpha"].numel() != 1:
-        raise UserError(f"{name}: alpha {list(parts['alpha'].shape)} is no single number")
-    alpha = float(parts["alpha"])
-    if not alpha > 0:
+    if "alpha" in parts:
+        alpha = _alpha(name, parts["alpha"])
+        return StoredFactors(down, up, alpha, alpha / rank)
+    component, _, path = name.partition(".")
+    if config := configs.get(component):
+        return StoredFactors(down, up, config.alpha_of(path), config.strength(path, rank))
+    # A missing alpha means strength 1 in all readers: sd-scripts (`create_network_from_weights`) and diffusers
+    # (`get_peft_kwargs`) take alpha = rank, ComfyUI and Forge a factor of 1.0.
+    return StoredFactors(down, up)
+
+
+def _alpha(name: str, tensor: Tensor) -> float:
+    if tensor.numel() != 1 or tensor.is_complex():
+        raise UserError(f"{name}: alpha {list(tensor.shape)} is no single number")
+    alpha = float(tensor)
+    if not 0 < alpha < math.inf:
         # sd-scripts reads 0 as "not set", ComfyUI and diffusers as strength 0.
         raise UserError(f"{name}: alpha is {alpha:g}; programs disagree on what that means, set it right")
-    return StoredFactors(down, up, alpha, alpha / rank)
+    return alpha
 
 
-def _adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return diffusers' adapter metadata: PEFT's configuration of each component, its name in front of every key."""
-    try:
-        adapter = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
-        if "lora_alpha" in adapter:  # `unet.save_lora_adapter` writes it so, for the UNet alone
-            adapter = {f"unet.{key}": value for key, value in adapter.items()}
-        alphas = [value for key, value in adapter.items() if key.endswith(".lora_alpha")]
-        patterns = [value for key, value in adapter.items() if key.endswith(".alpha_pattern") and value]
-        alphas += [value for pattern in patterns for value in pattern.values()]
-        for key in (key for pattern in patterns for key in pattern):
-            re.compile(key)
-        if all(float(alpha) > 0 for alpha in alphas):
-            return adapter
-    except (ValueError, TypeError, AttributeError, re.error):
-        pass
-    raise UserError(f"{ADAPTER_METADATA} in its header is not understood, so the alphas are not known")
-
-
-def _adapter_alpha(adapter: dict[str, Any], name: str, rank: int) -> tuple[float | None, float]:
-    """Return alpha and strength of a module by diffusers' adapter metadata.
-
-    A missing alpha means strength 1 in all readers: sd-scripts (`create_network_from_weights`) and diffusers
-    (`get_peft_kwargs`) take alpha = rank, ComfyUI and Forge a factor of 1.0.
-    """
-    component, _, path = name.partition(".")
-    if f"{component}.lora_alpha" not in adapter:
-        return None, 1.0
-    alpha = float(adapter[f"{component}.lora_alpha"])
-    for pattern, value in (adapter.get(f"{component}.alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):  # as peft.utils.get_pattern_key
-            alpha = float(value)
-            break
-    return alpha, alpha / (rank**0.5 if adapter.get(f"{component}.use_rslora") else rank)
+def _unfused(name: str, factors: StoredFactors) -> Iterator[tuple[str, StoredFactors]]:
+    """Yield a module, or the three that OpenCLIP has in one matrix: they share A, and B is cut into three."""
+    if not name.endswith(FUSED):
+        yield name, factors
+        return
+    if factors.up.shape[0] % 3:
+        raise UserError(f"{name}: {factors.up.shape[0]} outputs are not queries, keys and values of one size")
+    for letter, up in zip("qkv", factors.up.chunk(3), strict=True):
+        yield f"{name.removesuffix(FUSED)}self_attn.{letter}_proj", replace(factors, up=up)

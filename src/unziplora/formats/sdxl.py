@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 
 LAYERS = 2
 """Resnets per down block of SDXL (`layers_per_block`); up blocks have one more."""
@@ -31,9 +32,12 @@ UNDERSCORED = (
     "to_v to_out proj_in proj_out conv_in conv_out conv_norm_out conv_shortcut time_emb_proj "
     "time_embedding add_embedding linear_1 linear_2 time_embed label_emb in_layers out_layers emb_layers "
     "skip_connection text_model text_projection self_attn q_proj k_proj v_proj out_proj layer_norm1 "
-    "layer_norm2 final_layer_norm token_embedding position_embedding"
+    "layer_norm2 final_layer_norm token_embedding position_embedding in_proj c_fc c_proj"
 )
 """Parts of module names that contain an underscore, where a flattened name must not be cut."""
+
+FUSED = "self_attn.in_proj"
+"""End of the name of OpenCLIP's projection to queries, keys and values, which transformers stores separately."""
 
 _RESNET = {  # diffusers → sgm
     "norm1": "in_layers.0",
@@ -52,24 +56,51 @@ _OUTSIDE = {  # diffusers → sgm
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}  # diffusers → sgm
-_RESNET_BACK = {sgm: name for name, sgm in _RESNET.items()}
-_OUTSIDE_BACK = {sgm: name for name, sgm in _OUTSIDE.items()}
-_MIDDLE_BACK = {sgm: name for name, sgm in _MIDDLE.items()}
+_MIDDLE = {  # diffusers → sgm
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_LEVELS = 4
+"""Levels of down and up blocks whose names are known; SDXL has three, SD 1 and 2 have four."""
 
 _ATTENTION = (
-    r"attentions\.\d+\.(proj_in|proj_out|norm|"
-    r"transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)|norm[123]))"
+    r"attentions\.N\.(proj_in|proj_out|norm|"
+    r"transformer_blocks\.N\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)|norm[123]))"
 )
 _UNET = re.compile(
-    rf"(down_blocks|up_blocks)\.\d+\.({_ATTENTION}|resnets\.\d+\.({'|'.join(_RESNET)})|(down|up)samplers\.0\.conv)"
-    rf"|mid_block\.({_ATTENTION}|resnets\.\d+\.({'|'.join(_RESNET)}))"
-    rf"|{'|'.join(re.escape(name) for name in _OUTSIDE)}"
+    (
+        rf"(down_blocks|up_blocks)\.N\.({_ATTENTION}|resnets\.N\.({'|'.join(_RESNET)})|(down|up)samplers\.0\.conv)"
+        rf"|mid_block\.({_ATTENTION}|resnets\.N\.({'|'.join(_RESNET)}))"
+        rf"|{'|'.join(re.escape(name) for name in _OUTSIDE)}"
+    ).replace("N", "[0-9]{1,2}")
 )
 _TEXT = re.compile(
-    r"(text_model\.)?(encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12])"
-    r"|embeddings\.(token|position)_embedding|final_layer_norm)|text_projection"
+    r"encoder\.layers\.[0-9]{1,2}\.(self_attn\.((q|k|v|out)_proj|in_proj)|mlp\.fc[12]|layer_norm[12])"
+    r"|embeddings\.(token|position)_embedding|final_layer_norm"
 )
+_OPEN_CLIP = {"attn.": "self_attn.", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # → transformers
+
+
+@cache
+def _places(layers: int) -> dict[str, str]:
+    """Return diffusers' name of each part of a UNet with `layers` resnets per down block → sgm's name."""
+    places = {**_MIDDLE, **_OUTSIDE}
+    for block in range(_LEVELS):
+        down, up, first = f"down_blocks.{block}", f"up_blocks.{block}", block * (layers + 1)
+        for index, kind in enumerate(("resnets", "attentions")):
+            places |= {f"{down}.{kind}.{layer}": f"input_blocks.{first + layer + 1}.{index}" for layer in range(layers)}
+            places |= {f"{up}.{kind}.{layer}": f"output_blocks.{first + layer}.{index}" for layer in range(layers + 1)}
+        places[f"{down}.downsamplers.0.conv"] = f"input_blocks.{first + layers + 1}.0.op"
+        places[f"{up}.upsamplers.0.conv"] = f"output_blocks.{first + layers}.2.conv"  # after resnet and attention
+    return places
+
+
+@cache
+def _places_back(layers: int) -> dict[str, str]:
+    places = {sgm: name for name, sgm in _places(layers).items()}
+    # Where a level has no attention, its upsampler comes right after the resnet.
+    return places | {sgm.replace(".2.conv", ".1.conv"): name for sgm, name in places.items() if sgm.endswith(".conv")}
 
 
 def to_sgm(path: str, layers: int = LAYERS) -> str:
@@ -79,23 +110,8 @@ def to_sgm(path: str, layers: int = LAYERS) -> str:
         ValueError: the path is not a module of an SDXL UNet.
     """
     _check_unet_module(path, path)
-    if path in _OUTSIDE:
-        return _OUTSIDE[path]
-    parts = path.split(".")
-    if parts[0] == "mid_block":
-        place, kind, rest = f"middle_block.{_MIDDLE['.'.join(parts[1:3])]}", parts[1], parts[3:]
-    else:
-        side, block, kind, layer, rest = parts[0], int(parts[1]), parts[2], int(parts[3]), parts[4:]
-        first = block * (layers + 1)
-        if kind == "downsamplers":
-            return f"input_blocks.{first + layers + 1}.0.op"
-        if kind == "upsamplers":  # the last part of its block: after resnet and attention
-            return f"output_blocks.{first + layers}.2.conv"
-        index = 1 + first + layer if side == "down_blocks" else first + layer
-        side = "input_blocks" if side == "down_blocks" else "output_blocks"
-        place = f"{side}.{index}.{int(kind == 'attentions')}"
-    inner = ".".join(rest)
-    return f"{place}.{_RESNET[inner] if kind == 'resnets' else inner}"
+    place, inner = _cut(path, _places(layers))
+    return _places(layers)[place] + (f".{_RESNET.get(inner, inner)}" if inner else "")
 
 
 def from_sgm(path: str, layers: int = LAYERS) -> str:
@@ -104,42 +120,29 @@ def from_sgm(path: str, layers: int = LAYERS) -> str:
     Raises:
         ValueError: the path is not a module of an SDXL UNet.
     """
-    try:
-        name = _from_sgm(path, layers)
-    except (KeyError, ValueError, IndexError):
-        name = ""
+    place, inner = _cut(path, _places_back(layers))
+    resnet = {sgm: name for name, sgm in _RESNET.items()}
+    name = _places_back(layers)[place] + (f".{resnet.get(inner, inner)}" if inner else "")
     _check_unet_module(name, path)
     return name
 
 
-def _from_sgm(path: str, layers: int) -> str:
-    if path in _OUTSIDE_BACK:
-        return _OUTSIDE_BACK[path]
+def _cut(path: str, places: Mapping[str, str]) -> tuple[str, str]:
+    """Split a module's name into one of the places and the rest.
+
+    Raises:
+        ValueError: the name is in none of the places.
+    """
     parts = path.split(".")
-    if parts[0] == "middle_block":
-        place, inner = f"mid_block.{_MIDDLE_BACK[parts[1]]}", ".".join(parts[2:])
-        return f"{place}.{_RESNET_BACK[inner] if 'resnets' in place else inner}"
-    index, part, inner = int(parts[1]), parts[2], ".".join(parts[3:])
-    if parts[0] == "input_blocks":
-        block, layer = divmod(index - 1, layers + 1)
-        if inner == "op":
-            return f"down_blocks.{block}.downsamplers.0.conv"
-        side = "down_blocks"
-    elif parts[0] == "output_blocks":
-        block, layer = divmod(index, layers + 1)
-        if inner == "conv":
-            return f"up_blocks.{block}.upsamplers.0.conv"
-        side = "up_blocks"
-    else:
-        raise ValueError(path)
-    if part == "0":
-        return f"{side}.{block}.resnets.{layer}.{_RESNET_BACK[inner]}"
-    return f"{side}.{block}.attentions.{layer}.{inner}"
+    for end in range(min(5, len(parts)), 0, -1):
+        if (place := ".".join(parts[:end])) in places:
+            return place, ".".join(parts[end:])
+    raise ValueError(f"{path!r} is not a module of an SDXL UNet")
 
 
 def is_sgm(path: str) -> bool:
     """Return whether a dotted name is sgm's."""
-    return re.match(r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.", path) is not None
+    return path.startswith(("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out."))
 
 
 def unet_module(name: str, layers: int = LAYERS) -> str:
@@ -159,21 +162,26 @@ def unet_module(name: str, layers: int = LAYERS) -> str:
 
 def _check_unet_module(path: str, name: str) -> None:
     if not _UNET.fullmatch(path):
-        raise ValueError(f"{name!r} is no module of an SDXL UNet")
+        raise ValueError(f"{name!r} is not a module of an SDXL UNet")
 
 
 def text_module(name: str) -> str:
     """Return a text encoder module's name with the level `text_model.`, which transformers 5 leaves out.
 
-    Older diffusers files spell `q_proj` and `out_proj` as `to_q` and `to_out`.
+    Older diffusers files spell `q_proj` and `out_proj` as `to_q` and `to_out`. OpenCLIP's names
+    (`transformer.resblocks.0.attn.in_proj`) are those of the second encoder in SDXL's checkpoints.
 
     Raises:
         ValueError: the name is not a module of a CLIP text encoder.
     """
-    name = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
-    if not _TEXT.fullmatch(name):
-        raise ValueError(f"{name!r} is no module of a CLIP text encoder")
-    return name if name.startswith("text_") else f"text_model.{name}"
+    if match := re.fullmatch(r"transformer\.resblocks\.([0-9]{1,2})\.(attn\.|mlp\.c_fc|mlp\.c_proj)(\w*)", name):
+        name = f"encoder.layers.{match[1]}.{_OPEN_CLIP[match[2]]}{match[3]}"
+    module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name).removeprefix("text_model.")
+    if module == "text_projection":
+        return module
+    if not _TEXT.fullmatch(module):
+        raise ValueError(f"{name!r} is not a module of a CLIP text encoder")
+    return f"text_model.{module}"
 
 
 _CROSS = re.compile(r"attn2\.to_[kv]$")
