@@ -73,6 +73,16 @@ def test_dtype_is_that_of_the_factors_and_never_of_the_alphas(tmp_path, dtype, e
     same(lora, read_lora(tmp_path / "a.safetensors"), atol=0.1, rtol=0.02)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tiny_a_next_to_a_large_b_survives_fp16(tmp_path, layout):
+    lora = make()
+    tiny_down = Lora({path: (down * 2e-7, up * 2) for path, (down, up) in lora.modules.items()})
+    write_lora(tiny_down, tmp_path / "a.safetensors", layout)
+    for path, pair in read_lora(tmp_path / "a.safetensors").modules.items():
+        expected = delta(tiny_down.modules[path])
+        assert (delta(pair) - expected).norm() < 1e-3 * expected.norm()
+
+
 # --- other people's files
 
 

@@ -304,7 +304,7 @@ def test_impossible_targets_are_refused(tmp_path):
 def test_values_too_large_for_fp16_are_refused(tmp_path):
     lora = make()
     path, (down, up) = next(iter(lora.modules.items()))
-    lora.modules[path] = (down, up * 1e6)
+    lora.modules[path] = (down * 1e6, up * 1e6)
     with pytest.raises(UserError, match="too large for fp16; store it as bf16 or fp32"):
         write_lora(lora, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())

@@ -123,3 +123,38 @@ def test_the_dense_matrix_is_never_formed(monkeypatch):
     big = pair(((3, 40_000), (40_000, 3)))
     assert algebra.resize(big, 2)[0].shape == (2, 40_000)
     assert algebra.norm(big) > 0
+
+
+@pytest.mark.parametrize("shapes", [LINEAR, CONV], ids=["linear", "conv"])
+@pytest.mark.parametrize(
+    ("a", "b"), [(1e-7, 2.0), (2.0, 1e-7), (1e-12, 1e4), (1e-3, 1e7), (1e7, 1e-3), (1e-20, 1e12), (3e5, 3e-2)]
+)
+def test_a_tiny_factor_next_to_a_large_one_survives_fp16(shapes, a, b):
+    down, up = pair(shapes)
+    down, up = down * a, up * b
+    balanced = algebra.balance((down, up))
+    dense = algebra.delta((down, up)).double()
+    assert torch.equal(algebra.delta(balanced).double(), dense), "powers of two change no bit"
+    stored = algebra.delta((balanced[0].half(), balanced[1].half())).double()
+    assert (stored - dense).norm() < 1e-3 * dense.norm()
+
+
+def test_single_rows_are_balanced_without_the_others():
+    down, up = pair(rank=4)
+    ranks = torch.tensor([1.0, 2e-8, 1.0, 1e6])
+    mixed = down * ranks[:, None], up / ranks
+    balanced = algebra.balance(mixed)
+    assert torch.equal(balanced[0][[0, 2]], down[[0, 2]])
+    dense = algebra.delta((down, up))
+    stored = algebra.delta((balanced[0].half(), balanced[1].half()))
+    assert (stored - dense).norm() < 1e-3 * dense.norm()
+
+
+def test_ordinary_pairs_and_those_of_fp16_files_keep_every_bit():
+    for a, b in ((0.02, 0.02), (0.02, 1.0), (1.0, 2e-3), (1.0, 0.0), (0.0, 1.0)):
+        down, up = pair()
+        balanced = algebra.balance((down * a, up * b))
+        assert torch.equal(balanced[0], down * a)
+        assert torch.equal(balanced[1], up * b)
+    tiny = (pair()[0] * 1e-6).half().float(), pair()[1].half().float()
+    assert all(torch.equal(new, old) for new, old in zip(algebra.balance(tiny), tiny, strict=True))

@@ -146,13 +146,16 @@ def write_lora(
     ranks = {down.shape[0] for down, _ in pairs.values()}
     file_alpha = float(alpha or (layout != "diffusers" and lora.alpha) or max(ranks))
     metadata = lora.metadata if metadata is None else metadata
+    if layout != "diffusers" or alpha is not None:  # programs multiply B A by alpha / rank
+        pairs = {path: (down, up * (down.shape[0] / file_alpha)) for path, (down, up) in pairs.items()}
+    if dtype == "fp16":
+        pairs = {path: balance(pair) for path, pair in pairs.items()}
     adapter = {}
-    fit = balance if dtype == "fp16" else None
     if layout == "diffusers":
-        tensors, adapter[writers.ADAPTER_METADATA] = writers.diffusers(pairs, alpha, fit)
+        tensors, adapter[writers.ADAPTER_METADATA] = writers.diffusers(pairs, alpha)
     else:
         blocks = "sgm" if layout == "kohya" else "diffusers"
-        tensors = writers.kohya(pairs, file_alpha, blocks, _layers(metadata, {}), fit)
+        tensors = writers.kohya(pairs, file_alpha, blocks, _layers(metadata, {}))
     header = complete_metadata(
         metadata,
         ranks=ranks,

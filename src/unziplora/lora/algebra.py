@@ -17,6 +17,8 @@ Pair = tuple[Tensor, Tensor]
 
 _FP16_SMALL = 2.0**-10
 """Mean below which part of a matrix is under 6e-5, where fp16 has fewer digits."""
+_FP16_LOSS = 2.0**-10
+"""Relative error above which fp16 rounds by more than its own precision, 2⁻¹¹ per number."""
 
 
 def _matrices(pair: Pair) -> Pair:
@@ -64,28 +66,22 @@ def norm(pair: Pair) -> float:
     return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
 
-def svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the singular value decomposition of ΔW: U [out, k], s [k] in descending order, Vᵀ [k, in], k ≤ rank.
+def resize(pair: Pair, rank: int | None = None, energy: float | None = None) -> Pair:
+    """Return the best approximation of ΔW by a lower rank (Eckart–Young): A = √s Vᵀ, B = U √s.
 
     With the QR decompositions B = Q_b R_b and Aᵀ = Q_a R_a, only R_b R_aᵀ [rank, rank] has to be decomposed. The
     cost is O((out + in) rank²), and ΔW is never formed.
-    """
-    down, up = _matrices(pair)
-    q_up, r_up = torch.linalg.qr(up)
-    q_down, r_down = torch.linalg.qr(down.T)
-    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
-    return q_up @ u, s, vh @ q_down.T
-
-
-def resize(pair: Pair, rank: int | None = None, energy: float | None = None) -> Pair:
-    """Return the best approximation of ΔW by a lower rank (Eckart–Young): A = √s Vᵀ, B = U √s.
 
     Args:
         pair: the pair to approximate.
         rank: highest rank of the result.
         energy: lowest share of ‖ΔW‖² to keep, 0 < energy ≤ 1. The result has the lowest rank that does, at least 1.
     """
-    u, s, vh = svd(pair)
+    down, up = _matrices(pair)
+    q_up, r_up = torch.linalg.qr(up)
+    q_down, r_down = torch.linalg.qr(down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    u, vh = q_up @ u, vh @ q_down.T
     keep = len(s) if rank is None else min(rank, len(s))
     if energy is not None:
         total = s.double().square().cumsum(0)
@@ -96,13 +92,26 @@ def resize(pair: Pair, rank: int | None = None, energy: float | None = None) -> 
 
 
 def balance(pair: Pair) -> Pair:
-    """Move a power of two from A to B if B is so small that fp16 loses digits; ΔW stays exactly the same.
+    """Move powers of two between A and B where fp16 would lose digits; ΔW stays exactly the same.
 
-    B is that small after short training, or with an alpha far below the rank folded into it.
+    B is small as a whole after short training, or with an alpha far below the rank folded into it. Single rows of A or
+    columns of B may be below or above fp16's range, 6e-8 to 65504, while their counterparts are not.
     """
     down, up = pair
     size, small = (float(factor.detach().abs().mean()) for factor in pair)
-    if not 0 < small < min(size, _FP16_SMALL):
-        return pair
-    shift = 2.0 ** math.floor(math.log2(size / small) / 2)
-    return down / shift, up * shift
+    if 0 < small < min(size, _FP16_SMALL):
+        shift = 2.0 ** math.floor(math.log2(size / small) / 2)
+        down, up = down / shift, up * shift
+    rows, columns = down.detach().flatten(1).double(), up.detach().flatten(1).T.double()  # [rank, …]
+    lossy = (_loss(rows) > _FP16_LOSS) | (_loss(columns) > _FP16_LOSS)
+    if not lossy.any():
+        return down, up
+    ratio = columns.norm(dim=1) / rows.norm(dim=1)
+    shifts = torch.where(lossy & (ratio > 0) & ratio.isfinite(), ratio.sqrt().log2().round().exp2(), 1.0).to(down.dtype)
+    return down * shifts.view(-1, *[1] * (down.dim() - 1)), up / shifts.view(-1, *[1] * (up.dim() - 2))
+
+
+def _loss(rows: Tensor) -> Tensor:
+    """Return the relative error of each row in fp16, ∞ if it overflows."""
+    error = (rows.half().double() - rows).norm(dim=1)
+    return error / rows.norm(dim=1).clamp(min=1e-300)

@@ -61,14 +61,7 @@ def add_lora(
     strength: float = 1.0,
     stream: str = "full",
 ) -> dict[str, Branch]:
-    """Add a LoRA to a UNet and return its branches by path.
-
-    Args:
-        unet: changed in place.
-        name: name of the branches.
-        modules: module path → (A [rank, in], B [out, rank]).
-        strength: factor of every ΔW.
-        stream: the prompt in a joined conditioning that the branches read (`STREAMS`).
+    """Add a LoRA (module path → A [rank, in], B [out, rank]) to a UNet in place and return its branches by path.
 
     Raises:
         ValueError: a module is missing or of another shape.
@@ -102,7 +95,7 @@ def _replace(unet: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def remove(unet: nn.Module) -> None:
-    """Remove all LoRA branches, so that the UNet has exactly its former layers."""
+    """Remove all LoRA branches of a UNet."""
     for path in adapted_layers(unet):
         unwrap(unet, path)
 

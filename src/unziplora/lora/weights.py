@@ -31,13 +31,7 @@ class Lora:
 
 
 def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA", base: str = "this base") -> None:
-    """Check that a UNet, adapted or not, has every module of a LoRA in the same shape.
-
-    Args:
-        lora: LoRA to check.
-        unet: the base's UNet.
-        name: name of the LoRA in messages.
-        base: name of the base in messages.
+    """Check that a UNet, adapted or not, has every module of a LoRA in the same shape; messages contain the names.
 
     Raises:
         UserError: a module is missing or of another shape; the message names the base that the LoRA was made for.
@@ -83,7 +77,7 @@ def scale_blocks(lora: Lora, strengths: Mapping[str, float], name: str = "the Lo
         lora: LoRA to scale.
         strengths: block → factor, such as {"up_blocks.0.attentions.1": 0.5}. Any beginning of a module's path up to
             a dot counts as a block; the longest that fits decides.
-        name: name of the LoRA in messages.
+        name: of the LoRA, in messages.
 
     Raises:
         UserError: see `check_strengths`.
