@@ -32,9 +32,9 @@ from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
+from unziplora.methods.adapters import TrainingData
 from unziplora.methods.blora import BLora
 from unziplora.methods.dreambooth import DreamBooth
-from unziplora.methods.unziplora.data import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
 from unziplora.training.cuda_graphs import FIRST, Predict, Recorder
@@ -132,14 +132,14 @@ def make_dreambooth(unet: UNet2DConditionModel, options: argparse.Namespace, aut
     """`train dreambooth` without prior and text encoders: one LoRA on all attentions."""
     config = resolve(DreamBoothConfig, {**PLACE, **words(options)})
     examples = make_examples(unet, options.latent_side, joined=False)
-    return Trainer(DreamBooth(unet, DDPMScheduler(), examples, config, autocast=autocast), config)
+    return Trainer(DreamBooth(unet, DDPMScheduler(), TrainingData(examples), config, autocast=autocast), config)
 
 
 def make_blora(unet: UNet2DConditionModel, options: argparse.Namespace, autocast: Autocast) -> Trainer:
     """`train blora`: the LoRAs of two blocks."""
     config = resolve(BLoraConfig, {**PLACE, **words(options)})
     examples = make_examples(unet, options.latent_side, joined=False)
-    method = BLora(unet, DDPMScheduler(), examples, config, autocast=autocast)
+    method = BLora(unet, DDPMScheduler(), TrainingData(examples), config, autocast=autocast)
     return Trainer(method, config)
 
 

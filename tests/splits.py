@@ -5,7 +5,7 @@ from diffusers import DDPMScheduler
 
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
-from unziplora.methods.unziplora.data import TrainingData
+from unziplora.methods.adapters import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
 from unziplora.training.loss import Examples

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unziplora.lora.factors import joint_factors
+from unziplora.lora.factors import JointFactors, joint_factors
 from unziplora.lora.inject import adapted_layers, add_lora, attention_linears, remove
 from unziplora.lora.layer import Branch, BranchedLinear
 
@@ -132,7 +132,7 @@ def test_a_copied_unet_computes_its_own_factors(unet):
         for layer in adapted_layers(other).values():
             layer.branch("style").up.zero_()
     assert not torch.allclose(predict(other), predict(unet))
-    assert other.joint_factors.layers == adapted_layers(other)
+    assert all(layer.group.layers == adapted_layers(other) for layer in adapted_layers(other).values())
 
 
 def test_a_unet_without_loras_has_no_hooks(unet):
@@ -141,8 +141,8 @@ def test_a_unet_without_loras_has_no_hooks(unet):
     remove(plain)
     assert not plain._forward_pre_hooks
     assert not plain._forward_hooks
-    assert not hasattr(plain, "joint_factors")
-    assert unet.joint_factors.layers == adapted_layers(unet), "that of the copy is its own"
+    layers = adapted_layers(unet)
+    assert all(layer.group.layers == layers for layer in layers.values()), "that of the copy is its own"
 
 
 def test_joint_factors_equal_the_equation_in_the_requested_dtype():
@@ -157,7 +157,7 @@ def test_joint_factors_equal_the_equation_in_the_requested_dtype():
 
 
 def test_a_layer_outside_a_unet_computes_its_own_factors():
-    layer = BranchedLinear(nn.Linear(8, 6))
+    layer = BranchedLinear(nn.Linear(8, 6), JointFactors(nn.Identity()))
     layer.branches["content"] = Branch(torch.randn(RANK, 8), torch.randn(6, RANK))
     x = torch.randn(2, 8)
     branch = layer.branch("content")

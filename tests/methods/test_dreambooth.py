@@ -27,7 +27,7 @@ from unziplora.models.text import Conditioning, embed
 from unziplora.sampling.pipeline import Settings
 from unziplora.sampling.sample import sample
 from unziplora.training import text_encoder_lora as text_lora
-from unziplora.training.loss import denoising_loss, generator
+from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Setup
 from unziplora.training.runner import run_training
 from unziplora.training.trainer import Trainer
@@ -140,15 +140,15 @@ def test_only_the_lora_trains_and_only_in_its_targets(tiny_base: Base, config: M
 def test_loss_uses_each_image_with_its_own_prompt(tiny_base: Base, config: Make):
     method = build(tiny_base, config(prompts=["one", "two"], batch_size=2, seed=5))
     rows = embed(tiny_base, ["one", "two"])
-    torch.testing.assert_close(method.examples.conditioning.tokens, rows.tokens)
+    torch.testing.assert_close(method.data.examples.conditioning.tokens, rows.tokens)
     (loss,) = method.losses(0)
     draw = generator(5, "train", 0)
     start = int(torch.randint(2, (1,), generator=draw))
     order = [(start + k) % 2 for k in range(2)]
     times = torch.randint(1000, (2,), generator=draw)
-    noise = torch.randn(method.examples.latents.shape, generator=draw)
+    noise = torch.randn(method.data.examples.latents.shape, generator=draw)
     schedule = DDPMScheduler.from_config(tiny_base.scheduler.config)
-    noisy = schedule.add_noise(method.examples.latents[order], noise, times)
+    noisy = schedule.add_noise(method.data.examples.latents[order], noise, times)
     added = {"text_embeds": rows.pooled[order], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
     predicted = tiny_base.unet(noisy, times, rows.tokens[order], added_cond_kwargs=added).sample
     torch.testing.assert_close(loss, (predicted - noise).square().mean())
@@ -157,17 +157,19 @@ def test_loss_uses_each_image_with_its_own_prompt(tiny_base: Base, config: Make)
 class TestPrior:
     def test_second_term_is_the_weighted_loss_on_class_images(self, tiny_base: Base, config: Make):
         method = build(tiny_base, config(prior=0.5))
-        assert method.prior is not None
-        assert len(method.prior.latents) == 3
-        torch.testing.assert_close(method.prior.conditioning.tokens[:1], embed(tiny_base, ["a cat"]).tokens)
+        prior = method.data.priors["content"]
+        assert len(prior.latents) == 3
+        torch.testing.assert_close(prior.conditioning.tokens[:1], embed(tiny_base, ["a cat"]).tokens)
         _, second = method.losses(1)
         draw = generator(0, "prior", 1)
-        expected = denoising_loss(tiny_base.unet, method.scheduler, method.prior, draw=draw, batch_size=1)
+        expected = denoising_loss(
+            tiny_base.unet, method.scheduler, method.data.priors["content"], draw=draw, batch_size=1
+        )
         torch.testing.assert_close(second, 0.5 * expected)
 
     def test_class_images_depend_on_generation_keys_and_not_on_those_of_samples(self, fresh_base, config: Make):
         first, same, other = (
-            build(fresh_base(), config(prior=1.0, prior_images=1, **changes)).prior.latents
+            build(fresh_base(), config(prior=1.0, prior_images=1, **changes)).data.priors["content"].latents
             for changes in ({}, {"sample_steps": 3, "sample_guidance": 4.0}, {"generated_guidance": 4.0})
         )
         assert torch.equal(first, same)
@@ -179,15 +181,12 @@ class TestPrior:
         for weight in (1e-9, 30.0):
             base = fresh_base()
             method = build(base, config(prior=weight, steps=15, max_grad_norm=1e9))
-            prior = method.prior
-            assert prior is not None
+            prior = method.data.priors["content"]
 
-            def error(method: DreamBooth = method, base: Base = base) -> float:
+            def error(method: DreamBooth = method, base: Base = base, prior: Examples = prior) -> float:
                 draws = [generator("test", k) for k in range(8)]
                 with torch.no_grad():
-                    losses = [
-                        denoising_loss(base.unet, method.scheduler, method.prior, draw=d, batch_size=3) for d in draws
-                    ]
+                    losses = [denoising_loss(base.unet, method.scheduler, prior, draw=d, batch_size=3) for d in draws]
                 return float(torch.stack(losses).mean())
 
             before = error()
@@ -263,7 +262,7 @@ class TestTextEncoders:
         base, prompts = load_base(str(tiny_folder)), ["a sks cat", "a sks cat at night"]
         method = build(base, config(text_encoders=True, prompts=prompts, batch_size=1))
         rows = embed(base, prompts)
-        known = replace(method.examples.conditioning, tokens=rows.tokens, pooled=rows.pooled)
+        known = replace(method.data.examples.conditioning, tokens=rows.tokens, pooled=rows.pooled)
         read: list[str] = []
 
         def encode(base: Base, texts: list[str]) -> Conditioning:
@@ -274,7 +273,7 @@ class TestTextEncoders:
         monkeypatch.setattr(text_lora, "encode_each", encode)
         for step in range(6):
             draw = generator(method.config.seed, "train", step)
-            examples = replace(method.examples, conditioning=known)
+            examples = replace(method.data.examples, conditioning=known)
             expected = denoising_loss(method.unet, method.scheduler, examples, draw=draw, **method.config.noising())
             (loss,) = method.losses(step)
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

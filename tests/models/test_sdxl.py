@@ -9,7 +9,7 @@ from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import SDXL_BLOCKS
 from unziplora.lora.inject import adapted_layers
-from unziplora.methods.unziplora.data import TrainingData
+from unziplora.methods.adapters import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
 from unziplora.training.loss import Examples

@@ -6,6 +6,7 @@ from splits import build, examples, scheduler
 
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
+from unziplora.methods.adapters import TrainingData
 from unziplora.methods.dreambooth import DreamBooth
 from unziplora.training.cuda_graphs import FIRST, Recorder, recording
 from unziplora.training.trainer import Trainer
@@ -104,8 +105,9 @@ def test_second_loss_of_a_step_has_its_own_gradients(fresh_base, replays):
             DreamBoothConfig,
             {"images": ["a.png"], "content": "cat", "out": "run", "base": "tiny", "rank": 2, "steps": 6, "prior": 0.5},
         )
-        data = examples(base, joined=False), examples(base, joined=False, seed=1)
-        return DreamBooth(base.unet, scheduler(base), data[0], recipe, prior=data[1])
+        prior = examples(base, joined=False, seed=1)
+        data = TrainingData(examples(base, joined=False), priors={"content": prior})
+        return DreamBooth(base.unet, scheduler(base), data, recipe)
 
     eager, recorded = (trained(method(fresh_base()), 6, flag) for flag in (False, True))
     assert_same(eager, recorded)

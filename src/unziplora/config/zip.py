@@ -65,6 +65,16 @@ class ZipConfig(TrainingConfig):
             raise ValueError("Prodigy does not suit column scales: set optimizer to adamw")
         return self
 
+    @property
+    def loras(self) -> dict[str, Path]:
+        """Return the two runs or files by name."""
+        return {"content": self.content_lora, "style": self.style_lora}
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """Return the strengths of the two LoRAs by name."""
+        return {"content": self.content_strength, "style": self.style_strength}
+
     def filled_prompts(self) -> dict[str, str]:
         """Return the three prompts."""
         return self.prompts()
@@ -78,7 +88,7 @@ class ZipConfig(TrainingConfig):
         templates = {"content": self.content_prompt, "style": self.style_prompt}
         missing = [name for name, text in templates.items() if text is None]
         if missing:
-            files = " and ".join(str(getattr(self, f"{name}_lora")) for name in missing)
+            files = " and ".join(str(self.loras[name]) for name in missing)
             flags = " and ".join(f"--{name}-prompt" for name in missing)
             raise UserError(f"{files}: training prompt unknown; give the prompt that the LoRA learned as {flags}")
         content, style = (self.fill(text or "") for text in templates.values())

@@ -73,7 +73,7 @@ class JointFactors:
         )
 
     def detach(self) -> None:
-        """Remove the hooks, so that every layer computes its own factors."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from unziplora.lora.factors import JointFactors
-from unziplora.lora.layer import Branch, BranchedLinear
+from unziplora.lora.layer import Branch, BranchedLinear, LayerGroup
 
 TARGETS = {
     "attention": (".to_q", ".to_k", ".to_v", ".to_out.0"),
@@ -30,28 +30,21 @@ def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
     Raises:
         ValueError: a path is not that of a linear layer of this UNet.
     """
-    layers = {}
+    layers: dict[str, BranchedLinear] = {}
+    group: LayerGroup | None = next((layer.group for layer in adapted_layers(unet).values()), None)
     for path in paths:
         try:
             module = unet.get_submodule(path)
         except AttributeError:
             raise ValueError(f"the UNet has no layer {path!r}") from None
         if isinstance(module, nn.Linear):
-            module = BranchedLinear(module)
+            group = group or JointFactors(unet)
+            module = group.layers[path] = BranchedLinear(module, group)
             _replace(unet, path, module)
         if not isinstance(module, BranchedLinear):
             raise ValueError(f"{path!r} is a {type(module).__name__}, not a linear layer")
-        layers[path] = _joint_factors(unet).layers[path] = module
+        layers[path] = module
     return layers
-
-
-def _joint_factors(unet: nn.Module) -> JointFactors:
-    """Return the hooks that compute the factors of a UNet's adapted layers; the first call creates them."""
-    hooks = getattr(unet, "joint_factors", None)
-    if not isinstance(hooks, JointFactors):
-        hooks = JointFactors(unet)
-        unet.joint_factors = hooks  # type: ignore[assignment]
-    return hooks
 
 
 def add_lora(
@@ -82,11 +75,9 @@ def unwrap(unet: nn.Module, path: str) -> None:
     layer = unet.get_submodule(path)
     assert isinstance(layer, BranchedLinear), f"{path} is not adapted"
     _replace(unet, path, layer.base)
-    hooks = _joint_factors(unet)
-    hooks.layers.pop(path, None)
-    if not hooks.layers:
-        hooks.detach()
-        del unet.joint_factors
+    del layer.group.layers[path]
+    if not layer.group.layers:
+        layer.group.detach()
 
 
 def _replace(unet: nn.Module, path: str, module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,15 @@ class Branch(nn.Module):
         return (self.columns()[:, None] * self.up.float()) @ self.down.float()
 
 
+class LayerGroup(Protocol):
+    """The adapted layers of one UNet by module path, which share what is computed once per forward pass."""
+
+    layers: dict[str, BranchedLinear]
+
+    def detach(self) -> None:
+        """Remove what the group has added to the UNet."""
+
+
 class BranchedLinear(nn.Module):
     """A frozen linear layer with LoRA branches: y = W0 x₀ + b + Σ_i ΔW_i x_i.
 
@@ -71,12 +80,14 @@ class BranchedLinear(nn.Module):
         base: the frozen layer.
         branches: branches by name.
         streams: number of prompts in the last input.
-        factors: factors by stream, if `JointFactors` has computed them for this forward pass.
+        group: the adapted layers of the same UNet, this one among them.
+        factors: factors by stream, if the group has computed them for this forward pass.
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, group: LayerGroup) -> None:
         super().__init__()
         self.base = base
+        self.group = group
         self.branches = nn.ModuleDict()
         self.streams = 1
         self.factors: dict[int, Factors] | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -17,48 +18,108 @@ from unziplora.lora.algebra import Pair, fold_output
 from unziplora.lora.inject import add_lora, inject
 from unziplora.lora.layer import Branch
 from unziplora.lora.weights import Lora
-from unziplora.models.text import Prompts
+from unziplora.models.text import Conditioning, Prompts
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Method, View
 from unziplora.training.text_encoder_lora import TextLora
 
+
+class Data(Protocol):
+    """What a method learns from; of it, every method shows the images in the sample sheet."""
+
+    @property
+    def images(self) -> Sequence[Image.Image]: ...
+
+
 C = TypeVar("C", bound=TrainingConfig)
+D = TypeVar("D", bound=Data)
 
 Branches = dict[str, Branch]
 """The branches of one LoRA by module path."""
 
 
-class AdapterMethod(Method[C]):
+@dataclass(frozen=True)
+class TrainingData:
+    """Everything that the LoRAs of one run learn from.
+
+    Attributes:
+        examples: the images with the conditioning of their prompts; with prompt separation, that of three prompts
+            joined (`join_streams`).
+        alone: examples of the steps in which a LoRA learns alone, by LoRA name; default: `examples`.
+        priors: class images, by the name of the LoRA whose prior they preserve.
+        text: LoRA of the text encoders, if there is one.
+        images: the training images, for the sample sheet.
+    """
+
+    examples: Examples
+    alone: Mapping[str, Examples] = field(default_factory=dict)
+    priors: Mapping[str, Examples] = field(default_factory=dict)
+    text: TextLora | None = None
+    images: Sequence[Image.Image] = ()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the embeddings computed with the text encoders' LoRA by name; none without such a LoRA.
+
+        Learning them again takes minutes, and on another device gives other last digits.
+        """
+        if self.text is None:
+            return {}
+        return {
+            f"conditioning.{name}.{part}": getattr(examples.conditioning, part)
+            for part in ("tokens", "pooled")
+            for name, examples in {"full": self.examples, **self.alone}.items()
+        }
+
+    def restored(self, state: Mapping[str, Tensor]) -> TrainingData:
+        """Return a copy with the embeddings of a checkpoint."""
+        if self.text is None:
+            return self
+
+        def restore(name: str, examples: Examples) -> Examples:
+            now = examples.conditioning
+            tokens, pooled = (state[f"conditioning.{name}.{part}"] for part in ("tokens", "pooled"))
+            conditioning = Conditioning(tokens.to(now.tokens), pooled.to(now.pooled), now.time_ids)
+            return replace(examples, conditioning=conditioning)
+
+        alone = {name: restore(name, examples) for name, examples in self.alone.items()}
+        return replace(self, examples=restore("full", self.examples), alone=alone)
+
+
+class AdapterMethod(Method[C], Generic[C, D]):
     """Base class of the methods: LoRAs by name on a frozen UNet, and on text encoders where a LoRA has such a part.
 
     Attributes:
         branches: the UNet's part of each LoRA, by LoRA name and module path.
         text: the text encoders' part, by LoRA name.
-        images: training images.
     """
 
     def __init__(
         self,
         unet: nn.Module,
         scheduler: DDPMScheduler,
+        data: D,
         config: C,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        images: Sequence[Image.Image] = (),
     ) -> None:
-        """Store what every method needs; a subclass adds its LoRAs.
+        """Add the method's LoRAs to a frozen UNet, in place.
 
         Args:
-            unet: frozen, without LoRAs; the method changes it in place.
             scheduler: noise schedule and prediction type of the base.
-            config: the recipe.
             autocast: context of the forward passes.
-            images: training images; the first one goes into the sample sheet.
+
+        Raises:
+            UserError: the recipe names blocks that this UNet does not have.
         """
-        self.unet, self.scheduler, self.config, self.autocast = unet, scheduler, config, autocast
+        self.unet, self.scheduler, self.data, self.config, self.autocast = unet, scheduler, data, config, autocast
         self.predict = unet
-        self.images = list(images)
+        self.images = list(data.images)
         self.branches: dict[str, Branches] = {}
         self.text: dict[str, TextLora] = {}
+        self.add_loras()
+
+    def add_loras(self) -> None:
+        """Add the LoRAs to the UNet."""
+        raise NotImplementedError
 
     def denoising_loss(self, examples: Examples, draw: torch.Generator, **conditioning: Any) -> Tensor:
         """Return the denoising error of the recipe on examples, a scalar (`training.loss.denoising_loss`)."""
@@ -82,7 +143,6 @@ class AdapterMethod(Method[C]):
             yield
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors of all LoRAs by name, for a checkpoint."""
         state = {
             f"{name}.{path}.{key}": tensor
             for name, branches in self.branches.items()
@@ -94,7 +154,6 @@ class AdapterMethod(Method[C]):
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the tensors of a checkpoint of the same recipe."""
         for name, branches in self.branches.items():
             for path, branch in branches.items():
                 branch.load_state_dict({key: state[f"{name}.{path}.{key}"] for key in branch.state_dict()})
@@ -102,7 +161,6 @@ class AdapterMethod(Method[C]):
             text.load_state_dict(state)
 
     def export(self) -> dict[str, Lora]:
-        """Return the LoRAs by name as plain pairs: masks, scales and alpha folded into B."""
         text = {name: part.export() for name, part in self.text.items()}
         return {name: Lora(folded(branches), text=text.get(name, {})) for name, branches in self.branches.items()}
 

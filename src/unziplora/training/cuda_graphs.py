@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import first_line
-from unziplora.lora.factors import JointFactors
-from unziplora.lora.layer import Branch
+from unziplora.lora.inject import adapted_layers
 
 Pass = Callable[..., Tensor]
 """A recorded pass: the UNet's prediction from its inputs and the trained parameters, differentiable in all of them."""
@@ -68,14 +67,12 @@ class Recorder:
     A change of shapes, active LoRAs or trained parameters needs another recording. So does each further loss of a step,
     because a recorded pass has one place for its gradients, which the next loss would overwrite. Passes without a
     gradient are not recorded.
-
-    Attributes:
-        passes: recorded passes by key (see `key`).
     """
 
     def __init__(self, unet: nn.Module, parameters: Sequence[Tensor]) -> None:
         self.unet, self.parameters = unet, list(parameters)
-        self.passes: dict[Any, Pass] = {}
+        self.layers = list(adapted_layers(unet).values())
+        self.passes: dict[Any, Pass] = {}  # by `key`
         self.counts: dict[Any, int] = {}
         self.trained: tuple[bool, ...] = ()
         self.losses = 0  # of this step, before the present one
@@ -104,7 +101,7 @@ class Recorder:
         """Return everything that a recorded pass of these inputs depends on; None if it cannot be recorded."""
         if self.failed or not torch.is_grad_enabled():
             return None
-        branches = list(_branches(self.unet))
+        branches = [layer.branch(name) for layer in self.layers for name in layer.branches]
         if any(branch.observer is not None for branch in branches):
             return None
         trained = tuple(p.requires_grad for p in self.parameters)
@@ -145,11 +142,3 @@ class Recorder:
                 stacklevel=2,
             )
         return not self.failed
-
-
-def _branches(unet: nn.Module) -> Iterator[Branch]:
-    """Yield the branches of all adapted layers."""
-    hooks = getattr(unet, "joint_factors", None)
-    if isinstance(hooks, JointFactors):
-        for layer in hooks.layers.values():
-            yield from map(layer.branch, layer.branches)

@@ -22,17 +22,11 @@ ArrayT = TypeVar("ArrayT", Tensor, "np.ndarray[Any, Any]")
 
 @dataclass(frozen=True)
 class Examples:
-    """Training images, encoded once.
+    """Training images, encoded once."""
 
-    Attributes:
-        latents: [N, C, h, w], in the UNet's scaling.
-        conditioning: one row per image.
-        weights: weights of the loss per latent pixel, [N, 1, h, w], or None for equal weights.
-    """
-
-    latents: Tensor
-    conditioning: Conditioning
-    weights: Tensor | None = None
+    latents: Tensor  # [N, C, h, w], in the UNet's scaling
+    conditioning: Conditioning  # one row per image
+    weights: Tensor | None = None  # of the loss per latent pixel, [N, 1, h, w]; None: equal
 
 
 def generator(*key: object) -> torch.Generator:
@@ -86,19 +80,12 @@ def denoising_loss(
 
 @dataclass(frozen=True)
 class Noised:
-    """Noisy latents of a batch of images.
+    """Noisy latents of a batch of images."""
 
-    Attributes:
-        index: numbers of the images, [B].
-        noise: the added noise, [B, C, h, w].
-        timesteps: its timesteps, [B].
-        latents: the noisy latents, [B, C, h, w].
-    """
-
-    index: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    latents: Tensor
+    index: Tensor  # numbers of the images, [B]
+    noise: Tensor  # [B, C, h, w]
+    timesteps: Tensor  # [B]
+    latents: Tensor  # noisy, [B, C, h, w]
 
     def unet_inputs(self, conditioning: ConditioningSource) -> dict[str, Any]:
         """Return the inputs of the UNet by name, from the conditioning of all images."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any
@@ -49,11 +49,7 @@ class Memory(BaseModel):
     """Memory of a run at its peak.
 
     Attributes:
-        base: name of the base.
         assumed: the base is not on this machine, so SDXL's sizes are assumed.
-        device: device of the training.
-        precision: number format of the frozen base.
-        resolution: side of the training images in pixels.
         lines: the parts; `exact` ones follow from sizes, the others are estimates.
         available: bytes free on the device now; None if unknown.
         advice: the setting to change first if that is too little.
@@ -70,7 +66,6 @@ class Memory(BaseModel):
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
         return sum(line.bytes for line in self.lines)
 
     @property
@@ -84,7 +79,6 @@ class Memory(BaseModel):
         return f"; needs less: {self.advice}" if self.advice else ""
 
     def table(self, prefix: str = "") -> str:
-        """Return a plain text table, one part per line."""
         width = max(len(line.part) for line in self.lines)
         rows = [f"Memory on {self.device} ({self.precision}, {self.resolution} px), at the peak:"]
         rows += [
@@ -132,21 +126,16 @@ def estimate(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequence[str
         assumed=sizes.assumed,
         device=str(device),
         precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
-        resolution=_resolution(config, sizes),
+        resolution=config.resolution or sizes.resolution,
         lines=lines,
         available=free_bytes(device),
         advice=smaller(config, sizes.resolution),
     )
 
 
-def _resolution(config: ImageConfig, sizes: Sizes) -> int:
-    return config.resolution or sizes.resolution
-
-
 def _exact(
     config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]], each: int, gpu: bool
 ) -> dict[str, int]:
-    """Return the bytes that follow from sizes; the frozen base takes `each` bytes per number."""
     text_trains = bool(getattr(config, "text_encoders", False))  # DreamBooth may train them too
     trained = sum(sizes.adapter(config.rank, paths) for paths in loras.values())
     trained += config.rank * sizes.text_features * text_trains
@@ -175,9 +164,13 @@ def activation_bytes(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequ
         half: the base computes in bf16 or fp16.
     """
     adapted = [path for paths in loras.values() for path in paths]
-    batch, latent = config.batch_size, _resolution(config, sizes) // sizes.latent_scale
+    batch, latent = config.batch_size, (config.resolution or sizes.resolution) // sizes.latent_scale
     transformers = resnets = inner = prompt = 0
-    for block in dropwhile(lambda block: not block.contains_any(adapted), _blocks(sizes.unet_config)):
+
+    def is_frozen(block: _Block) -> bool:
+        return not any(path.startswith(f"{block.path}.") for path in adapted)
+
+    for block in dropwhile(is_frozen, _blocks(sizes.unet_config)):
         tokens = batch * (latent >> block.level) ** 2
         resnets += tokens * block.width
         transformers += block.depth * tokens * block.width
@@ -194,22 +187,12 @@ def activation_bytes(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequ
 
 @dataclass(frozen=True)
 class _Block:
-    """A residual block of a UNet and the transformer after it.
+    """A residual block of a UNet and the transformer after it."""
 
-    Attributes:
-        path: module path of the transformer.
-        level: number of times that the latents were halved.
-        width: channels.
-        depth: layers of the transformer; 0 if there is none.
-    """
-
-    path: str
-    level: int
-    width: int
-    depth: int
-
-    def contains_any(self, paths: Iterable[str]) -> bool:
-        return any(path.startswith(f"{self.path}.") for path in paths)
+    path: str  # of the transformer
+    level: int  # number of times that the latents were halved
+    width: int  # channels
+    depth: int  # layers of the transformer; 0 if there is none
 
 
 def _blocks(config: Mapping[str, Any]) -> Iterator[_Block]:
@@ -221,29 +204,26 @@ def _blocks(config: Mapping[str, Any]) -> Iterator[_Block]:
     )
     last = len(widths) - 1
     depths = [depths] * len(widths) if isinstance(depths, int) else list(depths)
-    attends = ["CrossAttn" in kind for kind in config["down_block_types"]]
-    levels = range(len(widths))
-    for level in levels:
+    attended = [depth * ("CrossAttn" in kind) for depth, kind in zip(depths, config["down_block_types"], strict=True)]
+    for level, width in enumerate(widths):
         for number in range(count):
-            depth = depths[level] * attends[level]
-            yield _Block(f"down_blocks.{level}.attentions.{number}", level, widths[level], depth)
+            yield _Block(f"down_blocks.{level}.attentions.{number}", level, width, attended[level])
     yield _Block("mid_block.attentions.0", last, widths[last], depths[last])
-    for level in reversed(levels):
+    for level in reversed(range(len(widths))):
         for number in range(count + 1):
-            depth = depths[level] * attends[level]
-            yield _Block(f"up_blocks.{last - level}.attentions.{number}", level, widths[level], depth)
+            yield _Block(f"up_blocks.{last - level}.attentions.{number}", level, widths[level], attended[level])
 
 
 def _encoding(config: ImageConfig, sizes: Sizes, each: int, gpu: bool) -> int:
     """Estimate the bytes while images and prompts are encoded; the UNet is not on a GPU then."""
-    maps = _ENCODING_MAPS * 4 * _resolution(config, sizes) ** 2
+    maps = _ENCODING_MAPS * 4 * (config.resolution or sizes.resolution) ** 2
     rest = _CUDA_CONTEXT if gpu else sizes.unet * each
     return rest + sizes.text * each + _vae(sizes) + maps
 
 
 def _sampling(config: ImageConfig, sizes: Sizes, exact: Mapping[str, int]) -> int:
     """Estimate the bytes on a GPU while it samples; the optimizer is gone before the last samples."""
-    maps = 4 * _resolution(config, sizes) ** 2
+    maps = 4 * (config.resolution or sizes.resolution) ** 2
     decoding = _vae(sizes) + _DECODING_MAPS * min(maps, 4 * _TILE**2)
     weights = exact["UNet"] + exact["LoRAs, scales and masks"] + exact["optimizer"] * bool(config.sample_every)
     return _CUDA_CONTEXT + weights + max(_DENOISING * config.samples_at_once() * maps // 2**22, decoding)
@@ -254,7 +234,7 @@ def _vae(sizes: Sizes) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that are free on a device now: a CUDA device's own memory, else the machine's."""
+    """Return the bytes that are free on a device now; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available

@@ -46,11 +46,7 @@ def _adamw(groups: Groups, config: TrainingConfig) -> torch.optim.AdamW:
 
 
 def find_optimizer(kind: str) -> Callable[..., torch.optim.Optimizer]:
-    """Return the class of an optimizer.
-
-    Raises:
-        UserError: its package is not installed.
-    """
+    """Return the class of an optimizer, or raise UserError if its package is not installed."""
     if kind not in _PACKAGES:
         return torch.optim.AdamW
     module, name = _PACKAGES[kind]

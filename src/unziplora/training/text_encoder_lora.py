@@ -23,20 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LazyConditioning:
-    """Conditioning of N images that is encoded on access, so that a step encodes only the prompts that it draws.
+    """Conditioning of N images that is encoded on access, so that a step encodes only the prompts that it draws."""
 
-    Attributes:
-        base: its text encoders are on the device.
-        prompts: one per image.
-        encoded: conditioning of the same images; only its size conditioning is used.
-    """
-
-    base: Base
-    prompts: Sequence[str]
-    encoded: Conditioning
+    base: Base  # its text encoders are on the device
+    prompts: Sequence[str]  # one per image
+    encoded: Conditioning  # of the same images; only its size conditioning is used
 
     def take(self, index: Tensor) -> Conditioning:
-        """Encode the rows at these indices."""
         rows = encode_each(self.base, [self.prompts[number] for number in index.tolist()])
         return rows.with_time_ids(self.encoded.take(index).time_ids)
 
@@ -45,14 +38,7 @@ class TextLora:
     """PEFT's LoRA on q, k, v, out of both text encoders; every step computes the prompts' embeddings again."""
 
     def __init__(self, base: Base, config: ImageConfig, prompts: Sequence[str] = (), prior: Sequence[str] = ()) -> None:
-        """Add adapters to the base's text encoders, in place.
-
-        Args:
-            base: its text encoders are frozen; only the adapters train.
-            config: rank, alpha and seed.
-            prompts: one per image.
-            prior: one per class image.
-        """
+        """Add adapters to the base's frozen text encoders, in place; prompts are one per image and class image."""
         self.base, self.prompts, self.prior_prompts = base, list(prompts), list(prior)
         self.strength = (config.alpha or config.rank) / config.rank
         adapter = LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=TARGETS)
@@ -92,12 +78,10 @@ class TextLora:
         return LazyConditioning(self.base, self.prior_prompts if prior else self.prompts, examples.conditioning)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the trained matrices for a checkpoint."""
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the matrices of `state_dict`."""
         for name, parameter in self.named_parameters().items():
             parameter.copy_(state[name])
 

@@ -29,7 +29,7 @@ from unziplora.utils.signals import caught
 
 @dataclass(frozen=True)
 class StepReport:
-    """Report of one step: number of steps done, loss, learning rate and duration in seconds."""
+    """Report of one step; `done` counts the steps so far."""
 
     done: int
     loss: float
@@ -57,7 +57,6 @@ class Trainer:
         ]
 
     def parameters(self) -> list[Tensor]:
-        """Return everything that is trained."""
         return [parameter for group in self.groups for parameter in group["params"]]
 
     def save(self, folder: Path) -> None:

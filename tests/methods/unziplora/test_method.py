@@ -10,7 +10,7 @@ from splits import build, config, examples, scheduler
 from unziplora.errors import UserError
 from unziplora.lora.blocks import SDXL_BLOCKS, read_blocks
 from unziplora.lora.inject import adapted_layers, remove
-from unziplora.methods.unziplora.data import TrainingData
+from unziplora.methods.adapters import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
 from unziplora.training.loss import Examples, denoising_loss, generator, shifted, snr_weights
@@ -30,7 +30,8 @@ SWITCHES = list(itertools.product([True, False], repeat=3))
 @pytest.mark.parametrize(("prompt", "column", "block"), SWITCHES)
 def test_every_combination_of_switches_trains_both_loras_and_never_the_base(tiny_base, prompt, column, block):
     frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
-    method = build(tiny_base, prompt_separation=prompt, column_separation=column, block_separation=block)
+    switches = {"prompt_separation": prompt, "column_separation": column, "block_separation": block}
+    method = build(tiny_base, steps=3, column_periods=1, **switches)
     run(method)
     layers = adapted_layers(tiny_base.unet)
     assert all(layer.base.weight.grad is None for layer in layers.values())
@@ -69,7 +70,7 @@ def test_columns_grow_by_a_tenth_and_closed_ones_stay_zero(tiny_base):
             for path, style in method.columns.held["style"].items():
                 assert not (style & method.columns.held["content"].get(path, torch.zeros_like(style))).any()
         if step % 3 == 2:
-            shares.append({(n, p): int(h.sum()) for n, p, h in method.columns.items()})
+            shares.append({(n, p): int(h.sum()) for n, held in method.columns.held.items() for p, h in held.items()})
             for name, path, branch in method.columns.masked():
                 closed = ~method.columns.held[name][path]
                 assert torch.equal(branch.mask, (~closed).float())
@@ -127,7 +128,7 @@ def test_column_choice_does_not_depend_on_loss_scaling(fresh_base):
         method = build(fresh_base())
         run(method, stop=1)
         method.before_step(1, gradient_scale=scale)
-        held.append({(n, p): h.tolist() for n, p, h in method.columns.items()})
+        held.append({name: held.tolist() for name, held in method.columns.state_dict().items()})
     assert held[0] == held[1]
 
 
@@ -138,7 +139,7 @@ def test_official_code_scores_gradients_as_fp16_scales_them_in_every_precision(f
         method = build(fresh_base(), official_code=True)
         run(method, stop=1)
         method.before_step(1, gradient_scale=scale)
-        held[scale] = {(n, p): h.tolist() for n, p, h in method.columns.items()}
+        held[scale] = {name: held.tolist() for name, held in method.columns.state_dict().items()}
     assert held[1.0] == held[2.0**16]
     assert held[1.0] != held[2.0**10]
 

@@ -251,7 +251,7 @@ class TestLoss:
             step = generator(5, "zip", name, 7)
             torch.randint(1, (1,), generator=step)
             times = torch.randint(1000, (2,), generator=step)
-            clean = method.teachers.alone[name].latents[[0, 0]]
+            clean = method.data.alone[name].latents[[0, 0]]
             noisy = schedule.add_noise(clean, torch.randn(clean.shape, generator=step), times)
             with torch.no_grad():
                 expected = predict(noisy, times, row, [updates[name]])
@@ -337,7 +337,7 @@ class TestPictures:
         mounted = AttachedLoras(other, [NamedLora("content", loras["content"], {}, "")])
         settings = Settings(steps=1, guidance=2.0, width=64, height=64)
         expected = generate_latents(other, "a sks cat", [FIRST_SEED, FIRST_SEED + 1], settings)
-        torch.testing.assert_close(method.teachers.alone["content"].latents, expected)
+        torch.testing.assert_close(method.data.alone["content"].latents, expected)
         mounted.remove()
         plain = generate_latents(other, "a sks cat", [FIRST_SEED], settings)
         assert not torch.allclose(plain, expected[:1], atol=1e-3)
@@ -552,8 +552,8 @@ class TestTextEncoders:
 
     def test_lora_with_a_text_encoder_part_generates_images(self, own_base: Base, config: Make, pair: Pair):
         method = build(own_base, config(style_images=[], teacher_images=1))
-        assert method.teachers.alone["style"].latents.shape[0] == 1
-        assert method.text_pairs["style"][TEXT][0].shape == pair[0].shape
+        assert method.data.alone["style"].latents.shape[0] == 1
+        assert method.data.loras["style"].text[TEXT][0].shape == pair[0].shape
 
 
 class TestRefusals:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,17 +65,16 @@ def columns_held(columns: int, share: float, period: int, periods: int) -> int:
 
 @dataclass
 class Scores:
-    """Accumulator of one layer's column scores over several noisy latents.
+    """Accumulator of one layer's column scores over several noisy latents: `total`, their sum, [out].
 
     Attributes:
         official_code: score a column by the share of its entries with |C| > 1e-5, instead of their mean.
         gradient_scale: factor of the loss, divided out of C.
-        total: sum of the scores so far, [out].
     """
 
     official_code: bool = False
     gradient_scale: float = 1.0
-    total: Tensor | None = field(default=None)
+    total: Tensor | None = None
 
     def __call__(self, gradient: Tensor, delta: Tensor) -> None:
         """Add ∂L/∂ΔW and ΔW, both [out, in] (the observer of `Branch`)."""
@@ -138,15 +137,13 @@ class ColumnSeparation:
 
     def masked(self) -> Iterator[tuple[str, str, Branch]]:
         """Yield the branches that train only chosen columns, with their LoRA's name and module path."""
-        for name in KINDS:
-            for path in self.held[name]:
+        for name, layers in self.held.items():
+            for path in layers:
                 yield name, path, self.branches[name][path]
 
-    def items(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield the held columns, [out] bool, with their LoRA's name and module path."""
-        for name in KINDS:
-            for path, held in self.held[name].items():
-                yield name, path, held
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the held columns, [out] bool, by a name for a checkpoint."""
+        return {f"{name}.{path}.held": self.held[name][path] for name, path, _ in self.masked()}
 
     def open(self) -> None:
         """Open every column: a warm-up begins."""
@@ -155,11 +152,7 @@ class ColumnSeparation:
 
     @contextmanager
     def scored(self, gradient_scale: float) -> Iterator[dict[str, dict[str, Scores]]]:
-        """Score the masked branches' columns in the backward passes inside.
-
-        Args:
-            gradient_scale: factor of the loss.
-        """
+        """Score the masked branches' columns in the backward passes inside, of a loss times `gradient_scale`."""
         if self.official_code:  # fp16's factor is not divided out; other number formats get its initial value
             gradient_scale = gradient_scale / (FP16_SCALE if gradient_scale == 1 else gradient_scale)
         scores: dict[str, dict[str, Scores]] = {name: {} for name in KINDS}

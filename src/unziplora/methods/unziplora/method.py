@@ -12,66 +12,46 @@ adds the LoRAs to the UNet, computes the loss, moves through the phases of the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from unziplora.config.recipe import KINDS
 from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, filter_targets
-from unziplora.methods.adapters import AdapterMethod, matrices, new_branches, pair_views
+from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches, pair_views
 from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
-from unziplora.methods.unziplora.data import TrainingData, check_prompts, encode_training_data
+from unziplora.methods.unziplora.data import check_prompts, encode_training_data
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
-from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import LoraDescription, RunDescription, image_count
 from unziplora.training.loss import generator
 from unziplora.training.method import Setup, View
 from unziplora.training.runner import run_training
-from unziplora.utils.progress import Callback
 
 
-class UnZipLora(AdapterMethod[SplitConfig]):
+class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
     """A content and a style LoRA on all attentions of a UNet.
 
     Attributes:
-        data: training data.
         columns: state of column separation, or None without it.
     """
 
     command: ClassVar[str] = "split"
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        scheduler: DDPMScheduler,
-        data: TrainingData,
-        config: SplitConfig,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        """Add both LoRAs to the UNet.
-
-        Args:
-            data: training data; for the other arguments see `AdapterMethod`.
-
-        Raises:
-            UserError: the block map names a block that this UNet does not have.
-        """
-        super().__init__(unet, scheduler, config, autocast, data.images)
-        self.data = data
-        self.text = {"style": data.text} if data.text else {}
-        paths, blocks = attention_linears(unet), read_blocks(config.blocks)
+    def add_loras(self) -> None:
+        config = self.config
+        self.text = {"style": self.data.text} if self.data.text else {}
+        paths, blocks = attention_linears(self.unet), read_blocks(config.blocks)
         if config.block_separation:
             check_blocks(blocks, paths)
         owners = {path: blocks.owner(path) if config.block_separation else None for path in paths}
         self.branches = {
-            name: new_branches(unet, name, paths, config, stream=name, official_code=config.official_code)
+            name: new_branches(self.unet, name, paths, config, stream=name, official_code=config.official_code)
             for name in KINDS
         }
         self.columns: ColumnSeparation | None = None
@@ -86,29 +66,21 @@ class UnZipLora(AdapterMethod[SplitConfig]):
 
     @classmethod
     def check(cls, config: SplitConfig, base: Base | None = None) -> None:
-        """Read the block map and fill in the prompts, including those of class images.
-
-        Raises:
-            UserError: either is not usable.
-        """
         read_blocks(config.blocks)
         check_prompts(config)
 
     @classmethod
     def layers(cls, config: SplitConfig, paths: list[str]) -> dict[str, list[str]]:
-        """Return all attentions for both LoRAs."""
         return dict.fromkeys(KINDS, filter_targets(paths, ["attention"]))
 
     @classmethod
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
-        """Encode the training data, then add both LoRAs to the base's UNet."""
         data = encode_training_data(config, setup)
         setup.make_room(config)
         return cls(setup.base.unet, setup.noise_schedule(), data, config, setup.autocast)
 
     @classmethod
     def describe(cls, config: SplitConfig) -> RunDescription:
-        """Describe two LoRAs that work alone and together."""
         prompts = config.prompts()
         return RunDescription(
             method="UnZipLoRA (arXiv 2412.04465)",
@@ -147,9 +119,7 @@ class UnZipLora(AdapterMethod[SplitConfig]):
     def before_step(self, step: int, gradient_scale: float = 1.0) -> None:
         """Open the columns at the start of a period; score, choose and close them after its warm-up.
 
-        Args:
-            gradient_scale: factor that keeps fp16 gradients from underflow; it changes the choice only with
-                `official_code`.
+        fp16's gradient scale changes the choice only with `official_code`.
         """
         if self.columns is None:
             return
@@ -211,33 +181,22 @@ class UnZipLora(AdapterMethod[SplitConfig]):
             self.columns.zero_masked()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the LoRAs, the columns held and the learned conditioning by name, for a checkpoint."""
-        state = {**super().state_dict(), **self.data.state_dict()}
-        if self.columns is not None:
-            state.update({f"{name}.{path}.held": held for name, path, held in self.columns.items()})
-        return state
+        columns = {} if self.columns is None else self.columns.state_dict()
+        return {**super().state_dict(), **self.data.state_dict(), **columns}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the state of a checkpoint of the same recipe."""
         super().load_state_dict(state)
         if self.columns is not None:
-            for name, path, held in self.columns.items():
-                held.copy_(state[f"{name}.{path}.held"])
+            for name, held in self.columns.state_dict().items():
+                held.copy_(state[name])
         self.settled = None
         self.data = self.data.restored(state)
 
     def views(self) -> list[View]:
-        """Return both with the training prompts, and each alone with one plain prompt (`pair_views`)."""
         prompts = self.config.prompts()
         together = Prompts(**prompts) if self.config.prompt_separation else Prompts(prompts["full"])
         return pair_views(self.config, together, prompts["content"], "{style}")
 
 
-def split(
-    config: SplitConfig, resume: bool = False, progress: Callback | None = None, base: Base | None = None
-) -> RunFolder:
-    """Train a content and a style LoRA on the configured image and write them into a run folder.
-
-    Arguments and errors are those of `run_training`.
-    """
-    return run_training(UnZipLora, config, resume, progress, base)
+split = partial(run_training, UnZipLora)
+"""Train a content and a style LoRA on the configured images and write them into a run folder (`run_training`)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,7 @@ from unziplora.config.recipe import KINDS, resolve
 from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
+from unziplora.images.preprocess import load_image
 from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.lora.weights import Lora, format_shape
 from unziplora.methods.class_images import FIRST_SEED
@@ -38,7 +39,7 @@ def complete(config: ZipConfig, base: Base | None = None) -> ZipConfig:
         UserError: a LoRA is missing, the two were trained on different bases, or their base is needed and missing.
     """
     settings = {name: value for name, value in config.model_dump(exclude_unset=True).items() if value is not None}
-    sources = {name: find_lora(getattr(config, f"{name}_lora"), name) for name in KINDS}
+    sources = {name: find_lora(path, name) for name, path in config.loras.items()}
     defaults: dict[str, Any] = {}
     for run in (source.settings for source in reversed(sources.values()) if source.settings.get("sample_guidance")):
         defaults["sample_guidance"] = run["sample_guidance"]
@@ -70,9 +71,8 @@ def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) 
         UserError: a file is missing or not a plain LoRA, or the two belong to bases of different shapes.
     """
     loras = {}
-    for name in KINDS:
-        lora = read_lora(find_lora(getattr(config, f"{name}_lora"), name).file, unet_config)
-        strength = getattr(config, f"{name}_strength")
+    for name, file in config.loras.items():
+        lora, strength = read_lora(find_lora(file, name).file, unet_config), config.strengths[name]
         modules = {path: scale(pair, strength) for path, pair in lora.modules.items()}
         text = {path: scale(pair, strength) for path, pair in lora.text.items()}
         loras[name] = replace(lora, modules=modules, text=text)
@@ -106,8 +106,7 @@ def check_zippable(config: ZipConfig, loras: Mapping[str, Lora]) -> None:
     for name, lora in loras.items():
         if any(down.dim() > 2 for down, _ in lora.modules.values()):
             raise UserError(
-                f"{getattr(config, f'{name}_lora')}: it changes convolutions, which have no column scales; "
-                "use --method direct"
+                f"{config.loras[name]}: it changes convolutions, which have no column scales; use --method direct"
             )
     if not shared_layers(loras):
         raise UserError(
@@ -124,25 +123,29 @@ def shared_layers(loras: Mapping[str, Lora]) -> list[str]:
 
 @dataclass(frozen=True)
 class TeacherExamples:
-    """Images that both LoRAs learned with the conditioning of their prompts, by LoRA name.
+    """Two LoRAs by name, and what they learned: images with the conditioning of their prompts.
 
     Attributes:
+        loras: at their strengths.
         alone: prompts encoded with the LoRA's own text encoders.
         merged: the same images; prompts encoded with the text encoders of both LoRAs.
         texts: text-encoder parts of the LoRAs, attached to the base; a LoRA may have none.
+        images: the images, content first; none if the LoRAs generated them.
     """
 
+    loras: Mapping[str, Lora]
     alone: dict[str, Examples]
     merged: dict[str, Examples]
     texts: AttachedLoras
+    images: Sequence[Image.Image]
 
 
-def encode_teachers(
-    setup: Setup, config: ZipConfig, loras: Mapping[str, Lora], images: Mapping[str, list[Image.Image]]
-) -> TeacherExamples:
+def encode_teachers(setup: Setup, config: ZipConfig, loras: Mapping[str, Lora]) -> TeacherExamples:
     """Encode the images of the LoRAs, or images that they generate; the base's text encoders change in place."""
     base, prompts = setup.base, config.prompts()
-    parts = {name: NamedLora(name, lora, {}, str(getattr(config, f"{name}_lora"))) for name, lora in loras.items()}
+    paths = {"content": config.content_images, "style": config.style_images}
+    images = {name: [load_image(path, setup.size) for path in paths[name]] for name in KINDS}
+    parts = {name: NamedLora(name, lora, {}, str(config.loras[name])) for name, lora in loras.items()}
     latents = {name: _latents(setup, config, parts[name], images[name]) for name in KINDS}
     text_parts = [replace(part, lora=replace(part.lora, modules={})) for part in parts.values() if part.lora.text]
     texts = AttachedLoras(base, text_parts)
@@ -157,7 +160,7 @@ def encode_teachers(
         if others := [part.name for part in text_parts if part.name != name]:
             with texts.muted(*others):
                 alone[name] = encode(name)
-    return TeacherExamples(alone, merged, texts)
+    return TeacherExamples(loras, alone, merged, texts, [image for name in KINDS for image in images[name]])
 
 
 def _latents(setup: Setup, config: ZipConfig, part: NamedLora, images: list[Image.Image]) -> Tensor:

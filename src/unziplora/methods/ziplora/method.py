@@ -13,14 +13,12 @@ encoders have no scales: the parts of both LoRAs act, and the UNet's scales trai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -67,12 +65,7 @@ SCALES = "scales"
 
 
 class InputScale(nn.Module):
-    """Soft scale for each input feature of a LoRA: A diag(m) for A [rank, in] (arXiv 2311.13600).
-
-    Attributes:
-        columns: m, [in]; ones at the start.
-        on: the scale acts.
-    """
+    """Soft scale m, [in], of a LoRA's input features, ones at the start: A diag(m) for A [rank, in]."""
 
     def __init__(self, down: Tensor) -> None:
         super().__init__()
@@ -80,7 +73,6 @@ class InputScale(nn.Module):
         self.on = True
 
     def forward(self, down: Tensor) -> Tensor:
-        """Scale A [rank, in] to A diag(m) [rank, in]."""
         return down * self.columns if self.on else down
 
 
@@ -91,37 +83,18 @@ def scale_input(branch: Branch) -> InputScale:
     return scale
 
 
-class ZipLora(AdapterMethod[ZipConfig]):
+class ZipLora(AdapterMethod[ZipConfig, TeacherExamples]):
     """A content and a style LoRA on a UNet, frozen, with trained scales.
 
     Attributes:
-        teachers: what each LoRA learned.
-        text_pairs: changes to the text encoders by LoRA name (`Lora.text`).
         scales: the scales by LoRA name and module path, in the layers that both LoRAs have.
     """
 
     command: ClassVar[str] = "zip"
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        scheduler: DDPMScheduler,
-        teachers: TeacherExamples,
-        loras: Mapping[str, Lora],
-        config: ZipConfig,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        images: Sequence[Image.Image] = (),
-    ) -> None:
-        """Add both LoRAs to the UNet; for the other arguments see `AdapterMethod`.
-
-        Args:
-            teachers: images of both LoRAs, with the conditioning of their prompts.
-            loras: by name, at their strengths; of linear layers that the UNet has, and of text encoders.
-        """
-        super().__init__(unet, scheduler, config, autocast, images)
-        self.teachers = teachers
-        self.text_pairs = {name: lora.text for name, lora in loras.items()}
-        self.branches = {name: add_lora(unet, name, loras[name].modules) for name in KINDS}
+    def add_loras(self) -> None:
+        loras = self.data.loras
+        self.branches = {name: add_lora(self.unet, name, loras[name].modules) for name in KINDS}
         for branch in (branch for branches in self.branches.values() for branch in branches.values()):
             branch.requires_grad_(False)
         shared = shared_layers(loras)
@@ -129,11 +102,6 @@ class ZipLora(AdapterMethod[ZipConfig]):
 
     @classmethod
     def check(cls, config: ZipConfig, base: Base | None = None) -> None:
-        """Read both LoRAs, fill in the prompts, open the images.
-
-        Raises:
-            UserError: one of them is not usable.
-        """
         unet_config = None
         if config.method == "zip":
             unet_config = inspect_base(config.base).unet_config if base is None else base.unet.config
@@ -146,26 +114,20 @@ class ZipLora(AdapterMethod[ZipConfig]):
 
     @classmethod
     def layers(cls, config: ZipConfig, paths: list[str]) -> dict[str, list[str]]:
-        """Return the layers of each LoRA's file."""
         return {name: [path for path in paths if path in lora.modules] for name, lora in read_loras(config).items()}
 
     @classmethod
     def build(cls, config: ZipConfig, setup: Setup) -> ZipLora:
-        """Encode what each LoRA learned, or have it generate images, then add both to the base's UNet."""
         base = setup.base
         loras = read_loras(config, base.unet.config)
         for name, lora in loras.items():
-            check_fits(lora, base.unet, str(getattr(config, f"{name}_lora")), f"base {base.name}")
-        paths = {"content": config.content_images, "style": config.style_images}
-        images = {name: [load_image(path, setup.size) for path in paths[name]] for name in KINDS}
-        teachers = encode_teachers(setup, config, loras, images)
+            check_fits(lora, base.unet, str(config.loras[name]), f"base {base.name}")
+        data = encode_teachers(setup, config, loras)
         setup.make_room(config)
-        shown = [image for name in KINDS for image in images[name]]
-        return cls(base.unet, setup.noise_schedule(), teachers, loras, config, setup.autocast, shown)
+        return cls(base.unet, setup.noise_schedule(), data, config, setup.autocast)
 
     @classmethod
     def describe(cls, config: ZipConfig) -> RunDescription:
-        """Describe one LoRA, and its two parts if they are written too."""
         prompts, hint = config.prompts(), "Add the other part, at the same strength."
         files = {"lora": LoraDescription("content and style in one", prompts["full"])}
         if config.parts:
@@ -175,7 +137,6 @@ class ZipLora(AdapterMethod[ZipConfig]):
         return RunDescription(method, "A LoRA merged from a content and a style LoRA", prompts["full"], files)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return one optimizer group: the scales of both LoRAs, without weight decay."""
         params = [scale.columns for name in KINDS for scale in self.scales[name].values()]
         return [{"name": SCALES, "params": params, "lr": self.config.learning_rate, "weight_decay": 0.0}]
 
@@ -194,7 +155,7 @@ class ZipLora(AdapterMethod[ZipConfig]):
 
     def _distance(self, name: str, step: int) -> Tensor:
         """Return the mean squared difference of the merged LoRA's predictions and one LoRA's alone, a scalar."""
-        config, alone, merged = self.config, self.teachers.alone[name], self.teachers.merged[name]
+        config, alone, merged = self.config, self.data.alone[name], self.data.merged[name]
         drawn = noised(
             self.scheduler,
             alone,
@@ -220,15 +181,15 @@ class ZipLora(AdapterMethod[ZipConfig]):
     @contextmanager
     def off(self, names: tuple[str, ...]) -> Iterator[None]:
         """Switch off LoRAs by name, with all their parts; the name `scales` switches the scales off."""
-        with self.teachers.texts.muted(*names), self._unet_off(names):
+        with self.data.texts.muted(*names), self._unet_off(names):
             yield
 
     @contextmanager
     def _unet_off(self, names: tuple[str, ...]) -> Iterator[None]:
-        scales = [scale for name in KINDS for scale in self.scales[name].values()] if SCALES in names else []
+        scales = [scale for name in KINDS for scale in self.scales[name].values()]
         with switched_off(*(self.branches[name] for name in KINDS if name in names)):
             for scale in scales:
-                scale.on = False
+                scale.on = SCALES not in names
             try:
                 yield
             finally:
@@ -236,12 +197,10 @@ class ZipLora(AdapterMethod[ZipConfig]):
                     scale.on = True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the scales by LoRA name and module path; everything else comes from the files."""
         return {f"{name}.{path}": scale.columns for name in KINDS for path, scale in self.scales[name].items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the scales of a checkpoint of the same recipe."""
         for name, columns in self.state_dict().items():
             columns.copy_(state[name])
 
@@ -250,7 +209,7 @@ class ZipLora(AdapterMethod[ZipConfig]):
 
         Changes to text encoders are added as they are.
         """
-        parts = {name: Lora(folded(self.branches[name]), text=self.text_pairs[name]) for name in KINDS}
+        parts = {name: Lora(folded(self.branches[name]), text=self.data.loras[name].text) for name in KINDS}
         return {"lora": merge(parts), **(parts if self.config.parts else {})}
 
     def views(self) -> list[View]:
