@@ -74,10 +74,7 @@ class Report(BaseModel):
     python: str
     system: str
     packages: dict[str, str]
-    extras: dict[str, str | None]
     devices: list[Device]
-    disk_free: int
-    bundled_base: bool
     checks: list[Check]
     advice: str
 
@@ -103,14 +100,13 @@ def examine(online: bool = False) -> Report:
     devices = find_devices()
     packages = {name: number for name in PACKAGES if (number := installed(name)) is not None}
     bundled = (BUNDLED_BASE / "model_index.json").is_file()
-    disk = shutil.disk_usage(Path.cwd()).free
     missing = "not installed: run `pip install .` in the clone of unziplora"
     checks = [
         Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}"),
         *(Check(name, "problem", missing) for name in PACKAGES if name not in packages),
         Check("packages", "ok", ", ".join(f"{name} {number}" for name, number in packages.items())),
         *(_device(device) for device in devices),
-        _disk(disk),
+        _disk(shutil.disk_usage(Path.cwd()).free),
         _model_cache(Path(HF_HUB_CACHE), SDXL_GB_CPU if devices[0].name == "cpu" else SDXL_GB),
         _bundled(bundled),
         *(_extra(name) for name in EXTRAS),
@@ -120,10 +116,7 @@ def examine(online: bool = False) -> Report:
         python=platform.python_version(),
         system=platform.platform(),
         packages=packages,
-        extras={name: installed(name) for name in EXTRAS},
         devices=devices,
-        disk_free=disk,
-        bundled_base=bundled,
         checks=checks,
         advice=advice(devices[0], bundled, installed("bitsandbytes") is not None),
     )

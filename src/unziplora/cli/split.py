@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from unziplora.cli.training import training_command
 from unziplora.config.split import SplitConfig
-
-if TYPE_CHECKING:
-    from unziplora.methods.unziplora.method import UnZipLora
 
 HELP = """Split an image into a content LoRA and a style LoRA.
 
@@ -23,12 +18,10 @@ the trigger words. Ctrl-C saves the run; --resume continues it.
 """
 
 
-def _method() -> type[UnZipLora]:
-    from unziplora.methods.unziplora.method import UnZipLora
-
-    return UnZipLora
-
-
 split_command = training_command(
-    "split", SplitConfig, _method, help=HELP, short_help="Split an image into a content LoRA and a style LoRA."
+    "split",
+    SplitConfig,
+    "unziplora.methods.unziplora.method:UnZipLora",
+    help=HELP,
+    short_help="Split an image into a content LoRA and a style LoRA.",
 )

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from unziplora.cli.training import training_command
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
-
-if TYPE_CHECKING:
-    from unziplora.methods.blora import BLora
-    from unziplora.methods.dreambooth import DreamBooth
 
 DREAMBOOTH = """Train one LoRA on images: of a subject, in a style, or both (DreamBooth).
 
@@ -39,18 +33,6 @@ IMAGE is one image file, or several of one subject in one style. No words are ne
 """
 
 
-def _dreambooth() -> type[DreamBooth]:
-    from unziplora.methods.dreambooth import DreamBooth
-
-    return DreamBooth
-
-
-def _blora() -> type[BLora]:
-    from unziplora.methods.blora import BLora
-
-    return BLora
-
-
 train_command = click.Group(
     "train",
     help="Train LoRAs by other methods: DreamBooth, B-LoRA.",
@@ -59,13 +41,17 @@ train_command = click.Group(
         training_command(
             "train dreambooth",
             DreamBoothConfig,
-            _dreambooth,
+            "unziplora.methods.dreambooth:DreamBooth",
             help=DREAMBOOTH,
             short_help="One LoRA for a subject, a style, or both.",
             notes={"prompts": ["repeatable"]},
         ),
         training_command(
-            "train blora", BLoraConfig, _blora, help=BLORA, short_help="A content and a style LoRA in one block each."
+            "train blora",
+            BLoraConfig,
+            "unziplora.methods.blora:BLora",
+            help=BLORA,
+            short_help="A content and a style LoRA in one block each.",
         ),
     ],
 )

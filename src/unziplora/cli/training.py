@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,15 +22,12 @@ from unziplora.utils.progress import Callback
 
 if TYPE_CHECKING:
     from unziplora.runs.folder import RunFolder
-    from unziplora.training.method import Method
-
-    ImportMethod = Callable[[], type[Method[Any]]]
 
 
 def training_command(
     words: str,
     model: type[ImageConfig],
-    method: ImportMethod,
+    method: str,
     *,
     help: str,
     short_help: str,
@@ -39,7 +37,7 @@ def training_command(
 
     Args:
         words: the command's words after `unziplora`.
-        method: imports the method; called late, because the import brings torch along.
+        method: module and class, such as "unziplora.methods.blora:BLora"; imported late, because it brings torch along.
         notes: remarks to show behind a key's help instead of its default.
     """
     own = {"images": ["repeatable", "the same as IMAGE"], "out": ["default: runs/NAME, after the image"]}
@@ -69,20 +67,20 @@ def _layers(words: str, params: Mapping[str, Any], file: Keys, flags: Keys) -> l
     return run_layers(words, file, flags, name, params["resume"])
 
 
-def _run(method: ImportMethod, config: ImageConfig, progress: Callback, resume: bool) -> Output:
+def _run(method: str, config: ImageConfig, progress: Callback, resume: bool) -> Output:
     with memory_advice(config):
         from unziplora.training.runner import run_training
 
-        return run_output(run_training(method(), config, resume=resume, progress=progress))
+        return run_output(run_training(resolve_name(method), config, resume=resume, progress=progress))
 
 
-def _plan(method: ImportMethod, config: ImageConfig) -> Plan:
+def _plan(method: str, config: ImageConfig) -> Plan:
     """List the prompts and estimate the memory; images and masks are opened."""
     from unziplora.models.sizes import inspect_base
     from unziplora.training.memory import estimate
     from unziplora.training.preflight import check_run
 
-    kind, sizes = method(), inspect_base(config.base)
+    kind, sizes = resolve_name(method), inspect_base(config.base)
     check_run(kind, config, config.resolution or sizes.resolution)
     memory = estimate(config, sizes, kind.layers(config, sizes.names))
     prompts = config.filled_prompts()

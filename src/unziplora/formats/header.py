@@ -36,7 +36,6 @@ def metadata_for(
     method: str = "",
     settings: Mapping[str, Any] | None = None,
     thumbnail: Image.Image | None = None,
-    date: datetime | None = None,
 ) -> dict[str, str]:
     """Return the metadata of a new LoRA; `write_lora` adds rank, alpha, base version, architecture and hash.
 
@@ -52,13 +51,12 @@ def metadata_for(
         method: name of the training method.
         settings: the training settings, stored as JSON.
         thumbnail: stored as a small JPEG in a data URL.
-        date: default: now.
     """
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": title,
         "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
-        "modelspec.date": (date or datetime.now(timezone.utc)).isoformat(timespec="seconds"),
+        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "modelspec.prediction_type": "v" if prediction.startswith("v") else prediction,
         "modelspec.trigger_phrase": trigger,
         "modelspec.usage_hint": hint,
