@@ -52,7 +52,7 @@ def find_scales(shapes: Shapes, dtypes: Mapping[str, str]) -> dict[str, str]:
     for name in shapes:
         if match := _SCALE.fullmatch(name):
             weight = f"{match[1]}weight"
-            if not dtypes.get(weight, "").startswith("F8_E") or not _fits(name, weight, shapes, dtypes):
+            if dtypes.get(weight) not in ("F8_E4M3", "F8_E5M2") or not _fits(name, weight, shapes, dtypes):
                 raise _refusal("a scale that does not fit", name)
             scales[weight] = name
         elif other := next((kind for pattern, kind in _OTHERS.items() if re.search(pattern, name)), None):

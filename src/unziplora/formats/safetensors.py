@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from unziplora.utils.files import atomic_write
 
 @dataclass(frozen=True)
 class Header:
-    """Names and shapes of a safetensors file's tensors, and its metadata; no weights."""
+    """Names, shapes and number formats of a safetensors file's tensors, and its metadata; no weights."""
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    dtypes: dict[str, str] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> Header:
-    """Read names, shapes and metadata of a safetensors file.
+    """Read names, shapes, number formats and metadata of a safetensors file.
 
     Raises:
         UserError: the file is missing, a folder, a pickle, truncated or not a safetensors file.
@@ -38,7 +39,9 @@ def read_header(path: Path) -> Header:
     with _clear_errors(path):
         metadata = _read_metadata(path)
         with safe_open(path, "pt") as file:
-            return Header({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, metadata)  # noqa: SIM118
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(tensor.get_shape()) for key, tensor in slices.items()}
+            return Header(shapes, metadata, {key: tensor.get_dtype() for key, tensor in slices.items()})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

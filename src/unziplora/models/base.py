@@ -20,6 +20,7 @@ from unziplora.formats.safetensors import Header, read_header
 from unziplora.models import checkpoint as base_checkpoint
 from unziplora.models import folder as base_files
 from unziplora.models.hub import download, names_a_model
+from unziplora.models.quantized import rescale
 from unziplora.utils.files import absolute, file_stem
 from unziplora.utils.logging import quiet
 
@@ -154,8 +155,8 @@ def _locate(source: str, dtype: torch.dtype) -> Path:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    variant = base_files.check_folder(folder, half=dtype != torch.float32)
-    return StableDiffusionXLPipeline.from_pretrained(
+    variant, files = base_files.check_folder(folder, half=dtype != torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(
         folder,
         dtype={"default": dtype, "vae": _vae_dtype(folder, dtype)},
         variant=variant,
@@ -163,6 +164,10 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
         local_files_only=True,
         add_watermarker=False,
     )
+    for part, paths in files.items():
+        for weights in paths:
+            rescale(pipe, weights, part)
+    return pipe
 
 
 def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
@@ -174,6 +179,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     if folder == BUNDLED / "sdxl":
         parts.update(tokenizer=base_checkpoint.clip_tokenizer(), tokenizer_2=base_checkpoint.clip_tokenizer(pad="!"))
     pipe = StableDiffusionXLPipeline.from_single_file(str(path), dtype=dtype, add_watermarker=False, **options, **parts)
+    rescale(pipe, path)
     if changes := base_checkpoint.marked_schedule(header):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     return pipe

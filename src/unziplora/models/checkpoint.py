@@ -13,6 +13,7 @@ from unziplora.errors import UserError
 from unziplora.formats import identify
 from unziplora.formats.safetensors import Header
 from unziplora.models.folder import other_family
+from unziplora.models.quantized import scaled_weights
 
 LDM = "model.diffusion_model."
 
@@ -21,7 +22,7 @@ def check_checkpoint(path: Path, header: Header) -> None:
     """Refuse a single file that is not a complete SDXL checkpoint.
 
     Raises:
-        UserError: another family, a LoRA, or a part is missing.
+        UserError: another family, a LoRA, a part is missing, or it is quantized in a way that is not understood.
     """
     shapes = header.shapes
     kind, family = identify.kind(shapes), identify.family(shapes)
@@ -45,6 +46,7 @@ def check_checkpoint(path: Path, header: Header) -> None:
         )
     if LDM + "label_emb.0.0.weight" not in shapes or entry[1] != 4:
         raise other_family(str(path), "another UNet")
+    scaled_weights(path, header)
 
 
 def is_full_size(header: Header) -> bool:

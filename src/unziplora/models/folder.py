@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unziplora.errors import UserError
 from unziplora.formats.identify import PICKLES, UNPICKLE, pipeline_family
 from unziplora.formats.safetensors import read_header
+from unziplora.models.quantized import scaled_weights
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -46,14 +49,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}); copy or download it again") from None
 
 
-def check_folder(folder: Path, half: bool) -> str | None:
-    """Check a diffusers folder without loading it; return the weights' variant, 'fp16' or None.
+def check_folder(folder: Path, half: bool) -> tuple[str | None, dict[str, list[Path]]]:
+    """Check a diffusers folder without loading it; return the weights' variant, 'fp16' or None, and each part's files.
 
     Args:
         half: half precision suffices, so fp16 files are preferred.
 
     Raises:
-        UserError: it is of another family, or a part is missing, damaged or only a pickle.
+        UserError: it is of another family, or a part is missing, damaged, quantized or only a pickle.
     """
     if not (folder / "model_index.json").is_file():
         raise UserError(
@@ -65,13 +68,18 @@ def check_folder(folder: Path, half: bool) -> str | None:
     for name in ("tokenizer", "tokenizer_2"):
         if not (folder / name).is_dir():
             raise UserError(f"{folder}: {name} is missing; copy or download the whole folder again")
-    weights = [_weights(folder / part) for part in PARTS]
-    plain = all("" in variants for variants in weights)
-    choice = "" if plain and not (half and any("fp16" in variants for variants in weights)) else "fp16"
-    for variants in weights:
-        for path in variants.get(choice) or variants[""]:
-            read_header(path)
-    return choice or None
+    weights = {part: _weights(folder / part) for part in PARTS}
+    plain = all("" in variants for variants in weights.values())
+    choice = "" if plain and not (half and any("fp16" in variants for variants in weights.values())) else "fp16"
+    files = {part: variants.get(choice) or variants[""] for part, variants in weights.items()}
+    for part, paths in files.items():
+        config = folder / part / "config.json"
+        if (method := read_json(config).get("quantization_config")) is not None:
+            kind = method.get("quant_method") if isinstance(method, dict) else method
+            raise UserError(f"{config}: the {part} is quantized ({kind}); take the folder in fp16, bf16 or fp32")
+        for path in paths:
+            scaled_weights(path, read_header(path), part)
+    return choice or None, files
 
 
 def _weights(part: Path) -> dict[str, list[Path]]:
@@ -126,17 +134,26 @@ def check_unet_config(folder: Path, source: str) -> None:
 
 
 def check_pipeline(pipe: Any, source: str) -> None:
-    """Check a loaded pipeline: all weights are present, and the noise schedule is one of SDXL's.
+    """Check a loaded pipeline: all weights are present and finite, and the noise schedule is one of SDXL's.
 
     Raises:
-        UserError: weights are missing, or the noise schedule is not one of SDXL's.
+        UserError: weights are missing, NaN or infinite, or the noise schedule is not one of SDXL's.
     """
     for part in PARTS:
-        missing = [name for name, weight in getattr(pipe, part).named_parameters() if weight.is_meta]
+        weights = getattr(pipe, part).state_dict()
+        missing = [name for name, weight in weights.items() if weight.is_meta]
         if missing:
             raise UserError(
                 f"base {source!r}: {len(missing)} weights of its {part} are missing, such as {missing[0]}; "
                 "download it again"
+            )
+        # A sum takes no memory, and is finite only if every number is; the rare overflow of a sum is looked at again.
+        broken = [name for name, weight in weights.items() if not weight.sum(dtype=torch.float32).isfinite()]
+        if broken := [name for name in broken if not weights[name].isfinite().all()]:
+            kind = str(weights[broken[0]].dtype).removeprefix("torch.")
+            raise UserError(
+                f"base {source!r}: {len(broken)} weights of its {part} hold NaN or infinity (in {kind}), such as "
+                f"{broken[0]}. Download it again, or choose another precision or base"
             )
     if not getattr(pipe.unet, "down_blocks", None) or not _has_attention(pipe.unet.up_blocks):
         raise other_family(source, "a UNet without SDXL's blocks")
