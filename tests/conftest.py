@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a tiny pipeline of SDXL's topology in every form that a base comes in."""
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from unziplora.training.trainer import StepReport, Trainer
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny tensors are slower on many threads, and results then do not depend on the machine."""
+    gc.freeze()  # otherwise every full collection goes through all that torch and diffusers have imported
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as inside the package's long calls
 

@@ -25,6 +25,7 @@ from unziplora.runs.folder import RunFolder
 
 Cases = dict[str, Case]
 SMALL = {"steps": 2, "rank": 2, "batch_size": 1, "column_periods": 1, "column_warmup": 1, "score_timesteps": 1}
+SMALL |= {"generated_steps": 1, "generated_guidance": 1.0}
 
 
 class TestTasks:
@@ -198,9 +199,10 @@ class TestEvaluate:
 class TestMethods:
     @pytest.fixture
     def workspace(self, workspace: Workspace) -> Workspace:
-        pair = {"steps": 2, "rank": 2, "batch_size": 1}
+        pair = {"steps": 2, "rank": 2, "batch_size": 1, "generated_steps": 1, "generated_guidance": 1.0}
         told = {**pair, "sample_guidance": 3.0}  # which a merger takes over
-        overrides = {"unziplora": SMALL, "blora": pair, "ziplora": {"steps": 2}} | {
+        merger = {"steps": 2, "generated_steps": 1, "generated_guidance": 1.0}
+        overrides = {"unziplora": SMALL, "blora": pair, "ziplora": merger} | {
             name: {"content": told, "style": told} for name in ("dreambooth", "oracle")
         }
         return replace(workspace, overrides=overrides)

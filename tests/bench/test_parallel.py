@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import time
 from concurrent.futures import Future
 from functools import partial
@@ -15,6 +16,7 @@ from slow_session import SlowWorkspace, open_slow_session
 
 from unziplora.bench.parallel import _follow, evaluate_in_parallel, group_units
 from unziplora.bench.run import run_benchmark
+from unziplora.bench.session import open_session
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import Interrupted
 from unziplora.utils.progress import Progress
@@ -69,7 +71,11 @@ def test_workers_refuse_measures_cases_and_methods_as_arguments(config: BenchCon
         run_benchmark(config.model_copy(update={"workers": 2}), methods={})
 
 
-def test_two_processes_get_the_results_of_one(config: BenchConfig) -> None:
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_two_processes_get_the_results_of_one(config: BenchConfig, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+    context = multiprocessing.get_context(start)  # a forked process has imported everything
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    pickle.dumps(partial(open_session, config))  # as a spawned process receives it
     cases = ["rocket-linocut", "house-watercolor", "sailboat-clay"]
     settings = config.model_copy(update={"measures": ["plain"], "cases": cases})
     alone = run_benchmark(settings.model_copy(update={"out": config.out / "alone"}))

@@ -71,6 +71,7 @@ def configured(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         _, _, kind, keys = METHODS[name]
         common: dict[str, Any] = {"out": tmp_path / "run", "base": "in-memory", "steps": 2, "resolution": 64}
         common |= {"sample_steps": 1, "sample_guidance": 1, "sample_seeds": [0], "gradient_checkpointing": True}
+        common |= {"generated_steps": 1, "generated_guidance": 1}
         if name == "zip":
             draw = torch.Generator().manual_seed(0)
             text: Pair = torch.randn(2, 16, generator=draw), torch.randn(16, 2, generator=draw)

@@ -65,6 +65,7 @@ def test_run_restores_the_state_of_its_process(
     train, recipe, settings = METHODS[name]
     common = {"images": [tmp_path / "cat.png"], "content": "cat", "out": tmp_path / "run", "base": str(tiny_folder)}
     small = {"steps": 2, "rank": 2, "resolution": 64, "sample_steps": 1, "sample_guidance": 1, "sample_seeds": [0]}
+    small |= {"generated_steps": 1, "generated_guidance": 1}
 
     def progress(event: Progress) -> None:
         if fails and event.step == 1:

@@ -31,14 +31,8 @@ class Case:
     """One image f(D): a drawing D of a concept under a filter f.
 
     Attributes:
-        slug: name of the case.
         content: word for the concept; the bundled base knows it.
         style: phrase for the filter.
-        new: true if the bundled base has never seen the filter.
-        drawing: D as set/concept.
-        filter: f.
-        seed: seed of the filter's random choices.
-        tint: factors of red, green and blue after the filter.
         image: f(D), square.
         targets: D in known styles other than f; the word is the style's phrase.
         others: f on drawings of other concepts; the word is the concept's.
@@ -46,27 +40,26 @@ class Case:
         mix: D under the partner's filter.
         oracle_content: D in known styles other than f, rendered separately from `targets`.
         oracle_style: f on further drawings, which are not among the truths.
+        drawing: D as set/concept.
+        filter: name of f.
     """
 
     slug: str
     content: str
     style: str
-    new: bool
-    drawing: str
-    filter: str
-    seed: int
-    tint: tuple[float, ...]
     image: Image.Image
     targets: tuple[Example, ...]
     others: tuple[Example, ...]
     partner: str
     mix: Image.Image
-    oracle_content: tuple[Example, ...]
-    oracle_style: tuple[Example, ...]
+    oracle_content: tuple[Example, ...] = ()
+    oracle_style: tuple[Example, ...] = ()
+    drawing: str = ""
+    filter: str = ""
 
     @property
     def words(self) -> dict[str, str]:
-        """Words for its content and its style, under the keys of the recipes."""
+        """Content and style as keys of a recipe."""
         return {"content": self.content, "style": self.style}
 
 
@@ -109,10 +102,7 @@ def _read_case(archive: zipfile.ZipFile, entry: dict[str, Any]) -> Case:
         return tuple(Example(e["word"], tuple(image(file) for file in e["pictures"])) for e in entry[name])
 
     values: dict[str, Any] = {
-        **{name: value for name, value in entry.items() if name not in ("split", "picture")},
+        **{name: entry[name] for name in ("slug", "content", "style", "partner", "drawing", "filter")},
         **{name: examples(name) for name in ("targets", "others", "oracle_content", "oracle_style")},
-        "image": image(entry["picture"]),
-        "mix": image(entry["mix"]),
-        "tint": tuple(entry["tint"]),
     }
-    return Case(**values)
+    return Case(**values, image=image(entry["picture"]), mix=image(entry["mix"]))

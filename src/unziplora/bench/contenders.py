@@ -17,7 +17,7 @@ from unziplora.bench.workspace import Workspace, json_hash, training_settings
 from unziplora.config.bases import is_bundled
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.config.recipe import KINDS, read_toml, resolve
+from unziplora.config.recipe import KINDS, read_toml
 from unziplora.config.split import BUNDLED, PAPER, SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
@@ -39,11 +39,8 @@ class Adapters:
     """LoRAs that a method makes from one case, or from two.
 
     Attributes:
-        content: LoRA of the content alone.
-        style: LoRA of the style alone.
         merged: one LoRA of both; None if content and style are attached together.
-        prompts: prompt templates for the content LoRA and the style LoRA when both are attached; None if one prompt
-            serves both.
+        prompts: templates for the content LoRA and the style LoRA when both are attached; None: one prompt for both.
         content_phrase: template of the words that call the content.
         style_phrase: template of the words that call the style, in front of "style".
     """
@@ -89,6 +86,10 @@ class Paired(ABC):
     seeded: ClassVar[bool] = True
 
     @abstractmethod
+    def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
+        """Return the resolved recipes."""
+
+    @abstractmethod
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         """Return the LoRAs of one case."""
 
@@ -99,7 +100,7 @@ class Paired(ABC):
 
 
 @dataclass(frozen=True)
-class Untrained:
+class Untrained(Paired):
     """Base without LoRA: the effect of the words alone."""
 
     name: str = "base"
@@ -112,10 +113,6 @@ class Untrained:
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         """Return no LoRA, and a prompt without the rare word, which means nothing to the base."""
         return Adapters(content_phrase="a {content}")
-
-    def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
-        """Return the same as `train`."""
-        return self.train(workspace, case, seed)
 
 
 @dataclass(frozen=True)
@@ -131,9 +128,7 @@ class Split(Paired):
 
     def recipe(self, workspace: Workspace, case: Case, seed: int) -> SplitConfig:
         """Return the recipe of the training."""
-        out = workspace.run_folder(self.name, case, seed) / "split"
-        shared = {**workspace.shared_settings(case, seed), **case.words}
-        return resolve(SplitConfig, {**shared, **self.settings(workspace), "out": out})
+        return workspace.recipe(SplitConfig, self.name, case, seed, "split", case.words, self.settings(workspace))
 
     def settings(self, workspace: Workspace) -> dict[str, Any]:
         """Return the settings of `based_on`, then `changes`, then the overrides of this method; the last one wins."""
@@ -171,10 +166,9 @@ class BLoraHalves(Paired):
 
         The bundled base gets its own block map, because the published blocks learn nothing there.
         """
-        out = workspace.run_folder(self.name, case, seed) / "blora"
         blocks = {"blocks": "bundled"} if is_bundled(workspace.config.base) else {}
-        shared = {**workspace.shared_settings(case, seed), **case.words}
-        return resolve(BLoraConfig, {**shared, **blocks, **workspace.settings(self.name), "out": out})
+        settings = (case.words, blocks, workspace.settings(self.name))
+        return workspace.recipe(BLoraConfig, self.name, case, seed, "blora", *settings)
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         """Return both halves; the rare word calls the style, as in the training."""
@@ -192,9 +186,8 @@ class DreamBoothPair(Paired):
 
     def recipe(self, workspace: Workspace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
         """Return the recipe of the content LoRA or of the style LoRA."""
-        out = workspace.run_folder(self.name, case, seed) / kind
-        shared = {**workspace.shared_settings(case, seed), kind: getattr(case, kind)}
-        return resolve(DreamBoothConfig, {**shared, **workspace.settings(self.name, kind), "out": out})
+        settings = ({kind: case.words[kind]}, workspace.settings(self.name).get(kind, {}))
+        return workspace.recipe(DreamBoothConfig, self.name, case, seed, kind, *settings)
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         """Return both LoRAs."""
@@ -226,10 +219,9 @@ class Oracle(DreamBoothPair):
         }
         defaults = DreamBoothPair("dreambooth").recipe(replace(workspace, overrides={}), case, seed, kind)
         text = {} if content else {"text_encoders": True, "text_learning_rate": defaults.learning_rate}
-        settings = {"steps": ORACLE_TIMES * defaults.steps, **text, **workspace.settings(self.name, kind)}
-        out = workspace.run_folder(self.name, case, seed) / kind
-        shared = {**workspace.shared_settings(case, seed), kind: getattr(case, kind)}
-        return resolve(DreamBoothConfig, {**shared, **images, **settings, "out": out})
+        longer = {kind: case.words[kind], "steps": ORACLE_TIMES * defaults.steps}
+        settings = (images, longer, text, workspace.settings(self.name).get(kind, {}))
+        return workspace.recipe(DreamBoothConfig, self.name, case, seed, kind, *settings)
 
 
 @dataclass(frozen=True)
@@ -257,14 +249,9 @@ class Zipped:
         recipes = self.pair.recipe(workspace, case, seed, "content"), self.pair.recipe(workspace, styled, seed, "style")
         digest = json_hash([training_settings(recipe) for recipe in recipes])[:6]
         name = f"zip-{digest}" if case.slug == styled.slug else f"zip-{styled.slug}-{digest}"
-        shared = {name: value for name, value in workspace.shared_settings(case, seed).items() if name != "images"}
-        loras = {
-            "content_lora": workspace.run_folder(self.pair.name, case, seed) / "content",
-            "style_lora": workspace.run_folder(self.pair.name, styled, seed) / "style",
-        }
-        out = workspace.run_folder(self.name, case, seed) / name
-        settings = {"method": self.method, "parts": True, **workspace.settings(self.name), "out": out}
-        return resolve(ZipConfig, {**shared, **loras, **settings})
+        loras = {"content_lora": recipes[0].out, "style_lora": recipes[1].out}
+        settings = (loras, {"method": self.method, "parts": True}, workspace.settings(self.name))
+        return workspace.recipe(ZipConfig, self.name, case, seed, name, *settings)
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         """Return the merged LoRA and its two parts."""

@@ -35,10 +35,7 @@ class Task:
     """One prompt of the protocol.
 
     Attributes:
-        kind: content alone, style alone, both, or the content with another case's style.
         target: the other style or concept, or the slug of the case whose style is used.
-        prompts: prompts of the base and of the LoRAs.
-        loras: attached LoRAs by name.
         truths: images that the results are compared with.
     """
 
@@ -106,14 +103,13 @@ def score_images(measure: CaseMeasure, case: Case, task: Task, images: Sequence[
         {"content": content, "style": style, "score": geometric_mean(content, style)}
         for content, style in zip(contents, styles, strict=True)
     ]
-    leaks: list[float] = []
     if style_alone:
         leaks = leak(measure.content(images), measure.content(truths), measure.content([case.image]))
     elif task.kind == "content":
         leaks = leak(image_styles, truth_styles, measure.style([case.image]))
-    for row, value in zip(rows, leaks, strict=False):
-        row["leak"] = value
-    return rows
+    else:
+        return rows
+    return [{**row, "leak": value} for row, value in zip(rows, leaks, strict=True)]
 
 
 def evaluate(
@@ -143,8 +139,8 @@ def evaluate(
     samples, images = _train_and_sample(workspace, base, method, (case, cases[case.partner]), seed, settings)
     rows = []
     for task, files in images:
-        pictures = _open_images(files)
-        values = {measure.name: score_images(measure, case, task, pictures) for measure in measures}
+        opened = [Image.open(file).convert("RGB") for file in files]
+        values = {measure.name: score_images(measure, case, task, opened) for measure in measures}
         rows += [
             {"task": task.kind, "target": task.target, "seed": number, "file": f"samples/{file.name}"}
             | {"values": {name: scores[number] for name, scores in values.items()}}
@@ -208,10 +204,6 @@ def _describe_case(case: Case) -> list[str]:
     images = [case.image, case.mix, *(image for example in examples for image in example.images)]
     digest = hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
     return [case.slug, case.content, case.style, *(example.word for example in examples), digest]
-
-
-def _open_images(files: Sequence[Path]) -> list[Image.Image]:
-    return [Image.open(file).convert("RGB") for file in files]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -36,13 +36,7 @@ EXAMPLE = '["cat.jpg"] with content = "cat" and style = "pencil sketch" below it
 
 @dataclass
 class ModelMeasure:
-    """Two image models as a measure.
-
-    Attributes:
-        name: contains the names of the models, so that other models score again.
-        contents: model that compares contents.
-        styles: model that compares styles.
-    """
+    """Two image models as a measure; the name contains theirs, so that other models score again."""
 
     name: str
     contents: ImageModel
@@ -87,18 +81,11 @@ def _read_photo(folder: Path, name: str, words: object, side: int) -> Case:
         slug=Path(name).stem,
         content=str(words["content"]),
         style=str(words["style"]),
-        new=True,
-        drawing=name,
-        filter="",
-        seed=0,
-        tint=(1.0, 1.0, 1.0),
         image=image,
         targets=tuple(Example(style, (image,)) for style in STYLES if style != words["style"]),
         others=tuple(Example(content, (image,)) for content in CONTENTS if content != words["content"]),
         partner=Path(name).stem,  # this protocol does not mix two images
         mix=image,
-        oracle_content=(),
-        oracle_style=(),
     )
 
 

@@ -48,12 +48,7 @@ LEGEND = """- content: the content alone in other styles; style: the style alone
 
 
 class Row(BaseModel):
-    """Figures of one method by one measure.
-
-    Attributes:
-        seeds: figures by training seed, means over cases.
-        cases: figures by case, means over training seeds.
-    """
+    """Figures of one method by one measure: by training seed, means over cases, and the other way round."""
 
     method: str
     measure: str
@@ -86,11 +81,7 @@ class Report(BaseModel):
 
 
 def summarize(config: BenchConfig, results: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> Report:
-    """Average over images, then over cases, then scale; for every method, measure and training seed.
-
-    Args:
-        results: return values of `evaluate`, one for each method, case and seed.
-    """
+    """Average the results of `evaluate` over images, then over cases, then scale."""
     methods = list(dict.fromkeys(result["method"] for result in results))
     rows = [_row(method, measure, results) for measure in measures for method in methods]
     for measure in measures:
@@ -126,9 +117,12 @@ def image_means(result: Mapping[str, Any], measure: str) -> Figures:
 
 def markdown_table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """Format methods × figures as a Markdown table."""
-    lines = ["| method | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {row.method} | " + " | ".join(row.formatted(name) for name in columns) + " |" for row in rows]
-    return "\n".join(lines)
+    return _table(("method", *columns.values()), [(row.method, *map(row.formatted, columns)) for row in rows])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def format_report(report: Report) -> str:
@@ -154,15 +148,12 @@ def format_report(report: Report) -> str:
 
 
 def _case_table(rows: Sequence[Row]) -> str:
+    def cell(figures: Figures | None) -> str:
+        return f"{figures[CONTENT]:.2f} / {figures[STYLE]:.2f}" if figures else "–"
+
     cases = dict.fromkeys(case for row in rows for case in row.cases)
-    lines = ["| case | " + " | ".join(row.method for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    for case in cases:
-        cells = [
-            f"{row.cases[case][CONTENT]:.2f} / {row.cases[case][STYLE]:.2f}" if case in row.cases else "–"
-            for row in rows
-        ]
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [(case, *(cell(row.cases.get(case)) for row in rows)) for case in cases]
+    return _table(("case", *(row.method for row in rows)), lines)
 
 
 def write_report(report: Report, results: Sequence[Mapping[str, Any]], cases: Sequence[Case], folder: Path) -> None:

@@ -36,12 +36,10 @@ def run_benchmark(
     Results of an earlier call with the same settings are reused: trainings, images, scores.
 
     Args:
-        config: recipe of the benchmark.
-        progress: called after every method, case and seed.
+        progress: called before every method, case and seed.
         base: base to sample with; default: the configured one.
         measures: default: the configured ones.
-        cases: default: those of the package.
-        methods: default: those of the package.
+        cases, methods: default: those of the package.
 
     Raises:
         UserError: a case, a setting or a measure does not exist; `out` contains a run with other settings.

@@ -31,8 +31,6 @@ class Session:
 
     Attributes:
         cases: all cases by slug, because a selected case may need a partner that is not selected.
-        selection: cases to evaluate.
-        methods: all methods by name.
     """
 
     workspace: Workspace

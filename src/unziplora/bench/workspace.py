@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from unziplora.bench.cases import Case, Example
 from unziplora.config.bench import BenchConfig
+from unziplora.config.recipe import resolve
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base
@@ -25,6 +26,7 @@ PATHS = {"out", "images", "masks", "content_lora", "style_lora", "content_images
 """Keys of recipes that are locations of files and do not affect the result."""
 
 C = TypeVar("C", bound=TrainingConfig, contravariant=True)
+R = TypeVar("R", bound=TrainingConfig)
 
 
 class TrainFunction(Protocol[C]):
@@ -69,23 +71,23 @@ class Workspace:
         """Return the folder of one method's trainings on a case."""
         return self.method_folders.get(method, self.folder) / "runs" / method / case.slug / f"seed-{seed}"
 
-    def settings(self, method: str, training: str | None = None) -> dict[str, Any]:
-        """Return the overrides of a method, or of one of its trainings."""
-        table = self.overrides.get(method, {})
-        return dict(table if training is None else table.get(training, {}))
+    def settings(self, method: str) -> dict[str, Any]:
+        """Return the overrides of a method."""
+        return dict(self.overrides.get(method, {}))
 
     def shared_settings(self, case: Case, seed: int) -> dict[str, Any]:
         """Return the keys that all trainings on a case have in common."""
-        config = self.config
-        return {
-            "images": self.image_files(case, "input", [Example(case.content, (case.image,))]),
-            "base": config.base,
-            "token": config.token,
-            "seed": seed,
-            "precision": config.precision,
-            "device": config.device,
-            "sample_seeds": [],
-        }
+        shared = self.config.model_dump(include={"base", "token", "precision", "device"})
+        images = self.image_files(case, "input", [Example(case.content, (case.image,))])
+        return {**shared, "images": images, "seed": seed, "sample_seeds": []}
+
+    def recipe(
+        self, model: type[R], method: str, case: Case, seed: int, training: str, *settings: Mapping[str, Any]
+    ) -> R:
+        """Resolve the recipe of one training of a method; later settings win."""
+        shared = {name: value for name, value in self.shared_settings(case, seed).items() if name in model.model_fields}
+        out = self.run_folder(method, case, seed) / training
+        return resolve(model, shared, *map(dict, settings), {"out": out})
 
     def image_files(self, case: Case, name: str, examples: Sequence[Example]) -> list[Path]:
         """Write images of a case as files for trainings, each once; the file name contains a hash of the image."""

@@ -15,19 +15,10 @@ BATCH = 16
 
 
 class Clip:
-    """Similarities of an image to content words, and to style phrases, by a CLIP model (arXiv 2103.00020).
-
-    Attributes:
-        model: a `CLIPModel` in fp32.
-        processor: its `CLIPProcessor`.
-    """
+    """Similarities of an image to content words, and to style phrases, by a CLIP model (arXiv 2103.00020)."""
 
     def __init__(self, source: str, contents: Sequence[str], styles: Sequence[str], device: torch.device | str) -> None:
-        """Load a model in safetensors format from a folder or the hub.
-
-        Raises:
-            UserError: there is no such model here or on the hub, it is damaged, or it is not a CLIP model.
-        """
+        """Load a model from a folder or the hub. Raises as `load_vision_model`."""
         self.model, self.processor = load_vision_model(CLIP, source)
         self.model.to(device)
         self.contents = [f"a picture of a {word}" for word in contents]

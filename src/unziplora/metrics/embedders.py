@@ -37,20 +37,11 @@ BATCH = 16
 
 
 class ImageModel:
-    """Vision model that returns one embedding per image.
-
-    Attributes:
-        kind: `clip`, `dino` or `csd`.
-        source: folder or hub id of the model.
-    """
+    """Vision model that returns one embedding per image."""
 
     def __init__(self, kind: Kind, source: str, device: torch.device | str = "cpu") -> None:
-        """Load a model in safetensors format from a folder or the hub.
-
-        Raises:
-            UserError: there is no such model here or on the hub, it is damaged, or it is of another kind.
-        """
-        self.kind, self.source, self._device = kind, source, device
+        """Load a model from a folder or the hub. Raises as `load_vision_model`."""
+        self._device = device
         if kind == "clip":
             model, processor = load_vision_model(CLIP, source)
             self._processor = processor.image_processor

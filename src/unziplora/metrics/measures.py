@@ -32,12 +32,7 @@ class Measure(Protocol):
 
 
 class CaseMeasure(Measure, Protocol):
-    """Measure of the benchmark, with a third embedding for kinds of things.
-
-    Attributes:
-        name: name in reports and scores.
-        weights_hash: hash of the weights; a measure without weights may lack it.
-    """
+    """Measure of the benchmark, with a third embedding for kinds of things and an optional `weights_hash`."""
 
     name: str
 

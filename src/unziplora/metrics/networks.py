@@ -25,12 +25,7 @@ def stage(before: int, channels: int) -> nn.Sequential:
 
 
 class ShapeNet(nn.Module):
-    """Embeddings of the drawing and of the kind of thing: one trunk and two heads that depend on position.
-
-    Attributes:
-        width: channels of the first of four stages; the number doubles from stage to stage.
-        out: length of both embeddings.
-    """
+    """Embeddings of the drawing and of the kind of thing: one trunk and two heads that depend on position."""
 
     def __init__(self, width: int = 32, out: int = 96) -> None:
         super().__init__()
@@ -48,14 +43,7 @@ class ShapeNet(nn.Module):
 
 
 class StyleNet(nn.Module):
-    """Embedding of the style, independent of position: means and deviations of features.
-
-    Such moments represent style (Huang and Belongie, arXiv 1703.06868).
-
-    Attributes:
-        width: channels of the first of three stages; the number doubles from stage to stage.
-        out: length of the embedding.
-    """
+    """Embedding of the style, independent of position: means and deviations of features (arXiv 1703.06868)."""
 
     def __init__(self, width: int = 24, out: int = 64) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -60,7 +60,9 @@ def find_blocks(
     """
     _check_out(config)
     device = pick_device(config.device) if base is None else base.device
-    measure = measure or make_measure(config, device)
+    if measure is None:
+        words = (config.contents, config.styles)
+        measure = Statistics() if config.clip is None else Clip(config.clip, *words, device)
     base = base or load_base(config.base, pick_dtype(config.precision, device), device)
     blocks = attention_blocks(base.unet)
     _make_out(config)
@@ -91,15 +93,11 @@ def swapped(unet: nn.Module, blocks: Collection[str]) -> Iterator[None]:
 
     The hook is on `attn2` as a whole, in which only to_k and to_v read the embedding.
     """
-    hooks = []
-    try:
+    with ExitStack() as hooks:
         for name, module in unet.named_modules():
             if name.endswith(".attn2") and block_of(name) in blocks:
-                hooks.append(module.register_forward_pre_hook(_second, with_kwargs=True))
+                hooks.enter_context(module.register_forward_pre_hook(_second, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _second(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -116,10 +114,7 @@ def swap(
     settings: Settings | None = None,
     progress: StepCallback | None = None,
 ) -> Tensor:
-    """Generate latents of a prompt, [N, C, h, w], while the cross-attention of some blocks receives another prompt.
-
-    The pooled embedding, the negative prompt and the noise stay the same. Raises as `generate_latents`.
-    """
+    """Generate latents of a prompt, [N, C, h, w], while the cross-attention of some blocks receives another prompt."""
     with swapped(base.unet, blocks):
         return generate_latents(base, Prompts(prompt, other, prompt), seeds, settings, progress)
 
@@ -133,12 +128,8 @@ def generate_pair(
         steps=config.steps, guidance=config.guidance, width=side, height=side, batch_size=config.batch_size
     )
     prompt = config.fill(pair.content, pair.style)
-    others = {
-        "content": config.fill(pair.other_content, pair.style),
-        "style": config.fill(pair.content, pair.other_style),
-    }
     tasks: list[tuple[str, str, Sequence[str]]] = [(prompt, prompt, ())]
-    for other in others.values():
+    for other in (config.fill(pair.other_content, pair.style), config.fill(pair.content, pair.other_style)):
         tasks += [(prompt, other, choice) for choice in [*([block] for block in blocks), blocks]]
         tasks.append((other, other, ()))
     images = [
@@ -156,21 +147,8 @@ def movements(measure: Measure, axis: str, rows: Sequence[Sequence[Image.Image]]
     return movement(features[1:-1], features[0], features[-1])
 
 
-def make_measure(config: ProbeConfig, device: torch.device | str) -> Measure:
-    """Make the measure of a configuration.
-
-    Raises:
-        UserError: the CLIP model cannot be loaded.
-    """
-    return Statistics() if config.clip is None else Clip(config.clip, config.contents, config.styles, device)
-
-
 def write_findings(config: ProbeConfig, findings: Findings, values: dict[str, Tensor], images: PairImages) -> Findings:
-    """Write all files, the block map last; return the findings with the paths of the files.
-
-    Raises:
-        MachineError: disk full, no permission.
-    """
+    """Write all files, the block map last; return the findings with the paths of the files."""
     names = {"map": "blocks.toml", "figures": "probe.json", "plot": "probe.png", "pictures": "pictures.png"}
     files = {name: config.out / file for name, file in names.items()}
     pairs, blocks = config.word_pairs(), [*findings.blocks, ALL]

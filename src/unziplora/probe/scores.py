@@ -26,7 +26,6 @@ class Score(BaseModel):
     """Movement of images from P (0) to Q (1), over the pairs of prompts.
 
     Attributes:
-        mean: mean over pairs and seeds.
         error: standard error of the mean over pairs, after averaging over seeds; None for one pair.
         pairs: number of pairs; a pair counts only if P and Q look different to the measure.
     """
@@ -55,13 +54,10 @@ class Findings(BaseModel):
     """Result of the probe.
 
     Attributes:
-        base: name of the base.
-        measure: name of the measure.
         blocks: scores by block, in the order of computation.
         together: scores with all blocks swapped at once; the rest up to 1 comes from the pooled embedding.
         leans: standardized difference of a block's two scores, see `leanings`.
         content, style: the block map, the clearest block first.
-        files: paths of the written files.
     """
 
     base: str
