@@ -115,4 +115,4 @@ def test_stop_saves_the_step_of_the_second_process(tiny_folder: Path, tmp_path: 
     with pytest.raises(Interrupted):
         demo.split_both(first, second, lambda _: None)
     for config in (first, second):
-        assert list((config.out / "checkpoints").glob("step-*/method.safetensors"))
+        assert list((config.out / "checkpoints").glob("step-*.safetensors"))

@@ -1,5 +1,7 @@
 """Failures that a user sees as a message; every other exception is a bug and keeps its traceback."""
 
+import errno
+import re
 import sys
 
 
@@ -39,6 +41,22 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         text in str(error) for text in ("allocate memory", "out of memory", "OUT_OF_MEMORY")
     )
+
+
+def system_errno(error: BaseException | None) -> int | None:
+    """Return the number of the system's error behind an exception, even one that a library wrapped or spelled out."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # as Rust writes it, in safetensors
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def disk_full(error: BaseException) -> bool:
+    """Return True if a disk, a quota or the largest file of a file system is the reason of an exception."""
+    return system_errno(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def first_line(error: BaseException) -> str:

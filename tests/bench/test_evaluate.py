@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -306,8 +305,8 @@ class TestMethods:
             asked.append(resume)
             return RunFolder(config.out)
 
-        run = RunFolder.create(recipe.out, recipe)
-        workspace.train_once(job, recipe)
-        run.checkpoint(1, lambda folder: (Path(folder) / "x").write_text("x"))
-        workspace.train_once(job, recipe)
+        with RunFolder.created(recipe.out, recipe) as run:
+            workspace.train_once(job, recipe)
+            run.checkpoint(1, lambda file: file.write(b"x"))
+            workspace.train_once(job, recipe)
         assert asked == [False, True]

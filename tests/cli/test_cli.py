@@ -325,7 +325,8 @@ class TestSplit:
         from unziplora.runs.folder import RunFolder
 
         config = resolve(SplitConfig, {"images": ["cat.png"], "content": "cat", "style": "x", "out": "r", "rank": 5})
-        RunFolder.create(Path("r"), config)
+        with RunFolder.created(Path("r"), config):
+            pass
         seen = {}
 
         def run_training(kind: object, config: SplitConfig, resume: bool, progress: object) -> RunFolder:

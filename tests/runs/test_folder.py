@@ -7,9 +7,9 @@ import os
 import resource
 import signal
 import stat
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from PIL import Image
@@ -27,22 +27,31 @@ def recipe(out: Path, **changes: object) -> SplitConfig:
     return SplitConfig(**{"images": [Path("cat.jpg")], "content": "cat", "style": "sketch", "out": out, **changes})
 
 
+def create(path: Path, config: SplitConfig) -> RunFolder:
+    with RunFolder.created(path, config) as run:
+        return run
+
+
+def resume(path: Path, config: SplitConfig) -> RunFolder:
+    with RunFolder.resumed(path, config) as run:
+        return run
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    return RunFolder.create(tmp_path / "cat", recipe(tmp_path / "cat"))
+    return create(tmp_path / "cat", recipe(tmp_path / "cat"))
 
 
 def test_config_toml_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("# my notes\n")
     with pytest.raises(UserError, match="exists already and is not empty"):
-        RunFolder.create(tmp_path, recipe(tmp_path))
+        create(tmp_path, recipe(tmp_path))
     assert (tmp_path / "config.toml").read_text() == "# my notes\n"
 
 
 def fill(folder: Path) -> None:
-    (folder / "a.bin").write_bytes(b"a" * 1000)
-    (folder / "deep").mkdir()
-    (folder / "deep" / "b.bin").write_bytes(b"b")
+    atomic_write(folder / "a.bin", b"a" * 1000)
+    atomic_write(folder / "deep" / "b.bin", b"b")
 
 
 def test_new_folder_contains_the_configuration_with_absolute_paths(run: RunFolder) -> None:
@@ -57,7 +66,7 @@ def test_path_of_a_base_becomes_absolute_and_a_name_stays(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny-xl").mkdir()
     for base, saved in (("tiny-xl", str(tmp_path / "tiny-xl")), ("bundled", "bundled"), ("some/xl", "some/xl")):
-        run = RunFolder.create(tmp_path / saved.replace("/", "-"), recipe(Path("x"), base=base))
+        run = create(tmp_path / saved.replace("/", "-"), recipe(Path("x"), base=base))
         assert run.config(SplitConfig).base == saved
 
 
@@ -66,22 +75,22 @@ def test_linked_base_keeps_its_own_name(tmp_path: Path) -> None:
     (tmp_path / "31e35c80").touch()
     (tmp_path / "my-xl.safetensors").symlink_to(tmp_path / "31e35c80")
     config = recipe(tmp_path / "cat", base=str(tmp_path / "my-xl.safetensors"))
-    assert RunFolder.create(config.out, config).config(SplitConfig).base == config.base
+    assert create(config.out, config).config(SplitConfig).base == config.base
     assert base_name(config) == "my-xl.safetensors"
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_folder_stays_locked_from_its_check_to_the_end_of_the_work(tmp_path: Path, resume: bool) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_folder_stays_locked_from_its_check_to_the_end_of_the_work(tmp_path: Path, again: bool) -> None:
     config = recipe(tmp_path / "cat")
-    if resume:
-        RunFolder.create(config.out, config)
+    if again:
+        create(config.out, config)
 
     def work(run: RunFolder) -> None:
-        for other in (RunFolder.create, RunFolder.resume):
+        for other in (create, resume):
             with pytest.raises(UserError, match=f"process {os.getpid()} is training into this folder"):
                 other(config.out, config)
 
-    in_run_folder(config, resume, work)
+    in_run_folder(config, again, work)
     with RunFolder(config.out).lock():
         pass
 
@@ -89,7 +98,7 @@ def test_folder_stays_locked_from_its_check_to_the_end_of_the_work(tmp_path: Pat
 def test_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not empty: choose another --out"):
-        RunFolder.create(tmp_path, recipe(tmp_path))
+        create(tmp_path, recipe(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -97,9 +106,9 @@ def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cat"
     path.write_text("mine")
     with pytest.raises(UserError, match="choose another --out"):
-        RunFolder.create(path, recipe(path))
+        create(path, recipe(path))
     with pytest.raises(MachineError, match="a file is where a folder should be"):
-        RunFolder.create(path / "deeper", recipe(path / "deeper"))
+        create(path / "deeper", recipe(path / "deeper"))
     assert path.read_text() == "mine"
 
 
@@ -108,28 +117,26 @@ def test_run_that_has_learned_something_is_never_overwritten(run: RunFolder, lef
     (run.path / left).parent.mkdir(exist_ok=True)
     (run.path / left).write_text("result")
     with pytest.raises(UserError, match="--resume"):
-        RunFolder.create(run.path, recipe(run.path))
+        create(run.path, recipe(run.path))
 
 
 def test_run_that_failed_before_its_first_step_may_start_again(run: RunFolder) -> None:
     run.log(step=0, note="base missing")
-    again = RunFolder.create(run.path, recipe(run.path, rank=8))
+    again = create(run.path, recipe(run.path, rank=8))
     assert again.config(SplitConfig).rank == 8
     assert again.read_log() == []
 
 
 def test_resume_with_other_settings_names_the_differences(run: RunFolder) -> None:
     with pytest.raises(UserError, match=r"rank: 64 → 8") as caught:
-        RunFolder.resume(run.path, recipe(run.path, rank=8))
+        resume(run.path, recipe(run.path, rank=8))
     assert "seed" not in str(caught.value)
-    RunFolder.resume(
-        run.path, recipe(run.path, checkpoint_every=7, sample_seeds=[5], sample_steps=9, sample_guidance=3.0)
-    )
+    resume(run.path, recipe(run.path, checkpoint_every=7, sample_seeds=[5], sample_steps=9, sample_guidance=3.0))
 
 
 def test_resume_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run to resume"):
-        RunFolder.resume(tmp_path, recipe(tmp_path))
+        resume(tmp_path, recipe(tmp_path))
 
 
 def test_damaged_configuration_is_named(run: RunFolder) -> None:
@@ -138,59 +145,59 @@ def test_damaged_configuration_is_named(run: RunFolder) -> None:
         run.config(SplitConfig)
 
 
-def test_checkpoint_replaces_the_previous_one(run: RunFolder) -> None:
-    assert run.latest() is None
-    run.checkpoint(200, fill)
-    path = run.checkpoint(400, fill)
-    assert run.latest() == (400, path)
-    assert run.steps() == [400]
-    assert (path / "deep" / "b.bin").read_bytes() == b"b"
-    run.checkpoint(400, fill)  # once more in the same place
-    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000400"]
+def fill_file(file: BinaryIO) -> None:
+    file.write(b"a" * 1000)
 
 
-def test_failed_checkpoint_leaves_the_previous_one(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.checkpoint(200, fill)
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
-    def full(folder: Path) -> None:
-        fill(folder)
-        raise OSError(errno.ENOSPC, "No space left on device")
+
+def test_two_checkpoints_are_kept(run: RunFolder) -> None:
+    assert run.steps() == []
+    for step in (200, 400, 600):
+        path = run.checkpoint(step, fill_file)
+    assert path == run.checkpoint_file(600)
+    assert run.steps() == [400, 600]
+    run.checkpoint(600, fill_file)  # once more in the same place
+    assert names(run.checkpoints) == ["step-000400.safetensors", "step-000600.safetensors"]
+
+
+def test_checkpoint_that_a_run_fell_back_from_gives_way_to_the_next_ones(run: RunFolder) -> None:
+    run.checkpoint(200, fill_file)
+    run.checkpoint(400, fill_file)
+    run.checkpoint(300, fill_file)
+    assert run.steps() == [200, 300]
+
+
+def test_failed_checkpoint_leaves_the_previous_ones(run: RunFolder) -> None:
+    run.checkpoint(200, fill_file)
+
+    def fail(error: Exception) -> Callable[[BinaryIO], None]:
+        def write(file: BinaryIO) -> None:
+            fill_file(file)
+            raise error
+
+        return write
 
     with pytest.raises(MachineError, match="disk is full"):
-        run.checkpoint(400, full)
-    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000200"]
-
-    def wrapped(folder: Path) -> None:
-        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0")
-
-    with pytest.raises(MachineError, match="free some space"):
-        run.checkpoint(400, wrapped)
-
-    def bug(folder: Path) -> None:
-        raise RuntimeError("a bug")
-
+        run.checkpoint(400, fail(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(RuntimeError, match="a bug"):
-        run.checkpoint(400, bug)
-    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000200"]
+        run.checkpoint(400, fail(RuntimeError("a bug")))
+    assert names(run.checkpoints) == ["step-000200.safetensors"]
 
 
 def test_process_killed_while_writing_leaves_no_incomplete_checkpoint(run: RunFolder) -> None:
-    run.checkpoint(200, fill)
-    code = (
-        "import os, signal, pathlib, unziplora.runs.folder as r\n"
-        f"run = r.RunFolder(pathlib.Path({str(run.path)!r}))\n"
-        "def fill(folder):\n"
-        "    (folder / 'a.bin').write_bytes(b'half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "with run.lock():\n"
-        "    run.checkpoint(400, fill)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], check=False)
-    assert result.returncode == -signal.SIGKILL
-    assert (run.checkpoints / ".tmp-step-000400").is_dir()
+    run.checkpoint(200, fill_file)
+    child = os.fork()
+    if not child:
+        with run.lock():
+            run.checkpoint(400, lambda file: [file.write(b"half"), os.kill(os.getpid(), signal.SIGKILL)])
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert len(names(run.checkpoints)) == 2
     assert run.steps() == [200]
-    RunFolder.resume(run.path, recipe(run.path))
-    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000200"]
+    resume(run.path, recipe(run.path))
+    assert names(run.checkpoints) == ["step-000200.safetensors"]
     with run.lock():  # the lock of the dead process is released
         pass
 
@@ -200,13 +207,13 @@ def test_second_process_is_refused(run: RunFolder) -> None:
         with pytest.raises(UserError, match=f"process {os.getpid()} is training"), RunFolder(run.path).lock():
             pass
         with pytest.raises(UserError, match="is training into this folder"):
-            RunFolder.create(run.path, recipe(run.path))
-        half = run.checkpoints / ".tmp-step-000200"
-        half.mkdir()
+            create(run.path, recipe(run.path))
+        half = run.checkpoints / ".step-000200.safetensors.0123abcd"
+        half.touch()
         with pytest.raises(UserError, match="is training into this folder"):
-            RunFolder.resume(run.path, recipe(run.path))
-        assert half.is_dir()  # the process that writes it goes on
-    RunFolder.resume(run.path, recipe(run.path))
+            resume(run.path, recipe(run.path))
+        assert half.is_file()  # the process that writes it goes on
+    resume(run.path, recipe(run.path))
     assert not half.exists()
 
 
@@ -295,14 +302,13 @@ def test_full_disk_leaves_no_files(run: RunFolder) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
         with pytest.raises(MachineError, match="disk is full"):
-            run.checkpoint(200, fill)
+            run.checkpoint(200, fill_file)
         with pytest.raises(MachineError, match="disk is full"):
             run.save_image("noise", Image.effect_noise((200, 200), 90))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert list(run.checkpoints.iterdir()) == []
-    assert list(run.samples.iterdir()) == []
+    assert names(run.checkpoints) == names(run.samples) == []
 
 
 def test_samples_are_png(run: RunFolder) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
+from unziplora.runs.folder import RunFolder
+from unziplora.training.checkpoint import Checkpoint
 from unziplora.training.runner import TrainingRun, autocast_for, make_scaler, peak_memory
-from unziplora.training.trainer import NonFiniteLoss, Trainer, is_finite
+from unziplora.training.trainer import NonFiniteLoss, Trainer
 
 
 class Line:
@@ -75,11 +77,14 @@ def test_checkpoint_restores_optimizer_schedule_and_scaler(tmp_path: Path) -> No
     slopes = [3.0, -1.0, 2.0, 0.5]
     whole = trained(slopes, GradScaler("cpu", init_scale=2.0))
     first = trained(slopes[:2], GradScaler("cpu", init_scale=2.0))
-    first.save(tmp_path)
+    with (tmp_path / "step").open("wb") as file:
+        Checkpoint(2, first.state_dict(), {}).write(file)
     method: Any = Line(slopes)
     second = Trainer(method, CONFIG, GradScaler("cpu"))
     torch.manual_seed(3)
-    second.load(tmp_path)
+    checkpoint = Checkpoint.read(tmp_path / "step")
+    assert checkpoint is not None
+    second.load_state_dict(checkpoint.state)
     assert torch.initial_seed() == 3
     for step in (2, 3):
         second.step(step)
@@ -93,35 +98,28 @@ def test_loss_that_is_not_finite_stops_the_run() -> None:
 
 
 class TestAdviceAfterDivergence:
-    def advice(self, folder: Path, half: bool, latest: tuple[int, Path] | None) -> str:
-        run: Any = SimpleNamespace(path=folder, latest=lambda: latest)
+    def advice(self, folder: Path, half: bool, weight: float) -> str:
+        run, trainer = RunFolder(folder), trained([1.0])
+        trainer.method.weight.data.fill_(weight)
+        run.checkpoint(200, Checkpoint(200, trainer.state_dict(), {}).write)
         method: Any = SimpleNamespace(command="split")
         config: Any = None
         return TrainingRun(method, config, lambda _: None, run).after_divergence(half)
 
     def test_sound_checkpoint_continues_in_fp32(self, tmp_path: Path) -> None:
-        trained([1.0]).save(tmp_path)
-        assert is_finite(tmp_path)
-        text = self.advice(tmp_path, True, (200, tmp_path))
+        text = self.advice(tmp_path, True, 1.0)
         assert (
             f"after step 200 is sound; continue from it in fp32:\n  unziplora split --resume --out {tmp_path}" in text
         )
         assert text.endswith("--precision fp32")
 
     def test_run_in_fp32_starts_again_because_learning_rates_stay(self, tmp_path: Path) -> None:
-        trained([1.0]).save(tmp_path)
-        text = self.advice(tmp_path, False, (200, tmp_path))
-        assert text == (
+        assert self.advice(tmp_path, False, 1.0) == (
             "Start a new run, into another --out, with lower learning rates; a resumed run keeps its learning rates"
         )
 
-    def test_damaged_or_missing_checkpoint_is_not_recommended(self, tmp_path: Path) -> None:
-        trainer = trained([1.0])
-        trainer.method.weight.data.fill_(float("nan"))
-        trainer.save(tmp_path)
-        assert not is_finite(tmp_path)
-        for latest in ((200, tmp_path), None):
-            assert "--resume" not in self.advice(tmp_path, True, latest)
+    def test_checkpoint_that_is_not_finite_is_not_recommended(self, tmp_path: Path) -> None:
+        assert "--resume" not in self.advice(tmp_path, True, float("nan"))
 
 
 def test_half_precision_computes_under_autocast_and_fp16_scales_its_loss() -> None:

@@ -108,11 +108,11 @@ class Workspace:
             MachineError, Interrupted: as `train`.
         """
         run = RunFolder(config.out)
-        if run.config_file.is_file() and (run.card.exists() or run.latest()):
+        if run.config_file.is_file() and (run.card.exists() or run.steps()):
             _check_settings(run, config)
         if run.card.exists():
             return run
-        return train(config, run.latest() is not None)
+        return train(config, bool(run.steps()))
 
 
 def training_settings(config: TrainingConfig) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from unziplora.config.bases import BUNDLED_BASE, SDXL, is_bundled
 from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.formats.safetensors import Header, read_header
+from unziplora.lora.inject import adapted_layers, remove
 from unziplora.models import checkpoint as base_checkpoint
 from unziplora.models import folder as base_files
 from unziplora.models.hub import download, names_a_model
@@ -86,7 +88,7 @@ class Base:
     def fingerprint(self) -> str:
         """Hash the weights to 16 hex digits, small tensors in full, large ones in part; fp32 and bf16 give the same."""
         digest = hashlib.sha256()
-        for part in (self.unet, self.vae, *self.text_encoders):
+        for part in _parts(self.pipe):
             for name, tensor in part.state_dict().items():
                 flat = tensor.detach().flatten()
                 sample = flat[:: max(1, flat.numel() // FINGERPRINTED)].to("cpu", torch.bfloat16)
@@ -117,21 +119,55 @@ def borrowed(pipe: StableDiffusionXLPipeline) -> Iterator[Base]:
     Raises:
         UserError: it is not of SDXL's topology.
     """
-    parts = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
-    states = [(part, part.training, part.device, part.dtype) for part in parts]
-    trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-    shown = pipe._progress_bar_config if hasattr(pipe, "_progress_bar_config") else {}
+    trained = [parameter for part in _parts(pipe) for parameter in part.parameters() if parameter.requires_grad]
+    shown, dtype = getattr(pipe, "_progress_bar_config", {}), pipe.vae.dtype
+    with _placed(pipe):
+        try:
+            if pipe.vae.config.get("force_upcast", True):
+                pipe.vae.float()
+            yield _finish(pipe, str(pipe.name_or_path or "a pipeline in memory"), pipe.unet.device)
+        finally:
+            with quiet():  # diffusers warns of every change of the number format
+                pipe.vae.to(dtype)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            pipe.set_progress_bar_config(**shown)
+
+
+@contextmanager
+def restored(base: Base) -> Iterator[None]:
+    """Restore a base after a run: no LoRAs, every part on its device and in its mode, checkpointing as before.
+
+    Raises:
+        UserError: the base contains LoRAs already, which would be removed with the run's own.
+    """
+    unet, checkpointing = base.unet, base.unet.is_gradient_checkpointing
+    if adapted_layers(unet) or any(getattr(part, "peft_config", None) for part in _parts(base.pipe)):
+        raise UserError(f"base {base.name}: it contains LoRAs already; remove them before a run")
+    with _placed(base.pipe):
+        try:
+            yield
+        finally:
+            remove(unet)
+            with base.forked_rng():  # diffusers creates linear layers that replace PEFT's, which draws random numbers
+                base.pipe.unload_lora_weights()
+            if unet.is_gradient_checkpointing and not checkpointing:
+                unet.disable_gradient_checkpointing()
+
+
+def _parts(pipe: StableDiffusionXLPipeline) -> list[nn.Module]:
+    return [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
+
+
+@contextmanager
+def _placed(pipe: StableDiffusionXLPipeline) -> Iterator[None]:
+    """Restore the device and the mode of every part afterwards."""
+    before = [(part, part.training, next(part.parameters()).device) for part in _parts(pipe)]
     try:
-        if pipe.vae.config.get("force_upcast", True):
-            pipe.vae.float()
-        yield _finish(pipe, str(pipe.name_or_path or "a pipeline in memory"), pipe.unet.device)
+        yield
     finally:
-        with quiet():  # diffusers warns of every change of the number format
-            for part, training, device, dtype in states:
-                part.train(training).to(device, dtype)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        pipe.set_progress_bar_config(**shown)
+        for part, training, device in before:
+            part.train(training).to(device)
 
 
 def _name(source: str) -> str:
@@ -232,7 +268,7 @@ def _vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
 
 def _finish(pipe: StableDiffusionXLPipeline, name: str, device: str | torch.device) -> Base:
     base_files.check_pipeline(pipe, name)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+    for part in _parts(pipe):
         part.eval().requires_grad_(False).to(device)
     pipe.set_progress_bar_config(disable=True)
     side = latent_side(pipe.unet.config) * pipe.vae_scale_factor

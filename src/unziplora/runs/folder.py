@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from filelock import FileLock, Timeout
 
 from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
-from unziplora.errors import UserError
+from unziplora.errors import MachineError, UserError
 from unziplora.lora.blocks import BLOCK_MAPS
-from unziplora.utils.files import absolute, atomic_folder, atomic_write, explain, write_png
+from unziplora.utils.files import (
+    UNSUPPORTED,
+    Writer,
+    absolute,
+    atomic_folder,
+    atomic_write,
+    explain,
+    remove_leftovers,
+    sync_folder,
+    write_png,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,9 +41,12 @@ IMAGES = "images"
 MERGED = "lora"
 """Name of the file in which content and style are one LoRA."""
 
-_STEP = re.compile(r"step-(\d{6,})")
+CHECKPOINTS = 2
+"""Checkpoints that are kept: if the newest one is damaged, a run goes on from the one before."""
+
+_STEP = re.compile(r"step-(\d{6,})\.safetensors")
 # Entries of a run that has learned nothing yet; such a folder is reused without asking.
-_EARLY = {"config.toml", "log.jsonl", "samples", "checkpoints", IMAGES}
+_EARLY = {"config.toml", "log.jsonl", "samples", "checkpoints", "trackers", IMAGES}
 
 
 @dataclass(frozen=True)
@@ -77,58 +91,6 @@ class RunFolder:
     def card(self) -> Path:
         return self.path / "README.md"
 
-    @classmethod
-    @contextmanager
-    def created(cls, path: Path, config: Recipe) -> Iterator[RunFolder]:
-        """Create the folder of a new run, locked while the context is open, and write its configuration.
-
-        An empty folder, or one of a run that has learned nothing yet, is reused. Paths become absolute.
-
-        Raises:
-            UserError: the folder contains something, or another process is using it.
-            MachineError: no permission, disk full.
-        """
-        run = cls(path)
-        run._check_free()  # before the lock, whose file would stay in someone else's folder
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise explain(path, error) from None
-        with run.lock():
-            run._check_free()
-            try:
-                run.log_file.unlink(missing_ok=True)
-                run.samples.mkdir(exist_ok=True)
-                run.checkpoints.mkdir(exist_ok=True)
-            except OSError as error:
-                raise explain(path, error) from None
-            atomic_write(run.config_file, to_toml(with_absolute_paths(config)))
-            yield run
-
-    @classmethod
-    def create(cls, path: Path, config: Recipe) -> RunFolder:
-        """Create the folder of a new run as `created` does, and leave it unlocked."""
-        with cls.created(path, config) as run:
-            return run
-
-    def _check_free(self) -> None:
-        if not self.is_free():
-            raise UserError(f"{self.path} {self._taken()}")
-
-    def _taken(self) -> str:
-        """Return why no new run can begin here, and the remedy, as the end of a sentence."""
-        if not self.path.is_dir():
-            return "is a file: choose another --out"
-        if self.card.exists() and self.config_file.is_file():
-            return "contains a finished run: choose another --out"
-        if not self._begun():
-            return "exists already and is not empty: choose another --out"
-        return "contains an unfinished run: continue it with --resume, or choose another --out"
-
-    def _begun(self) -> bool:
-        """Return True if a run began here; a config.toml alone may be a file of the user's."""
-        return self.config_file.is_file() and self.checkpoints.is_dir()
-
     @property
     def unfinished(self) -> bool:
         """True if a run began here and has not written its last file, the card."""
@@ -136,40 +98,64 @@ class RunFolder:
 
     @classmethod
     @contextmanager
-    def resumed(cls, path: Path, config: Recipe) -> Iterator[RunFolder]:
-        """Open the folder of an interrupted run, locked while the context is open, and tidy it.
+    def created(cls, path: Path, config: Recipe) -> Iterator[RunFolder]:
+        """Create the folder of a new run with its configuration, locked while the context is open.
+
+        A new folder appears with its configuration in it. An empty folder, or one of a run that has learned nothing
+        yet, is reused. Paths become absolute. If the context fails before anything is learned, a new folder goes.
 
         Raises:
-            UserError: there is no run, its settings differ in a key that decides what is learned, or another process
-                is using it.
+            UserError: the folder contains something, or another process is using it.
+            MachineError: no permission, disk full.
         """
         run = cls(path)
-        saved = run.config(type(config))
-        if names := changed_settings(saved, config):
-            changes = [f"{name}: {getattr(saved, name)!r} → {getattr(config, name)!r}" for name in names]
-            raise UserError(
-                f"{path}: a run is resumed with the settings that it began with; these differ: {', '.join(changes)}. "
-                "Leave them out, or start a new run with another --out"
-            )
-        with run.lock():  # before tidying, because another process may be writing
-            run.tidy()
-            yield run
+        run.check_free()  # before the lock, whose file would stay in someone else's folder
+        remove_leftovers(path.parent, re.escape(path.name))
+        settings = to_toml(with_absolute_paths(config))
+        new = not path.exists() and atomic_folder(path, lambda folder: cls(folder)._furnish(settings))
+        with run.lock():
+            if not new:
+                run.check_free()
+                try:
+                    run._furnish(settings)
+                except OSError as error:
+                    raise explain(path, error) from None
+            try:
+                yield run
+            except (UserError, MachineError):
+                if new and run.is_free():
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
 
-    @classmethod
-    def resume(cls, path: Path, config: Recipe) -> RunFolder:
-        """Open the folder of an interrupted run as `resumed` does, and leave it unlocked."""
-        with cls.resumed(path, config) as run:
-            return run
+    def _furnish(self, settings: str) -> None:
+        """Lay out a run that has learned nothing yet; the configuration, which makes it one, comes last."""
+        self.log_file.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "trackers", ignore_errors=True)
+        self.samples.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        atomic_write(self.config_file, settings)
 
-    def config(self, model: type[R]) -> R:
-        """Read the configuration that the run began with.
+    def check_free(self) -> None:
+        """Refuse a folder in which no new run can begin.
 
         Raises:
-            UserError: this folder contains no run, or its configuration is damaged.
+            UserError: it contains something.
         """
-        if not self.config_file.is_file():
-            raise UserError(f"{self.path}: no run to resume here (it has no config.toml); leave --resume out")
-        return resolve(model, read_toml(self.config_file))
+        if self.is_free():
+            return
+        if not self.path.is_dir():
+            fault = "is a file"
+        elif self.card.exists() and self.config_file.is_file():
+            fault = "contains a finished run"
+        elif self._begun():
+            fault = "contains an unfinished run: continue it with --resume, or"
+        else:
+            fault = "exists already and is not empty"
+        raise UserError(f"{self.path} {fault}{'' if fault.endswith('or') else ':'} choose another --out")
+
+    def _begun(self) -> bool:
+        # a config.toml alone may be a file of the user's
+        return self.config_file.is_file() and self.checkpoints.is_dir()
 
     def is_free(self) -> bool:
         """Return True if a new run may begin here: no files but hidden ones, or a run that has learned nothing yet."""
@@ -181,19 +167,65 @@ class RunFolder:
             return True
         except OSError as error:
             raise explain(self.path, error) from None
-        if not names <= _EARLY or (names - {IMAGES} and not self._begun()):
+        if not names <= _EARLY or (names - {IMAGES, "samples", "checkpoints"} and not self._begun()):
             return False
-        return self.latest() is None and not any(self.samples.glob("*"))
+        return not any(self.checkpoints.glob("[!.]*")) and not any(self.samples.glob("[!.]*"))
+
+    @classmethod
+    @contextmanager
+    def resumed(cls, path: Path, config: Recipe) -> Iterator[RunFolder]:
+        """Open the folder of an interrupted run, locked while the context is open, and tidy it.
+
+        Raises:
+            UserError: there is no run, another process is using it, or it has no checkpoint yet and its settings differ
+                in a key that decides what is learned. A checkpoint knows the settings that it belongs to.
+        """
+        run = cls(path)
+        saved = run.config(type(config))
+        if not run.steps():
+            changes = {name: (getattr(saved, name), getattr(config, name)) for name in changed_settings(saved, config)}
+            run.check_unchanged([f"{name}: {old!r} → {new!r}" for name, (old, new) in changes.items()])
+        with run.lock():  # before tidying, because another process may be writing
+            for folder in (path, run.samples, run.checkpoints):
+                remove_leftovers(folder)
+            run.samples.mkdir(exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+            yield run
+
+    def check_unchanged(self, changes: Sequence[str]) -> None:
+        """Refuse to resume a run in which something that decides what is learned is not as it was.
+
+        Raises:
+            UserError: the changes.
+        """
+        if changes:
+            raise UserError(
+                f"{self.path}: a run is resumed with the settings and files that it began with; these differ: "
+                f"{', '.join(changes)}. Leave changed settings out and restore changed files, or start a new run with "
+                "another --out"
+            )
+
+    def config(self, model: type[R]) -> R:
+        """Read the configuration that the run began with.
+
+        Raises:
+            UserError: this folder contains no run, or its configuration is damaged.
+        """
+        if not self.config_file.is_file():
+            raise UserError(f"{self.path}: no run to resume here (it has no config.toml); leave --resume out")
+        return resolve(model, read_toml(self.config_file))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other processes from training into this folder; the lock of a process that dies is released.
 
+        A drive without locks brings a warning.
+
         Raises:
             UserError: another process is using it.
         """
         owner = self.path / ".lock.pid"
-        lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / ".lock", fallback_to_soft=False)
         try:
             lock.acquire(blocking=False)
         except Timeout:
@@ -202,8 +234,10 @@ class RunFolder:
                 f"{self.path}: process {number or 'unknown'} is training into this folder; "
                 "wait for it, or choose another --out"
             ) from None
-        except OSError as error:
-            raise explain(self.path, error) from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+                raise explain(self.path, error) from None
+            warnings.warn(f"{self.path}: this drive has no locks; let only one process train here", stacklevel=4)
         try:
             with suppress(OSError):  # only the message of other processes needs it
                 owner.write_text(str(os.getpid()))
@@ -211,41 +245,33 @@ class RunFolder:
         finally:
             lock.release()
 
-    def tidy(self) -> None:
-        """Remove half-written files of an interrupted process."""
-        for parent in (self.path, self.samples, self.checkpoints):
-            for leftover in parent.glob(".*"):
-                if leftover.name.startswith(".tmp-"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-                elif leftover.name != ".lock" and re.search(r"\.(toml|jsonl|png|md|safetensors)\.", leftover.name):
-                    leftover.unlink(missing_ok=True)
-
-    def checkpoint(self, step: int, fill: Callable[[Path], object]) -> Path:
-        """Save a checkpoint atomically as `checkpoints/step-000200`, then delete the others.
+    def checkpoint(self, step: int, write: Writer) -> Path:
+        """Save a checkpoint atomically as `checkpoints/step-000200.safetensors`; keep the one before, delete others.
 
         Args:
             step: steps done.
-            fill: writes the files into a folder.
+            write: writes the checkpoint into an open file.
 
         Raises:
-            MachineError: disk full, no permission; the previous checkpoint stays.
+            MachineError: disk full, no permission; the previous checkpoints stay.
         """
-        path = self.checkpoints / f"step-{step:06d}"
-        atomic_folder(path, fill)
+        path = self.checkpoint_file(step)
+        atomic_write(path, write)
+        sync_folder(self.checkpoints)
+        steps = [other for other in self.steps() if other <= step]
         for other in self.steps():
-            if other != step:
-                shutil.rmtree(self.checkpoints / f"step-{other:06d}", ignore_errors=True)
+            if other not in steps[-CHECKPOINTS:]:
+                self.checkpoint_file(other).unlink(missing_ok=True)
         return path
 
-    def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, ascending."""
-        names = [_STEP.fullmatch(entry.name) for entry in self.checkpoints.glob("step-*") if entry.is_dir()]
-        return sorted(int(match[1]) for match in names if match)
+    def checkpoint_file(self, step: int) -> Path:
+        """Return the path of a checkpoint."""
+        return self.checkpoints / f"step-{step:06d}.safetensors"
 
-    def latest(self) -> tuple[int, Path] | None:
-        """Return steps done and folder of the newest complete checkpoint."""
-        steps = self.steps()
-        return (steps[-1], self.checkpoints / f"step-{steps[-1]:06d}") if steps else None
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints, ascending; some may be damaged."""
+        names = [_STEP.fullmatch(entry.name) for entry in self.checkpoints.glob("step-*")]
+        return sorted(int(match[1]) for match in names if match)
 
     def log(self, **fields: Any) -> None:
         """Append one line to log.jsonl; numbers that JSON lacks (NaN, infinity) become null.
@@ -261,15 +287,13 @@ class RunFolder:
             raise explain(self.log_file, error) from None
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Return the lines of log.jsonl without half-written ones."""
+        """Return the lines of log.jsonl without damaged and half-written ones."""
         lines = []
         if self.log_file.is_file():
             for line in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
+                with suppress(ValueError, RecursionError):
                     lines.append(json.loads(line))
-                except ValueError:
-                    continue
-        return lines
+        return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step", 0), int)]
 
     def rewind_log(self, step: int) -> None:
         """Delete log lines after a checkpoint, so that a resumed run does not log its steps twice."""
@@ -287,19 +311,27 @@ class RunFolder:
         return path
 
 
-def with_absolute_paths(config: R) -> R:
-    """Return the configuration with absolute paths, so that it works from any folder."""
+def located(config: Recipe) -> dict[str, Any]:
+    """Return the settings that say where something is, by key, as absolute paths.
+
+    Not the run folder's own, and not names of bases and block maps, even if a file is called the same.
+    """
     paths: dict[str, Any] = {}
     for name, value in config:
         if isinstance(value, Path) and name != "out":
             paths[name] = absolute(value)
         elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
             paths[name] = [absolute(item) for item in value]
-    for name in ("base", "blocks"):  # a path, or a name that stays one even if a file is called the same
+    for name in ("base", "blocks"):
         value = getattr(config, name, None)
         if value is not None and value not in BLOCK_MAPS and Path(value).expanduser().exists():
             paths[name] = str(absolute(Path(value).expanduser()))
-    return config.model_copy(update=paths)
+    return paths
+
+
+def with_absolute_paths(config: R) -> R:
+    """Return the configuration with absolute paths, so that it works from any folder."""
+    return config.model_copy(update=located(config))
 
 
 def changed_settings(saved: R, config: R) -> list[str]:

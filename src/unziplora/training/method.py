@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -16,10 +17,11 @@ from unziplora.config.training import TrainingConfig
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
+from unziplora.runs.folder import located
 from unziplora.runs.model_card import RunDescription
 from unziplora.training.cuda_graphs import Predict
 
-C = TypeVar("C")
+C = TypeVar("C", bound=TrainingConfig)
 
 
 class Trainable(ABC):
@@ -78,6 +80,18 @@ class Method(Trainable, Generic[C]):
         return
 
     @classmethod
+    def inputs(cls, config: C) -> dict[str, Path]:
+        """Return the files whose content decides what is learned, by names for messages; default: all in the recipe."""
+        settings = {name: value if isinstance(value, list) else [value] for name, value in located(config).items()}
+        paths = {name: [Path(item) for item in items] for name, items in settings.items() if name != "base"}
+        return {
+            name if len(items) == 1 else f"{name} {number}": path
+            for name, items in paths.items()
+            for number, path in enumerate(items, 1)
+            if path.is_file()
+        }
+
+    @classmethod
     @abstractmethod
     def layers(cls, config: C, paths: list[str]) -> dict[str, list[str]]:
         """Return the layers that each LoRA adapts, by LoRA name, out of a UNet's linear layers at these paths."""
@@ -116,6 +130,7 @@ class Setup:
         report: shows the user one line.
         resumed: a checkpoint will be loaded next, with all that was learned before it.
         progress: called with the steps done and the steps in all of a phase that precedes the training.
+        digests: of what the training reads besides the files of its recipe; to be filled by the method.
     """
 
     base: Base
@@ -124,6 +139,7 @@ class Setup:
     report: Callable[[str], None]
     resumed: bool = False
     progress: Callable[[int, int], object] = lambda done, total: None
+    digests: dict[str, str] = field(default_factory=dict)
 
     def noise_schedule(self) -> DDPMScheduler:
         """Return the noise schedule of the base's training."""

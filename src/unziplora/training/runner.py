@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,21 +18,23 @@ import torch
 from torch.amp import GradScaler
 
 from unziplora.config.training import TrainingConfig
-from unziplora.errors import Interrupted, OutOfMemory, UserError
-from unziplora.models.base import Base, load_base
+from unziplora.errors import Interrupted, OutOfMemory, UserError, disk_full
+from unziplora.models.base import Base, load_base, restored
 from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.sizes import must_be_downloaded
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import base_name, folder_argument, shared_settings
+from unziplora.training.checkpoint import Checkpoint, changes, newest_checkpoint, run_facts
 from unziplora.training.cuda_graphs import Recorder, recording
 from unziplora.training.export import Provenance, write_card, write_loras
 from unziplora.training.method import Method, Setup
 from unziplora.training.preflight import check_resolution, check_run, warn_of_memory
-from unziplora.training.restore import restored
 from unziplora.training.sample_sheet import sample_sheet
 from unziplora.training.trackers import Tracker, trackers
-from unziplora.training.trainer import NonFiniteLoss, StepReport, Trainer, is_finite, train
+from unziplora.training.trainer import NonFiniteLoss, StepReport, Trainer, train
+from unziplora.utils.files import explain
 from unziplora.utils.progress import Callback, Progress, counted
+from unziplora.utils.signals import STOP, caught
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -82,12 +85,18 @@ def in_run_folder(config: TrainingConfig, resume: bool, work: Callable[[RunFolde
     Raises:
         UserError: the folder is taken, or its run is finished.
         MachineError: disk full, no permission.
+        KeyboardInterrupt: asked to stop by any signal.
     """
     opened = RunFolder.resumed if resume else RunFolder.created
-    with opened(config.out, config) as run:
+    with opened(config.out, config) as run, caught(signal.default_int_handler, *STOP):
         if run.card.exists():  # the last file to be written
             raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
-        work(run)
+        try:
+            work(run)
+        except Exception as error:
+            if disk_full(error):
+                raise explain(run.path, error) from error
+            raise
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # twice the size of everything else
     return run
 
@@ -105,33 +114,57 @@ class TrainingRun(Generic[C]):
     device: torch.device = field(init=False)
 
     def execute(self) -> None:
-        """Load the base, train, export and sample."""
-        config, run, base = self.config, self.run, self.base
-        device = pick_device(config.device if base is None else str(base.device))
-        dtype = pick_dtype(config.precision, device) if base is None else base.dtype
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # an earlier run of this process may have used more
+        """Train from the last checkpoint or from the start, then export and sample."""
+        config, run = self.config, self.run
+        facts, checkpoint = run_facts(self.kind, config), newest_checkpoint(run)
+        self.check_unchanged(checkpoint, facts)  # before the base is loaded, which takes minutes
+        self.device = pick_device(config.device if self.base is None else str(self.base.device))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # an earlier run of this process may have used more
         with trackers(config.trackers, run.path / "trackers", flat(config)) as curves:
-            if base is None:
-                self.report(f"loading base {config.base}{_fetching(config.base)}")
-                base = load_base(config.base, dtype, device)
-            context = autocast_for(device, dtype)
-            resumed = run.latest() is not None
+            base = self.base or self.load()
+            facts["base"] = {str(base.dtype): base.fingerprint()}  # before LoRAs are added to it
+            context, resumed = autocast_for(self.device, base.dtype), checkpoint is not None
             setup = Setup(base, self.resolution(base), context, self.report, resumed, counted(self.progress))
             method = self.kind.build(config, setup)
+            facts["generated"] = setup.digests
+            self.check_unchanged(checkpoint, facts)
+            trainer = Trainer(method, config, make_scaler(self.device, base.dtype))
+            start = 0 if checkpoint is None else self.restore(checkpoint, trainer)
+            checkpoint = None  # frees its memory
             self.report("training", memory=True)
-            done = self.train(base, method, make_scaler(device, dtype), curves)
+            done = self.train(base, method, trainer, start, facts, curves)
             if done < config.steps:
                 raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
-            loras, description = method.export(), method.describe(config)
-            write_loras(run, config, description, self.provenance(method, setup), loras, self.report_file)
-            gc.collect()  # optimizer states; samples need the room
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            if config.sample_seeds:
-                self.last_sample(base, method)
-            write_card(run, config, description, loras)
+            self.finish(base, method, self.provenance(method, setup))
+
+    def load(self) -> Base:
+        """Load the configured base."""
+        self.report(f"loading base {self.config.base}{_fetching(self.config.base)}")
+        return load_base(self.config.base, pick_dtype(self.config.precision, self.device), self.device)
+
+    def check_unchanged(self, checkpoint: Checkpoint | None, facts: dict[str, Any]) -> None:
+        """Refuse to go on from a checkpoint that belongs to other settings, files or weights."""
+        if checkpoint is not None:
+            self.run.check_unchanged(changes(checkpoint.facts, facts))
+
+    def restore(self, checkpoint: Checkpoint, trainer: Trainer) -> int:
+        """Restore the state of a checkpoint; return the steps done."""
+        trainer.load_state_dict(checkpoint.state)
+        self.report(f"resuming after step {checkpoint.step}")
+        return checkpoint.step
+
+    def finish(self, base: Base, method: Method[C], provenance: Provenance) -> None:
+        """Write the LoRAs, the last sample sheet, and the card, which marks the run as finished."""
+        config, run = self.config, self.run
+        loras, description = method.export(), method.describe(config)
+        write_loras(run, config, description, provenance, loras, self.report_file)
+        gc.collect()  # optimizer states; samples need the room
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if config.sample_seeds:
+            self.last_sample(base, method)
+        write_card(run, config, description, loras)
 
     def stopped(self, where: str) -> Interrupted:
         """Return the exception for a run that was asked to stop."""
@@ -144,20 +177,26 @@ class TrainingRun(Generic[C]):
         check_resolution(resolution, base.pipe.vae_scale_factor)
         return resolution
 
-    def train(self, base: Base, method: Method[C], scaler: GradScaler | None, curves: Sequence[Tracker]) -> int:
-        """Train from the last checkpoint or from the start; return the steps done."""
+    def train(
+        self,
+        base: Base,
+        method: Method[C],
+        trainer: Trainer,
+        start: int,
+        facts: dict[str, Any],
+        curves: Sequence[Tracker],
+    ) -> int:
+        """Train from step `start`; return the steps done.
+
+        Args:
+            facts: what the checkpoints belong to.
+        """
         config, run = self.config, self.run
-        trainer = Trainer(method, config, scaler)
-        start = 0
-        latest = run.latest()
-        if latest is not None:
-            start, folder = latest
-            trainer.load(folder)
-            self.report(f"resuming after step {start}")
         run.rewind_log(start)
 
         def save(done: int) -> None:
-            self.report(f"checkpoint {run.checkpoint(done, trainer.save)}", done)
+            checkpoint = Checkpoint(done, trainer.state_dict(), facts)
+            self.report(f"checkpoint {run.checkpoint(done, checkpoint.write)}", done)
 
         def after_step(step: StepReport) -> None:
             figures = {"loss": step.loss, "learning_rate": step.learning_rate}
@@ -185,10 +224,10 @@ class TrainingRun(Generic[C]):
         Args:
             half: the base computes in half precision.
         """
-        latest = self.run.latest()
-        if half and latest is not None and is_finite(latest[1]):
+        checkpoint = newest_checkpoint(self.run) if half else None
+        if checkpoint is not None and checkpoint.is_finite():
             command = f"unziplora {self.kind.command} --resume --out {folder_argument(self.run.path)} --precision fp32"
-            return f"The checkpoint after step {latest[0]} is sound; continue from it in fp32:\n  {command}"
+            return f"The checkpoint after step {checkpoint.step} is sound; continue from it in fp32:\n  {command}"
         remedy = "--precision fp32 or lower learning rates" if half else "lower learning rates"
         return f"Start a new run, into another --out, with {remedy}; a resumed run keeps its learning rates"
 

@@ -6,15 +6,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
@@ -24,7 +20,7 @@ from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.training.method import Trainable
 from unziplora.training.optimizers import make_optimizers, make_schedule
-from unziplora.utils.signals import caught
+from unziplora.utils.signals import STOP, caught
 
 
 @dataclass(frozen=True)
@@ -59,38 +55,28 @@ class Trainer:
     def parameters(self) -> list[Tensor]:
         return [parameter for group in self.groups for parameter in group["params"]]
 
-    def save(self, folder: Path) -> None:
-        """Write adapters, masks, scales, optimizers, schedules and loss scaler into a folder.
+    def state_dict(self) -> dict[str, Any]:
+        """Return adapters, masks, scales, optimizers, schedules and loss scaler.
 
-        Random states are not stored, because the draws of a step depend on the seed and its number (see `generator`).
+        Random states are not part of it, because the draws of a step depend on the seed and its number (see
+        `generator`).
         """
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.method.state_dict().items()}
-        save_file(tensors, folder / "method.safetensors")
-        state = {
+        return {
+            "method": self.method.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
         }
-        torch.save(state, folder / "training.pt")
 
-    def load(self, folder: Path) -> None:
-        """Restore the state that `save` wrote; no file in the folder can run code.
-
-        Raises:
-            UserError: the checkpoint is incomplete or belongs to another recipe.
-        """
-        try:
-            self.method.load_state_dict(load_file(folder / "method.safetensors"))
-            # weights_only: tensors and plain containers, never arbitrary pickles.
-            state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
-                schedule.load_state_dict(saved)
-            if self.scaler is not None and state["scaler"]:  # the run may have begun in another precision
-                self.scaler.load_state_dict(state["scaler"])
-        except (OSError, KeyError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
-            raise UserError(f"{folder}: this checkpoint cannot be resumed ({error})") from None
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state of `state_dict`."""
+        self.method.load_state_dict(state["method"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+        if self.scaler is not None and state["scaler"]:  # the run may have begun in another precision
+            self.scaler.load_state_dict(state["scaler"])
 
     def step(self, step: int) -> StepReport:
         """Do one optimizer step.
@@ -142,11 +128,6 @@ class Trainer:
         return bool(steps)
 
 
-def is_finite(checkpoint: Path) -> bool:
-    """Return True if all numbers that a checkpoint's method contains are finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in load_file(checkpoint / "method.safetensors").values())
-
-
 def train(
     trainer: Trainer,
     start: int,
@@ -169,7 +150,11 @@ def train(
             if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
                 save(done)  # also at the end, because the disk may be full when the LoRAs are written
             if config.sample_every and done % config.sample_every == 0 and done < config.steps:
-                sample(done)
+                try:
+                    with caught(signal.default_int_handler, *STOP):  # a sheet takes long, and nothing is lost with it
+                        sample(done)
+                except KeyboardInterrupt:
+                    stopped.set()
         if done < config.steps and (not config.checkpoint_every or done % config.checkpoint_every):
             save(done)
     return done
@@ -177,9 +162,9 @@ def train(
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets, so that the step in progress is finished.
+    """Yield an event that the first request to stop sets, so that the step in progress is finished.
 
-    A second one stops at once.
+    A second request stops at once.
     """
     stopped = threading.Event()
 
@@ -188,5 +173,5 @@ def stop_requests() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopped.set()
 
-    with caught(on_signal, signal.SIGINT, signal.SIGTERM):
+    with caught(on_signal, *STOP):
         yield stopped

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from unziplora.errors import MachineError, UserError, first_line
+from unziplora.errors import MachineError, UserError, disk_full, first_line, system_errno
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Writer = Callable[[BinaryIO], object]
+
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOLCK}
+"""Answers of drives that lack a protection: a sync, a lock."""
+
+_REFUSED = {*UNSUPPORTED, errno.EACCES, errno.EPERM}
 
 _SUFFIXES = {
     *(".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"),
@@ -29,23 +37,21 @@ def atomic_write(path: Path, data: bytes | str | Writer) -> None:
     Raises:
         MachineError: disk full, no permission, or another fault of the machine; nothing is left behind.
     """
-    temporary: Path | None = None
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         with temporary.open("xb") as file:  # with the permissions that other files get here
             if callable(data):
                 data(file)
             else:
                 file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            _sync(file.fileno(), UNSUPPORTED)
+        _replace(temporary, path)
     except OSError as error:
         raise explain(path, error) from None
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def write_png(path: Path, image: Image.Image) -> None:
@@ -53,63 +59,98 @@ def write_png(path: Path, image: Image.Image) -> None:
     atomic_write(path, lambda file: image.save(file, "PNG"))
 
 
-def atomic_folder(path: Path, fill: Callable[[Path], object]) -> None:
-    """Create a folder atomically: `fill` writes its files into a temporary folder next to it (`.tmp-…`).
+def atomic_folder(path: Path, fill: Callable[[Path], object]) -> bool:
+    """Create a folder atomically: `fill` writes its files into a temporary folder next to it.
 
-    An existing folder stays until the new one is complete, and is then replaced.
+    Returns:
+        False if there is something already, which stays.
 
     Raises:
         MachineError: disk full, no permission, or another fault of the machine; nothing is left behind.
     """
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = _temporary(path)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         fill(temporary)
-        for file in temporary.rglob("*"):
-            sync(file)
-        sync(temporary)
+        sync_folder(temporary)
         if path.exists():
-            old = path.with_name(f".tmp-old-{path.name}")
-            path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.replace(path)
-        sync(path.parent)
+            return False
+        temporary.rename(path)
+        sync_folder(path.parent)
     except OSError as error:
+        if path.is_dir() and error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was first
+            return False
         raise explain(path, error) from None
-    except Exception as error:
-        # safetensors and torch wrap the system's error in their own, and keep its text
-        if any(word in str(error).lower() for word in ("i/o error", "streamwriter", "no space", "unexpected pos")):
-            raise MachineError(
-                f"{path}: cannot be written ({first_line(error)}); free some space, or write to another disk"
-            ) from error
-        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return True
 
 
-def sync(path: Path) -> None:
-    """Ask the system to write a file or folder to disk; Windows cannot sync folders."""
-    if path.is_dir() and os.name == "nt":
+def remove_leftovers(folder: Path, name: str = ".+") -> None:
+    """Remove what a process that was killed left half-written in a folder.
+
+    Args:
+        name: regular expression for the names of the finished files; default: any.
+    """
+    for path in folder.glob(".*"):
+        if re.fullmatch(rf"\.{name}\.[0-9a-f]{{8}}", path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                _remove(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Ask the system to write the names in a folder to disk; Windows and some drives cannot."""
+    if os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs only writable handles
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _sync(handle, {*_REFUSED, errno.EBADF, errno.EISDIR})
     finally:
         os.close(handle)
 
 
-def explain(path: Path, error: OSError) -> MachineError:
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # it is hidden, and swept up later
+        path.unlink(missing_ok=True)
+
+
+def _sync(handle: int, harmless: set[int]) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in harmless:
+            raise
+        warnings.warn("this drive does not sync files; a power failure may lose the last ones", stacklevel=3)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Move a file to its place; some drives refuse that if there is one already."""
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno not in {*_REFUSED, errno.EEXIST} or not target.is_file():
+            raise
+        target.unlink()
+        source.replace(target)
+        warnings.warn("this drive does not replace files in one step; a crash meanwhile may lose one", stacklevel=3)
+
+
+def explain(path: Path, error: Exception) -> MachineError:
     """Return the message for a failed write: the path, the fault and the remedy."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    number = system_errno(error)
+    if disk_full(error):
         return MachineError(f"{path}: the disk is full; free some space, or write to another disk")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return MachineError(f"{path}: no permission to write here; choose another folder")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+    if number in (errno.ENOTDIR, errno.EEXIST):
         return MachineError(f"{path}: a file is where a folder should be; choose another folder")
-    return MachineError(f"{path}: cannot be written ({error.strerror or error})")
+    return MachineError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or first_line(error)})")
 
 
 def absolute(path: Path) -> Path:

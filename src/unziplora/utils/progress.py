@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -56,13 +55,10 @@ def duration(seconds: float) -> str:
 
 def size(count: float) -> str:
     """Format bytes for people, in powers of 1024: 512 B, 93.2 MiB, 10.4 GiB."""
-    if count < 1024:
-        return f"{count:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1024 or unit == "GiB":
-            return f"{count:.1f} {unit}"
-    raise AssertionError
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count:.0f} B"
 
 
 def describe(event: Progress) -> str:
@@ -79,19 +75,26 @@ def describe(event: Progress) -> str:
     return "  ".join(parts)
 
 
-class Lines:
+class View:
+    """A context manager and the callback of a job; shows nothing by itself, for `--quiet`."""
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __call__(self, event: Progress) -> None:
+        return None
+
+
+class Lines(View):
     """View for logs and pipes: every message, and a line of figures at most every `seconds`."""
 
     def __init__(self, stream: TextIO | None = None, seconds: float = 10.0) -> None:
         self.stream = stream or sys.stderr
         self.seconds = seconds
         self.last = float("-inf")
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.flush()
 
     def __call__(self, event: Progress) -> None:
         if event.message:
@@ -104,7 +107,7 @@ class Lines:
             print(describe(event), file=self.stream, flush=True)
 
 
-class Rich:
+class Rich(View):
     """View for terminals: a bar with step, loss, speed, time left and memory."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -125,9 +128,7 @@ class Rich:
         self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
     def __call__(self, event: Progress) -> None:
@@ -144,7 +145,7 @@ class Rich:
         self.bar.update(self.task, completed=event.step, total=event.steps, **fields)
 
 
-class Notebook:
+class Notebook(View):
     """View for notebooks: every message, and below them a bar with its figures, updated in place."""
 
     def __init__(self) -> None:
@@ -158,9 +159,6 @@ class Notebook:
         self.area = display(HTML(""), display_id=True)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        return None
-
     def __call__(self, event: Progress) -> None:
         from IPython.display import HTML
 
@@ -171,23 +169,10 @@ class Notebook:
         self.area.update(HTML("<br>".join([*self.messages, self.bar])))
 
 
-class Silent:
-    """View that shows nothing, for `--quiet`."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __call__(self, event: Progress) -> None:
-        return None
-
-
-def show(quiet: bool = False, stream: TextIO | None = None) -> Rich | Lines | Notebook | Silent:
+def show(quiet: bool = False, stream: TextIO | None = None) -> View:
     """Return the view that suits the output stream: a context manager and the callback of a job."""
     if quiet:
-        return Silent()
+        return View()
     if stream is None and _in_notebook():
         return Notebook()
     stream = stream or sys.stderr
@@ -195,7 +180,7 @@ def show(quiet: bool = False, stream: TextIO | None = None) -> Rich | Lines | No
 
 
 def _in_notebook() -> bool:
-    """Return True in a notebook's kernel, False in scripts and in IPython in a terminal."""
+    # IPython in a terminal has no kernel
     ipython = sys.modules.get("IPython")
     return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 

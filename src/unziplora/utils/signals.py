@@ -8,15 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+"""Requests to stop: Ctrl-C, a polite kill, a closed terminal."""
+
 
 @contextmanager
 def caught(handler: Callable[[int, Any], object], *numbers: signal.Signals) -> Iterator[None]:
-    """Temporarily handle signals by a function; does nothing outside the main thread, where Python allows none."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in numbers}
+    """Temporarily handle signals by a function, but not those that the process ignores, as under nohup.
+
+    Does nothing outside the main thread, where Python allows no handlers.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        kept = (signal.SIG_IGN, None)  # None: a handler that is not Python's
+        before = {number: former for number in numbers if (former := signal.getsignal(number)) not in kept}
     try:
+        for number in before:
+            signal.signal(number, handler)
         yield
     finally:
         for number, former in before.items():

@@ -142,9 +142,7 @@ def test_killed_run_continues_from_its_last_whole_checkpoint(config, tmp_path):
 
     with pytest.raises(Killed):
         split(config(out=tmp_path / "cut", sample_seeds=[]), progress=kill)
-    half = tmp_path / "cut" / "checkpoints" / ".tmp-step-000006"
-    half.mkdir()
-    (half / "method.safetensors").write_bytes(b"half")
+    (tmp_path / "cut" / "checkpoints" / ".step-000006.safetensors.0123abcd").write_bytes(b"half")
     cut = split(config(out=tmp_path / "cut", sample_seeds=[]), resume=True)
     for name in ("content", "style"):
         one, two = tensors(getattr(whole, name)), tensors(getattr(cut, name))

@@ -45,6 +45,7 @@ from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import LoraDescription, RunDescription, base_name
+from unziplora.sampling.sources import find_lora
 from unziplora.training.export import Provenance, write_card, write_loras
 from unziplora.training.loss import generator, noised, orthogonality, snr_weights
 from unziplora.training.method import Setup, View
@@ -111,6 +112,12 @@ class ZipLora(AdapterMethod[ZipConfig, TeacherExamples]):
             check_zippable(config, loras)
             for path in (*config.content_images, *config.style_images):
                 load_image(path, 64)
+
+    @classmethod
+    def inputs(cls, config: ZipConfig) -> dict[str, Path]:
+        """Return the LoRAs, which may be in run folders, and the images."""
+        loras = {f"{name}_lora": find_lora(getattr(config, f"{name}_lora"), name).file for name in KINDS}
+        return {**super().inputs(config), **loras}
 
     @classmethod
     def layers(cls, config: ZipConfig, paths: list[str]) -> dict[str, list[str]]:
