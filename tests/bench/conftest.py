@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import Fake, make_cases
+from fakes import Fake, draw, make_cases
 
+from unziplora.bench import evaluate
 from unziplora.bench.cases import Case
 from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import BenchConfig
 from unziplora.models.base import Base
+
+
+@pytest.fixture(scope="module")
+def quick_images() -> Iterator[None]:
+    """Draw a color instead of sampling with LoRAs, in tests of what happens to images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "sample_task", lambda base, task, seeds, *_: draw(base, task.prompts, seeds))
+        yield
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import Colors, Fake, picture
+from fakes import Colors, Fake, draw, picture
 
 from unziplora.bench import evaluate as protocol
 from unziplora.bench.cases import Case
@@ -105,6 +105,10 @@ def test_sampling_uses_the_loras_and_restores_the_base(tiny_base: Base, fake: Fa
 
 
 class TestEvaluate:
+    @pytest.fixture(autouse=True)
+    def _quick_images(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(protocol, "generate", draw)
+
     def run(self, workspace: Workspace, base: Base, fake: Fake, cases: Cases, *measures: Colors) -> dict[str, Any]:
         return evaluate(workspace, base, measures or (Colors(),), fake, cases, cases["cat"], 0)
 

@@ -72,7 +72,11 @@ def test_workers_refuse_measures_cases_and_methods_as_arguments(config: BenchCon
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_two_processes_get_the_results_of_one(config: BenchConfig, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+def test_two_processes_get_the_results_of_one(
+    config: BenchConfig, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, start: str
+) -> None:
+    if start == "fork":
+        request.getfixturevalue("quick_images")
     context = multiprocessing.get_context(start)  # a forked process has imported everything
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     pickle.dumps(partial(open_session, config))  # as a spawned process receives it

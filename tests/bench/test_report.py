@@ -17,6 +17,7 @@ from unziplora.config.bench import BenchConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base
 
+pytestmark = pytest.mark.usefixtures("quick_images")
 Cases = dict[str, Case]
 Finished = tuple[Report, Fake, Path]
 
@@ -93,7 +94,9 @@ def test_markdown_has_headline_ablation_measures_and_cases(report: Report, confi
 
 
 @pytest.fixture(scope="module")
-def finished(shared_base: Base, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(
+    shared_base: Base, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, quick_images: None
+) -> Finished:
     """Run two methods with two seeds; return report, method and folder. Read only."""
     out = tmp_path_factory.mktemp("bench") / "out"
     settings = {"samples": 1, "sample_steps": 1, "guidance": 1.0, "device": "cpu", "precision": "fp32"}
