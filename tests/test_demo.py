@@ -58,8 +58,8 @@ def test_demo_writes_both_pairs_and_a_strip(tiny_folder: Path, tmp_path: Path, m
     result = demo.demo("runs/demo", base=str(tiny_folder), steps=2)
     assert result.runs == [Path("runs/demo/first"), Path("runs/demo/second")]
     for run in result.runs:
-        assert (run / "content.safetensors").is_file()
-        assert (run / "style.safetensors").is_file()
+        assert (run / f"{run.name}-content.safetensors").is_file()
+        assert (run / f"{run.name}-style.safetensors").is_file()
     with Image.open(result.strip) as strip:
         assert strip.width > 6 * demo.READABLE
     assert free_folder(Path("runs/demo")) == Path("runs/demo-2")

@@ -83,12 +83,6 @@ class Run(RunFolder):
         content, style: its LoRA files.
     """
 
-    @property
-    def loras(self) -> dict[str, Path]:
-        """Return the LoRA files by name: content and style, or `lora` where both are one."""
-        files = {name: self.lora(name) for name in ("content", "style", "lora")}
-        return {name: file for name, file in files.items() if file.is_file()}
-
     def load_into(self, pipe: StableDiffusionXLPipeline, *, content: float = 1.0, style: float = 1.0) -> None:
         """Load the LoRAs into a diffusers pipeline, as adapters named `content` and `style`.
 
@@ -105,8 +99,7 @@ class Run(RunFolder):
                 load_adapter(pipe, name, read_lora(file, pipe.unet.config), strengths[name])
 
     def _repr_png_(self) -> bytes | None:
-        sheets = sorted(self.samples.glob("*.png"), key=lambda path: path.stat().st_mtime)
-        return sheets[-1].read_bytes() if sheets else None
+        return self.sheets[-1].read_bytes() if self.sheets else None
 
 
 def split(

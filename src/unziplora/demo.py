@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from unziplora.config.bases import is_bundled
-from unziplora.config.recipe import KINDS, read_toml, resolve
+from unziplora.config.recipe import read_toml, resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
 from unziplora.errors import Interrupted, MachineError
@@ -26,6 +26,7 @@ from unziplora.methods.unziplora.method import split
 from unziplora.models.base import BUNDLED, Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.sizes import inspect_base
+from unziplora.runs.folder import RunFolder
 from unziplora.sampling.pipeline import decode, generate_latents
 from unziplora.sampling.session import open_session
 from unziplora.utils.files import free_folder, write_png
@@ -52,7 +53,7 @@ class Demo(BaseModel):
     seconds: float
 
     def __str__(self) -> str:
-        rows = [f"{kind:<8} {run / kind}.safetensors" for run in self.runs for kind in KINDS]
+        rows = [f"{name:<8} {file}" for run in self.runs for name, file in RunFolder(run).loras.items()]
         return "\n".join([*rows, f"strip    {self.strip}", f"done in {duration(self.seconds)}"])
 
 

@@ -272,7 +272,7 @@ class TestMethods:
         torch.testing.assert_close(delta(zipped.merged.modules[path]), parts, rtol=1e-2, atol=1e-5)
         METHODS["ziplora"].mix(workspace, cat, dog, 0)
         assert METHODS["ziplora"].train(workspace, cat, 0).merged.modules.keys() == zipped.merged.modules.keys()
-        assert len(list(workspace.run_folder("ziplora", cat, 0).glob("zip-dog-*/lora.safetensors"))) == 1
+        assert len(list(workspace.run_folder("ziplora", cat, 0).glob("zip-dog-*/*-lora.safetensors"))) == 1
         assert not (workspace.run_folder("dreambooth", dog, 0) / "content").exists()
 
     def test_merger_of_other_loras_has_another_folder(self, workspace: Workspace, cases: Cases):

@@ -239,15 +239,15 @@ class TestWrongRequests:
 class TestSplit:
     def test_run_folder_is_complete(self, finished: Path) -> None:
         assert (finished / "config.toml").is_file()
-        assert read_lora(finished / "content.safetensors").modules
-        assert read_lora(finished / "style.safetensors").modules
+        assert read_lora(finished / "run-content.safetensors").modules
+        assert read_lora(finished / "run-style.safetensors").modules
         assert list((finished / "samples").glob("*.png"))
         assert "`a sks cat`" in (finished / "README.md").read_text()
 
     def test_json_is_one_document_and_progress_goes_to_stderr(self, call: Call, tiny_folder: Path) -> None:
         done = call(*SPLIT, "--base", tiny_folder, *SMALL, "--sample-seeds", "none", "--json")
         assert done.code == 0
-        assert done.json["content"] == "runs/cat/content.safetensors"
+        assert done.json["content"] == "runs/cat/cat-content.safetensors"
         assert Path(done.json["style"]).is_file()
         assert "step 4/4" in done.err
         assert "\r" not in done.err
@@ -257,7 +257,7 @@ class TestSplit:
         done = call(*SPLIT, "--base", tiny_folder, *QUICK, "--sample-seeds", "none", "--out", "q", "--quiet")
         assert done.code == 0
         assert "step" not in done.err
-        assert done.out.splitlines()[0] == "content  q/content.safetensors"
+        assert done.out.splitlines()[0] == "content  q/q-content.safetensors"
 
     def test_flags_win_over_the_file_and_the_file_over_the_preset(self, call: Call, tiny_folder: Path) -> None:
         Path("my.toml").write_text('content = "dog"\nrank = 3\nsteps = 50\nsample_seeds = [7]\n')
@@ -344,7 +344,7 @@ class TestTrain:
         small = ["--sample-steps", "1", "--sample-seeds", "0", "--sample-guidance", "1", "--device", "cpu", "--json"]
         done = call("train", "dreambooth", *args, *small)
         assert done.code == 0, done.err
-        assert done.json["content"] == "d/content.safetensors"
+        assert done.json["content"] == "d/d-content.safetensors"
         assert "style" not in done.json
         again = call("sample", "d", "--steps", "1", "--dry-run", "--json")
         assert again.json["config"]["content"] == "d"
@@ -356,7 +356,7 @@ class TestTrain:
             "train", "dreambooth", "cat.png", *words, "--steps", "1", "--sample-seeds", "none", "--device", "cpu"
         )
         assert done.code == 0, done.err
-        assert Path("d/lora.safetensors").is_file()
+        assert Path("d/d-lora.safetensors").is_file()
         made = call("sample", "d", "--steps", "1", "--guidance", "1", "--json").json["pictures"]
         with Image.open(made[0]) as picture:
             assert picture.text["parameters"].splitlines()[0] == "a sks cat in ink style"
@@ -445,7 +445,7 @@ class TestFaultsOfTheMachine:
             failing(ZeroDivisionError("division by zero"))
 
     def test_closed_pipe_is_not_a_fault(self, finished: Path) -> None:
-        command = [sys.executable, "-m", "unziplora", "inspect", str(finished / "style.safetensors")]
+        command = [sys.executable, "-m", "unziplora", "inspect", str(finished / "run-style.safetensors")]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stderr is not None
@@ -470,21 +470,21 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(
     assert done.code == 130
     resume = done.err.strip().splitlines()[-1].split()
     assert resume[:3] == ["unziplora", "split", "--resume"]
-    assert not Path("stopped/style.safetensors").exists()
+    assert not Path("stopped/stopped-style.safetensors").exists()
     assert call(*resume[1:], "--quiet").code == 0
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 7))
-    assert Path("stopped/style.safetensors").is_file()
+    assert Path("stopped/stopped-style.safetensors").is_file()
 
 
 class TestFiles:
     def test_inspect(self, call: Call, finished: Path) -> None:
-        done = call("inspect", finished / "style.safetensors")
+        done = call("inspect", finished / "run-style.safetensors")
         assert done.code == 0
         assert "loads in" in done.out
         assert "pencil sketch" in done.out
-        one = call("inspect", finished / "style.safetensors", "--json").json
+        one = call("inspect", finished / "run-style.safetensors", "--json").json
         assert one["ranks"] == {"2": one["modules"]}
-        both = call("inspect", finished / "style.safetensors", finished / "content.safetensors", "--json").json
+        both = call("inspect", finished / "run-style.safetensors", finished / "run-content.safetensors", "--json").json
         assert len(both["files"]) == 2
 
     def test_inspect_of_a_folder_with_a_file_that_is_not_a_lora(self, call: Call) -> None:

@@ -39,11 +39,11 @@ def test_two_files_become_one_with_samples_and_a_card(call: Call):
         *FILES, *PROMPTS, "--config", "quick.toml", "--content-images", "cat.png", "--out", "runs/zip"
     )
     assert code == 0, err
-    assert out.splitlines() == ["lora     runs/zip/lora.safetensors", "sample   runs/zip/samples/samples.png"]
+    assert out.splitlines() == ["lora     runs/zip/zip-lora.safetensors", "sample   runs/zip/samples/samples.png"]
     assert "step 2/2" in err
     assert "generating 1 images with the style LoRA" in err
     assert "How to use it: runs/zip/README.md" in err
-    assert {down.shape[0] for down, _ in read_lora("runs/zip/lora.safetensors").modules.values()} == {4}
+    assert {down.shape[0] for down, _ in read_lora("runs/zip/zip-lora.safetensors").modules.values()} == {4}
     saved = read_toml(Path("runs/zip/config.toml"))
     assert Path(saved["content_lora"]).is_absolute()
     assert saved["full_prompt"] == "a sks cat in ink style"
@@ -58,7 +58,7 @@ def test_json_of_a_plain_sum_and_its_folder(call: Call):
     told = json.loads(out)
     assert told == {
         "run": "runs/cat-fox",
-        **{name: f"runs/cat-fox/{name}.safetensors" for name in ("lora", "content", "style")},
+        **{name: f"runs/cat-fox/cat-fox-{name}.safetensors" for name in ("lora", "content", "style")},
         "samples": [],
         "card": "runs/cat-fox/README.md",
     }
@@ -123,4 +123,4 @@ def test_wrong_requests_are_reported_in_one_message(call: Call, args: list[str],
     assert (code, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
-    assert not list(Path().rglob("lora.safetensors"))
+    assert not list(Path().rglob("*-lora.safetensors"))

@@ -297,8 +297,8 @@ class TestRun:
             DreamBooth, config(content=None, style="ink", sample_seeds=[0], formats=["kohya", "diffusers"])
         )
         assert sorted(path.name for path in run.path.glob("*.safetensors")) == [
-            "style.diffusers.safetensors",
-            "style.safetensors",
+            "run-style.diffusers.safetensors",
+            "run-style.safetensors",
         ]
         lora = read_lora(run.style)
         assert lora.metadata["modelspec.trigger_phrase"] == "in ink style"

@@ -321,9 +321,48 @@ def test_samples_are_png(run: RunFolder) -> None:
 def test_run_that_stopped_between_its_files_is_not_a_content_lora(run: RunFolder) -> None:
     run.content.touch()
     assert loras_of(run.path) == {"content": run.path, "style": run.path}
-    with pytest.raises(UserError, match=r"no style\.safetensors in it; the run is not finished: resume it"):
+    with pytest.raises(UserError, match=r"no cat-style\.safetensors in it; the run is not finished: resume it"):
         find_lora(run.path, "style")
     run.card.touch()
     assert loras_of(run.path) == {"content": run.path}
     with pytest.raises(UserError, match=r"it contains content\.safetensors: give the file that you mean"):
         find_lora(run.path, "style")
+
+
+class TestLoraFiles:
+    def test_names_begin_with_that_of_the_folder(self, tmp_path: Path) -> None:
+        run = RunFolder(tmp_path / "cat")
+        assert run.content == tmp_path / "cat" / "cat-content.safetensors"
+        assert run.lora("style", "diffusers").name == "cat-style.diffusers.safetensors"
+
+    @pytest.mark.parametrize(
+        ("folder", "name"),
+        [("my cat: v1.0", "my-cat-v1.0"), ("Häuser", "Häuser"), ("-x", "x"), ("<lora:a:1>", "lora-a-1"), ("…", "run")],
+    )
+    def test_names_contain_no_signs_that_prompts_and_shells_read(self, tmp_path: Path, folder: str, name: str) -> None:
+        assert RunFolder(tmp_path / folder).style.name == f"{name}-style.safetensors"
+
+    def test_name_of_a_long_folder_leaves_room_for_the_ending(self, tmp_path: Path) -> None:
+        file = RunFolder(tmp_path / ("漢" * 85)).lora("content", "diffusers")
+        assert len(f".{file.name}.12345678".encode()) < 255
+
+    @pytest.mark.parametrize("old", ["content.safetensors", "before-content.safetensors"])
+    def test_files_of_an_older_or_renamed_run_are_found(self, run: RunFolder, old: str) -> None:
+        (run.path / old).touch()
+        (run.path / "dis-content.diffusers.safetensors").touch()
+        assert run.content.name == old
+        assert list(run.loras) == ["content"]
+        assert run.lora_name(run.path / old) == "content"
+        run.card.touch()
+        assert loras_of(run.path) == {"content": run.path}
+
+    def test_file_with_the_own_name_wins_and_others_are_no_parts_of_the_run(self, run: RunFolder) -> None:
+        for name in ("a-content.safetensors", "cat-content.safetensors", "content.safetensors", "x.safetensors"):
+            (run.path / name).touch()
+        assert run.content.name == "cat-content.safetensors"
+        assert run.lora_name(run.path / "x.safetensors") is None
+        assert run.lora_name(run.path / "a-content.safetensors") is None
+
+    def test_files_of_other_tools_in_a_plain_folder_are_not_a_run(self, tmp_path: Path) -> None:
+        (tmp_path / "ink-style.safetensors").touch()
+        assert not RunFolder(tmp_path).loras

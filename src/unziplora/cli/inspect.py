@@ -103,7 +103,7 @@ inspect_command = click.Command(
     ComfyUI, Forge, A1111, InvokeAI, sd-scripts and diffusers. Reads every layout; never opens pickled files.
 
     \b
-      unziplora inspect runs/cat/style.safetensors
+      unziplora inspect runs/cat/cat-style.safetensors
       unziplora inspect ComfyUI/models/loras
     """,
     short_help="List what LoRA files contain and which programs load them.",

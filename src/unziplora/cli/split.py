@@ -13,8 +13,8 @@ the style with --style; everything else has a default.
 \b
   unziplora split cat.jpg --content cat --style "pencil sketch" --out runs/cat
 
-The run folder then contains content.safetensors, style.safetensors, sample images, and a README with
-the trigger words. Ctrl-C saves the run; --resume continues it.
+The run folder then contains cat-content.safetensors, cat-style.safetensors, sample images, and a
+README with the trigger words. Ctrl-C saves the run; --resume continues it.
 """
 
 

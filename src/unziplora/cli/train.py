@@ -18,8 +18,8 @@ with --style, or both.
   unziplora train dreambooth sketch.jpg --style "pencil sketch" --out runs/sketch
 
 --prior 1 preserves the base's idea of the class, with class images that the base generates once; later
-runs use them again. The run folder then contains content.safetensors, style.safetensors or, for both,
-lora.safetensors, with samples and a README.
+runs use them again. The run folder then contains cat-content.safetensors, sketch-style.safetensors or, for
+both words, a file that ends in -lora.safetensors, with samples and a README.
 """
 
 BLORA = """Train a content and a style LoRA in one block each (B-LoRA).

@@ -117,8 +117,8 @@ def run_layers(words: str, file: Keys, flags: Keys, name: str | None, resume: bo
 
 def run_output(run: RunFolder) -> Output:
     """List the files of a finished run."""
-    loras = {name: str(path) for name in ("lora", "content", "style") if (path := run.lora(name)).is_file()}
-    samples = sorted(str(path) for path in run.samples.glob("*.png"))
+    loras = {name: str(path) for name, path in run.loras.items()}
+    samples = [str(path) for path in run.sheets]
     data = {"run": str(run.path), **loras, "samples": samples, "card": str(run.card)}
     lines = [f"{name:<8} {path}" for name, path in loras.items()] + [f"sample   {path}" for path in samples[-1:]]
     return Output(data, "\n".join(lines), f"How to use it: {run.card}")

@@ -39,7 +39,10 @@ IMAGES = "images"
 """Subfolder for images that were in memory when the run began; it may exist before the run does."""
 
 MERGED = "lora"
-"""Name of the file in which content and style are one LoRA."""
+"""Name of the LoRA that is content and style in one."""
+
+LORAS = ("content", "style", MERGED)
+"""Names of the LoRAs that a run may contain."""
 
 CHECKPOINTS = 2
 """Checkpoints that are kept: if the newest one is damaged, a run goes on from the one before."""
@@ -83,9 +86,39 @@ class RunFolder:
     def style(self) -> Path:
         return self.lora("style")
 
+    @property
+    def name(self) -> str:
+        """Name of the folder, as the names of its files begin: without what prompts and shells read as a sign."""
+        return re.sub(r"[^\w.-]+", "-", absolute(self.path).name)[:50].strip(".-") or "run"
+
     def lora(self, name: str, layout: str = "kohya") -> Path:
-        """Return the path of a LoRA in a layout."""
-        return self.path / (f"{name}.safetensors" if layout == "kohya" else f"{name}.{layout}.safetensors")
+        """Return the path of a LoRA in a layout, such as `cat-content.safetensors` in `runs/cat`.
+
+        Of a run whose folder was renamed it is the file as it is called there, and `content.safetensors` of a run
+        that is older than these names.
+        """
+        ending = f"{name}.safetensors" if layout == "kohya" else f"{name}.{layout}.safetensors"
+        own = self.path / f"{self.name}-{ending}"
+        if own.is_file():
+            return own
+        others = self.path.glob("*.safetensors") if self.config_file.is_file() else ()
+        renamed = sorted(file for file in others if file.name.endswith(f"-{ending}"))
+        return next((file for file in (self.path / ending, *renamed) if file.is_file()), own)
+
+    @property
+    def loras(self) -> dict[str, Path]:
+        """LoRA files that exist, in kohya's layout, by name."""
+        return {name: file for name in LORAS if (file := self.lora(name)).is_file()}
+
+    def lora_name(self, file: Path) -> str | None:
+        """Return the name of the LoRA that a file of this run contains; None for other files."""
+        names = ((name, layout) for name in LORAS for layout in ("kohya", "diffusers"))
+        return next((name for name, layout in names if self.lora(name, layout) == file), None)
+
+    @property
+    def sheets(self) -> list[Path]:
+        """Sample sheets, the last one last."""
+        return sorted(self.samples.glob("*.png"), key=lambda path: path.stat().st_mtime)
 
     @property
     def card(self) -> Path:

@@ -118,15 +118,14 @@ def _title(config: TrainingConfig, description: RunDescription) -> str:
 def _files(run: RunFolder, description: RunDescription) -> str:
     rows = ["| file | gives | trigger words |", "|---|---|---|"]
     for name, file in description.files.items():
-        for path in sorted(run.path.glob(f"{name}*.safetensors")):
-            note = "" if path.stem == name else f" ({path.stem.removeprefix(name + '.')} layout)"
-            rows.append(f"| `{path.name}`{note} | {file.summary} | `{file.trigger}` |")
+        for layout, note in (("kohya", ""), ("diffusers", " (diffusers layout)")):
+            if (path := run.lora(name, layout)).is_file():
+                rows.append(f"| `{path.name}`{note} | {file.summary} | `{file.trigger}` |")
     return "\n".join(rows) + "\n"
 
 
 def _samples(run: RunFolder) -> str:
-    sheets = sorted(run.samples.glob("*.png"), key=lambda path: path.stat().st_mtime)
-    return f"![samples]({sheets[-1].relative_to(run.path).as_posix()})\n" if sheets else ""
+    return f"![samples]({run.sheets[-1].relative_to(run.path).as_posix()})\n" if run.sheets else ""
 
 
 def _small(run: RunFolder, config: TrainingConfig, description: RunDescription) -> str:
@@ -155,21 +154,19 @@ def _commands(run: RunFolder, config: TrainingConfig, description: RunDescriptio
 
 
 def _programs(run: RunFolder, config: TrainingConfig, description: RunDescription) -> str:
-    name = absolute(run.path).name
     # A merged LoRA contains its two parts.
-    titles = {file: f"{name}-{file}" for file in (["lora"] if "lora" in description.files else description.files)}
+    titles = {file: run.lora(file).stem for file in (["lora"] if "lora" in description.files else description.files)}
     both, together = description.prompt, _together(run, description) if len(titles) > 1 else ""
     calls = " ".join(f"<lora:{title}:1>" for title in titles.values())
     loads = "\n".join(
-        f'pipe.load_lora_weights({_string(run.path.as_posix())}, weight_name="{file}.safetensors", '
+        f'pipe.load_lora_weights({_string(run.path.as_posix())}, weight_name="{title}.safetensors", '
         f'adapter_name="{file}")'
-        for file in titles
+        for file, title in titles.items()
     )
     return f"""## Use
 
 Load the checkpoint of the training, `{base_name(config)}`. Begin with strength 1, as trained, and CFG
-{config.sample_guidance:g}; turn the strength down if it dominates the picture. Rename the files when you
-copy them, such as `{next(iter(titles.values()))}.safetensors`.{together}
+{config.sample_guidance:g}; turn the strength down if it dominates the picture.{together}
 
 **ComfyUI**: copy to `ComfyUI/models/loras`, put one *Load LoRA* node per file between *Load Checkpoint* and the
 sampler, prompt `{both}`.

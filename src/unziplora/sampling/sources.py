@@ -49,7 +49,9 @@ class LoraSource:
 
     @property
     def merged(self) -> bool:
-        return self.file.name.split(".")[0] == MERGED
+        if method := self.header.get("unziplora.method"):
+            return method.endswith(f", {MERGED} LoRA")
+        return RunFolder(self.file.parent).lora_name(self.file) == MERGED
 
     def prompt(self, name: str) -> str | None:
         """Return the run's template of the full, content or style prompt, or None if none is recorded."""
@@ -76,11 +78,10 @@ def loras_of(run: Path) -> dict[str, Path]:
     folder = run.expanduser()
     if folder.is_file():
         return {"style" if _is_style(folder) else "content": run}
-    merged = folder / f"{MERGED}.safetensors"
-    if merged.is_file():
-        return {"content": merged}
-    present = {kind: run for kind in KINDS if (folder / f"{kind}.safetensors").is_file()}
-    return present if present and not RunFolder(folder).unfinished else dict.fromkeys(KINDS, run)
+    loras = RunFolder(folder).loras
+    if MERGED in loras:
+        return {"content": loras[MERGED]}
+    return dict.fromkeys(loras, run) if loras and not RunFolder(folder).unfinished else dict.fromkeys(KINDS, run)
 
 
 def _is_style(file: Path) -> bool:
@@ -115,25 +116,25 @@ def _lora_file(path: Path, kind: str) -> Path:
             raise UserError(f"{path}: no such run folder or LoRA file for the {kind}")
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
-    file = path / f"{kind}.safetensors"
+    file = RunFolder(path).lora(kind)
     if not file.is_file():
-        raise UserError(f"{path}: there is no {file.name} in it; {_remedy(path)}")
+        raise UserError(f"{path}: there is no {file.name} in it; {_remedy(RunFolder(path))}")
     return file
 
 
-def _remedy(folder: Path) -> str:
-    others = [name for name in (*KINDS, MERGED) if (folder / f"{name}.safetensors").is_file()]
-    if RunFolder(folder).unfinished or (not others and (folder / "config.toml").is_file()):
+def _remedy(run: RunFolder) -> str:
+    others = [file.name for file in run.loras.values()]
+    if run.unfinished or (not others and run.config_file.is_file()):
         return "the run is not finished: resume it, or give a LoRA file"
     if others:
-        return f"it contains {' and '.join(f'{name}.safetensors' for name in others)}: give the file that you mean"
+        return f"it contains {' and '.join(others)}: give the file that you mean"
     return "this is not a run folder: give one, or a LoRA file"
 
 
 def _settings(file: Path, header: Mapping[str, str]) -> Mapping[str, Any]:
-    config = file.parent / "config.toml"
-    if config.is_file() and file.name.split(".")[0] in (*KINDS, MERGED):
-        return read_toml(config)
+    run = RunFolder(file.parent)
+    if run.config_file.is_file() and run.lora_name(file):
+        return read_toml(run.config_file)
     try:
         settings = json.loads(header.get("unziplora.settings", "{}"))
     except ValueError:

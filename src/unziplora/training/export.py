@@ -45,7 +45,7 @@ class Provenance:
         """Return the header of the LoRA of this name: its trigger words, its origin and the settings of its run."""
         lora = description.files[name]
         metadata = metadata_for(
-            title=f"{run.path.name}-{name}",
+            title=run.lora(name).stem,
             trigger=lora.trigger,
             hint=f'Add to any prompt: "{lora.trigger}". {lora.hint}'.strip(),
             base=self.base,

@@ -71,10 +71,10 @@ def test_run_writes_loras_card_log_and_samples(config, tmp_path):
         "README.md",
         "config.toml",
         "log.jsonl",
-        "content.safetensors",
-        "style.safetensors",
-        "content.diffusers.safetensors",
-        "style.diffusers.safetensors",
+        "run-content.safetensors",
+        "run-style.safetensors",
+        "run-content.diffusers.safetensors",
+        "run-style.diffusers.safetensors",
         "samples/step-000004.png",
         "samples/samples.png",
     }
@@ -85,7 +85,7 @@ def test_run_writes_loras_card_log_and_samples(config, tmp_path):
     content = read_lora(run.content)
     assert content.metadata["modelspec.trigger_phrase"] == "a sks cat"
     assert json.loads(content.metadata["unziplora.settings"])["rank"] == 2
-    twin = read_lora(run.path / "content.diffusers.safetensors")
+    twin = read_lora(run.path / "run-content.diffusers.safetensors")
     assert twin.modules.keys() == content.modules.keys()
     for path, (down, up) in content.modules.items():
         torch.testing.assert_close(twin.modules[path][1] @ twin.modules[path][0], up @ down)
@@ -298,7 +298,7 @@ def test_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
     opened = Path.open
 
     def full(self: Path, *args: object, **kwargs: object):
-        if self.name.startswith(".style.safetensors"):
+        if self.name.startswith(".cut-style.safetensors"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return opened(self, *args, **kwargs)
 

@@ -394,7 +394,7 @@ class TestRun:
     def test_run_writes_one_lora_with_its_prompts_that_can_be_sampled(self, config: Make, tmp_path: Path):
         run = zip_loras(config(sample_seeds=[0], formats=["kohya", "diffusers"], parts=True))
         files = {p.name for p in run.path.rglob("*") if p.is_file() and not p.name.startswith(".")}
-        names = {f"{n}{layout}.safetensors" for n in ("lora", "content", "style") for layout in ("", ".diffusers")}
+        names = {f"run-{n}{layout}.safetensors" for n in ("lora", "content", "style") for layout in ("", ".diffusers")}
         assert files == {"README.md", "config.toml", "log.jsonl", "samples.png", *names}
         merged, twin = read_lora(run.lora("lora")), read_lora(run.lora("lora", "diffusers"))
         assert merged.metadata["modelspec.trigger_phrase"] == "a sks cat in ink style"

@@ -233,7 +233,7 @@ class ZipLora(AdapterMethod[ZipConfig, TeacherExamples]):
 def zip_loras(
     config: ZipConfig, resume: bool = False, progress: Callback | None = None, base: Base | None = None
 ) -> RunFolder:
-    """Merge the configured content and style LoRA into `lora.safetensors` in a run folder.
+    """Merge the configured content and style LoRA into one, in a run folder.
 
     Base, prompts and images that the recipe leaves open come from the LoRAs' own runs. Method `direct` needs no base.
     Arguments and errors are those of `run_training`.
