@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 
 from unziplora.models.base import Base, load_base
 from unziplora.training.trainer import StepReport, Trainer
+
+# The suite tries the same examples every time; a longer search is `pytest --hypothesis-profile=torture`.
+settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+settings.register_profile("torture", max_examples=5000, deadline=None, database=None)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session", autouse=True)

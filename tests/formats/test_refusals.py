@@ -271,7 +271,7 @@ def test_nan_and_infinity_are_refused(file, value):
     tensors = kohya(make())
     key = next(key for key in tensors if key.endswith("lora_up.weight"))
     tensors[key][0, 0] = value
-    refused(store(file, tensors), f"1 tensors hold NaN or infinity, the first: {key}")
+    refused(store(file, tensors), f"1 tensors hold NaN or infinity, the first: '{key}'")
 
 
 # --- requests that cannot be met

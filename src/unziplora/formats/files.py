@@ -17,7 +17,7 @@ from unziplora.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig, read
 from unziplora.formats.header import LAYERS_KEY, complete_metadata
 from unziplora.formats.names import is_peft, unwrap
 from unziplora.formats.quantization import dequantized
-from unziplora.formats.readers import FileModules, group_by_module
+from unziplora.formats.readers import FileModules, group_by_module, shown
 from unziplora.formats.safetensors import read_tensors, write_safetensors
 from unziplora.formats.sdxl import LAYERS, has_sdxl_widths, other_unet
 from unziplora.lora.algebra import balance, shape
@@ -45,13 +45,13 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
     modules = read_modules(path, tensors, metadata, unet_config)
     if broken := not_finite(tensors):
         raise UserError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity, the first: {broken[0]}. "
+            f"{path}: {len(broken)} tensors hold NaN or infinity, the first: {shown(broken[:1])}. "
             "The training had diverged or overflowed; take an earlier checkpoint"
         )
     if modules.unread:
         warnings.warn(
-            f"{path}: read without {', '.join(modules.unread[:4])}{' …' if len(modules.unread) > 4 else ''}, which "
-            f"{'are' if len(modules.unread) > 1 else 'is'} not part of a LoRA; an embedding is loaded by itself",
+            f"{path}: read without {shown(modules.unread[:4])}{' …' if len(modules.unread) > 4 else ''}: not part of a "
+            "LoRA; an embedding is loaded by itself",
             stacklevel=2,
         )
     unet, text = ({name: factors.pair() for name, factors in part.items()} for part in (modules.unet, modules.text))

@@ -60,7 +60,7 @@ def find_scales(shapes: Shapes, dtypes: Mapping[str, str]) -> dict[str, str]:
         elif name.endswith("weight") and dtypes[name] not in _FLOATS.values():
             raise _refusal(dtypes[name], name)
         elif not _UNUSED.fullmatch(name) and (owner := _owner(name, shapes)):
-            raise _refusal(f"{owner} has a companion", name)
+            raise _refusal(f"{owner[:120]!r} has a companion", name)
     return scales
 
 
@@ -101,6 +101,6 @@ def _owner(name: str, shapes: Shapes) -> str | None:
 
 def _refusal(kind: str, name: str) -> UserError:
     return UserError(
-        f"the weights are quantized ({kind}: {name}), in a way that is not understood; "
+        f"the weights are quantized ({kind}: {name[:120]!r}), in a way that is not understood; "
         "take the file in fp16, bf16 or fp32, or ComfyUI's scaled fp8"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -88,7 +88,7 @@ def group_by_module(
     """
     if match := other_adapter(tensors):
         raise UserError(
-            f"the file holds {match[0]} adapters (key {match[1]!r}): only plain LoRA is understood. "
+            f"the file holds {match[0]} adapters (key {shown(match[1:])}): only plain LoRA is understood. "
             "Convert it with the tool that made it, for example by extracting a LoRA from the merged model"
         )
     modules: dict[str, dict[str, Tensor]] = {}
@@ -117,9 +117,7 @@ def group_by_module(
             )
         modules[module][part] = tensor
     if unknown := [key for key in unread if _is_of_the_model(key, layers)]:
-        raise UserError(
-            f"{len(unknown)} of {len(tensors)} keys are not understood, the first: {', '.join(unknown[:3])}"
-        )
+        raise UserError(f"{len(unknown)} of {len(tensors)} keys are not understood, the first: {shown(unknown[:3])}")
     if not modules:
         raise UserError("the file has no module of SDXL")
     layout = _layout(unet_layouts or text_layouts)
@@ -132,6 +130,11 @@ def group_by_module(
     unet = {module.removeprefix("unet."): f for module, f in factors.items() if module.startswith("unet.")}
     text = {module: f for module, f in factors.items() if not module.startswith("unet.")}
     return FileModules(layout, unet, text, unread)
+
+
+def shown(keys: Sequence[str]) -> str:
+    """Return keys for a message: shortened, and with control characters escaped."""
+    return ", ".join(repr(key if len(key) <= 120 else key[:120] + "…") for key in keys)
 
 
 def _split_key(key: str) -> tuple[str, str, bool]:

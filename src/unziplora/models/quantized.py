@@ -49,12 +49,12 @@ def rescale(pipe: StableDiffusionXLPipeline, path: Path, part: str | None = None
     scales = scaled_weights(path, read_header(path), part, pipe.unet.config.layers_per_block)
     with safe_open(path, "pt") as file:
         for (owner, name), scale in scales.items():
-            weight = _module(getattr(pipe, owner), name).weight
+            weight = _weight(getattr(pipe, owner), name)
             weight.copy_(rescaled(weight, file.get_tensor(scale)))
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
+def _weight(model: nn.Module, name: str) -> nn.Parameter:
     try:
-        return model.get_submodule(name)
+        return model.get_parameter(f"{name}.weight")
     except AttributeError:  # transformers 5 has no level `text_model.`
-        return model.get_submodule(name.removeprefix("text_model."))
+        return model.get_parameter(f"{name.removeprefix('text_model.')}.weight")
