@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError, first_line, out_of_memory
+from unziplora.utils.text import printable
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -27,16 +28,15 @@ def debugging() -> bool:
 
 def note(text: str) -> None:
     """Print a line for people, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def emit(result: BaseModel | dict[str, Any], text: str, as_json: bool) -> None:
     """Print a command's result on stdout: as one JSON document, or as text."""
     if as_json:
         data = result if isinstance(result, dict) else result.model_dump(mode="json")
-        print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
-    else:
-        print(text)
+        text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
+    print(printable(text))
 
 
 @contextmanager
@@ -117,5 +117,5 @@ def report_error(error: BaseException, as_json: bool) -> int:
     prefix = "" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "error: "
     note(prefix + text)
     if as_json:
-        print(json.dumps({"error": text, "exit_code": code}, ensure_ascii=False))
+        print(printable(json.dumps({"error": text, "exit_code": code}, ensure_ascii=False)))
     return code

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from unziplora.config.bases import is_bundled
-from unziplora.errors import UserError
+from unziplora.errors import UserError, first_line
+from unziplora.utils.inputs import read_text
 
 KINDS = ("content", "style")
 """Names of the two LoRAs, in the order in which they choose columns."""
@@ -162,13 +163,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, unreadable or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a byte-order mark
+        return tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML ({first_line(error)})") from None
 
 
 def to_toml(config: Recipe) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from unziplora.errors import UserError
+from unziplora.utils.inputs import parse_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 """File in which PEFT stores the configuration, next to the weights."""
@@ -49,7 +49,7 @@ def read_adapter_config(text: str, source: str) -> dict[str, AdapterConfig]:
         UserError: it is malformed, or the adapter is more than B A · alpha / rank; the message names the option.
     """
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         if any(key in values for key in ("lora_alpha", "peft_type")):
             parts = dict.fromkeys(_PARTS, values)
         else:
@@ -60,7 +60,7 @@ def read_adapter_config(text: str, source: str) -> dict[str, AdapterConfig]:
         if not any(parts.values()):
             raise ValueError("no configuration")
         return {part: _parse(config, source) for part, config in parts.items() if config}
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
         raise UserError(f"{source} is not understood, so the alphas are not known") from None
 
 

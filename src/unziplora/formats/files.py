@@ -103,7 +103,7 @@ def _adapter_configs(path: Path, keys: Iterable[str], metadata: Mapping[str, str
     """Read the configuration that PEFT wrote next to its file, or diffusers into the header, if there is one."""
     if any(map(is_peft, keys)):
         try:
-            text = (path.parent / ADAPTER_CONFIG).read_text(encoding="utf-8")
+            text = read_text(path.parent / ADAPTER_CONFIG)
         except (OSError, ValueError):
             raise UserError(
                 f"a PEFT adapter's alpha is in {ADAPTER_CONFIG}, which is missing or unreadable; copy it next to this "

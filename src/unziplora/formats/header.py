@@ -122,7 +122,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     """Return the trigger phrase and the ten most frequent tags of a header, which UIs display."""
     words = [metadata["modelspec.trigger_phrase"]] if metadata.get("modelspec.trigger_phrase") else []
     try:
-        folders = json.loads(metadata.get("ss_tag_frequency") or "{}")
+        folders = parse_json(metadata.get("ss_tag_frequency") or "{}")
         counts = [item for tags in folders.values() for item in tags.items()]
         ranked = sorted(counts, key=lambda item: -int(item[1]))
     except (ValueError, AttributeError, TypeError, OverflowError):

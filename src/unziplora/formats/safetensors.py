@@ -18,6 +18,10 @@ from torch import Tensor
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.identify import PICKLES, UNPICKLE, other_format
 from unziplora.utils.files import atomic_write
+from unziplora.utils.inputs import open_regular, parse_json
+
+HEADER_LIMIT = 100_000_000
+"""Largest header in bytes; the limit of the safetensors library."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raise UserError(f"{path} is a folder: name the file" + (f", such as {names[0]}" if names else ""))
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start, size = file.read(64), path.stat().st_size
         if size == 0:
             raise UserError(f"{path}: the file is empty; fetch it again")
@@ -90,25 +94,26 @@ def _read_metadata(path: Path) -> dict[str, str]:
         if start[8:9] != b"{":
             raise UserError(f"{path}: not a safetensors file")
         length = int.from_bytes(start[:8], "little")
+        if length > min(HEADER_LIMIT, size):
+            raise UserError(f"{path}: truncated, or not a safetensors file; fetch it again")
         file.seek(8)
-        header = _parse_header(path, file.read(min(length, size)), length, size)
-    return {str(key): str(value) for key, value in header["__metadata__"].items()}
+        return _parse_header(path, file.read(length), size)
 
 
-def _parse_header(path: Path, raw: bytes, length: int, size: int) -> dict[str, Any]:
-    """Parse a header, and refuse a file that is shorter than the header declares."""
+def _parse_header(path: Path, raw: bytes, size: int) -> dict[str, str]:
+    """Return the metadata of a header, and refuse a file that is shorter than the header declares."""
     try:
-        header: dict[str, Any] = json.loads(raw)
-        header["__metadata__"] = dict((header.get("__metadata__") or {}).items())
+        header: dict[str, Any] = parse_json(raw)
+        metadata = dict((header.get("__metadata__") or {}).items())
         ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        end = max(ends, default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        if length > len(raw):
+        whole = 8 + len(raw) + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
+        if len(raw) + 8 > size:
             raise UserError(f"{path}: truncated, or not a safetensors file; fetch it again") from None
         raise UserError(f"{path}: not a safetensors file (its header is not JSON)") from None
-    if 8 + length + end > size:
-        raise UserError(f"{path}: truncated at {size:,} of {8 + length + end:,} bytes; fetch it again")
-    return header
+    if whole > size:
+        raise UserError(f"{path}: truncated at {size:,} of {whole:,} bytes; fetch it again")
+    return {str(key): str(value) for key, value in metadata.items()}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:

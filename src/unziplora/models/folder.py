@@ -33,20 +33,18 @@ def check_suffix(path: Path) -> None:
         raise UserError(f"{path}: not a .safetensors file; bases are diffusers folders or .safetensors files")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a configuration file.
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a configuration file of a diffusers folder.
 
     Raises:
-        UserError: it is missing or not JSON.
+        UserError: it is missing or not a JSON object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         raise UserError(
             f"{path}: missing, so {path.parent} is an incomplete diffusers folder; copy or download it again"
         ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy or download it again") from None
 
 
 def check_folder(folder: Path, half: bool) -> tuple[str | None, dict[str, list[Path]]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, TextIO
 
+from unziplora.utils.text import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -98,7 +100,7 @@ class Lines(View):
 
     def __call__(self, event: Progress) -> None:
         if event.message:
-            print(event.message, file=self.stream, flush=True)
+            print(printable(event.message), file=self.stream, flush=True)
         now = time.monotonic()
         final = 0 < event.steps == event.step
         # Step 0 has no figures yet; the last step is always shown.
@@ -133,7 +135,7 @@ class Rich(View):
 
     def __call__(self, event: Progress) -> None:
         if event.message:
-            self.bar.console.print(event.message, markup=False, highlight=False, soft_wrap=True)
+            self.bar.console.print(printable(event.message), markup=False, highlight=False, soft_wrap=True)
         if not event.steps:
             return
         if self.task is None:

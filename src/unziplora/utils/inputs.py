@@ -1,0 +1,83 @@
+"""Files that people bring: only regular ones are opened, and whatever they contain is a message and no fault."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from unziplora.errors import UserError
+
+TEXT_LIMIT = 32 * 2**20
+"""Largest text file in bytes; the longest that a base needs, a vocabulary or an index of weights, has 5 MB."""
+
+_SPECIAL = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a folder, pipe, socket or device: opening or reading it could take forever.
+
+    Raises:
+        UserError: it is not a regular file.
+        OSError: it is missing or out of reach.
+    """
+    kind = stat.S_IFMT(path.stat().st_mode)
+    if kind != stat.S_IFREG:
+        raise UserError(f"{path}: this is {_SPECIAL.get(kind, 'something else')}, not a file; name a file")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading. Errors as in `check_regular`."""
+    check_regular(path)
+    return path.open("rb")
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without the mark that Windows editors write.
+
+    Raises:
+        UserError: it is not a regular file, or too large for a text that a person or a program writes.
+        OSError, ValueError: it cannot be read, or is not UTF-8.
+    """
+    with open_regular(path) as file:
+        data = file.read(TEXT_LIMIT + 1)
+    if len(data) > TEXT_LIMIT:
+        raise UserError(f"{path}: larger than {TEXT_LIMIT // 2**20} MiB; this is not a settings file")
+    return data.decode("utf-8-sig")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, or contains half a character (a lone surrogate).
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that contains an object.
+
+    Raises:
+        UserError: it is not a regular file, too large, or not a JSON object.
+        OSError: it is missing or out of reach.
+    """
+    try:
+        value = parse_json(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: contains no JSON object; copy or download it again")
+    return value
