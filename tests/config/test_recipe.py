@@ -159,7 +159,7 @@ def test_unreadable_toml_is_named(tmp_path: Path) -> None:
     broken.write_bytes(b"\xff\xfe\0r")
     with pytest.raises(UserError, match="cannot be read"):
         read_toml(broken)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="this is a folder, not a file"):
         read_toml(tmp_path)
 
 

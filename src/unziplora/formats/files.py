@@ -22,6 +22,7 @@ from unziplora.formats.safetensors import read_tensors, write_safetensors
 from unziplora.formats.sdxl import LAYERS, has_sdxl_widths, other_unet
 from unziplora.lora.algebra import balance, shape
 from unziplora.lora.weights import Lora
+from unziplora.utils.inputs import read_text
 
 Layout = Literal["kohya", "kohya-diffusers", "diffusers"]
 LAYOUTS: tuple[Layout, ...] = ("kohya", "kohya-diffusers", "diffusers")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from unziplora.errors import UserError
 from unziplora.formats.sdxl import HEADER, LAYERS, SMALL_HEADER, names_sdxl
+from unziplora.utils.inputs import parse_json
 
 LAYERS_KEY = "unziplora.layers_per_block"
 THUMBNAIL = 256

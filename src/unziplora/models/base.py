@@ -262,7 +262,7 @@ def _bundled() -> Path:
 
 
 def _vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
-    config = base_files.read_json(folder / "vae" / "config.json")
+    config = base_files.read_config(folder / "vae" / "config.json")
     return torch.float32 if config.get("force_upcast", True) else dtype
 
 
@@ -290,7 +290,7 @@ def _failures(source: str) -> Iterator[None]:
         raise UserError(f"base {source!r}: weights are missing from the file; download it again") from error
     except PermissionError as error:
         raise MachineError(f"base {source!r}: no permission to read {error.filename or 'it'}") from error
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError, MemoryError) as error:
+    except (*base_files.UNUSABLE, SafetensorError, MemoryError) as error:
         if out_of_memory(error):
             raise MachineError(
                 f"base {source!r}: not enough memory to load it ({first_line(error)}). Close other programs, "

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unziplora.errors import UserError
+from unziplora.errors import MachineError, UserError, first_line
 from unziplora.formats.identify import PICKLES, UNPICKLE, pipeline_family
 from unziplora.formats.safetensors import read_header
 from unziplora.models.quantized import scaled_weights
+from unziplora.utils.inputs import check_regular, read_json
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # model.safetensors, diffusion_pytorch_model.fp16.safetensors, model-00001-of-00002.safetensors …
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
+UNUSABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError),
+    *(ArithmeticError, AssertionError, RuntimeError),
+)
+"""What diffusers, transformers and torch raise on configurations with values of an unexpected type or size."""
 
 
 def check_suffix(path: Path) -> None:
@@ -47,6 +53,17 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from None
 
 
+@contextmanager
+def usable_config(source: str) -> Iterator[None]:
+    """Turn what values of an unexpected type or size raise, wherever they are used, into one message."""
+    try:
+        yield
+    except PermissionError as error:
+        raise MachineError(f"base {source!r}: no permission to read {error.filename or 'it'}") from None
+    except UNUSABLE as error:
+        raise UserError(f"base {source!r}: its configuration cannot be used ({first_line(error)})") from None
+
+
 def check_folder(folder: Path, half: bool) -> tuple[str | None, dict[str, list[Path]]]:
     """Check a diffusers folder without loading it; return the weights' variant, 'fp16' or None, and each part's files.
 
@@ -61,7 +78,15 @@ def check_folder(folder: Path, half: bool) -> tuple[str | None, dict[str, list[P
             f"{folder}: not a base model (model_index.json is missing). Give a folder in diffusers layout, as "
             "pipe.save_pretrained writes it, or a .safetensors checkpoint"
         )
-    check_class(read_json(folder / "model_index.json"), str(folder))
+    with usable_config(str(folder)):
+        return _check_parts(folder, half)
+
+
+def _check_parts(folder: Path, half: bool) -> tuple[str | None, dict[str, list[Path]]]:
+    for file in (*folder.glob("*.json"), *folder.glob("*/*")):
+        if not file.is_dir():
+            check_regular(file)
+    check_class(read_config(folder / "model_index.json"), str(folder))
     check_unet_config(folder, str(folder))
     for name in ("tokenizer", "tokenizer_2"):
         if not (folder / name).is_dir():
@@ -72,7 +97,7 @@ def check_folder(folder: Path, half: bool) -> tuple[str | None, dict[str, list[P
     files = {part: variants.get(choice) or variants[""] for part, variants in weights.items()}
     for part, paths in files.items():
         config = folder / part / "config.json"
-        if (method := read_json(config).get("quantization_config")) is not None:
+        if (method := read_config(config).get("quantization_config")) is not None:
             kind = method.get("quant_method") if isinstance(method, dict) else method
             raise UserError(f"{config}: the {part} is quantized ({kind}); take the folder in fp16, bf16 or fp32")
         for path in paths:
@@ -93,7 +118,7 @@ def _weights(part: Path) -> dict[str, list[Path]]:
             raise UserError(f"{pickles[0]}: {UNPICKLE}, for example with pipe.save_pretrained(...)")
         raise UserError(f"{part}: the weights are missing; copy or download the whole folder again")
     for index in part.glob("*.safetensors.index*.json"):
-        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
+        for name in sorted(set(read_config(index).get("weight_map", {}).values())):
             if not (part / name).is_file():
                 raise UserError(f"{part / name}: missing; copy or download the whole folder again")
     return variants
@@ -116,8 +141,8 @@ def check_unet_config(folder: Path, source: str) -> None:
     Raises:
         UserError: it is not of SDXL's topology, has inputs other than noisy latents, or has another noise schedule.
     """
-    config = read_json(folder / "unet" / "config.json")
-    index = read_json(folder / "model_index.json")
+    config = read_config(folder / "unet" / "config.json")
+    index = read_config(folder / "model_index.json")
     if config.get("in_channels", 4) == 9:
         raise other_family(source, "an inpainting model (9 input channels)")
     inputs, outputs = config.get("in_channels", 4), config.get("out_channels", 4)
@@ -127,7 +152,7 @@ def check_unet_config(folder: Path, source: str) -> None:
         raise other_family(source, "the SDXL refiner")
     if config.get("addition_embed_type") != "text_time":
         raise other_family(source, "Stable Diffusion 1 or 2")
-    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = read_config(folder / "scheduler" / "scheduler_config.json")
     _check_schedule(schedule, str(schedule.get("_class_name")), source)
 
 

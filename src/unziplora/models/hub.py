@@ -44,7 +44,7 @@ def download(source: str, dtype: torch.dtype) -> Path:
     variant = "fp16" if half and dtype != torch.float32 else None
     try:
         index = hf_hub_download(source, "model_index.json", local_files_only=offline)
-        base_files.check_class(base_files.read_json(Path(index)), source)
+        base_files.check_class(base_files.read_config(Path(index)), source)
         if offline:
             return Path(index).parent
         for name in ("unet/config.json", "scheduler/scheduler_config.json"):

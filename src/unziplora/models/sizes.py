@@ -11,16 +11,18 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.config.bases import BUNDLED_BASE, is_bundled
-from unziplora.errors import UserError, first_line
+from unziplora.errors import UserError
 from unziplora.lora.inject import TARGETS, target_linears
 from unziplora.models.base import BUNDLED, described, latent_side
-from unziplora.models.folder import PARTS, check_folder, read_json
+from unziplora.models.folder import PARTS, check_folder, read_config, usable_config
 from unziplora.models.hub import names_a_model
 from unziplora.models.text import TARGETS as TEXT_TARGETS
 from unziplora.utils.logging import quiet
 
 FULL_SIZE = BUNDLED / "sdxl"
 """Configuration of SDXL itself, without weights."""
+MOST_LAYERS = 200
+"""Largest number of layers of a part; SDXL has 32 in its second text encoder."""
 
 
 class Sizes(BaseModel):
@@ -62,14 +64,15 @@ def inspect_base(source: str) -> Sizes:
     Raises:
         UserError: no such base, or its configuration is damaged.
     """
-    folder = base_folder(source)
-    index = read_json((folder or FULL_SIZE) / "model_index.json")
+    with usable_config(source):
+        return _inspect_folder(source, base_folder(source))
+
+
+def _inspect_folder(source: str, folder: Path | None) -> Sizes:
     assumed, folder = folder is None, folder or FULL_SIZE
-    try:
-        with torch.device("meta"), quiet():
-            parts = {name: build_part(folder, name, index) for name in PARTS}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise UserError(f"base {source!r}: its configuration cannot be used ({first_line(error)})") from None
+    index = read_config(folder / "model_index.json")
+    with torch.device("meta"), quiet():
+        parts = {name: build_part(folder, name, index) for name in PARTS}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     unet = parts["unet"]
     layers = {path: unet.get_submodule(path) for path in target_linears(unet, TARGETS)}
@@ -139,7 +142,17 @@ def _downloaded(source: str) -> Path | None:
 def build_part(folder: Path, name: str, index: dict[str, Any]) -> Any:
     """Build one model of a base from its configuration, on torch's current default device."""
     library, kind = index[name]
+    if library not in ("diffusers", "transformers"):
+        raise ValueError(f"{name} is a class of {library!r}")
+    config = read_config(folder / name / "config.json")
+    if most := [key for key, value in config.items() if "layers" in key and _largest(value) > MOST_LAYERS]:
+        raise ValueError(f"{name} has more than {MOST_LAYERS} {most[0]}")
     model = getattr(import_module(library), kind)
-    if library == "diffusers":
-        return model.from_config(read_json(folder / name / "config.json"))
-    return model(model.config_class(**read_json(folder / name / "config.json")))
+    return model.from_config(config) if library == "diffusers" else model(model.config_class(**config))
+
+
+def _largest(value: Any) -> int:
+    """Return the largest number of a configuration's value: a number, or lists of them."""
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int) else 0

@@ -19,6 +19,7 @@ from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import StepCallback, decode, generate_latents, portion
 from unziplora.sampling.session import SamplingSession, open_session
 from unziplora.utils.files import atomic_write
+from unziplora.utils.inputs import open_regular
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def write_image(image: Image.Image, path: Path, text: dict[str, str]) -> Path:
         MachineError: disk full, no permission.
     """
     free, number = path, 1
-    while free.exists() and _text(free) != text:
+    while free.exists() and not _has_text(free, text):
         number += 1
         free = path.with_stem(f"{path.stem}-{number}")
     info = PngImagePlugin.PngInfo()
@@ -133,10 +134,10 @@ def write_image(image: Image.Image, path: Path, text: dict[str, str]) -> Path:
     return free
 
 
-def _text(path: Path) -> dict[str, str]:
+def _has_text(path: Path, text: dict[str, str]) -> bool:
+    """Return True for a PNG with these text entries; its pixels are not decoded, whatever the file is."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return {name: str(value) for name, value in getattr(image, "text", {}).items()}
-    except OSError:
-        return {}
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+            return {name: image.info.get(name) for name in text} == text
+    except Exception:  # Pillow raises nearly anything on damaged files, and on too large ones
+        return False

@@ -14,7 +14,7 @@ from unziplora.formats.safetensors import body_hash
 from unziplora.lora.weights import check_strengths
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import computing_on, pick_device, pick_dtype
-from unziplora.models.folder import read_json
+from unziplora.models.folder import read_config
 from unziplora.models.sizes import base_folder
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import MERGED
@@ -94,7 +94,7 @@ def plan_sampling(config: GenerationConfig, base: Base | None = None) -> Samplin
 def _unet_config(base: str) -> dict[str, object] | None:
     """Read the configuration of a base's UNet, or return None if the base must be downloaded first."""
     folder = base_folder(base)
-    return None if folder is None else read_json(folder / "unet" / "config.json")
+    return None if folder is None else read_config(folder / "unet" / "config.json")
 
 
 def shared_name(file: Path) -> str:
