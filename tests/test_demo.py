@@ -14,13 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from unziplora import demo
-from unziplora.config.recipe import read_toml, resolve
+from unziplora.config.recipe import resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.images.preprocess import load_image
 from unziplora.models.base import Base
 from unziplora.utils.files import free_folder
+from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import Progress
 
 TINY = {"steps": 2, "rank": 2, "column_separation": False, "sample_seeds": []}

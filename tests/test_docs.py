@@ -11,9 +11,10 @@ import click
 import pytest
 
 from unziplora.cli import cli
-from unziplora.config.recipe import read_toml, resolve
+from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
+from unziplora.utils.inputs import read_toml
 
 ROOT = Path(__file__).parent.parent
 PATTERNS = ("*.md", "docs/*.md", "experiments/*.md", "recipes/**/README.md")

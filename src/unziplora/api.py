@@ -20,7 +20,7 @@ from unziplora.config.bases import HUB_ID
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.probe import ProbeConfig
-from unziplora.config.recipe import Recipe, read_toml, resolve
+from unziplora.config.recipe import Recipe, resolve
 from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import TrainingConfig
@@ -43,6 +43,7 @@ from unziplora.sampling import grid as grids
 from unziplora.sampling import sample as samples
 from unziplora.sampling.sources import loras_of
 from unziplora.utils.files import file_stem, free_folder, write_png
+from unziplora.utils.inputs import read_toml
 from unziplora.utils.logging import quiet
 from unziplora.utils.progress import Callback, counted, show
 

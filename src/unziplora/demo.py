@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from unziplora.config.bases import is_bundled
-from unziplora.config.recipe import read_toml, resolve
+from unziplora.config.recipe import resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
 from unziplora.errors import Interrupted, MachineError
@@ -30,6 +30,7 @@ from unziplora.runs.folder import RunFolder
 from unziplora.sampling.pipeline import decode, generate_latents
 from unziplora.sampling.session import open_session
 from unziplora.utils.files import free_folder, write_png
+from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import Callback, Progress, duration
 
 DEMO = BUNDLED / "demo"

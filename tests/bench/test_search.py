@@ -20,12 +20,12 @@ from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.config.recipe import read_toml
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base
+from unziplora.utils.inputs import read_toml
 
 Cases = dict[str, Case]
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from unziplora.config.probe import ProbeConfig
-from unziplora.config.recipe import read_toml
 from unziplora.lora.blocks import read_blocks
+from unziplora.utils.inputs import read_toml
 
 Call = Callable[..., tuple[int, str, str]]
 QUICK = ["--pairs", "1", "--seeds", "0", "--steps", "1", "--device", "cpu"]

@@ -9,11 +9,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from unziplora.config.recipe import read_toml
 from unziplora.config.zip import ZipConfig
 from unziplora.formats.files import read_lora, write_lora
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base
+from unziplora.utils.inputs import read_toml
 
 Call = Callable[..., tuple[int, str, str]]
 PROMPTS = ["--content-prompt", "a sks cat", "--style-prompt", "an image in ink style"]

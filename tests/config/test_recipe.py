@@ -10,10 +10,11 @@ from unziplora.cli.reference import reference
 from unziplora.config.bases import BUNDLED_BASE, is_bundled
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
+from unziplora.config.recipe import Recipe, resolve, to_toml
 from unziplora.config.split import PRESETS, SplitConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
+from unziplora.utils.inputs import read_toml
 
 GIVEN: dict[str, Any] = {"images": ["cat.jpg"], "content": "cat", "style": "pencil sketch", "out": "runs/cat"}
 

@@ -17,7 +17,7 @@ from unziplora.bench.workspace import Workspace, json_hash, training_settings
 from unziplora.config.bases import is_bundled
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.config.recipe import KINDS, read_toml
+from unziplora.config.recipe import KINDS
 from unziplora.config.split import BUNDLED, PAPER, SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
@@ -29,6 +29,7 @@ from unziplora.methods.dreambooth import train_dreambooth
 from unziplora.methods.unziplora.method import split
 from unziplora.methods.ziplora.inputs import complete
 from unziplora.methods.ziplora.method import zip_loras
+from unziplora.utils.inputs import read_toml
 
 ORACLE_TIMES = 3
 """The oracle trains for this multiple of DreamBooth's steps."""

@@ -17,12 +17,13 @@ from torch import Tensor
 from unziplora.bench.cases import Case, Example
 from unziplora.bench.report import Report, markdown_table, summarize
 from unziplora.config.bench import BenchConfig
-from unziplora.config.recipe import KINDS, read_toml
+from unziplora.config.recipe import KINDS
 from unziplora.errors import UserError
 from unziplora.images.preprocess import load_image
 from unziplora.metrics.embedders import ImageModel
 from unziplora.metrics.statistics import Images
 from unziplora.utils.files import atomic_write
+from unziplora.utils.inputs import read_toml
 
 WORDS = "words.toml"
 STYLES = ("watercolor painting", "pencil sketch", "oil painting", "neon sign")

@@ -9,7 +9,8 @@ import click
 
 from unziplora.cli.options import ExpandedPath, KeyOption, json_option, key_options, quiet_option, typed_keys
 from unziplora.cli.output import emit, note, stdout_to_stderr
-from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
+from unziplora.config.recipe import Recipe, resolve, to_toml
+from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import show
 
 Keys = dict[str, Any]

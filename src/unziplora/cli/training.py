@@ -14,10 +14,10 @@ import click
 from unziplora.cli.command import Keys, Output, Plan, RecipeCommand
 from unziplora.cli.options import ExpandedPath
 from unziplora.cli.output import memory_advice
-from unziplora.config.recipe import read_toml
 from unziplora.config.training import ImageConfig
 from unziplora.errors import UserError
 from unziplora.utils.files import file_stem
+from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import Callback
 
 if TYPE_CHECKING:

@@ -17,6 +17,8 @@ BUNDLED_BASE = Path(__file__).parents[1] / "bundled" / "emoji-xl"
 
 def is_bundled(base: str | Path | None) -> bool:
     """Check whether a base is the one that ships with the package, given by its name or by the path of its folder."""
-    if base is None or base == "bundled":
-        return base is not None
+    if base is None or "\0" in str(base):
+        return False
+    if base == "bundled":
+        return True
     return os.path.realpath(os.path.expanduser(base)) == os.path.realpath(BUNDLED_BASE)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import re
+import reprlib
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -11,21 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from unziplora.config.bases import is_bundled
-from unziplora.errors import UserError, first_line
-from unziplora.utils.inputs import read_text
+from unziplora.errors import UserError
 
 KINDS = ("content", "style")
 """Names of the two LoRAs, in the order in which they choose columns."""
 
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 R = TypeVar("R", bound="Recipe")
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
 
 GROUPS = ("Input", "Prompts", "Method", "Training", "Output")
 """Groups of keys in the order of `--help` and of the documentation; other groups follow."""
@@ -67,6 +65,17 @@ class Recipe(BaseModel):
         if name == "auto":
             name = "bundled" if isinstance(base, (str, Path)) and is_bundled(base) else "default"
         return {**(cls.presets.get(name, {}) if isinstance(name, str) else {}), **values}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        """Refuse numbers that no library takes, and text that is no text: neither a file's name nor a prompt."""
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, int) and abs(item) >= 2**63:
+                raise ValueError("the number is too large")
+            if isinstance(item, (str, Path)) and _NO_TEXT.search(str(item)):
+                raise ValueError("the text contains a null or half a character")
+        return value
 
     @field_validator("*")
     @classmethod
@@ -152,24 +161,16 @@ def describe(error: ValidationError, model: type[Recipe]) -> str:
             )
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{name}: {message} (got {fault['input']!r})" if name else message)
+            lines.append(f"{name}: {message} (got {_shown(fault['input'])})" if name else message)
     return "\n".join(lines)
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read one TOML file of keys.
-
-    Raises:
-        UserError: the file is missing, unreadable or not TOML.
-    """
+def _shown(value: Any) -> str:
+    """Return a value as written in Python, shortened if it is long or deep."""
     try:
-        return tomllib.loads(read_text(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid TOML ({first_line(error)})") from None
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def to_toml(config: Recipe) -> str:

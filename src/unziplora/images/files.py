@@ -10,7 +10,6 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from unziplora.errors import MachineError, UserError, first_line
-from unziplora.utils.inputs import check_regular, open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "PSD")
 """Formats that are opened. Pillow reads more, but some start other programs (EPS) or contain no image."""
@@ -68,7 +67,7 @@ def open_upright(
 def _read(path: Path, side: int) -> tuple[Image.Image, tuple[int, int], str | None]:
     """Read the first frame and its original size; name what the file contains several of, "frames" or "pages"."""
     # Not by its path: Pillow maps such TIFF files into memory, and garbles those that lie on their side.
-    with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+    with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
         size = image.size
         _check_size(path, *size)
         jpeg = image.format in ("JPEG", "MPO")  # MPO: a phone's JPEG with a preview or a second eye behind it
@@ -104,7 +103,8 @@ def _check_file(path: Path) -> None:
             raise UserError(f"{path} is a folder: name an image in it")
         if not path.exists():
             raise UserError(f"{path}: no such image")
-        check_regular(path)
+        if not path.is_file():  # a pipe or device could be read forever
+            raise UserError(f"{path}: this is not a file; name an image")
         if path.stat().st_size == 0:
             raise UserError(f"{path}: the file is empty; get it again")
     except OSError as error:  # such as a name that is too long, or a folder that may not be entered

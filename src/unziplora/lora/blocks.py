@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from unziplora.config.recipe import KINDS, read_toml
+from unziplora.config.recipe import KINDS
 from unziplora.errors import UserError
+from unziplora.utils.inputs import read_toml
 
 
 @dataclass(frozen=True)

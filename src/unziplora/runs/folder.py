@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from unziplora.config.recipe import Recipe, read_toml, resolve, to_toml
+from unziplora.config.recipe import Recipe, resolve, to_toml
 from unziplora.errors import MachineError, UserError
 from unziplora.lora.blocks import BLOCK_MAPS
 from unziplora.utils.files import (
@@ -29,6 +29,7 @@ from unziplora.utils.files import (
     sync_folder,
     write_png,
 )
+from unziplora.utils.inputs import read_toml
 
 if TYPE_CHECKING:
     from PIL import Image

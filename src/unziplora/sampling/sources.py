@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unziplora.config.bases import SDXL, is_bundled
-from unziplora.config.recipe import KINDS, read_toml
+from unziplora.config.recipe import KINDS
 from unziplora.config.sample import GenerationConfig
 from unziplora.config.templates import fill
 from unziplora.errors import UserError
@@ -19,6 +19,7 @@ from unziplora.formats.safetensors import read_header
 from unziplora.models.hub import names_a_model
 from unziplora.runs.folder import MERGED, RunFolder
 from unziplora.utils.files import file_stem
+from unziplora.utils.inputs import read_toml
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import stat
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from unziplora.errors import UserError
+from unziplora.errors import UserError, first_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 TEXT_LIMIT = 32 * 2**20
 """Largest text file in bytes; the longest that a base needs, a vocabulary or an index of weights, has 5 MB."""
@@ -81,3 +87,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: contains no JSON object; copy or download it again")
     return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read one TOML file of keys.
+
+    Raises:
+        UserError: the file is missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(read_text(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML ({first_line(error)})") from None
