@@ -170,9 +170,9 @@ def check_pipeline(pipe: Any, source: str) -> None:
                 f"base {source!r}: {len(missing)} weights of its {part} are missing, such as {missing[0]}; "
                 "download it again"
             )
-        # A sum takes no memory, and is finite only if every number is; the rare overflow of a sum is looked at again.
-        broken = [name for name, weight in weights.items() if not weight.sum(dtype=torch.float32).isfinite()]
-        if broken := [name for name in broken if not weights[name].isfinite().all()]:
+        # NaN and infinity are in the minimum or the maximum, which takes a tenth of the time of looking at each number.
+        extremes = {name: torch.stack(weight.aminmax()) for name, weight in weights.items() if weight.numel()}
+        if broken := [name for name, pair in extremes.items() if not pair.isfinite().all()]:
             kind = str(weights[broken[0]].dtype).removeprefix("torch.")
             raise UserError(
                 f"base {source!r}: {len(broken)} weights of its {part} hold NaN or infinity (in {kind}), such as "
