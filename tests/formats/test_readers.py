@@ -12,6 +12,7 @@ from lora_files import store
 from unziplora.errors import UserError
 from unziplora.formats.adapter_config import read_adapter_config
 from unziplora.formats.files import read_lora, write_lora
+from unziplora.formats.inspect import inspect
 from unziplora.formats.names import parse_name, unwrap
 from unziplora.formats.quantization import dequantized
 from unziplora.lora.algebra import delta
@@ -88,9 +89,11 @@ def folder(tmp_path_factory):
 def test_any_mapping_of_names_to_tensors_is_a_lora_or_refused(folder, tensors, config):
     metadata = {"lora_adapter_metadata": json.dumps(config), "unziplora.layers_per_block": "²"} if config else None
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    lora = read(store(folder / "a.safetensors", tensors, metadata))
+    path = store(folder / "a.safetensors", tensors, metadata)
+    lora = read(path)
     if lora is None:
         return
+    assert inspect(path).modules == len(lora.modules)
     for down, up in (*lora.modules.values(), *lora.text.values()):
         assert down.dtype == up.dtype == torch.float32
         assert down.shape[0] == up.shape[1] > 0
@@ -174,6 +177,7 @@ def test_fp8_without_a_scale_is_a_number_format(tmp_path):
     file = {f"{X}.lora_down.weight": down, f"{X}.lora_up.weight": up}
     ((_, pair),) = read_lora(store(tmp_path / "a.safetensors", file)).modules.items()
     torch.testing.assert_close(delta(pair), up.float() @ down.float())
+    assert inspect(tmp_path / "a.safetensors").untrained == []
 
 
 INT8, ONES = torch.ones(4, 16, dtype=torch.int8), torch.ones(4)

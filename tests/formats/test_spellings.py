@@ -238,7 +238,7 @@ def test_what_is_not_part_of_the_lora_is_named(tmp_path, keys):
     assert all(key in str(caught[0].message) for key in keys)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        inspect(path)
+        assert f"{len(keys)} tensors are not part of the LoRA" in inspect(path).problems[0]
 
 
 def test_a_file_with_an_embedding_alone_is_refused(tmp_path):

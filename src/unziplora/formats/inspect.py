@@ -11,7 +11,7 @@ from unziplora.formats.convert import count, dtype_name
 from unziplora.formats.files import not_finite, read_modules
 from unziplora.formats.header import trigger_words
 from unziplora.formats.programs import Verdict, verdicts_on
-from unziplora.formats.readers import StoredFactors
+from unziplora.formats.readers import StoredFactors, shown
 from unziplora.formats.safetensors import read_tensors
 from unziplora.formats.sdxl import has_sdxl_widths
 from unziplora.lora.algebra import norm
@@ -84,7 +84,7 @@ def inspect(path: str | Path) -> Inspection:
     tensors, metadata = read_tensors(path)
     modules = read_modules(path, tensors, metadata)
     factors = modules.all
-    untrained = [name for name, f in factors.items() if not f.up.any() or not f.down.any()]
+    untrained = [name for name, f in factors.items() if not f.up.float().any() or not f.down.float().any()]
     full_size = has_sdxl_widths(modules.shapes)
     return Inspection(
         path=path,
@@ -105,7 +105,7 @@ def inspect(path: str | Path) -> Inspection:
         trigger_words=trigger_words(metadata),
         metadata=metadata,
         loads_in=verdicts_on(modules, full_size, metadata),
-        problems=_problems(not_finite(tensors), untrained, len(factors)),
+        problems=_problems(not_finite(tensors), untrained, len(factors)) + _unread(modules.unread),
     )
 
 
@@ -134,6 +134,10 @@ def _problems(broken: list[str], untrained: list[str], modules: int) -> list[str
     elif untrained:
         problems.append(f"{len(untrained)} modules are untrained (ΔW = 0), the first: {untrained[0]}")
     return problems
+
+
+def _unread(keys: list[str]) -> list[str]:
+    return [f"{len(keys)} tensors are not part of the LoRA, the first: {shown(keys[:1])}"] if keys else []
 
 
 def _kind(path: str) -> str:

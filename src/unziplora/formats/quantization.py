@@ -35,10 +35,8 @@ _FLOATS = {
     torch.float8_e5m2: "F8_E5M2",
 }
 
-Shapes = Mapping[str, tuple[int, ...]]
 
-
-def find_scales(shapes: Shapes, dtypes: Mapping[str, str]) -> dict[str, str]:
+def find_scales(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> dict[str, str]:
     """Return the name of each scaled fp8 weight → the name of its scale.
 
     Args:
@@ -84,13 +82,13 @@ def rescaled(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.float() * scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
-def _fits(scale: str, weight: str, shapes: Shapes, dtypes: Mapping[str, str]) -> bool:
+def _fits(scale: str, weight: str, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> bool:
     numbers = math.prod(shapes[scale])
     per_output = shapes[scale][:1] == shapes[weight][:1] == (numbers,)
     return dtypes[scale] in ("F32", "F16", "BF16") and (numbers == 1 or per_output)
 
 
-def _owner(name: str, shapes: Shapes) -> str | None:
+def _owner(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Return the weight that a tensor seems to belong to: `X.weight` for `X.weight_scale` and `X.zero_point`."""
     owner, _, last = name.rpartition(".")
     if last in ("weight", "bias"):

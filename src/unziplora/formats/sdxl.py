@@ -189,19 +189,15 @@ _SELF = re.compile(r"attn1\.to_[qkv]$")
 _SQUARE = re.compile(r"attn1\.to_[kv]$|attn[12]\.to_(q|out\.0)$|attentions\.\d+\.proj_(in|out)$")
 _WIDTHS = {"down_blocks.1": 640, "down_blocks.2": 1280, "mid_block": 1280, "up_blocks.0": 1280, "up_blocks.1": 640}
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Module path → shape of ΔW, (out, in)."""
 
-
-def other_unet(shapes: Shapes, cross_attention: int | None = None) -> str | None:
+def other_unet(shapes: Mapping[str, tuple[int, ...]], cross_attention: int | None = None) -> str | None:
     """Return the family of a UNet whose blocks have SDXL's names, or None if it is SDXL's.
 
     SD 1.x and 2.x have four levels and cross-attention widths of 768 and 1024; SDXL has three levels and 2048.
 
     Args:
-        shapes: modules of a LoRA for this UNet.
-        cross_attention: cross-attention width of the base, if known. A small base may have any width, so a LoRA of
-            the same width is never refused.
+        shapes: UNet module → shape of ΔW (out, in).
+        cross_attention: that width of the base, if known. A small base may have any, so a LoRA of its is not refused.
     """
     widths = {shape[1] for path, shape in shapes.items() if _CROSS.search(path)}
     if cross_attention in widths:
@@ -216,7 +212,7 @@ def other_unet(shapes: Shapes, cross_attention: int | None = None) -> str | None
     return "a UNet of four levels (SD 1.x or 2.x)" if four else None
 
 
-def has_sdxl_widths(shapes: Shapes) -> bool:
+def has_sdxl_widths(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Return whether the transformer layers among these modules have the widths of SDXL itself, not of a small base."""
     for path, shape in shapes.items():
         width = next((w for block, w in _WIDTHS.items() if path.startswith(block + ".")), 0)

@@ -12,17 +12,14 @@ from unziplora.utils.inputs import read_toml
 
 @dataclass(frozen=True)
 class BlockMap:
-    """Blocks in which one of the two LoRAs trains all columns, as module paths such as `up_blocks.0.attentions.1`."""
+    """Blocks in which one of the two LoRAs trains all columns, such as `up_blocks.0.attentions.1`."""
 
     content: tuple[str, ...]
     style: tuple[str, ...]
 
     def owner(self, path: str) -> str | None:
         """Return `content` or `style` if the layer with this module path is in one of their blocks."""
-        for name in KINDS:
-            if any(is_inside(path, block) for block in getattr(self, name)):
-                return name
-        return None
+        return next((name for name in KINDS if any(is_inside(path, block) for block in getattr(self, name))), None)
 
 
 def is_inside(path: str, block: str) -> bool:

@@ -32,13 +32,9 @@ class _ScaledRows(torch.autograd.Function):
 
 
 def joint_factors(layers: Sequence[Sequence[Branch]], dtype: torch.dtype) -> list[Factors]:
-    """Return the factors of several layers: A's [R, in] and diag(columns) B's [out, R] of each.
+    """Return the factors of several layers in a number format: A's [R, in] and diag(columns) B's [out, R] of each.
 
     All layers need the same shape, number of branches, rank and strengths.
-
-    Args:
-        layers: branches of each layer that read the same input.
-        dtype: number format of the factors.
     """
     count, branches = len(layers[0]), [branch for layer in layers for branch in layer]
     out, rank = branches[0].up.shape
@@ -60,9 +56,6 @@ class JointFactors:
 
     With gradient checkpointing every layer computes its own, because factors in memory would undo what checkpointing
     saves.
-
-    Attributes:
-        layers: adapted layers by module path.
     """
 
     def __init__(self, unet: nn.Module) -> None:

@@ -23,9 +23,7 @@ def adapted_layers(unet: nn.Module) -> dict[str, BranchedLinear]:
 
 
 def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
-    """Wrap the named linear layers of a UNet in place and return the adapted layers by path.
-
-    Adapted layers stay as they are, so that several LoRAs can be added one after the other.
+    """Wrap the named linear layers of a UNet in place, unless they are already, and return the adapted layers by path.
 
     Raises:
         ValueError: a path is not that of a linear layer of this UNet.

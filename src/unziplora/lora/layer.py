@@ -77,8 +77,6 @@ class BranchedLinear(nn.Module):
     with their stacked, column-scaled B's.
 
     Attributes:
-        base: the frozen layer.
-        branches: branches by name.
         streams: number of prompts in the last input.
         group: the adapted layers of the same UNet, this one among them.
         factors: factors by stream, if the group has computed them for this forward pass.
