@@ -29,6 +29,7 @@ from unziplora.sampling.sample import sample
 from unziplora.training import text_encoder_lora as text_lora
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Setup
+from unziplora.training.preflight import open_images
 from unziplora.training.runner import run_training
 from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
@@ -74,7 +75,9 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
 
 def build(base: Base, config: DreamBoothConfig, messages: list[str] | None = None) -> DreamBooth:
     messages = [] if messages is None else messages
-    return DreamBooth.build(config, Setup(base, 64, nullcontext, messages.append))
+    return DreamBooth.build(
+        config, Setup(base, open_images(DreamBooth, config, base.scale), nullcontext, messages.append)
+    )
 
 
 def run(method: DreamBooth) -> None:

@@ -28,6 +28,7 @@ from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
 from unziplora.sampling.pipeline import Settings, generate
 from unziplora.training.method import Setup
+from unziplora.training.preflight import open_images
 from unziplora.utils.progress import Progress
 
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
@@ -205,7 +206,8 @@ def perturb(base: Base, method: AdapterMethod, name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_switching_a_lora_off_switches_off_all_its_parts(name: str, base: Base, configured: Callable[..., Any]):
     plain = computed(base)
-    method = METHODS[name][0].build(configured(name), Setup(base, 64, nullcontext, lambda _: None))
+    kind, config = METHODS[name][0], configured(name)
+    method = kind.build(config, Setup(base, open_images(kind, config, base.scale), nullcontext, lambda _: None))
     for lora in method.branches:
         before = computed(base)
         with method.off((lora,)):

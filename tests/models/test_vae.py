@@ -9,7 +9,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from unziplora.images.preprocess import to_tensor
-from unziplora.models.text import Prompts, embed, image_conditioning
+from unziplora.models.text import Prompts, embed, image_conditioning, time_ids
 from unziplora.models.vae import encode_images
 from unziplora.sampling.pipeline import decode
 from unziplora.training.loss import loss_weights
@@ -66,7 +66,7 @@ def test_autoencoder_without_distribution_works(shared_base, image):
 
 def test_image_conditioning_joins_embeddings_and_repeats_rows(shared_base):
     prompts = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
-    conditioning = image_conditioning(shared_base, prompts, 64, 3)
+    conditioning = image_conditioning(shared_base, prompts, time_ids(64, 64, 3))
     streams = embed(shared_base, [prompts.full, prompts.content or "", prompts.style or ""])
     width = streams.tokens.shape[-1]
     assert conditioning.tokens.shape[::2] == (3, 3 * width)
@@ -76,7 +76,7 @@ def test_image_conditioning_joins_embeddings_and_repeats_rows(shared_base):
         )
     torch.testing.assert_close(conditioning.pooled[1], streams.pooled[0])
     assert conditioning.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 3
-    plain = image_conditioning(shared_base, Prompts(prompts.full), 64, 1)
+    plain = image_conditioning(shared_base, Prompts(prompts.full), time_ids(64, 64))
     torch.testing.assert_close(plain.tokens, streams.tokens[:1])
 
 

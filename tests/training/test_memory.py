@@ -183,7 +183,7 @@ class TestMemory:
         monkeypatch.setattr("unziplora.training.memory.free_bytes", lambda _: free)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            warn_of_memory(UnZipLora, recipe(base=str(tiny_folder), device="cpu", batch_size=4))
+            warn_of_memory(UnZipLora, recipe(base=str(tiny_folder), device="cpu", batch_size=4), (64, 64))
         messages = [str(warning.message) for warning in caught if "are free" in str(warning.message)]
         assert bool(messages) is warned
         assert (

@@ -48,7 +48,7 @@ def training_command(
         partial(_plan, method),
         help=help,
         short_help=short_help,
-        dry_run="estimate the memory; train nothing",
+        dry_run="write what will be learned as an image; estimate the memory; train nothing",
         arguments=[click.Argument(["image"], nargs=-1, type=ExpandedPath())],
         layers=partial(_layers, words),
         resumable=True,
@@ -75,17 +75,20 @@ def _run(method: str, config: ImageConfig, progress: Callback, resume: bool) -> 
 
 
 def _plan(method: str, config: ImageConfig) -> Plan:
-    """List the prompts and estimate the memory; images and masks are opened."""
+    """List the prompts, estimate the memory, and write what will be learned as an image next to the run folder."""
     from unziplora.models.sizes import inspect_base
     from unziplora.training.memory import estimate
-    from unziplora.training.preflight import check_run
+    from unziplora.training.preflight import check_run, preview
+    from unziplora.utils.files import write_png
 
     kind, sizes = resolve_name(method), inspect_base(config.base)
-    check_run(kind, config, config.resolution or sizes.resolution)
-    memory = estimate(config, sizes, kind.layers(config, sizes.names))
-    prompts = config.filled_prompts()
-    data = {"prompts": prompts, "memory": memory.model_dump(mode="json")}
-    return Plan(config, data, [*prompt_lines(prompts), "", *memory.table().splitlines()])
+    images = check_run(kind, config)
+    memory = estimate(config, sizes, kind.layers(config, sizes.names), images.size)
+    prompts, file = config.filled_prompts(), config.out.parent / f"{config.out.name or 'run'}-learned.png"
+    write_png(file, preview(images))
+    data = {"prompts": prompts, "memory": memory.model_dump(mode="json"), "image": str(file)}
+    shown = "What will be learned, {}×{} pixels: {}".format(*images.size, file)
+    return Plan(config, data, [*prompt_lines(prompts), "", shown, "", *memory.table().splitlines()])
 
 
 def prompt_lines(prompts: Mapping[str, str]) -> list[str]:

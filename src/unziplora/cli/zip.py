@@ -50,7 +50,7 @@ def _plan(config: ZipConfig) -> Plan:
 
     config = complete(config)
     if config.method == "zip":
-        check_run(ZipLora, config, 64)
+        check_run(ZipLora, config)
     else:
         ZipLora.check(config)
     prompts = config.filled_prompts()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from unziplora.config.bases import SDXL
 from unziplora.config.recipe import Precision, Recipe, expert, key, natural_seeds
-from unziplora.config.templates import fill
+from unziplora.config.templates import fill, plain_words
 
 
 class WordPair(NamedTuple):
@@ -61,10 +61,10 @@ class ProbeConfig(Recipe):
 
     @field_validator("contents", "styles")
     @classmethod
-    def _distinct(cls, words: list[str]) -> list[str]:
-        stripped = [word.strip() for word in words]
-        if not all(stripped):
+    def _distinct(cls, words: list[str], info: ValidationInfo) -> list[str]:
+        if not all(word.strip() for word in words):
             raise ValueError("a word is empty")
+        stripped = [plain_words(word, style=info.field_name == "styles") for word in words]
         twice = {word for word in stripped if [other.lower() for other in stripped].count(word.lower()) > 1}
         if twice:
             raise ValueError(f"{sorted(twice)[0]!r} is there twice")

@@ -75,8 +75,8 @@ class GenerationConfig(Recipe):
         0.0, "Guidance rescale (arXiv 2305.08891); 0.7 suits zero-terminal SNR.", "Sampling", ge=0, le=1
     )
     scheduler: str = key("base", f"Sampler: {', '.join(SCHEDULER_NAMES)}.", "Sampling")
-    width: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
-    height: int | None = key(None, "Pixels, a multiple of 8; default: the base's own size.", "Sampling", ge=8)
+    width: int | None = key(None, "Pixels, a multiple of 8; default: as trained.", "Sampling", ge=8, le=8192)
+    height: int | None = key(None, "Pixels, a multiple of 8; default: as trained.", "Sampling", ge=8, le=8192)
     seeds: list[int] = key([0], "Seeds; one image per seed and prompt.", "Sampling", min_length=1)
     precision: Precision = expert("auto", "Number format of the base.", "Sampling")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Sampling")

@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
-from unziplora.config.bases import SDXL
+from unziplora.config.bases import SDXL, is_bundled
 from unziplora.config.recipe import Precision, Recipe, expert, key, natural_seeds
-from unziplora.config.templates import fill
+from unziplora.config.templates import fill, plain_words
+
+Fit = Literal["crop", "bucket", "pad"]
 
 SMALL: dict[str, Any] = {
     "rank": 16,
@@ -31,9 +33,11 @@ class TrainingConfig(Recipe):
     base: str = key(SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
     resolution: int | None = key(
         None,
-        "Side of the training image in pixels, for SDXL a multiple of 32; default: the base's own.",
+        "Side of square training images in pixels, for SDXL a multiple of 32; those of other proportions have about "
+        "that area; default: the base's own.",
         "Input",
         ge=16,
+        le=4096,
     )
     token: str = expert("sks", "Rare word that stands for this particular subject.", "Prompts", min_length=1)
 
@@ -176,6 +180,15 @@ class ImageConfig(TrainingConfig):
         [], "Subject masks, one per image; white areas count in the loss.", "Input", private=True
     )
     background_weight: float = expert(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
+    crop: list[str] = key(
+        [], "Part of each image to use, X,Y,W,H in pixels of the upright image; one per image.", "Input", private=True
+    )
+    fit: Fit | None = key(
+        None,
+        "bucket: the nearest of SDXL's proportions; crop: a square out of the middle, or around the subject of a mask; "
+        "pad: the whole image in a square; default: bucket, on the bundled base crop.",
+        "Input",
+    )
 
     rank: int = key(64, "Rank of each LoRA; 2.9 MB per rank in SDXL's attentions.", "Training", ge=1)
     alpha: float | None = expert(None, "LoRA alpha (strength = alpha / rank); default: the rank.", "Training", gt=0)
@@ -191,18 +204,53 @@ class ImageConfig(TrainingConfig):
         """Return the weight of prior preservation by LoRA."""
         return {}
 
-    @field_validator("content", "style", "token", check_fields=False)
+    @field_validator("content", "style", "token", "sample_subject", "sample_style", check_fields=False)
     @classmethod
-    def _not_blank(cls, text: str | None) -> str | None:
-        if text is not None and not text.strip():
-            raise ValueError("must not be blank")
-        return None if text is None else " ".join(text.split())
+    def _plain_words(cls, text: str | None, info: ValidationInfo) -> str | None:
+        return None if text is None else plain_words(text, style="style" in str(info.field_name))
+
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _one_crop(cls, crops: Any) -> Any:
+        """Accept one crop instead of a list, and four numbers instead of a text."""
+        numbers = isinstance(crops, (list, tuple)) and all(isinstance(part, int) for part in crops) and crops
+        crops = [crops] if isinstance(crops, str) or numbers else crops
+        if not isinstance(crops, (list, tuple)):
+            return crops
+        return [",".join(map(str, crop)) if isinstance(crop, (list, tuple)) else crop for crop in crops]
+
+    @field_validator("crop")
+    @classmethod
+    def _read_crops(cls, crops: list[str]) -> list[str]:
+        return [",".join(map(str, read_crop(crop))) for crop in crops]
 
     @model_validator(mode="after")
-    def _one_mask_each(self) -> ImageConfig:
-        if self.masks and len(self.masks) != len(self.images):
-            raise ValueError(f"{len(self.masks)} masks for {len(self.images)} images: give one mask per image")
+    def _one_for_each_image(self) -> ImageConfig:
+        for name in ("mask", "crop"):
+            count = len(self.masks if name == "mask" else self.crop)
+            if count and count != len(self.images):
+                raise ValueError(f"{count} {name}s for {len(self.images)} images: give one {name} per image")
         return self
+
+
+def default_fit(base: str) -> Fit:
+    """Return how images are fitted to a base: in their own proportions, but the bundled base only knows squares."""
+    return "crop" if is_bundled(base) else "bucket"
+
+
+def read_crop(text: str) -> tuple[int, int, int, int]:
+    """Parse X,Y,W,H.
+
+    Raises:
+        ValueError: it is something else, or the part has no pixels.
+    """
+    try:
+        left, top, width, height = (int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r}: write X,Y,W,H in pixels, such as 0,120,1000,800") from None
+    if min(left, top) < 0 or min(width, height) < 1:
+        raise ValueError(f"{text!r}: X and Y are at least 0, W and H at least 1")
+    return left, top, width, height
 
 
 def style_words(style: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
+from typing import IO
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from unziplora.errors import MachineError, UserError, first_line
 
@@ -17,22 +20,33 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM
 PIXEL_LIMIT = 150_000_000
 """Largest number of pixels. 150 megapixels take 450 MB of memory, and no camera needs more."""
 
+PROFILE_LIMIT = 2**26
+"""Largest color profile of a PNG in bytes. Printers' profiles have a few million."""
+
+Box = tuple[int, int, int, int]
+"""Left, top, width and height in pixels."""
+
 _SMALLEST_SIDE = 8
 _SIDEWAYS = range(5, 9)
 """EXIF orientations that swap width and height."""
 
 
 def open_upright(
-    path: Path, side: int, convert: Callable[[Image.Image], Image.Image] = lambda image: image
+    path: Path,
+    side: int,
+    convert: Callable[[Image.Image], Image.Image] = lambda image: image,
+    crop: Callable[[tuple[int, int]], Box] | None = None,
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Open an image, turn it upright, and return it with its original size; warns if it has several frames or pages.
 
     Args:
         side: shorter side that the caller needs. A larger image may be reduced, to save memory.
         convert: conversion of the upright image. Its faults are reported as faults of the file.
+        crop: returns the part to use, in pixels of the upright image, from that image's size.
 
     Raises:
-        UserError: missing, a folder, empty, truncated, too large, too small, of another format, or not an image.
+        UserError: missing, a folder, empty, truncated, too large, too small, of another format, or not an image; or the
+            crop is not inside it.
         MachineError: no permission, or not enough memory.
     """
     _check_file(path)
@@ -40,9 +54,13 @@ def open_upright(
         with warnings.catch_warnings():
             # Pillow's own limit warns at 89 megapixels; ours is an error. Faults of EXIF data are harmless.
             warnings.filterwarnings("ignore", module="PIL")
-            image, size, repeated = _read(path, side)
-            image = _reduce(image, side)
-            size = _turn_upright(image, size)
+            image, size, repeated = _read(path, None if crop else side)
+            if crop:
+                size = _turn_upright(image, size)
+                image = _reduce(_cropped(path, image, crop(size)), side)
+            else:
+                image = _reduce(image, side)
+                size = _turn_upright(image, size)
             image = convert(image)
     except (UserError, MachineError):
         raise
@@ -64,14 +82,29 @@ def open_upright(
     return image, size
 
 
-def _read(path: Path, side: int) -> tuple[Image.Image, tuple[int, int], str | None]:
+def _read(path: Path, side: int | None) -> tuple[Image.Image, tuple[int, int], str | None]:
     """Read the first frame and its original size; name what the file contains several of, "frames" or "pages"."""
     # Not by its path: Pillow maps such TIFF files into memory, and garbles those that lie on their side.
-    with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+    with path.open("rb") as file:
+        try:
+            return _load(path, file, side)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error) and "text chunks" not in str(error):
+                raise
+        file.seek(0)
+        cleaned, profile = _without_long_texts(file)
+        image, size, repeated = _load(path, cleaned, side)
+        if profile:
+            image.info["icc_profile"] = profile
+        return image, size, repeated
+
+
+def _load(path: Path, file: IO[bytes], side: int | None) -> tuple[Image.Image, tuple[int, int], str | None]:
+    with Image.open(file, formats=FORMATS) as image:
         size = image.size
         _check_size(path, *size)
         jpeg = image.format in ("JPEG", "MPO")  # MPO: a phone's JPEG with a preview or a second eye behind it
-        if jpeg:
+        if jpeg and side:
             image.draft(None, (2 * side, 2 * side))
         repeated = None
         if not jpeg and image.format != "PSD" and getattr(image, "n_frames", 1) > 1:
@@ -79,6 +112,48 @@ def _read(path: Path, side: int) -> tuple[Image.Image, tuple[int, int], str | No
         image.load()
         # Pillow turns TIFF files by itself while it loads them
         return image, size if jpeg else image.size, repeated
+
+
+def _without_long_texts(file: IO[bytes]) -> tuple[IO[bytes], bytes | None]:
+    """Copy a PNG without the texts that are too long for Pillow, such as workflows; return its color profile as well.
+
+    Pillow limits decompressed texts and profiles, to be safe from bombs, and gives up the whole image.
+    """
+    copy, profile = BytesIO(file.read(8)), None
+    copy.seek(8)
+    texts = PngImagePlugin.PngStream(BytesIO())
+    while head := file.read(8):
+        kind, data = head[4:], file.read(int.from_bytes(head[:4], "big") + 4)
+        if kind == b"iCCP":
+            with suppress(zlib.error):
+                unpacked = zlib.decompressobj()
+                profile = unpacked.decompress(data[data.index(b"\0") + 2 : -4], PROFILE_LIMIT)
+                profile = profile if unpacked.eof else None
+        elif kind not in (b"tEXt", b"zTXt", b"iTXt") or _is_readable(texts, kind, data[:-4]):
+            copy.write(head + data)
+    copy.seek(0)
+    return copy, profile
+
+
+def _is_readable(texts: PngImagePlugin.PngStream, kind: bytes, data: bytes) -> bool:
+    """Check whether Pillow reads a text of a PNG; its limit for all texts together counts those before."""
+    texts.fp = BytesIO(data)
+    try:
+        getattr(texts, f"chunk_{kind.decode()}")(0, len(data))
+    except (ValueError, SyntaxError):
+        return False
+    return True
+
+
+def _cropped(path: Path, image: Image.Image, crop: Box) -> Image.Image:
+    left, top, width, height = crop
+    if left + width > image.width or top + height > image.height:
+        raise UserError(
+            f"crop {left},{top},{width},{height} is not inside {path}, which is {image.width}×{image.height} pixels "
+            "upright: give left, top, width and height of the part to use"
+        )
+    _check_size(path, width, height)
+    return image.crop((left, top, left + width, top + height))
 
 
 def _turn_upright(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:

@@ -1,50 +1,118 @@
-"""Images of any format and mode, as square RGB images and tensors."""
+"""Images of any format and mode, as RGB images and tensors of the size at which they are learned."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from io import BytesIO
-from itertools import zip_longest
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from unziplora.errors import UserError
-from unziplora.images.files import open_upright
+from unziplora.images.colors import to_gray, to_rgb
+from unziplora.images.files import Box, open_upright
 
-_ASPECT_LIMIT = 2.0
-"""Ratio of the sides above which the square crop loses so much that it warns."""
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+_LOSS_LIMIT = 0.05
+"""Share of an image above which what is cut off causes a warning. SDXL's buckets cut off less than 4 %."""
 
 
-def load_image(path: Path, resolution: int) -> Image.Image:
-    """Open an image as RGB, `resolution` pixels wide and high.
+@dataclass(frozen=True)
+class ImageFile:
+    """An image to learn from, with its subject mask and the part to use, in pixels of the upright image, if any."""
+
+    path: Path
+    mask: Path | None = None
+    crop: Box | None = None
+
+
+@dataclass(frozen=True)
+class TrainingImage:
+    """An image as it is learned.
+
+    Attributes:
+        image: RGB, of the training size.
+        sizes: SDXL's size conditioning: height and width of the whole image scaled to the training size, top and left
+            of the part used, height and width of that part.
+        mask: subject mask [1, H, W] in 0…1, or None.
+        inside: 1 where the image is and 0 in its padding, [1, H, W]; None without padding.
+    """
+
+    image: Image.Image
+    sizes: tuple[int, int, int, int, int, int]
+    mask: Tensor | None = None
+    inside: Tensor | None = None
+
+    def learned(self) -> Image.Image:
+        """Return the image faded where it does not count."""
+        if self.mask is None:
+            return self.image
+        faded = Image.blend(self.image, Image.new("RGB", self.image.size, "white"), 0.8)
+        return Image.composite(self.image, faded, Image.fromarray((self.mask[0] * 255).round().byte().numpy()))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An opened image, reduced if it has many pixels, the size of the part used before that, and its mask."""
+
+    file: ImageFile
+    image: Image.Image
+    size: Size
+    mask: Image.Image | None
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """Center of the subject as shares of width and height; of the image without a mask."""
+        box = self.mask and self.mask.point(lambda level: 255 * (level > 127)).getbbox()
+        if not self.mask or not box:
+            return 0.5, 0.5
+        return (box[0] + box[2]) / 2 / self.mask.width, (box[1] + box[3]) / 2 / self.mask.height
+
+
+def load_image(path: Path, size: int | Size) -> Image.Image:
+    """Open an image as RGB, as its middle of a width and height (Lanczos), or as a square with a side in pixels.
 
     Turns it by its EXIF data, converts colors to sRGB, puts transparency on white, and takes the first frame of an
-    animation and the square in the middle (Lanczos). Warns where that loses something: animation, upscaling, or a
-    crop of more than half.
+    animation. Warns where that loses something.
 
     Raises:
         UserError: missing, a folder, empty, truncated, too large, of another format, or not an image.
         MachineError: no permission, or not enough memory.
     """
-    return _load(path, resolution)[0]
+    return load_images([ImageFile(path)], [(size, size) if isinstance(size, int) else size])[0].image
 
 
-def check_images(images: Sequence[Path], masks: Sequence[Path], resolution: int) -> None:
-    """Open each image and its mask once, to refuse those that cannot be learned from.
+def load_images(
+    files: Sequence[ImageFile], sizes: Sequence[Size], *, whole: bool = False, uncropped: bool = False
+) -> list[TrainingImage]:
+    """Open images and their masks once each, all in the one of some sizes that cuts off least of any image.
+
+    What is cut off lies at opposite edges, or away from the subject if there is a mask.
+
+    Args:
+        whole: cut off nothing, and pad with white.
+        uncropped: condition on the size as if the part used were the whole image.
 
     Raises:
-        UserError: as `load_image` and `load_mask`.
+        UserError: as `load_image`; a crop is outside its image; a mask is black where its image is used, or not of its
+            shape.
         MachineError: no permission, or not enough memory.
     """
-    for path, mask in zip_longest(images, masks[: len(images)]):
-        _, size = _load(path, resolution)
-        if mask is not None:
-            load_mask(mask, resolution, size)
+    side = max(min(size) for size in sizes)
+    opened = [_open(file, side) for file in files]
+
+    def lost(size: Size) -> tuple[float, int]:
+        return round(max((share_lost(one.size, size) for one in opened), default=0), 6), -size[0] * size[1]
+
+    size = min(sizes, key=lost)
+    return [_padded(one, size) if whole else _fitted(one, size, uncropped) for one in opened]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -53,96 +121,103 @@ def to_tensor(image: Image.Image) -> Tensor:
     return values.permute(2, 0, 1) / 127.5 - 1
 
 
-def load_mask(path: Path, size: int | tuple[int, int], image_size: tuple[int, int] | None = None) -> Tensor:
-    """Open a subject mask as a tensor [1, h, w] in 0…1, cropped to the square like its image.
-
-    White counts, black does not. In a cutout (an image with transparent parts) the opaque part counts.
-
-    Args:
-        path: any image file.
-        size: height and width of the result, or its side.
-        image_size: original width and height of the image that the mask belongs to. The shapes must be the same.
-
-    Raises:
-        UserError: as `load_image`; or the mask is black all over, or its shape is not that of the image.
-        MachineError: no permission, or not enough memory.
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    mask, mask_size = open_upright(path, 2 * max(height, width), _to_gray)
-    if image_size is not None:
-        # a mask of another size but the same shape will do, give or take a pixel of rounding
-        difference = abs(mask_size[0] * image_size[1] - mask_size[1] * image_size[0])
-        if difference > max(*mask_size, *image_size):
+def _open(file: ImageFile, side: int) -> _Opened:
+    crop = file.crop
+    image, size = open_upright(file.path, side, to_rgb, (lambda _: crop) if crop else None)
+    mask = None
+    if file.mask is not None:
+        mask, mask_size = open_upright(file.mask, 2 * side, to_gray, partial(_scaled, crop, size) if crop else None)
+        if abs(mask_size[0] * size[1] - mask_size[1] * size[0]) > max(*mask_size, *size):  # a pixel of rounding is fine
             raise UserError(
-                f"mask {path} is {mask_size[0]}×{mask_size[1]} pixels, its image {image_size[0]}×{image_size[1]}: "
+                f"mask {file.mask} is {mask_size[0]}×{mask_size[1]} pixels, its image {size[0]}×{size[1]}: "
                 "make the mask the same size as the image"
             )
-    values = np.array(ImageOps.fit(mask, (width, height), Image.Resampling.BOX), dtype=np.float32) / 255
-    if not values.any():
-        raise UserError(f"mask {path} is black where the image is used: paint the subject white")
-    return torch.from_numpy(values)[None]
+    return _Opened(file, image, crop[2:] if crop else size, mask)
 
 
-def _load(path: Path, resolution: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Open an image as an RGB square, and return it with its original width and height."""
-    image, (width, height) = open_upright(path, resolution, _to_rgb)
-    if min(width, height) < resolution:
+def _scaled(crop: Box, image: Size, mask: Size) -> Box:
+    """Convert an image's crop to pixels of its mask, which may have another size."""
+    edges = crop[0], crop[1], crop[0] + crop[2], crop[1] + crop[3]
+    left, top, right, bottom = (round(edge * mask[axis % 2] / image[axis % 2]) for axis, edge in enumerate(edges))
+    return left, top, right - left, bottom - top
+
+
+def share_lost(image: Size, size: Size) -> float:
+    """Return the share of an image that is cut off to give it the proportions of a size."""
+    ratio = image[0] * size[1] / (image[1] * size[0])
+    return 1 - min(ratio, 1 / ratio)
+
+
+def _fitted(one: _Opened, size: Size, uncropped: bool) -> TrainingImage:
+    """Cut the proportions of a size out of an image, and scale that part to it."""
+    image, centering = one.image, _centering(one, size)
+    scale = max(size[0] / image.width, size[1] / image.height)
+    whole = round(image.width * scale), round(image.height * scale)
+    left, top = (round((whole[axis] - size[axis]) * centering[axis]) for axis in (0, 1))
+    _warn_if_enlarged(one, size, max(size[0] / one.size[0], size[1] / one.size[1]))
+    mask = None
+    if one.mask is not None:
+        mask = _tensor(ImageOps.fit(one.mask, size, Image.Resampling.BOX, centering=centering))
+        if not mask.any():
+            raise UserError(f"mask {one.file.mask} is black where the image is used: paint the subject white")
+    _warn_if_cut(one, size, mask)
+    fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=centering)
+    if uncropped:
+        whole, left, top = size, 0, 0
+    return TrainingImage(fitted, (whole[1], whole[0], top, left, size[1], size[0]), mask)
+
+
+def _centering(one: _Opened, size: Size) -> tuple[float, float]:
+    """Return the share of what is cut off that lies left and above, so that the subject is in the middle."""
+    ratio = one.image.width * size[1] / (one.image.height * size[0])
+    shares = min(1.0, 1 / ratio), min(1.0, ratio)  # of width and height that stay
+    cut = [1 - share for share in shares]
+    return tuple(  # type: ignore[return-value]
+        min(1.0, max(0.0, (center - share / 2) / off)) if off > 0 and center != 0.5 else 0.5
+        for center, share, off in zip(one.center, shares, cut, strict=True)
+    )
+
+
+def _padded(one: _Opened, size: Size) -> TrainingImage:
+    """Scale an image so that all of it is inside a size, in the middle, on white."""
+    _warn_if_enlarged(one, size, min(size[0] / one.size[0], size[1] / one.size[1]))
+    padded = ImageOps.pad(one.image, size, Image.Resampling.LANCZOS, color="white")
+    everywhere = Image.new("L", one.image.size, 255)
+    inside = _tensor(ImageOps.pad(everywhere, size, Image.Resampling.BOX, color=0))
+    mask = None
+    if one.mask is not None:
+        shape = one.mask.resize(one.image.size, Image.Resampling.BOX)
+        mask = _tensor(ImageOps.pad(shape, size, Image.Resampling.BOX, color=0))
+        if not mask.any():
+            raise UserError(f"mask {one.file.mask} is black: paint the subject white")
+    sizes = (size[1], size[0], 0, 0, size[1], size[0])
+    return TrainingImage(padded, sizes, mask, None if bool(inside.all()) else inside)
+
+
+def _tensor(gray: Image.Image) -> Tensor:
+    """Convert a gray image to a tensor [1, H, W] in 0…1."""
+    return torch.from_numpy(np.array(gray, dtype=np.float32) / 255)[None]
+
+
+def _warn_if_enlarged(one: _Opened, size: Size, factor: float) -> None:
+    if factor > 1:
         warnings.warn(
-            f"{path} is only {width}×{height} pixels and was enlarged to {resolution}×{resolution}; "
+            f"{one.file.path} is only {one.size[0]}×{one.size[1]} pixels and was enlarged to {size[0]}×{size[1]}; "
             "a larger original gives sharper results",
-            stacklevel=3,
+            stacklevel=4,
         )
-    if max(width, height) > _ASPECT_LIMIT * min(width, height):
+
+
+def _warn_if_cut(one: _Opened, size: Size, mask: Tensor | None) -> None:
+    """Warn if much of an image is cut off; with a mask, if some of the subject is."""
+    lost, what = share_lost(one.size, size), ""
+    if one.mask is not None and mask is not None:
+        kept = float(mask.mean()) * (1 - lost) / (np.asarray(one.mask).mean() / 255)
+        lost, what = 1 - kept, "the subject in "
+    if lost > _LOSS_LIMIT:
+        sides = "left and right" if one.size[0] * size[1] > one.size[1] * size[0] else "top and bottom"
         warnings.warn(
-            f"{path} is {width}×{height}: only the square in its middle is used; crop it yourself "
-            "if the subject is elsewhere",
-            stacklevel=3,
+            f"{lost:.0%} of {what}{one.file.path} ({one.size[0]}×{one.size[1]}) is cut off at the {sides} to make it "
+            f"{size[0]}×{size[1]}; choose the part with --crop X,Y,W,H, or keep all of it with --fit pad",
+            stacklevel=4,
         )
-    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS), (width, height)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB in sRGB, with transparency on white."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return _to_eight_bits(image).convert("RGB")
-    profile = image.info.get("icc_profile")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        image = white.convert("RGB")
-    elif image.mode == "P":
-        image = image.convert("RGB")
-    return _to_srgb(image, profile).convert("RGB")
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert colors from the image's own profile (a phone's Display P3, a printer's CMYK) to sRGB."""
-    if not profile or image.mode not in ("RGB", "CMYK", "L"):
-        return image
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):  # damaged, or of another mode than the image
-        return image
-    return converted or image
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale gray of 16 or 32 bits, or of floating point, to 8 bits: by its format's range, else by its maximum."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-    top = float(values.max())
-    if image.mode == "F":
-        full = 1.0 if top <= 1 else 255.0 if top <= 255 else top
-    else:
-        full = 65535.0 if top <= 65535 else top
-    return Image.fromarray((values.clip(0) / full * 255).round().astype(np.uint8))
-
-
-def _to_gray(mask: Image.Image) -> Image.Image:
-    """Convert a mask to 8-bit gray: its transparency if it has any, else its brightness."""
-    if mask.has_transparency_data:
-        alpha = mask.convert("RGBA").getchannel("A")
-        if alpha.getextrema()[0] != 255:
-            return alpha
-    return _to_rgb(mask).convert("L")

@@ -19,7 +19,7 @@ from unziplora.errors import UserError
 from unziplora.lora.blocks import check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, filter_targets
 from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches, pair_views
-from unziplora.methods.data import image_examples, load_images
+from unziplora.methods.data import image_examples
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.model_card import LoraDescription, RunDescription, image_count
@@ -53,9 +53,9 @@ class BLora(AdapterMethod[BLoraConfig, TrainingData]):
 
     @classmethod
     def build(cls, config: BLoraConfig, setup: Setup) -> BLora:
-        images, prompts = load_images(config, setup.size), Prompts(config.fill(config.full_prompt))
-        data = TrainingData(image_examples(setup, config, images, prompts), images=images)
+        examples = image_examples(setup, config, Prompts(config.fill(config.full_prompt)))
         setup.make_room(config)
+        data = TrainingData(examples, images=setup.images.of())
         return cls(setup.base.unet, setup.noise_schedule(), data, config, setup.autocast)
 
     @classmethod

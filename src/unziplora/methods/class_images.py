@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ def class_images(
     report: Callable[[str], None],
     folder: Path | None = None,
 ) -> list[Image.Image]:
-    """Return square class images, ordered by file name: those in the folder, and new ones, which are stored there.
+    """Return class images of one size, ordered by file name: those in the folder, and new ones, stored there.
 
     Args:
         base: without LoRAs.
@@ -44,13 +45,15 @@ def class_images(
         MachineError: disk full, no permission.
     """
     folder = (folder or cache_folder(base, prompt, settings)).expanduser()
-    side = settings.width or base.resolution
+    size = settings.width or base.resolution, settings.height or base.resolution
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)[:count]
     except OSError as error:
         raise explain(folder, error) from None
-    images = {path: load_image(path, side) for path in files}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* is cut off")  # of any image of the class, a part will do
+        images = {path: load_image(path, size) for path in files}
     unused = (seed for seed in itertools.count(FIRST_SEED + len(files)) if not (folder / f"{seed}.png").exists())
     seeds = list(itertools.islice(unused, count - len(files)))
     if seeds:

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from unziplora.config.training import ImageConfig, TrainingConfig
-from unziplora.images.preprocess import load_image, load_mask, to_tensor
+from unziplora.images.preprocess import TrainingImage, to_tensor
 from unziplora.methods.class_images import class_images
 from unziplora.models.base import Base
 from unziplora.models.offload import on_cpu, text_encoders_ready
@@ -18,12 +19,7 @@ from unziplora.models.text import Conditioning, Prompts, embed, image_conditioni
 from unziplora.models.vae import encode_images
 from unziplora.sampling.pipeline import Settings
 from unziplora.training.loss import Examples, loss_weights, to_device
-from unziplora.training.method import Setup
-
-
-def load_images(config: ImageConfig, size: int) -> list[Image.Image]:
-    """Load the configured images as squares with a side in pixels."""
-    return [load_image(path, size) for path in config.images]
+from unziplora.training.method import IMAGES, Setup
 
 
 def latents_of(base: Base, images: Sequence[Image.Image]) -> Tensor:
@@ -32,22 +28,30 @@ def latents_of(base: Base, images: Sequence[Image.Image]) -> Tensor:
         return encode_images(base, [to_tensor(image) for image in images])
 
 
-def conditioning_of(base: Base, prompts: Prompts | list[str], size: int, count: int) -> Conditioning:
-    """Encode the prompts of `count` square images of a side in pixels, shared by all or one each."""
+def conditioning_of(base: Base, prompts: Prompts | list[str], sizes: Tensor) -> Conditioning:
+    """Encode the prompts of images, shared by all or one each, with their size conditioning, [N, 6]."""
     with text_encoders_ready(base):
         if isinstance(prompts, Prompts):
-            return image_conditioning(base, prompts, size, count)
-        return embed(base, prompts).with_time_ids(time_ids(size, size, count))
+            return image_conditioning(base, prompts, sizes)
+        return embed(base, prompts).with_time_ids(sizes)
 
 
-def image_examples(
-    setup: Setup, config: ImageConfig, images: list[Image.Image], prompts: Prompts | list[str]
-) -> Examples:
+def sizes_of(images: Sequence[TrainingImage]) -> Tensor:
+    """Return the size conditioning of images, [N, 6]."""
+    return torch.tensor([image.sizes for image in images], dtype=torch.float32)
+
+
+def image_examples(setup: Setup, config: ImageConfig, prompts: Prompts | list[str]) -> Examples:
     """Encode images as latents, prompts (one, or one per image) as conditioning, and masks as weights of the loss."""
-    latents = latents_of(setup.base, images)
-    masks = [load_mask(mask, setup.size) for mask in config.masks[: len(config.images)]]
+    images = setup.images.groups[IMAGES]
+    latents = latents_of(setup.base, [image.image for image in images])
+    masks = [image.mask for image in images if image.mask is not None]
     weights = loss_weights(masks, latents, config.background_weight)
-    conditioning = conditioning_of(setup.base, prompts, setup.size, len(images))
+    if any(image.inside is not None for image in images):
+        everywhere = torch.ones(1, *reversed(setup.size))
+        inside = loss_weights([everywhere if i.inside is None else i.inside for i in images], latents, 0.0)
+        weights = inside if weights is None or inside is None else weights * inside
+    conditioning = conditioning_of(setup.base, prompts, sizes_of(images))
     return to_device(Examples(latents, conditioning, weights), setup.base)
 
 
@@ -59,8 +63,8 @@ def class_examples(
     images = class_images(setup.base, prompts.full, count, settings, setup.report, folder)
     pixels = hashlib.sha256(b"".join(image.tobytes() for image in images))
     setup.digests[f"class images of {prompts.full!r}"] = pixels.hexdigest()
-    latents = latents_of(setup.base, images)
-    return to_device(Examples(latents, conditioning_of(setup.base, prompts, setup.size, count)), setup.base)
+    conditioning = conditioning_of(setup.base, prompts, time_ids(*setup.size, count))
+    return to_device(Examples(latents_of(setup.base, images), conditioning), setup.base)
 
 
 def generation_settings(setup: Setup, config: TrainingConfig) -> Settings:
@@ -68,7 +72,7 @@ def generation_settings(setup: Setup, config: TrainingConfig) -> Settings:
     return Settings(
         steps=config.generated_steps,
         guidance=config.generated_guidance,
-        width=setup.size,
-        height=setup.size,
+        width=setup.size[0],
+        height=setup.size[1],
         batch_size=config.batch_size,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.lora.inject import filter_targets, target_linears
 from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches
-from unziplora.methods.data import class_examples, image_examples, load_images
+from unziplora.methods.data import class_examples, image_examples
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.runs.model_card import LoraDescription, RunDescription, image_count
@@ -49,8 +49,8 @@ class DreamBooth(AdapterMethod[DreamBoothConfig, TrainingData]):
 
     @classmethod
     def build(cls, config: DreamBoothConfig, setup: Setup) -> DreamBooth:
-        images, prompts = load_images(config, setup.size), config.image_prompts()
-        examples, priors, text = image_examples(setup, config, images, prompts), {}, None
+        prompts = config.image_prompts()
+        examples, priors, text = image_examples(setup, config, prompts), {}, None
         class_prompt = config.fill(config.class_prompt or "")
         if config.prior:
             prompt = Prompts(class_prompt)
@@ -59,7 +59,7 @@ class DreamBooth(AdapterMethod[DreamBoothConfig, TrainingData]):
         if config.text_encoders:  # prompts are encoded again in every step
             text = TextLora(setup.base, config, prompts, [class_prompt] * config.prior_images if priors else [])
         setup.make_room(config, keep_text=text is not None)
-        data = TrainingData(examples, priors=priors, text=text, images=images)
+        data = TrainingData(examples, priors=priors, text=text, images=setup.images.of())
         return cls(setup.base.unet, setup.noise_schedule(), data, config, setup.autocast)
 
     @classmethod

@@ -34,6 +34,25 @@ SAMPLE_SIZE = 128
 """Side of the latents if the base's configuration has none: SDXL's."""
 
 
+@dataclass(frozen=True)
+class Scale:
+    """A base's own resolution, and the pixels of an image per pixel of its latents."""
+
+    resolution: int
+    latent: int
+
+    def sizes(self, side: int) -> list[tuple[int, int]]:
+        """Return widths and heights for images of any proportions, of about the area of a square with this side.
+
+        For SDXL's 1024 pixels these are the sizes of its training (arXiv 2307.01952, appendix I): multiples of 64 with
+        90 to 100 % of the square's area, at most twice as long as it. Below 768 pixels the steps are half as large.
+        """
+        unit = self.latent * (8 if side >= 96 * self.latent else 4)
+        steps = range(-(-side // 2 // unit) * unit, 2 * side + 1, unit)
+        pairs = [(width, height) for width in steps for height in steps]
+        return [(side, side), *(pair for pair in pairs if 0.9 * side**2 <= pair[0] * pair[1] <= side**2)]
+
+
 @dataclass
 class Base:
     """A base model, ready for use: frozen, in eval mode.
@@ -80,6 +99,10 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
+
+    @property
+    def scale(self) -> Scale:
+        return Scale(self.resolution, self.pipe.vae_scale_factor)
 
     def forked_rng(self) -> AbstractContextManager[None]:
         """Restore torch's random states afterwards, of the CPU and of the base's GPU."""

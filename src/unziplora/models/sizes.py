@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from unziplora.config.bases import BUNDLED_BASE, is_bundled
 from unziplora.errors import UserError
 from unziplora.lora.inject import TARGETS, target_linears
-from unziplora.models.base import BUNDLED, described, latent_side
+from unziplora.models.base import BUNDLED, Scale, described, latent_side
 from unziplora.models.folder import PARTS, check_folder, read_config, usable_config
 from unziplora.models.hub import names_a_model
 from unziplora.models.text import TARGETS as TEXT_TARGETS
@@ -93,6 +93,20 @@ def _inspect_folder(source: str, folder: Path | None) -> Sizes:
         layers={path: (layer.in_features, layer.out_features) for path, layer in layers.items()},
         unet_config={key: value for key, value in unet.config.items() if not key.startswith("_")},
     )
+
+
+def scale_of(source: str) -> Scale:
+    """Read a base's resolution from its configuration; SDXL's if it must be downloaded first.
+
+    Raises:
+        UserError: as `base_folder`.
+    """
+    folder = base_folder(source) or FULL_SIZE
+    vae, unet = (read_config(folder / part / "config.json") for part in ("vae", "unet"))
+    with usable_config(source):
+        blocks = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or range(4)
+        latent = 2 ** (len(blocks) - 1)
+        return Scale(latent_side({"sample_size": None, **unet}) * latent, latent)
 
 
 def must_be_downloaded(source: str) -> bool:

@@ -134,9 +134,9 @@ def join_rows(rows: Conditioning) -> Conditioning:
     return Conditioning(join_streams(*rows.tokens.split(1)), rows.pooled[:1])
 
 
-def image_conditioning(base: Base, prompts: Prompts, resolution: int, count: int) -> Conditioning:
-    """Encode the prompts that `count` uncropped square images of a side in pixels share."""
-    return embed_prompts(base, prompts).repeat(count).with_time_ids(time_ids(resolution, resolution, count))
+def image_conditioning(base: Base, prompts: Prompts, sizes: Tensor) -> Conditioning:
+    """Encode the prompts that images with these sizes, [N, 6], share."""
+    return embed_prompts(base, prompts).repeat(len(sizes)).with_time_ids(sizes)
 
 
 def time_ids(width: int, height: int, count: int = 1) -> Tensor:

@@ -9,19 +9,20 @@ from pathlib import Path
 
 from unziplora.config.recipe import KINDS
 from unziplora.config.sample import GenerationConfig, read_blocks
+from unziplora.config.templates import warn_of_ui_syntax
 from unziplora.formats.files import read_lora
 from unziplora.formats.safetensors import body_hash
 from unziplora.lora.weights import check_strengths
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.folder import read_config
-from unziplora.models.sizes import base_folder
+from unziplora.models.sizes import base_folder, scale_of
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import MERGED
 from unziplora.sampling.adapters import AttachedLoras, NamedLora
 from unziplora.sampling.pipeline import Settings
 from unziplora.sampling.prompts import plan_prompts
-from unziplora.sampling.sources import choose_base, choose_guidance, find_loras
+from unziplora.sampling.sources import choose_base, choose_guidance, choose_size, find_loras
 from unziplora.utils.files import absolute, file_stem
 
 
@@ -86,8 +87,10 @@ def plan_sampling(config: GenerationConfig, base: Base | None = None) -> Samplin
         blocks = read_blocks(getattr(config, f"{source.kind}_blocks"))
         check_strengths(files[source.file], blocks, str(source.file))
         loras.append(NamedLora(source.kind, files[source.file], blocks, str(source.file)))
-    keys = {"steps", "guidance_rescale", "negative", "width", "height", "scheduler", "batch_size"}
-    settings = Settings(guidance=choose_guidance(config, sources), **config.model_dump(include=keys))
+    warn_of_ui_syntax(text or "" for one in prompts for text in (one.full, one.content, one.style, config.negative))
+    width, height = choose_size(config, sources, scale_of(name) if base is None else base.scale)
+    keys = config.model_dump(include={"steps", "guidance_rescale", "negative", "scheduler", "batch_size"})
+    settings = Settings(guidance=choose_guidance(config, sources), width=width, height=height, **keys)
     return SamplingPlan(name, loras, prompts, settings)
 
 

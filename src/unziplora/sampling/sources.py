@@ -16,6 +16,8 @@ from unziplora.config.templates import fill
 from unziplora.errors import UserError
 from unziplora.formats.header import trigger_words
 from unziplora.formats.safetensors import read_header
+from unziplora.images.preprocess import share_lost
+from unziplora.models.base import Scale
 from unziplora.models.hub import names_a_model
 from unziplora.runs.folder import MERGED, RunFolder
 from unziplora.utils.files import file_stem
@@ -38,6 +40,12 @@ class LoraSource:
         if name.startswith("sd_xl_base_1.0"):  # the name of Stability's own file
             return SDXL
         return "bundled" if name and is_bundled(name) else name or None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height of the training images, if unziplora trained the LoRA."""
+        size = re.fullmatch(r"(\d{1,5})x(\d{1,5})", self.header.get("modelspec.resolution", ""))
+        return (int(size[1]), int(size[2])) if size and "unziplora.version" in self.header else None
 
     @property
     def trigger(self) -> str | None:
@@ -178,6 +186,14 @@ def require_available(base: str | None, sources: Iterable[LoraSource]) -> str | 
         return base
     files = " and ".join(str(source.file) for source in sources if source.base == base)
     raise UserError(f"{files}: trained on {base}, which is not here under that name: give its path with --base")
+
+
+def choose_size(config: GenerationConfig, sources: Iterable[LoraSource], scale: Scale) -> tuple[int | None, int | None]:
+    """Return the configured width and height, else the base's size of the proportions in which a LoRA was trained."""
+    trained = next((source.size for source in sources if source.size), None)
+    if config.width or config.height or not trained or not all(trained) or trained[0] == trained[1]:
+        return config.width, config.height
+    return min(scale.sizes(scale.resolution), key=lambda size: share_lost(trained, size))
 
 
 def choose_guidance(config: GenerationConfig, sources: Iterable[LoraSource]) -> float:

@@ -25,7 +25,7 @@ class Provenance:
 
     Attributes:
         base: name of the base.
-        resolution: side of the training images in pixels.
+        size: width and height of the training images in pixels.
         prediction_type: the base's prediction type by diffusers' name.
         zero_terminal_snr: the base's noise schedule ends in pure noise.
         layers_per_block: resnets per block of the base's UNet.
@@ -34,7 +34,7 @@ class Provenance:
     """
 
     base: str
-    resolution: int = 1024
+    size: tuple[int, int] = (1024, 1024)
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
     layers_per_block: int = LAYERS
@@ -49,7 +49,7 @@ class Provenance:
             trigger=lora.trigger,
             hint=f'Add to any prompt: "{lora.trigger}". {lora.hint}'.strip(),
             base=self.base,
-            resolution=(self.resolution, self.resolution),
+            resolution=self.size,
             prediction=self.prediction_type,
             zero_terminal_snr=self.zero_terminal_snr,
             layers_per_block=self.layers_per_block,

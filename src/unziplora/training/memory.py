@@ -59,7 +59,7 @@ class Memory(BaseModel):
     assumed: bool
     device: str
     precision: str
-    resolution: int
+    size: tuple[int, int]
     lines: list[Line]
     available: int | None
     advice: str | None = None
@@ -80,7 +80,7 @@ class Memory(BaseModel):
 
     def table(self, prefix: str = "") -> str:
         width = max(len(line.part) for line in self.lines)
-        rows = [f"Memory on {self.device} ({self.precision}, {self.resolution} px), at the peak:"]
+        rows = [f"Memory on {self.device} ({self.precision}, {self.size[0]}×{self.size[1]} px), at the peak:"]
         rows += [
             f"  {line.part:<{width}}  {size(line.bytes):>10}" + ("" if line.exact else "  (estimate)")
             for line in self.lines
@@ -94,7 +94,12 @@ class Memory(BaseModel):
         return "\n".join(prefix + row for row in rows)
 
 
-def estimate(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]]) -> Memory:
+def estimate(
+    config: ImageConfig,
+    sizes: Sizes,
+    loras: Mapping[str, Sequence[str]],
+    shape: tuple[int, int] | None = None,
+) -> Memory:
     """Forecast the memory that a training needs at its peak, part by part.
 
     Weights, LoRAs, gradients and optimizer follow from sizes. Activations are estimated by `activation_bytes`, with an
@@ -102,6 +107,7 @@ def estimate(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequence[str
 
     Args:
         loras: by LoRA the paths of the layers that it adapts (see `Method.layers`).
+        shape: width and height of the training images in pixels; default: a square.
 
     Raises:
         UserError: no such device.
@@ -109,16 +115,18 @@ def estimate(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequence[str
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     gpu, each = device.type == "cuda", 4 if dtype == torch.float32 else 2
+    shape = shape or _square(config, sizes)
+    pixels = shape[0] * shape[1]
     exact = _exact(config, sizes, loras, each, gpu)
-    about = {"activations": activation_bytes(config, sizes, loras, half=each == 2)}
+    about = {"activations": activation_bytes(config, sizes, loras, each == 2, shape)}
     about["work in progress"] = about["activations"] // 4 + _CUDA_CONTEXT * gpu
     if gpu and uses_cuda_graphs(config):
         losses = 1 + sum(weight > 0 for weight in config.prior_weights().values())
         about["CUDA graphs"] = exact["gradients"] * losses + _RECORDED
     training = sum(exact.values()) + sum(about.values())
-    about["encoding at the start, beyond that"] = max(0, _encoding(config, sizes, each, gpu) - training)
+    about["encoding at the start, beyond that"] = max(0, _encoding(pixels, sizes, each, gpu) - training)
     if gpu and config.sample_seeds:
-        about["samples, beyond that"] = max(0, _sampling(config, sizes, exact) - training)
+        about["samples, beyond that"] = max(0, _sampling(config, pixels, sizes, exact) - training)
     lines = [Line(part=part, bytes=count, exact=True) for part, count in exact.items() if count]
     lines += [Line(part=part, bytes=count, exact=False) for part, count in about.items() if count]
     return Memory(
@@ -126,7 +134,7 @@ def estimate(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequence[str
         assumed=sizes.assumed,
         device=str(device),
         precision={torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
-        resolution=config.resolution or sizes.resolution,
+        size=shape,
         lines=lines,
         available=free_bytes(device),
         advice=smaller(config, sizes.resolution),
@@ -152,7 +160,17 @@ def _exact(
     }
 
 
-def activation_bytes(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequence[str]], half: bool) -> int:
+def _square(config: ImageConfig, sizes: Sizes) -> tuple[int, int]:
+    return (config.resolution or sizes.resolution,) * 2
+
+
+def activation_bytes(
+    config: ImageConfig,
+    sizes: Sizes,
+    loras: Mapping[str, Sequence[str]],
+    half: bool,
+    shape: tuple[int, int] | None = None,
+) -> int:
     """Estimate the bytes of activations that a forward pass keeps for the backward pass.
 
     The factors are fitted to counts of all tensors that autograd saves in the UNets of SDXL and of the bundled base,
@@ -162,16 +180,17 @@ def activation_bytes(config: ImageConfig, sizes: Sizes, loras: Mapping[str, Sequ
     Args:
         loras: by LoRA the paths of the layers that it adapts; blocks before the first of them keep nothing.
         half: the base computes in bf16 or fp16.
+        shape: width and height of the training images in pixels; default: a square.
     """
     adapted = [path for paths in loras.values() for path in paths]
-    batch, latent = config.batch_size, (config.resolution or sizes.resolution) // sizes.latent_scale
+    batch, (width, height) = config.batch_size, (side // sizes.latent_scale for side in shape or _square(config, sizes))
     transformers = resnets = inner = prompt = 0
 
     def is_frozen(block: _Block) -> bool:
         return not any(path.startswith(f"{block.path}.") for path in adapted)
 
     for block in dropwhile(is_frozen, _blocks(sizes.unet_config)):
-        tokens = batch * (latent >> block.level) ** 2
+        tokens = batch * (width >> block.level) * (height >> block.level)
         resnets += tokens * block.width
         transformers += block.depth * tokens * block.width
         inner += block.depth * tokens * config.rank * len(loras)
@@ -214,16 +233,16 @@ def _blocks(config: Mapping[str, Any]) -> Iterator[_Block]:
             yield _Block(f"up_blocks.{last - level}.attentions.{number}", level, widths[level], attended[level])
 
 
-def _encoding(config: ImageConfig, sizes: Sizes, each: int, gpu: bool) -> int:
+def _encoding(pixels: int, sizes: Sizes, each: int, gpu: bool) -> int:
     """Estimate the bytes while images and prompts are encoded; the UNet is not on a GPU then."""
-    maps = _ENCODING_MAPS * 4 * (config.resolution or sizes.resolution) ** 2
+    maps = _ENCODING_MAPS * 4 * pixels
     rest = _CUDA_CONTEXT if gpu else sizes.unet * each
     return rest + sizes.text * each + _vae(sizes) + maps
 
 
-def _sampling(config: ImageConfig, sizes: Sizes, exact: Mapping[str, int]) -> int:
+def _sampling(config: ImageConfig, pixels: int, sizes: Sizes, exact: Mapping[str, int]) -> int:
     """Estimate the bytes on a GPU while it samples; the optimizer is gone before the last samples."""
-    maps = 4 * (config.resolution or sizes.resolution) ** 2
+    maps = 4 * pixels
     decoding = _vae(sizes) + _DECODING_MAPS * min(maps, 4 * _TILE**2)
     weights = exact["UNet"] + exact["LoRAs, scales and masks"] + exact["optimizer"] * bool(config.sample_every)
     return _CUDA_CONTEXT + weights + max(_DENOISING * config.samples_at_once() * maps // 2**22, decoding)

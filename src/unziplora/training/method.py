@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
-from unziplora.config.training import TrainingConfig
+from unziplora.config.training import Fit, ImageConfig, TrainingConfig, default_fit, read_crop
+from unziplora.images.preprocess import ImageFile, Size, TrainingImage
 from unziplora.lora.weights import Lora
-from unziplora.models.base import Base
+from unziplora.models.base import Base, Scale
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import located
 from unziplora.runs.model_card import RunDescription
 from unziplora.training.cuda_graphs import Predict
 
 C = TypeVar("C", bound=TrainingConfig)
+
+IMAGES = "images"
+"""Name of the group of images of a method that has one."""
+
+
+class ImageGroup(NamedTuple):
+    """Image files, and the way in which they are fitted to the base."""
+
+    files: Sequence[ImageFile]
+    fit: Fit
 
 
 class Trainable(ABC):
@@ -92,6 +104,15 @@ class Method(Trainable, Generic[C]):
         }
 
     @classmethod
+    def image_groups(cls, config: C) -> dict[str, ImageGroup]:
+        """Return the images to learn from, in groups of one size each; those of an `ImageConfig` by default."""
+        if not isinstance(config, ImageConfig):
+            return {}
+        crops = [read_crop(crop) for crop in config.crop]
+        files = [ImageFile(*one) for one in zip_longest(config.images, config.masks, crops)]
+        return {IMAGES: ImageGroup(files, config.fit or default_fit(config.base))}
+
+    @classmethod
     @abstractmethod
     def layers(cls, config: C, paths: list[str]) -> dict[str, list[str]]:
         """Return the layers that each LoRA adapts, by LoRA name, out of a UNet's linear layers at these paths."""
@@ -120,12 +141,29 @@ class Method(Trainable, Generic[C]):
 
 
 @dataclass(frozen=True)
+class OpenedImages:
+    """The images of a run by group (`Method.image_groups`), as a base of this scale needs them.
+
+    Attributes:
+        size: width and height of the first group, and of the images that the run generates itself.
+    """
+
+    scale: Scale
+    size: Size
+    groups: Mapping[str, Sequence[TrainingImage]] = field(default_factory=dict)
+
+    def of(self, group: str = IMAGES) -> list[Image.Image]:
+        """Return the images of a group."""
+        return [image.image for image in self.groups[group]]
+
+
+@dataclass(frozen=True)
 class Setup:
     """Everything besides its recipe that a method is built from.
 
     Attributes:
         base: frozen, without LoRAs.
-        size: side of the training images in pixels.
+        images: the training images.
         autocast: context of the forward passes.
         report: shows the user one line.
         resumed: a checkpoint will be loaded next, with all that was learned before it.
@@ -134,12 +172,16 @@ class Setup:
     """
 
     base: Base
-    size: int
+    images: OpenedImages
     autocast: Callable[[], AbstractContextManager[object]]
     report: Callable[[str], None]
     resumed: bool = False
     progress: Callable[[int, int], object] = lambda done, total: None
     digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> Size:
+        return self.images.size
 
     def noise_schedule(self) -> DDPMScheduler:
         """Return the noise schedule of the base's training."""

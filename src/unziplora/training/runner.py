@@ -27,8 +27,8 @@ from unziplora.runs.model_card import base_name, folder_argument, shared_setting
 from unziplora.training.checkpoint import Checkpoint, changes, newest_checkpoint, run_facts
 from unziplora.training.cuda_graphs import Recorder, recording
 from unziplora.training.export import Provenance, write_card, write_loras
-from unziplora.training.method import Method, Setup
-from unziplora.training.preflight import check_resolution, check_run, warn_of_memory
+from unziplora.training.method import Method, OpenedImages, Setup
+from unziplora.training.preflight import check_run, open_images, warn_of_memory
 from unziplora.training.sample_sheet import sample_sheet
 from unziplora.training.trackers import Tracker, trackers
 from unziplora.training.trainer import NonFiniteLoss, StepReport, Trainer, train
@@ -64,7 +64,7 @@ def run_training(
     """
 
     def work(run: RunFolder) -> None:
-        training = TrainingRun(kind, config, progress or (lambda _: None), run, base)
+        training = TrainingRun(kind, config, progress or (lambda _: None), run, images, base)
         try:
             with computing_on(pick_device(config.device)):
                 training.execute()
@@ -73,9 +73,9 @@ def run_training(
                 raise training.stopped("stopped; what is not saved yet will be done again") from None
 
     with nullcontext() if base is None else restored(base):
-        check_run(kind, config, 64, base)
+        images = check_run(kind, config, base)
         if base is None:
-            warn_of_memory(kind, config)
+            warn_of_memory(kind, config, images.size)
         return in_run_folder(config, resume, work)
 
 
@@ -109,6 +109,7 @@ class TrainingRun(Generic[C]):
     config: C
     progress: Callback
     run: RunFolder
+    images: OpenedImages
     base: Base | None = None  # loaded already
     recent: list[float] = field(default_factory=list)  # seconds of the last steps
     device: torch.device = field(init=False)
@@ -122,10 +123,12 @@ class TrainingRun(Generic[C]):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # an earlier run of this process may have used more
         with trackers(config.trackers, run.path / "trackers", flat(config)) as curves:
-            base = self.base or self.load()
+            base, images = self.base or self.load(), self.images
             facts["base"] = {str(base.dtype): base.fingerprint()}  # before LoRAs are added to it
+            if images.scale != base.scale:  # it had to be downloaded first, and is not of SDXL's size
+                images = open_images(self.kind, config, base.scale)
             context, resumed = autocast_for(self.device, base.dtype), checkpoint is not None
-            setup = Setup(base, self.resolution(base), context, self.report, resumed, counted(self.progress))
+            setup = Setup(base, images, context, self.report, resumed, counted(self.progress))
             method = self.kind.build(config, setup)
             facts["generated"] = setup.digests
             self.check_unchanged(checkpoint, facts)
@@ -170,12 +173,6 @@ class TrainingRun(Generic[C]):
         """Return the exception for a run that was asked to stop."""
         command = f"unziplora {self.kind.command} --resume --out {folder_argument(self.run.path)}"
         return Interrupted(f"{where}; continue with:\n  {command}")
-
-    def resolution(self, base: Base) -> int:
-        """Return the side of the training images in pixels, which must fit the base."""
-        resolution = self.config.resolution or base.resolution
-        check_resolution(resolution, base.pipe.vae_scale_factor)
-        return resolution
 
     def train(
         self,
@@ -236,7 +233,7 @@ class TrainingRun(Generic[C]):
         base = setup.base
         return Provenance(
             base=base_name(self.config),
-            resolution=setup.size,
+            size=setup.size,
             prediction_type=base.prediction_type,
             zero_terminal_snr=base.zero_terminal_snr,
             layers_per_block=base.unet.config.layers_per_block,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unziplora.config.training import TrainingConfig
 from unziplora.images.sheet import GAP, LARGEST, sheet
@@ -23,16 +23,17 @@ LONGEST = LARGEST - 2_000
 
 def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Image.Image:
     """Return a labeled sheet with a row per seed: the training image, then the method's views."""
-    side = config.resolution or base.resolution
+    width, height = (config.resolution or base.resolution,) * 2
     columns: dict[str, list[Image.Image]] = {}
     if method.images:
+        width, height = method.images[0].size
         columns["input"] = [method.images[0]] * len(config.sample_seeds)
     with _without_checkpointing(base):
         settings = Settings(
             steps=config.sample_steps,
             guidance=config.sample_guidance,
-            width=side,
-            height=side,
+            width=width,
+            height=height,
             batch_size=config.samples_at_once(),
         )
         for view in method.views():
@@ -45,9 +46,9 @@ def sample_sheet(base: Base, method: Method[Any], config: TrainingConfig) -> Ima
 
 def _scaled(image: Image.Image, room: int) -> Image.Image:
     """Enlarge a small image, or shrink one that exceeds `room` pixels."""
-    times = -(-SMALLEST // image.width)
-    if times * image.width > room:
-        return image.resize((room, room), Image.Resampling.LANCZOS)
+    times = -(-SMALLEST // min(image.size))
+    if times * max(image.size) > room:
+        return ImageOps.contain(image, (room, room), Image.Resampling.LANCZOS)
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 

@@ -24,10 +24,11 @@ from unziplora.methods.unziplora.method import UnZipLora, split
 from unziplora.methods.unziplora.style_phrase import distill_offsets, fit_offsets
 from unziplora.methods.unziplora.textual_inversion import PhraseOffsets, token_embeddings
 from unziplora.models.base import Base, load_base
-from unziplora.models.text import Prompts, embed, encode_batch, image_conditioning
+from unziplora.models.text import Prompts, embed, encode_batch, image_conditioning, time_ids
 from unziplora.sampling.sample import sample
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Setup
+from unziplora.training.preflight import open_images
 from unziplora.utils.progress import Progress
 
 Make = Callable[..., SplitConfig]
@@ -50,7 +51,12 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
 
 def picture(base: Base) -> Examples:
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return Examples(latents, image_conditioning(base, Prompts(PROMPT), base.resolution, 1))
+    return Examples(latents, image_conditioning(base, Prompts(PROMPT), time_ids(64, 64)))
+
+
+def setup_of(recipe: SplitConfig) -> Setup:
+    base = load_base(recipe.base)
+    return Setup(base, open_images(UnZipLora, recipe, base.scale), nullcontext, lambda _: None)
 
 
 @pytest.fixture
@@ -119,7 +125,7 @@ class TestOffsets:
             DDPMScheduler.from_config(base.scheduler.config),
             PhraseOffsets(base, "ink wash", variants=2),
         )
-        examples = Examples(torch.randn(4, 4, 8, 8), image_conditioning(base, Prompts(PROMPT), base.resolution, 4))
+        examples = Examples(torch.randn(4, 4, 8, 8), image_conditioning(base, Prompts(PROMPT), time_ids(64, 64, 4)))
         fit_offsets(phrase, scheduler, examples, PROMPT, config(phrase_steps=1, batch_size=1))
         learned = [[bool(reading.any()) for reading in offsets] for offsets in phrase.free]
         assert sorted(learned[0]) == [False, True]
@@ -147,7 +153,7 @@ class TestOffsets:
 
         def loss() -> float:
             with phrase.applied():
-                conditioning = image_conditioning(base, Prompts(PROMPT), base.resolution, 1)
+                conditioning = image_conditioning(base, Prompts(PROMPT), time_ids(64, 64))
             styled = Examples(examples.latents, conditioning)
             return float(denoising_loss(base.unet, scheduler, styled, batch_size=64, draw=generator("test")))
 
@@ -200,7 +206,7 @@ class TestSplit:
 
     def test_each_variant_has_its_own_conditioning(self, tiny_folder: Path, config: Make):
         recipe = config(content_variants=True, content_alone=0.9, phrase_steps=32, batch_size=8)
-        setup = Setup(load_base(str(tiny_folder)), 64, nullcontext, lambda _: None)
+        setup = setup_of(recipe)
         method = UnZipLora.build(recipe, setup)
         variants = method.data.alone["content"]
         assert len(variants.latents) == len(variants.conditioning.tokens) == 1 + len(FILTERS)
@@ -225,7 +231,7 @@ class TestSplit:
         tokens = []
         for saving in (True, False):
             recipe = config(gradient_checkpointing=saving, phrase_steps=2, phrase_learning_rate=0.1)
-            setup = Setup(load_base(str(tiny_folder)), 64, nullcontext, lambda _: None)
+            setup = setup_of(recipe)
             tokens.append(UnZipLora.build(recipe, setup).data.examples.conditioning.tokens)
         assert checkpointed == [True, False]
         torch.testing.assert_close(*tokens)
@@ -238,7 +244,7 @@ class TestSplit:
             monkeypatch.setenv("UNZIPLORA_CACHE", str(tmp_path / f"cache-{steps}"))
             recipe = config(phrase_steps=steps, content_prior=1.0, prior_images=1, phrase_learning_rate=1.0)
             recipe = recipe.model_copy(update={"content_class_prompt": "a {content} in {style} style"})
-            method = UnZipLora.build(recipe, Setup(load_base(recipe.base), 64, nullcontext, lambda _: None))
+            method = UnZipLora.build(recipe, setup_of(recipe))
             latents.append(method.data.priors["content"].latents)
         assert torch.equal(*latents)
 

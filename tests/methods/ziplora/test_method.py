@@ -41,6 +41,7 @@ from unziplora.sampling.sources import find_lora, loras_of
 from unziplora.training import runner as job
 from unziplora.training.loss import generator
 from unziplora.training.method import Setup
+from unziplora.training.preflight import open_images
 from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
 
@@ -116,7 +117,7 @@ def config(files: dict[str, Path], picture: Path, tiny_folder: Path, tmp_path: P
 
 def build(base: Base, config: ZipConfig, messages: list[str] | None = None) -> ZipLora:
     messages = [] if messages is None else messages
-    return ZipLora.build(config, Setup(base, 64, nullcontext, messages.append))
+    return ZipLora.build(config, Setup(base, open_images(ZipLora, config, base.scale), nullcontext, messages.append))
 
 
 def trained(base: Base, config: ZipConfig) -> ZipLora:

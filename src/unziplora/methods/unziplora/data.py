@@ -6,24 +6,24 @@ from dataclasses import replace
 
 from unziplora.config.split import SplitConfig
 from unziplora.methods.adapters import TrainingData
-from unziplora.methods.data import class_examples, conditioning_of, image_examples, load_images
+from unziplora.methods.data import class_examples, conditioning_of, image_examples, sizes_of
 from unziplora.methods.unziplora.style_phrase import learn_style_phrase
 from unziplora.models.text import Prompts
 from unziplora.training.loss import Examples, to_device
-from unziplora.training.method import Setup
+from unziplora.training.method import IMAGES, Setup
 
 
 def encode_training_data(config: SplitConfig, setup: Setup) -> TrainingData:
     """Generate class images, encode images and prompts, and learn the style phrase if configured."""
-    images, texts = load_images(config, setup.size), config.prompts()
+    texts, images = config.prompts(), setup.images.of()
     prompts = Prompts(**texts) if config.prompt_separation else Prompts(texts["full"])
     priors = {  # before the phrase is learned: class images are the base's own
         name: class_examples(setup, config, text, config.prior_images) for name, text in _class_prompts(config).items()
     }
-    examples = image_examples(setup, config, images, prompts)
+    examples = image_examples(setup, config, prompts)
 
     def with_prompts(prompts: Prompts) -> Examples:
-        rows = conditioning_of(setup.base, prompts, setup.size, len(images))
+        rows = conditioning_of(setup.base, prompts, sizes_of(setup.images.groups[IMAGES]))
         return to_device(replace(examples, conditioning=rows), setup.base)
 
     text, alone = None, {}

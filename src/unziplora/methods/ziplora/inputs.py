@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,22 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.config.recipe import KINDS, resolve
+from unziplora.config.training import default_fit, read_crop
 from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
-from unziplora.images.preprocess import load_image
+from unziplora.images.preprocess import ImageFile
 from unziplora.lora.algebra import Pair, cat, scale, shape
 from unziplora.lora.weights import Lora, format_shape
 from unziplora.methods.class_images import FIRST_SEED
-from unziplora.methods.data import conditioning_of, generation_settings, latents_of
+from unziplora.methods.data import conditioning_of, generation_settings, latents_of, sizes_of
 from unziplora.models.base import Base
-from unziplora.models.text import Prompts
+from unziplora.models.text import Prompts, time_ids
 from unziplora.sampling.adapters import AttachedLoras, NamedLora
 from unziplora.sampling.pipeline import generate_latents
 from unziplora.sampling.sources import find_lora, require_available, training_base
 from unziplora.training.loss import Examples, to_device
-from unziplora.training.method import Setup
+from unziplora.training.method import ImageGroup, Setup
 
 
 def complete(config: ZipConfig, base: Base | None = None) -> ZipConfig:
@@ -140,18 +141,30 @@ class TeacherExamples:
     images: Sequence[Image.Image]
 
 
+def learned_images(config: ZipConfig, name: str) -> ImageGroup:
+    """Return the images of a LoRA; those of its run are cropped and fitted as they were there."""
+    paths: list[Path] = getattr(config, f"{name}_images")
+    run = find_lora(config.loras[name], name).settings
+    own = [str(path) for path in paths] == run.get("images")
+    crops = [read_crop(crop) for crop in run.get("crop", [])] if own else []
+    masks = [Path(mask) for mask in run.get("masks", []) if Path(mask).is_file()] if own else []
+    masks = masks if len(masks) == len(paths) else []
+    fit = (own and run.get("fit")) or default_fit(config.base)
+    return ImageGroup([ImageFile(*one) for one in zip_longest(paths, masks, crops)], fit)
+
+
 def encode_teachers(setup: Setup, config: ZipConfig, loras: Mapping[str, Lora]) -> TeacherExamples:
     """Encode the images of the LoRAs, or images that they generate; the base's text encoders change in place."""
     base, prompts = setup.base, config.prompts()
-    paths = {"content": config.content_images, "style": config.style_images}
-    images = {name: [load_image(path, setup.size) for path in paths[name]] for name in KINDS}
     parts = {name: NamedLora(name, lora, {}, str(config.loras[name])) for name, lora in loras.items()}
-    latents = {name: _latents(setup, config, parts[name], images[name]) for name in KINDS}
+    latents = {name: _latents(setup, config, parts[name]) for name in KINDS}
     text_parts = [replace(part, lora=replace(part.lora, modules={})) for part in parts.values() if part.lora.text]
     texts = AttachedLoras(base, text_parts)
 
     def encode(name: str) -> Examples:
-        conditioning = conditioning_of(base, Prompts(prompts[name]), setup.size, len(latents[name]))
+        images, count = setup.images.groups[name], len(latents[name])
+        sizes = sizes_of(images) if images else time_ids(*setup.size, count)
+        conditioning = conditioning_of(base, Prompts(prompts[name]), sizes)
         return to_device(Examples(latents[name], conditioning), base)
 
     merged = {name: encode(name) for name in KINDS}
@@ -160,12 +173,12 @@ def encode_teachers(setup: Setup, config: ZipConfig, loras: Mapping[str, Lora]) 
         if others := [part.name for part in text_parts if part.name != name]:
             with texts.muted(*others):
                 alone[name] = encode(name)
-    return TeacherExamples(loras, alone, merged, texts, [image for name in KINDS for image in images[name]])
+    return TeacherExamples(loras, alone, merged, texts, [image for name in KINDS for image in setup.images.of(name)])
 
 
-def _latents(setup: Setup, config: ZipConfig, part: NamedLora, images: list[Image.Image]) -> Tensor:
-    """Return latents of the images, or of some that the base generates with this LoRA, [N, C, h, w]."""
-    if images:
+def _latents(setup: Setup, config: ZipConfig, part: NamedLora) -> Tensor:
+    """Return latents of the LoRA's images, or of some that the base generates with it, [N, C, h, w]."""
+    if images := setup.images.of(part.name):
         return latents_of(setup.base, images)
     text = config.prompts()[part.name]
     setup.report(f"generating {config.teacher_images} images with the {part.name} LoRA: {text}")

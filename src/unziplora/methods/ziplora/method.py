@@ -26,7 +26,6 @@ from unziplora.config.recipe import KINDS
 from unziplora.config.training import style_words
 from unziplora.config.zip import ZipConfig
 from unziplora.formats.header import LAYERS_KEY
-from unziplora.images.preprocess import load_image
 from unziplora.lora.inject import add_lora
 from unziplora.lora.layer import Branch
 from unziplora.lora.weights import Lora, check_fits
@@ -36,6 +35,7 @@ from unziplora.methods.ziplora.inputs import (
     check_zippable,
     complete,
     encode_teachers,
+    learned_images,
     merge,
     read_loras,
     shared_layers,
@@ -48,7 +48,7 @@ from unziplora.runs.model_card import LoraDescription, RunDescription, base_name
 from unziplora.sampling.sources import find_lora
 from unziplora.training.export import Provenance, write_card, write_loras
 from unziplora.training.loss import generator, noised, orthogonality, snr_weights
-from unziplora.training.method import Setup, View
+from unziplora.training.method import ImageGroup, Setup, View
 from unziplora.training.runner import in_run_folder, run_training
 from unziplora.utils.progress import Callback, Progress
 
@@ -110,8 +110,11 @@ class ZipLora(AdapterMethod[ZipConfig, TeacherExamples]):
         config.prompts()
         if config.method == "zip":
             check_zippable(config, loras)
-            for path in (*config.content_images, *config.style_images):
-                load_image(path, 64)
+
+    @classmethod
+    def image_groups(cls, config: ZipConfig) -> dict[str, ImageGroup]:
+        """Return the images of both LoRAs, each of them cropped and fitted as in its own run."""
+        return {name: learned_images(config, name) for name in KINDS}
 
     @classmethod
     def inputs(cls, config: ZipConfig) -> dict[str, Path]:
