@@ -16,6 +16,7 @@ from unziplora.config.split import SplitConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora, write_lora
+from unziplora.formats.safetensors import read_header
 from unziplora.lora.algebra import Pair
 from unziplora.lora.inject import add_lora
 from unziplora.lora.weights import Lora
@@ -27,6 +28,8 @@ from unziplora.methods.ziplora.method import ZipLora, zip_loras
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
 from unziplora.sampling.pipeline import Settings, generate
+from unziplora.training import loss as losses
+from unziplora.training.loss import Examples, Noised
 from unziplora.training.method import Setup
 from unziplora.training.preflight import open_images
 from unziplora.utils.progress import Progress
@@ -120,6 +123,35 @@ def test_base_is_unchanged_after_a_run(name: str, base: Base, configured: Callab
     run = train(configured(name), base=base)
     assert run.card.is_file()
     check_same(before, state(base))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_wide_image_is_opened_once_and_learned_in_its_proportions(
+    name: str, base: Base, configured: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Image.effect_mandelbrot((330, 192), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(tmp_path / "cat.png")
+    opened, shapes, sizes, read, loss = [], set(), set(), Image.open, losses.noised
+
+    def count(file: Any, **options: Any) -> Image.Image:
+        opened.append(getattr(file, "name", file))
+        return read(file, **options)
+
+    def noised(scheduler: Any, examples: Examples, *rest: Any) -> Noised:
+        shapes.add(examples.latents.shape[-2:])
+        sizes.update(map(tuple, examples.conditioning.time_ids.tolist()))
+        return loss(scheduler, examples, *rest)
+
+    monkeypatch.setattr(Image, "open", count)
+    monkeypatch.setattr(losses, "noised", noised)
+    monkeypatch.setattr("unziplora.methods.ziplora.method.noised", noised)
+    images = {"content_images": [tmp_path / "cat.png"]} if name == "zip" else {}
+    run = METHODS[name][1](configured(name, resolution=128, steps=1, **images), base=base)
+    assert opened.count(str(tmp_path / "cat.png")) == 1
+    assert shapes == {(12, 20)}  # class images and ZipLoRA's generated images too
+    assert (96, 165, 0, 2, 96, 160) in sizes
+    assert sizes <= {(96, 165, 0, 2, 96, 160), (96, 160, 0, 0, 96, 160)}
+    files = [path for file in ("content", "style", "lora") if (path := run.lora(file)).is_file()]
+    assert {read_header(path).metadata["modelspec.resolution"] for path in files} == {"160x96"}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
 from unziplora.cli.options import ExpandedPath, KeyOption, json_option, key_options, quiet_option, typed_keys
 from unziplora.cli.output import emit, note, stdout_to_stderr
-from unziplora.config.recipe import Recipe, resolve, to_toml
+from unziplora.config.recipe import Recipe, resolve, to_toml, with_paths_from
 from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import show
 
@@ -83,7 +84,7 @@ class RecipeCommand(click.Command):
                 ["--config", "config_file"],
                 type=ExpandedPath(),
                 metavar="FILE",
-                help="TOML file with settings; flags override it.",
+                help="TOML file with settings, whose paths begin at its folder; flags override it.",
             ),
             click.Option(["--dry-run"], is_flag=True, help=f"Show all settings; {dry_run}."),
             *([resume] if resumable else []),
@@ -99,7 +100,8 @@ class RecipeCommand(click.Command):
     def invoke(self, ctx: click.Context) -> None:
         """Resolve the recipe, then show its plan or carry it out."""
         params = ctx.params
-        file = read_toml(params["config_file"]) if params["config_file"] else {}
+        path: Path | None = params["config_file"]
+        file = with_paths_from(path.parent, read_toml(path), self.model) if path else {}
         config = resolve(self.model, *self.layers(params, file, typed_keys(ctx)))
         if params["dry_run"]:
             with stdout_to_stderr():

@@ -47,6 +47,11 @@ def expert(*args: Any, **marks_and_bounds: Any) -> Any:
     return declaration
 
 
+_NAMES_OR_PATHS = ("base", "blocks", "clip", "dino", "csd")
+_NAMES = ("bundled", "sdxl", "blora")
+"""Values of these keys that are never paths."""
+
+
 class Recipe(BaseModel):
     """Settings of a command. Unknown keys are errors; values are checked once and never change."""
 
@@ -171,6 +176,21 @@ def _shown(value: Any) -> str:
         return _REPR.repr(value)
     except ValueError:  # Python writes no number of more than 4300 digits
         return "a number of thousands of digits"
+
+
+def with_paths_from(folder: Path, values: dict[str, Any], model: type[Recipe]) -> dict[str, Any]:
+    """Let the relative paths among the values of a recipe's keys begin at a folder."""
+
+    def located(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [located(name, item) for item in value]
+        if not isinstance(value, str) or value.startswith("~"):
+            return value
+        local = folder / value
+        named = name in _NAMES_OR_PATHS and value not in _NAMES and local.exists()
+        return str(local) if named or "Path" in str(model.model_fields[name].annotation) else value
+
+    return {name: located(name, value) if name in model.model_fields else value for name, value in values.items()}
 
 
 def to_toml(config: Recipe) -> str:

@@ -181,7 +181,7 @@ class ImageConfig(TrainingConfig):
     )
     background_weight: float = expert(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
     crop: list[str] = key(
-        [], "Part of each image to use, X,Y,W,H in pixels of the upright image; one per image.", "Input", private=True
+        [], "Part of each image to use, X,Y,W,H in pixels of the upright image; one per image.", "Input"
     )
     fit: Fit | None = key(
         None,
