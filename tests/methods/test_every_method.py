@@ -145,7 +145,7 @@ def test_a_wide_image_is_opened_once_and_learned_in_its_proportions(
     monkeypatch.setattr(losses, "noised", noised)
     monkeypatch.setattr("unziplora.methods.ziplora.method.noised", noised)
     images = {"content_images": [tmp_path / "cat.png"]} if name == "zip" else {}
-    run = METHODS[name][1](configured(name, resolution=128, steps=1, **images), base=base)
+    run = METHODS[name][1](configured(name, resolution=128, **images), base=base)
     assert opened.count(str(tmp_path / "cat.png")) == 1
     assert shapes == {(12, 20)}  # class images and ZipLoRA's generated images too
     assert (96, 165, 0, 2, 96, 160) in sizes
