@@ -90,11 +90,14 @@ def export(recipe: Recipe, folder: Path) -> int:
     tidy_vae_config(folder / "vae" / "config.json")
     for name in ("tokenizer", "tokenizer_2"):
         write_vocabulary(getattr(pipe, name), folder / name)
+    for name in ("text_encoder", "text_encoder_2"):  # by default all parts load in fp32, not only those of diffusers
+        file = folder / name / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
     (folder / "README.md").write_text(card(recipe, steps, pipe.vae.config.latent_channels, evaluation))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > LIMIT:
         raise ValueError(f"{folder} has {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}: use a smaller UNet")
-    StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    StableDiffusionXLPipeline.from_pretrained(folder)
     return size
 
 

@@ -17,6 +17,7 @@ from unziplora.errors import Interrupted, MachineError, OutOfMemory, UnziploraEr
 
 if TYPE_CHECKING:
     from unziplora.api import *  # noqa: F403
+    from unziplora.config.bases import BUNDLED_BASE
     from unziplora.config.blora import BLoraConfig
     from unziplora.config.dreambooth import DreamBoothConfig
     from unziplora.config.probe import ProbeConfig
@@ -32,7 +33,7 @@ __all__ = [  # in the order in which a reader meets them
     "split", "train_dreambooth", "train_blora", "zip_loras", "sample", "grid", "find_blocks", "Run",
     "inspect", "convert", "resize", "read_lora", "write_lora", "load_base",
     "SplitConfig", "DreamBoothConfig", "BLoraConfig", "ZipConfig", "SampleConfig", "GridConfig", "ProbeConfig",
-    "UnziploraError", "UserError", "MachineError", "OutOfMemory", "Interrupted",
+    "BUNDLED_BASE", "UnziploraError", "UserError", "MachineError", "OutOfMemory", "Interrupted",
 ]
 # fmt: on
 
@@ -41,8 +42,8 @@ def __getattr__(name: str) -> object:
     """Load a public name from its module on first use (PEP 562); configurations load no torch."""
     if name not in __all__:
         raise AttributeError(f"module 'unziplora' has no attribute {name!r}")
-    recipe = "sample" if name == "GridConfig" else name.removesuffix("Config").lower()
-    module = f"config.{recipe}" if name.endswith("Config") else "api"
+    recipe = {"GridConfig": "sample", "BUNDLED_BASE": "bases"}.get(name) or name.removesuffix("Config").lower()
+    module = f"config.{recipe}" if name.endswith(("Config", "BASE")) else "api"
     value = globals()[name] = getattr(import_module(f"unziplora.{module}"), name)
     return value
 

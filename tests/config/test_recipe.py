@@ -10,7 +10,8 @@ from unziplora.cli.reference import reference
 from unziplora.config.bases import BUNDLED_BASE, is_bundled
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.config.recipe import Recipe, resolve, to_toml
+from unziplora.config.recipe import Recipe, resolve, to_toml, with_paths_from
+from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
@@ -108,11 +109,72 @@ def test_unknown_key_suggests_the_nearest() -> None:
         ({"column_separation": "perhaps"}, "column_separation: "),
         ({"content": "Cat", "style": "cat"}, "content and style are the same word ('Cat')"),
         ({"masks": ["a.png", "b.png"]}, "2 masks for 1 images: give one mask per image"),
+        ({"resolution": 32_000_000}, "resolution: Input should be less than or equal to 4096"),
+        ({"sample_subject": "a {dog}"}, "sample_subject: braces stand for placeholders"),
+        ({"sample_style": "{a|b}"}, "sample_style: braces stand for placeholders"),
+        ({"content": "{cat"}, "content: braces stand for placeholders"),
+        ({"token": "{}"}, "token: braces stand for placeholders"),
+        ({"crop": ["1,2,3,4", "1,2,3,4"]}, "2 crops for 1 images: give one crop per image"),
+        ({"crop": "1,2,3"}, "crop: '1,2,3': write X,Y,W,H in pixels"),
+        ({"crop": "1,2,0,4"}, "X and Y are at least 0, W and H at least 1"),
+        ({"crop": [1.5, 2, 3, 4]}, "crop"),
+        ({"crop": 7}, "crop: Input should be a valid list"),
+        ({"fit": "stretch"}, "fit: "),
         ({"steps": 30}, "30 steps leave no room for 3 column warm-ups of 10"),
     ],
 )
 def test_each_wrong_value_is_named(changes: dict[str, Any], message: str) -> None:
     assert message in fault(**changes)
+
+
+def test_words_are_kept_as_templates_need_them() -> None:
+    words = {"content": "a cat", "style": "in ink style", "sample_subject": "the house", "sample_style": "a mosaic"}
+    config = resolve(SplitConfig, GIVEN, words)
+    assert config.prompts()["full"] == "a sks cat in ink style"
+    assert (config.sample_subject, config.sample_style) == ("house", "mosaic")
+    with pytest.raises(UserError, match="same word"):
+        resolve(SplitConfig, GIVEN, {"content": "a cat", "style": "in cat style"})
+
+
+@pytest.mark.parametrize("crop", ["10,20,300,400", " 10, 20,300,400", [10, 20, 300, 400], [[10, 20, 300, 400]]])
+def test_a_crop_may_be_text_or_numbers(crop: Any) -> None:
+    assert resolve(SplitConfig, GIVEN, {"crop": crop}).crop == ["10,20,300,400"]
+
+
+class TestSettingsFile:
+    """Relative paths in a TOML file begin at its folder."""
+
+    def read(self, folder: Path, text: str, model: type[Recipe] = SplitConfig) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        (folder / "cat.toml").write_text(text, encoding="utf-8")
+        return with_paths_from(folder, read_toml(folder / "cat.toml"), model)
+
+    def test_files_and_folders_do(self, tmp_path: Path) -> None:
+        text = """
+images = ["cat.jpg", "/there/cat.jpg", "../cat.jpg", "~/cat.jpg"]
+out = "runs/cat"
+content = "cat"
+rank = 4
+zzz = "x"
+"""
+        values = self.read(tmp_path / "here", text)
+        here = str(tmp_path / "here")
+        assert values["images"] == [f"{here}/cat.jpg", "/there/cat.jpg", f"{here}/../cat.jpg", "~/cat.jpg"]
+        assert values["out"] == f"{here}/runs/cat"
+        assert (values["content"], values["rank"], values["zzz"]) == ("cat", 4, "x")
+        content = self.read(tmp_path / "here", 'content = "runs/cat"', SampleConfig)["content"]
+        assert content == f"{here}/runs/cat"  # there a path, above a word
+
+    def test_a_base_or_block_map_does_if_it_is_there(self, tmp_path: Path) -> None:
+        text = 'base = "bundled"\nblocks = "sdxl"'
+        (tmp_path / "sdxl").mkdir()
+        (tmp_path / "my-xl").mkdir()
+        (tmp_path / "map.toml").touch()
+        assert self.read(tmp_path, text) == {"base": "bundled", "blocks": "sdxl"}
+        assert self.read(tmp_path, 'base = "owner/name"')["base"] == "owner/name"
+        assert self.read(tmp_path, 'base = "' + "x" * 999 + '"')["base"] == "x" * 999
+        values = self.read(tmp_path, 'base = "my-xl"\nblocks = "map.toml"')
+        assert values == {"base": str(tmp_path / "my-xl"), "blocks": str(tmp_path / "map.toml")}
 
 
 def test_all_faults_are_reported_at_once() -> None:

@@ -29,6 +29,18 @@ def pipe() -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
 
 
+def test_it_loads_without_a_number_format_and_computes_alike(pipe: StableDiffusionXLPipeline) -> None:
+    plain = StableDiffusionXLPipeline.from_pretrained(FOLDER)
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    assert {getattr(plain, name).dtype for name in parts} == {torch.float32}
+    images = []
+    for each in (plain, pipe):
+        each.set_progress_bar_config(disable=True)
+        draw = torch.Generator().manual_seed(0)
+        images.append(each("a cactus", num_inference_steps=1, generator=draw, output_type="pt").images)
+    assert torch.equal(*images)
+
+
 def image(path: Path, style: str, size: int) -> np.ndarray:
     """Render a drawing in a style, uint8 [size, size, 3]."""
     rgba = np.asarray(Image.open(path).convert("RGBA"))

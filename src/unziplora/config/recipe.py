@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from pathlib import Path
@@ -187,7 +188,7 @@ def with_paths_from(folder: Path, values: dict[str, Any], model: type[Recipe]) -
         if not isinstance(value, str) or value.startswith("~"):
             return value
         local = folder / value
-        named = name in _NAMES_OR_PATHS and value not in _NAMES and local.exists()
+        named = name in _NAMES_OR_PATHS and value not in _NAMES and os.path.exists(local)
         return str(local) if named or "Path" in str(model.model_fields[name].annotation) else value
 
     return {name: located(name, value) if name in model.model_fields else value for name, value in values.items()}
