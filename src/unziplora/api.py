@@ -38,11 +38,11 @@ from unziplora.methods.unziplora import method as unzip
 from unziplora.methods.ziplora import method as ziplora
 from unziplora.models.base import Base, borrowed, load_base
 from unziplora.probe import probe
-from unziplora.runs.folder import IMAGES, RunFolder
+from unziplora.runs.folder import RunFolder
 from unziplora.sampling import grid as grids
 from unziplora.sampling import sample as samples
 from unziplora.sampling.sources import loras_of
-from unziplora.utils.files import file_stem, free_folder, write_png
+from unziplora.utils.files import file_stem, free_folder
 from unziplora.utils.inputs import read_toml
 from unziplora.utils.logging import quiet
 from unziplora.utils.progress import Callback, counted, show
@@ -321,11 +321,13 @@ def _train(
         raise UserError("resume needs the run folder: give out=")
     folder = Path(out) if out is not None else _default_folder(sources, name or str(settings.get("content") or ""))
     keys = {**_set(settings), "out": folder}
-    if sources:
-        keys["images"] = [_image_file(image, number, folder) for number, image in enumerate(sources, 1)]
     saved = read_toml(folder / "config.toml") if resume else {}
-    with _prepared(model, saved, keys, base, pipe, progress) as (config, loaded, view):
-        return Run(train(config, resume=resume, progress=view, base=loaded).path)
+    in_memory = {number: image for number, image in enumerate(sources, 1) if isinstance(image, Image.Image)}
+    with RunFolder(folder).stored(in_memory, resume) as files:
+        if sources:
+            keys["images"] = [files.get(number, image) for number, image in enumerate(sources, 1)]
+        with _prepared(model, saved, keys, base, pipe, progress) as (config, loaded, view):
+            return Run(train(config, resume=resume, progress=view, base=loaded).path)
 
 
 def _default_folder(images: Sequence[ImageSource], name: str) -> Path:
@@ -333,15 +335,6 @@ def _default_folder(images: Sequence[ImageSource], name: str) -> Path:
     files = [file_stem(Path(image)) for image in images if not isinstance(image, Image.Image)]
     name = re.sub(r"[^\w.-]+", "-", files[0] if files else name).strip(".-")
     return free_folder(Path("runs") / (name or "image"))
-
-
-def _image_file(image: ImageSource, number: int, folder: Path) -> Path:
-    """Return the file of an image; one in memory is saved in the run folder first, for a resumed run."""
-    if not isinstance(image, Image.Image):
-        return Path(image)
-    file = folder / IMAGES / f"{number}.png"
-    write_png(file, image)
-    return file
 
 
 def _lora_path(source: LoraSource | None) -> Path | None:

@@ -9,18 +9,19 @@ import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
 from unziplora.config.split import SplitConfig
-from unziplora.errors import MachineError, UserError
+from unziplora.errors import MachineError, UserError, disk_full
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import base_name
 from unziplora.sampling.sources import find_lora, loras_of
 from unziplora.training.runner import in_run_folder
-from unziplora.utils.files import atomic_folder, atomic_write
+from unziplora.utils.files import atomic_folder, atomic_write, explain
 
 
 def recipe(out: Path, **changes: object) -> SplitConfig:
@@ -325,7 +326,7 @@ def test_run_that_stopped_between_its_files_is_not_a_content_lora(run: RunFolder
         find_lora(run.path, "style")
     run.card.touch()
     assert loras_of(run.path) == {"content": run.path}
-    with pytest.raises(UserError, match=r"it contains content\.safetensors: give the file that you mean"):
+    with pytest.raises(UserError, match=r"it contains cat-content\.safetensors: give the file that you mean"):
         find_lora(run.path, "style")
 
 
@@ -366,3 +367,117 @@ class TestLoraFiles:
     def test_files_of_other_tools_in_a_plain_folder_are_not_a_run(self, tmp_path: Path) -> None:
         (tmp_path / "ink-style.safetensors").touch()
         assert not RunFolder(tmp_path).loras
+
+
+class TestForeignDrives:
+    """Drives that lack a protection: one line of warning, and everything works."""
+
+    def lacks(self, monkeypatch: pytest.MonkeyPatch, name: str, number: int, folders_only: bool = False) -> None:
+        module: Any = fcntl if name == "flock" else os
+        original = getattr(module, name)
+
+        def refuse(target: Any, *args: Any) -> Any:
+            if not folders_only or stat.S_ISDIR(os.fstat(target).st_mode):
+                raise OSError(number, os.strerror(number))
+            return original(target, *args)
+
+        monkeypatch.setattr(module, name, refuse)
+
+    @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+    @pytest.mark.parametrize("folders_only", [True, False])
+    def test_drive_without_sync(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, folders_only: bool
+    ) -> None:
+        self.lacks(monkeypatch, "fsync", number, folders_only)
+        with pytest.warns(UserWarning, match="this drive does not sync files") as caught:
+            create(tmp_path / "cat", recipe(tmp_path / "cat")).checkpoint(200, fill_file)
+        assert len({str(warning.message) for warning in caught}) == 1
+        assert RunFolder(tmp_path / "cat").steps() == [200]
+
+    @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL])
+    def test_drive_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.lacks(monkeypatch, "flock", number)
+        with pytest.warns(UserWarning, match="no locks; let only one process train here"):
+            run = create(tmp_path / "cat", recipe(tmp_path / "cat"))
+        with pytest.warns(UserWarning, match="no locks"):
+            resume(run.path, recipe(run.path))
+
+    @pytest.mark.parametrize("number", [errno.EEXIST, errno.EPERM, errno.ENOTSUP])
+    def test_drive_that_does_not_replace_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        replace = os.replace
+
+        def refuse(source: Path, target: Path) -> None:
+            if os.path.exists(target):
+                raise OSError(number, os.strerror(number))
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", refuse)
+        atomic_write(tmp_path / "a", "one")
+        with pytest.warns(UserWarning, match="does not replace files in one step"):
+            atomic_write(tmp_path / "a", "two")
+        assert (tmp_path / "a").read_text() == "two"
+        assert names(tmp_path) == ["a"]
+
+
+class TestImagesInMemory:
+    image = Image.effect_noise((8, 8), 90)
+
+    def test_image_of_a_failed_request_goes_again(self, tmp_path: Path) -> None:
+        run = RunFolder(tmp_path / "cat")
+        with pytest.raises(UserError, match="wrong"), run.stored({2: self.image}):
+            raise UserError("wrong" if (run.path / "images" / "2.png").is_file() else "nothing stored")
+        assert not run.path.exists()
+
+    def test_image_of_an_unfinished_run_is_never_overwritten(self, run: RunFolder) -> None:
+        with run.stored({1: self.image}) as files:
+            before = files[1].read_bytes()
+        run.checkpoint(200, fill_file)
+        with pytest.raises(UserError, match="unfinished run"), run.stored({1: Image.new("L", (8, 8))}):
+            pass
+        assert files[1].read_bytes() == before
+
+    def test_resumed_run_takes_the_same_image_and_refuses_another(self, run: RunFolder) -> None:
+        with run.stored({1: self.image}):
+            pass
+        with run.stored({1: self.image}, resume=True) as files:
+            assert files[1].is_file()
+        with pytest.raises(UserError, match="image 1: another content"), run.stored({1: Image.new("L", (8, 8))}, True):
+            pass
+
+
+def test_new_run_that_fails_before_it_learns_leaves_no_trace(tmp_path: Path) -> None:
+    out = tmp_path / "cat"
+    with pytest.raises(MachineError, match="no network"), RunFolder.created(out, recipe(out)):
+        raise MachineError("no network")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MachineError, match="disk"), RunFolder.created(out, recipe(out)) as run:
+        raise MachineError(f"disk of {run.checkpoint(200, fill_file)}")
+    assert run.steps() == [200]
+
+
+def test_leftovers_of_a_killed_start_are_removed(tmp_path: Path) -> None:
+    for name in (".cat.0123abcd", ".cat.old", ".dog.0123abcd"):
+        (tmp_path / name / "samples").mkdir(parents=True)
+    create(tmp_path / "cat", recipe(tmp_path / "cat"))
+    assert names(tmp_path) == [".cat.old", ".dog.0123abcd", "cat"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_full_disk_is_recognized_by_its_number(error: Exception) -> None:
+    assert disk_full(error)
+
+
+def test_full_disk_behind_another_error_is_recognized() -> None:
+    error = RuntimeError("cannot save")
+    error.__cause__ = OSError(errno.ENOSPC, "")
+    assert disk_full(error)
+    assert "disk is full" in str(explain(Path("a"), error))
+    assert not disk_full(RuntimeError("no space left on device"))

@@ -50,7 +50,7 @@ def process_state() -> dict[str, Any]:
         "warnings": list(warnings.filters),
         "denormals": (torch.full((1,), 1e-40) * 1.0).item() > 0,
         "random": (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())),
-        "signals": {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)},
+        "signals": {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)},
     }
 
 

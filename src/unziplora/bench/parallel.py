@@ -21,7 +21,7 @@ import torch
 from unziplora.errors import Interrupted
 from unziplora.models.device import pick_device
 from unziplora.utils.progress import Callback, Progress
-from unziplora.utils.signals import caught
+from unziplora.utils.signals import STOP, caught
 
 if TYPE_CHECKING:
     from unziplora.bench.cases import Case
@@ -73,7 +73,7 @@ def evaluate_in_parallel(
         fields = workspace.folder, dict(workspace.overrides), dict(workspace.method_folders)
         work = [pool.submit(_evaluate_group, group, *fields) for group in groups]
         try:
-            with caught(signal.default_int_handler, signal.SIGTERM):  # like Ctrl-C, so that no worker remains
+            with caught(signal.default_int_handler, *STOP):  # like Ctrl-C, so that no worker remains
                 _follow(work, [len(group) for group in groups], session.progress)
         except BaseException:
             stop.set()  # a group that a worker has received cannot be canceled

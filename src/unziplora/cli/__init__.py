@@ -13,7 +13,8 @@ from io import TextIOWrapper
 import click
 
 from unziplora.cli.output import debugging, note, report_error, warnings_shown
-from unziplora.errors import UserError
+from unziplora.errors import UserError, first_line
+from unziplora.utils.streams import steady_output
 
 COMMANDS = {
     "split": "unziplora.cli.split",
@@ -78,19 +79,26 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 success, 1 machine fault, 2 wrong request, 130 interrupted."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in args
     if not debugging():
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a letter that a code page lacks must not make the command fail
             stream.reconfigure(errors="backslashreplace")
+    with steady_output() as out:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        out.flush()
+        if out.error is not None and not isinstance(out.error, BrokenPipeError):
+            note(f"error: the result cannot be written to stdout ({first_line(out.error)})")
+        return code or int(out.error is not None)
+
+
+def _run(args: list[str]) -> int:
+    as_json = "--json" in args
     try:
         _check_encoding(args)
         with warnings_shown(quiet="--quiet" in args or "-q" in args):
             code = cli.main(args, prog_name="unziplora", standalone_mode=False)
-            sys.stdout.flush()
             return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         note(error.format_message())
@@ -99,10 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ctx = getattr(error, "ctx", None)
         where = f" (see {ctx.command_path} --help)" if ctx else ""
         return report_error(UserError(error.format_message().rstrip(".") + where), as_json)
-    except BrokenPipeError:
-        # the reader of a pipe has gone: the rest of the buffer must not raise again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except (KeyboardInterrupt, click.Abort):
         return report_error(KeyboardInterrupt(), as_json)
     except Exception as error:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError, first_line, out_of_memory
+from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError, disk_full, first_line, out_of_memory
 from unziplora.utils.text import printable
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def report_error(error: BaseException, as_json: bool) -> int:
         code, text = 130, "interrupted"
     elif out_of_memory(error):
         code, text = 1, f"not enough memory ({first_line(error)}): close other programs, or choose smaller settings"
+    elif disk_full(error):
+        code, text = 1, f"the disk is full ({first_line(error)}): free some space, or write to another disk"
     else:
         code = 1
         text = (

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +136,7 @@ class RunFolder:
         """Create the folder of a new run with its configuration, locked while the context is open.
 
         A new folder appears with its configuration in it. An empty folder, or one of a run that has learned nothing
-        yet, is reused. Paths become absolute. If the context fails before anything is learned, a new folder goes.
+        yet, is reused. Paths become absolute. If the context fails before anything is learned, no trace is left.
 
         Raises:
             UserError: the folder contains something, or another process is using it.
@@ -145,7 +145,7 @@ class RunFolder:
         run = cls(path)
         run.check_free()  # before the lock, whose file would stay in someone else's folder
         remove_leftovers(path.parent, re.escape(path.name))
-        settings = to_toml(with_absolute_paths(config))
+        settings, first = to_toml(with_absolute_paths(config)), not run.config_file.exists()
         new = not path.exists() and atomic_folder(path, lambda folder: cls(folder)._furnish(settings))
         with run.lock():
             if not new:
@@ -157,8 +157,8 @@ class RunFolder:
             try:
                 yield run
             except (UserError, MachineError):
-                if new and run.is_free():
-                    shutil.rmtree(path, ignore_errors=True)
+                if first and run.is_free():
+                    run._remove_traces()
                 raise
 
     def _furnish(self, settings: str) -> None:
@@ -168,6 +168,44 @@ class RunFolder:
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         atomic_write(self.config_file, settings)
+
+    def _remove_traces(self) -> None:
+        """Remove the files of a run that has learned nothing, and the folder if nothing else is in it."""
+        for folder in ("samples", "checkpoints", "trackers"):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+        with suppress(OSError):
+            for name in ("config.toml", "log.jsonl", ".lock", ".lock.pid"):
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
+
+    @contextmanager
+    def stored(self, images: Mapping[int, Image.Image], resume: bool = False) -> Iterator[dict[int, Path]]:
+        """Store images that are in memory in the folder, before its run begins; if none begins, they go again.
+
+        Args:
+            images: by number.
+            resume: the run began with the same images.
+
+        Raises:
+            UserError: the folder contains something, or the run that is to be resumed began with other images.
+        """
+        files = {number: self.path / IMAGES / f"{number}.png" for number in images}
+        if images and not resume:
+            self.check_free()
+        for number, image in images.items():
+            if not resume:
+                write_png(files[number], image)
+            elif not _shows(files[number], image):
+                self.check_unchanged([f"image {number}: another content"])
+        try:
+            yield files
+        finally:
+            if images and not self.config_file.exists():
+                with suppress(OSError):
+                    for file in files.values():
+                        file.unlink(missing_ok=True)
+                    (self.path / IMAGES).rmdir()
+                    self.path.rmdir()
 
     def check_free(self) -> None:
         """Refuse a folder in which no new run can begin.
@@ -343,6 +381,16 @@ class RunFolder:
         path = self.samples / f"{name}.png"
         write_png(path, image)
         return path
+
+
+def _shows(file: Path, image: Image.Image) -> bool:
+    """Check whether a file that this package wrote contains an image."""
+    from PIL import Image
+
+    if not file.is_file():
+        return False
+    with Image.open(file) as stored:
+        return stored.convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
 
 
 def located(config: Recipe) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from unziplora.utils.streams import SteadyStream
 from unziplora.utils.text import printable
 
 if TYPE_CHECKING:
@@ -173,11 +174,12 @@ class Notebook(View):
 
 def show(quiet: bool = False, stream: TextIO | None = None) -> View:
     """Return the view that suits the output stream: a context manager and the callback of a job."""
-    if quiet:
-        return View()
     if stream is None and _in_notebook():
-        return Notebook()
+        return View() if quiet else Notebook()
     stream = stream or sys.stderr
+    if quiet or stream is None:  # as in a program without a console
+        return View()
+    stream = cast(TextIO, SteadyStream(stream))
     return Rich(stream) if stream.isatty() else Lines(stream)
 
 

@@ -1,6 +1,8 @@
 """UnZipLoRA on a tiny base: trained and frozen parts, prompts of each LoRA, columns, exact resume."""
 
 import itertools
+import os
+import signal
 
 import pytest
 import torch
@@ -314,9 +316,6 @@ def test_shares_of_steps_alone_must_leave_steps_together():
 
 
 def test_stop_request_finishes_the_step_and_saves(tiny_base):
-    import os
-    import signal
-
     method = build(tiny_base)
     trainer = Trainer(method, method.config)
     saved: list[int] = []
@@ -327,6 +326,18 @@ def test_stop_request_finishes_the_step_and_saves(tiny_base):
 
     assert train(trainer, 0, report, saved.append, lambda step: None) == 3
     assert saved == [3]
+
+
+def test_stop_request_ends_a_sample_sheet_and_saves_the_steps_before_it(tiny_base):
+    method = build(tiny_base, sample_every=2)
+    saved: list[int] = []
+
+    def sample(done: int) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        pytest.fail("the sheet went on")
+
+    assert train(Trainer(method, method.config), 0, lambda step: None, saved.append, sample) == 2
+    assert saved == [2]
 
 
 def test_block_maps_are_read_from_files_and_checked(tmp_path, tiny_base, monkeypatch):

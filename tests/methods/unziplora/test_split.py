@@ -149,14 +149,14 @@ def test_killed_run_continues_from_its_last_whole_checkpoint(config, tmp_path):
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("when", ["loading base", "wrote "])
-def test_run_stopped_outside_its_steps_can_be_resumed(config, tmp_path, when):
+@pytest.mark.parametrize(("when", "number"), [("loading base", signal.SIGHUP), ("wrote ", signal.SIGTERM)])
+def test_run_stopped_outside_its_steps_can_be_resumed(config, tmp_path, when, number):
     whole = split(config(out=tmp_path / "whole", sample_seeds=[]))
     steps: list[int] = []
 
     def stop(event: Progress) -> None:
         if (event.message or "").startswith(when):
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
 
     def count(event: Progress) -> None:
         steps.extend([event.step] if event.loss == event.loss else [])
