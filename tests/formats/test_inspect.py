@@ -168,6 +168,12 @@ def test_a_small_base_opens_in_diffusers_alone(tmp_path):
     assert answers(tmp_path / "a.safetensors") == {**dict.fromkeys(PROGRAMS, "no"), "diffusers": "yes"}
 
 
+def test_a_block_that_sdxl_does_not_have_is_of_another_base(tmp_path):
+    deep = {"down_blocks.1.attentions.0.transformer_blocks.2.attn1.to_q": (torch.ones(1, 640), torch.ones(640, 1))}
+    write_lora(Lora({**full(".attn1").modules, **deep}), tmp_path / "a.safetensors")
+    assert inspect(tmp_path / "a.safetensors").base == "a base of SDXL's topology, of another size"
+
+
 def test_verdict_on_an_unchecked_layout_is_unknown(tmp_path):
     lora = full(".attn1.to_q")
     tensors = {

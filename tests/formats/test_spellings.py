@@ -214,6 +214,9 @@ def test_peft_adapters_that_are_not_plain_loras_are_refused(tmp_path, changes):
     path = write(tmp_path, {f"base_model.model.{Q}": pair(16, 16)}, ROLES["PEFT"])
     with pytest.raises(UserError, match=next(iter(changes))):
         read_lora(path)
+    file = write(tmp_path, {f"unet.{Q}": pair(16, 16)}, ROLES["PEFT"]).rename(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=next(iter(changes))):
+        read_lora(file)
     header = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
     path = write(tmp_path, {f"unet.{Q}": pair(16, 16)}, ROLES["PEFT"], metadata=header)
     with pytest.raises(UserError, match=next(iter(changes))):

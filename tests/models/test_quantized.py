@@ -107,6 +107,7 @@ QUANTIZED = {
     "GPTQ": {f"{X}.qweight": INT8, f"{X}.scales": torch.ones(4)},
     "quanto": {f"{X}.weight._data": INT8, f"{X}.weight._scale": torch.ones(4)},
     "companion": {f"{Y}.zero_point": torch.ones(4)},
+    "c.*mpanion": {f"{X}_scale": torch.ones(4)},
     "compressed tensors": {f"{X}.weight_packed": INT8},
     "a scale that does not fit": {f"{X}.weight_scale": torch.ones(4)},
     "not a module": {f"{V}.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), f"{V}.scale_weight": torch.ones(())},

@@ -25,6 +25,7 @@ from unziplora.lora.weights import Lora
 from unziplora.utils.inputs import read_text
 
 Layout = Literal["kohya", "kohya-diffusers", "diffusers"]
+PEFT_FILE = "adapter_model.safetensors"
 LAYOUTS: tuple[Layout, ...] = ("kohya", "kohya-diffusers", "diffusers")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -102,7 +103,7 @@ def _layers(metadata: Mapping[str, str], config: Mapping[str, Any]) -> int:
 
 def _adapter_configs(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
     """Read the configuration that PEFT wrote next to its file, or diffusers into the header, if there is one."""
-    if any(map(is_peft, keys)):
+    if any(map(is_peft, keys)) or (path.name == PEFT_FILE and (path.parent / ADAPTER_CONFIG).exists()):
         try:
             text = read_text(path.parent / ADAPTER_CONFIG)
         except (OSError, ValueError):

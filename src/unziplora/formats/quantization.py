@@ -89,12 +89,13 @@ def _fits(scale: str, weight: str, shapes: Mapping[str, tuple[int, ...]], dtypes
 
 
 def _owner(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Return the weight that a tensor seems to belong to: `X.weight` for `X.weight_scale` and `X.zero_point`."""
+    """Return the matrix that a tensor seems to belong to: `X.weight` for `X.zero_point`, `X.weight_zero`, `X_zero`."""
     owner, _, last = name.rpartition(".")
     if last in ("weight", "bias"):
         return None
-    cuts = [f"{owner}.weight", owner, *(f"{owner}.{last[: match.start()]}" for match in re.finditer("_", last))]
-    return next((weight for weight in cuts if weight in shapes), None)
+    owners = [owner, *(f"{owner}.{last[: match.start()]}" for match in re.finditer("_", last[:100]))]
+    matrices = (weight for owner in owners for weight in (f"{owner}.weight", owner) if len(shapes.get(weight, ())) > 1)
+    return next(matrices, None)
 
 
 def _refusal(kind: str, name: str) -> UserError:
