@@ -75,7 +75,8 @@ def test_untrained_modules_are_reported(tmp_path):
     found = inspect(tmp_path / "a.safetensors")
     middle = found.blocks["mid_block.attentions.0"]
     assert middle.untrained == middle.modules == len(found.untrained)
-    assert "mid_block.attentions.0" in found.problems[0]
+    assert found.problems == []  # a method may close whole blocks
+    assert any("mid_block.attentions.0" in line and line.endswith("untrained") for line in found.lines())
     nothing = Lora({path: (down, torch.zeros_like(up)) for path, (down, up) in lora.modules.items()})
     write_lora(nothing, tmp_path / "b.safetensors")
     assert inspect(tmp_path / "b.safetensors").problems == ["untrained: ΔW = 0 in every module"]
@@ -160,7 +161,8 @@ def test_diffusers_drops_added_embeddings_by_kohyas_names(tmp_path):
     added = {"add_embedding.linear_1": (torch.ones(1, 2816), torch.ones(1280, 1))}
     write_lora(Lora({**full().modules, **added}), tmp_path / "a.safetensors", "kohya-diffusers")
     found = inspect(tmp_path / "a.safetensors").loads_in["diffusers"]
-    assert (found.answer, found.reason) == ("partly", "drops 1 modules of add_embedding, without an error")
+    assert found.answer == "partly"
+    assert found.reason == "drops 1 modules, such as add_embedding.linear_1, without an error"
 
 
 def test_a_small_base_opens_in_diffusers_alone(tmp_path):

@@ -85,7 +85,7 @@ def inspect(path: str | Path) -> Inspection:
     modules = read_modules(path, tensors, metadata)
     factors = modules.all
     untrained = [name for name, f in factors.items() if not f.up.float().any() or not f.down.float().any()]
-    full_size = has_sdxl_widths(modules.shapes)
+    full_size, broken = has_sdxl_widths(modules.shapes), not_finite(tensors)
     return Inspection(
         path=path,
         bytes=path.stat().st_size,
@@ -104,8 +104,8 @@ def inspect(path: str | Path) -> Inspection:
         untrained=untrained,
         trigger_words=trigger_words(metadata),
         metadata=metadata,
-        loads_in=verdicts_on(modules, full_size, metadata),
-        problems=_problems(not_finite(tensors), untrained, len(factors)) + _unread(modules.unread),
+        loads_in=verdicts_on(modules, full_size, metadata, tensors, not broken),
+        problems=_problems(broken, len(untrained) == len(factors), modules.unread),
     )
 
 
@@ -125,19 +125,15 @@ def _blocks(unet: dict[str, StoredFactors], untrained: set[str]) -> dict[str, Bl
     }
 
 
-def _problems(broken: list[str], untrained: list[str], modules: int) -> list[str]:
+def _problems(broken: list[str], untrained: bool, unread: list[str]) -> list[str]:
     problems = []
     if broken:
         problems.append(f"{len(broken)} tensors hold NaN or infinity, the first: {broken[0]}; the file is useless")
-    if len(untrained) == modules:
+    if untrained:
         problems.append("untrained: ΔW = 0 in every module")
-    elif untrained:
-        problems.append(f"{len(untrained)} modules are untrained (ΔW = 0), the first: {untrained[0]}")
+    if unread:
+        problems.append(f"{len(unread)} tensors are not part of the LoRA, the first: {shown(unread[:1])}")
     return problems
-
-
-def _unread(keys: list[str]) -> list[str]:
-    return [f"{len(keys)} tensors are not part of the LoRA, the first: {shown(keys[:1])}"] if keys else []
 
 
 def _kind(path: str) -> str:

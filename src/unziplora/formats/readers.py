@@ -27,6 +27,11 @@ _FACTOR = re.compile(
     r"(?:\.lora_linear_layer\.|[._]lora\.|\.lora_)(?P<part>down|up|A|B)(?:(?:\.(?!bias)[\w-]+)?\.weight)?\Z"
 )
 _ALPHA = re.compile(r"(?:[._]lora|\.lora_linear_layer)?\.alpha\Z")
+_ENDINGS = {  # of the layouts that programs know by name
+    **dict.fromkeys(("kohya", "kohya-diffusers"), r"\.lora_(down|up)\.weight"),
+    "diffusers": r"\.lora_[AB]\.weight",
+    "diffusers-old": r"([._]lora|\.lora_linear_layer)\.(down|up)\.weight",
+}
 _PARTS = {"down": "down", "A": "down", "up": "up", "B": "up"}
 _LONGEST_KEY = 500
 
@@ -66,6 +71,10 @@ class FileModules:
     def all(self) -> dict[str, StoredFactors]:
         return {**self.unet, **self.text}
 
+    def text_of(self, encoder: str) -> dict[str, StoredFactors]:
+        """Return the modules of one text encoder, `text_encoder` or `text_encoder_2`."""
+        return {path: factors for path, factors in self.text.items() if path.startswith(f"{encoder}.")}
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Path of a UNet module → shape of ΔW, (out, in)."""
@@ -98,7 +107,7 @@ def group_by_module(
     unread = []
     for key, tensor in tensors.items():
         try:
-            name, part, ab = _split_key(unwrap(key))
+            name, part, ending = _split_key(unwrap(key))
             component, path, layout = parse_name(name, layers)
         except ValueError:
             unread.append(key)
@@ -107,8 +116,7 @@ def group_by_module(
         if part != "alpha":
             if names.setdefault(module, name) != name:
                 raise UserError(f"{module} is in the file twice: as {names[module]!r} and as {name!r}")
-            layout = "diffusers-old" if layout == "diffusers" and not ab else layout
-            layout = "peft" if is_peft(key) else "other" if unwrap(key) != key else layout
+            layout = "peft" if is_peft(key) else "other" if unwrap(key) != key else _spelled(layout, ending)
             (unet_layouts if component == "unet" else text_layouts).add(layout)
         if part in modules.setdefault(module, {}):
             raise UserError(
@@ -120,7 +128,7 @@ def group_by_module(
         raise UserError(f"{len(unknown)} of {len(tensors)} keys are not understood, the first: {shown(unknown[:3])}")
     if not modules:
         raise UserError("the file has no module of SDXL")
-    layout = _layout(unet_layouts or text_layouts)
+    layout = _layout(unet_layouts, text_layouts)
     factors = {}
     for module, parts in modules.items():
         for name, stored in _unfused(module, _factors(module, parts, configs or {})):
@@ -137,13 +145,20 @@ def shown(keys: Sequence[str]) -> str:
     return ", ".join(repr(key if len(key) <= 120 else key[:120] + "…") for key in keys)
 
 
-def _split_key(key: str) -> tuple[str, str, bool]:
-    """Split a key into the module's name and "down", "up" or "alpha", with a flag for the letters A and B."""
+def _spelled(layout: str, ending: str) -> str:
+    """Return the layout of a key by its ending too: each program reads one spelling only."""
+    if layout == "diffusers" and re.fullmatch(_ENDINGS["diffusers-old"], ending):
+        return "diffusers-old"
+    return layout if re.fullmatch(_ENDINGS.get(layout, ".*"), ending) else "other"
+
+
+def _split_key(key: str) -> tuple[str, str, str]:
+    """Split a key into the module's name and "down", "up" or "alpha", and return how it ends."""
     if len(key) <= _LONGEST_KEY:
         if match := _FACTOR.search(key):
-            return key[: match.start()], _PARTS[match["part"]], match["part"] in "AB"
+            return key[: match.start()], _PARTS[match["part"]], match[0]
         if match := _ALPHA.search(key):
-            return key[: match.start()], "alpha", False
+            return key[: match.start()], "alpha", match[0]
     raise ValueError("neither a factor nor an alpha")
 
 
@@ -162,7 +177,9 @@ def _is_of_the_model(key: str, layers: int) -> bool:
     return False
 
 
-def _layout(layouts: set[str]) -> str:
+def _layout(unet: set[str], text: set[str]) -> str:
+    """Return the one layout of a file; kohya's names of text encoders go with both of its names of blocks."""
+    layouts = unet | (text - {"kohya"} if unet & {"kohya", "kohya-diffusers"} else text)
     if len(layouts) == 1:
         return layouts.pop()
     return "kohya-mixed" if layouts == {"kohya", "kohya-diffusers"} else "mixed"
