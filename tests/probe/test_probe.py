@@ -243,6 +243,8 @@ def test_unusable_base_device_size_and_folder_are_refused(tiny_base: Base, tmp_p
     refused("whatever the content words: name words that it knows with --contents")
     refused("multiple of 8", resolution=20)
     assert not any((tmp_path / "out").iterdir())
+    (tmp_path / "out" / "pictures.png").touch()  # of a result that a kill interrupted
+    refused("multiple of 8", resolution=20)
     (tmp_path / "out" / "blocks.toml").touch()
     refused("exists and is not an empty folder")
     refused("exists and is not an empty folder", out=tmp_path / "out" / "blocks.toml")

@@ -1,5 +1,7 @@
 """A run is killed before each of its file operations; it then goes on to the same result, or starts again."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +18,7 @@ from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.zip import ZipConfig
-from unziplora.errors import MachineError, UserError
+from unziplora.errors import Interrupted, MachineError, UserError
 from unziplora.formats.files import write_lora
 from unziplora.lora.weights import Lora
 from unziplora.methods.blora import train_blora
@@ -25,6 +27,8 @@ from unziplora.methods.unziplora.method import split
 from unziplora.methods.ziplora.method import zip_loras
 from unziplora.models.base import Base
 from unziplora.runs.folder import RunFolder
+from unziplora.training.runner import TrainingRun
+from unziplora.training.trainer import StepReport
 
 METHODS: dict[str, tuple[Callable[..., RunFolder], type, dict[str, Any]]] = {
     "split": (split, SplitConfig, {"content": "cat", "style": "ink", "column_periods": 1, "column_warmup": 1}),
@@ -121,6 +125,50 @@ def test_process_that_is_killed_leaves_the_same_as_a_snapshot(
     assert in_fork(work) == KILLED
     whole = train("direct", files, tmp_path / "whole" / "run", tiny_base)
     check(train_on("direct", files, tmp_path / "killed" / "run", tiny_base), dict(tensors(whole)))
+
+
+def test_changes_are_noticed_and_damage_is_survived(
+    files: dict[str, Any], tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with two checkpoints is resumed after each change of what it was learning from, and after damage."""
+    monkeypatch.setenv("UNZIPLORA_CACHE", str(tmp_path / "cache"))
+    files |= {"prior": 1.0, "prior_images": 1, "generated_steps": 1, "generated_guidance": 1, "sample_seeds": []}
+    whole = train("dreambooth", files, tmp_path / "whole" / "run", tiny_base)
+    cut = tmp_path / "cut" / "run"
+
+    def stop(self: TrainingRun[Any], step: StepReport) -> None:
+        if step.done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingRun, "step", stop)
+    with pytest.raises(Interrupted):
+        train("dreambooth", files, cut, tiny_base)
+    monkeypatch.undo()
+    monkeypatch.setenv("UNZIPLORA_CACHE", str(tmp_path / "cache"))
+    assert RunFolder(cut).steps() == [1, 2]
+
+    def refuse(change: str, **settings: Any) -> None:
+        with pytest.raises(UserError, match=rf"these differ: {change}\. Leave changed settings out"):
+            train("dreambooth", {**files, **settings}, cut, tiny_base, resume=True)
+
+    refuse("seed: 0 → 1, rank: 2 → 4", seed=1, rank=4)
+    (class_image,) = (tmp_path / "cache").rglob("*.png")
+    for file, name in ((files["images"][0], "images"), (class_image, "class images of 'a cat'")):
+        content = file.read_bytes()
+        Image.new("RGB", (64, 64), "red").save(file)
+        refuse(f"{name}: another content")
+        file.write_bytes(content)
+    weight = tiny_base.unet.conv_out.weight.data
+    before = weight.clone()
+    weight += 1
+    refuse(".*base: other weights")
+    weight.copy_(before)
+    newest = RunFolder(cut).checkpoint_file(2)
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with pytest.warns(UserWarning, match=r"step-000002\.safetensors is damaged; going on from the one after step 1"):
+        check(train("dreambooth", files, cut, tiny_base, resume=True), dict(tensors(whole)))
 
 
 @pytest.mark.slow

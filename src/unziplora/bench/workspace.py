@@ -112,7 +112,7 @@ class Workspace:
             _check_settings(run, config)
         if run.card.exists():
             return run
-        return train(config, bool(run.steps()))
+        return train(config, run.unfinished and not run.is_free())
 
 
 def training_settings(config: TrainingConfig) -> dict[str, Any]:

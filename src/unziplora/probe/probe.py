@@ -39,6 +39,9 @@ SHEET_SEEDS = 2
 PairImages = dict[str, list[list[Image.Image]]]
 """Images of one pair by axis, a row of seeds each: prompt P, each block swapped, all blocks swapped, prompt Q."""
 
+FILES = {"map": "blocks.toml", "figures": "probe.json", "plot": "probe.png", "pictures": "pictures.png"}
+"""Files of a result, the map being the last to be written."""
+
 
 def find_blocks(
     config: ProbeConfig,
@@ -149,8 +152,7 @@ def movements(measure: Measure, axis: str, rows: Sequence[Sequence[Image.Image]]
 
 def write_findings(config: ProbeConfig, findings: Findings, values: dict[str, Tensor], images: PairImages) -> Findings:
     """Write all files, the block map last; return the findings with the paths of the files."""
-    names = {"map": "blocks.toml", "figures": "probe.json", "plot": "probe.png", "pictures": "pictures.png"}
-    files = {name: config.out / file for name, file in names.items()}
+    files = {name: config.out / file for name, file in FILES.items()}
     pairs, blocks = config.word_pairs(), [*findings.blocks, ALL]
     figures = {
         **findings.model_dump(mode="json", exclude={"files"}),
@@ -176,7 +178,9 @@ def _sheet(config: ProbeConfig, findings: Findings, images: PairImages) -> Image
 
 def _check_out(config: ProbeConfig) -> None:
     try:
-        occupied = config.out.exists() and any(not entry.name.startswith(".") for entry in config.out.iterdir())
+        names = {entry.name for entry in config.out.iterdir()} if config.out.exists() else set()
+        # without its map, which is written last, the result of a probe was interrupted
+        occupied = FILES["map"] in names or any(name not in FILES.values() for name in names if name[0] != ".")
     except NotADirectoryError:
         occupied = True
     except OSError as error:
