@@ -100,36 +100,12 @@ def group_by_module(
             f"the file holds {match[0]} adapters (key {shown(match[1:])}): only plain LoRA is understood. "
             "Convert it with the tool that made it, for example by extracting a LoRA from the merged model"
         )
-    modules: dict[str, dict[str, Tensor]] = {}
-    names: dict[str, str] = {}
-    unet_layouts: set[str] = set()
-    text_layouts: set[str] = set()
-    unread = []
-    for key, tensor in tensors.items():
-        try:
-            name, part, ending = _split_key(unwrap(key))
-            component, path, layout = parse_name(name, layers)
-        except ValueError:
-            unread.append(key)
-            continue
-        module = f"{component}.{path}"
-        if part != "alpha":
-            if names.setdefault(module, name) != name:
-                raise UserError(f"{module} is in the file twice: as {names[module]!r} and as {name!r}")
-            layout = "peft" if is_peft(key) else "other" if unwrap(key) != key else _spelled(layout, ending)
-            (unet_layouts if component == "unet" else text_layouts).add(layout)
-        if part in modules.setdefault(module, {}):
-            raise UserError(
-                f"{module} is in the file twice, by {key!r} and another key: two adapters in one file? "
-                "Save each into a file of its own"
-            )
-        modules[module][part] = tensor
+    modules, layout, unread = _collect(tensors, layers)
     if unknown := [key for key in unread if _is_of_the_model(key, layers)]:
         raise UserError(f"{len(unknown)} of {len(tensors)} keys are not understood, the first: {shown(unknown[:3])}")
     if not modules:
         raise UserError("the file has no module of SDXL")
-    layout = _layout(unet_layouts, text_layouts)
-    factors = {}
+    factors: dict[str, StoredFactors] = {}
     for module, parts in modules.items():
         for name, stored in _unfused(module, _factors(module, parts, configs or {})):
             if name in factors:
@@ -138,6 +114,34 @@ def group_by_module(
     unet = {module.removeprefix("unet."): f for module, f in factors.items() if module.startswith("unet.")}
     text = {module: f for module, f in factors.items() if not module.startswith("unet.")}
     return FileModules(layout, unet, text, unread)
+
+
+def _collect(tensors: Mapping[str, Tensor], layers: int) -> tuple[dict[str, dict[str, Tensor]], str, list[str]]:
+    """Return the tensors of each module by role, the layout, and the keys that belong to no module."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    names: dict[str, str] = {}
+    layouts: dict[bool, set[str]] = {True: set(), False: set()}  # of the UNet, of the text encoders
+    unread = []
+    for key, tensor in tensors.items():
+        try:
+            name, role, ending = _split_key(unwrap(key))
+            component, path, layout = parse_name(name, layers)
+        except ValueError:
+            unread.append(key)
+            continue
+        module = f"{component}.{path}"
+        if role != "alpha":
+            if names.setdefault(module, name) != name:
+                raise UserError(f"{module} is in the file twice: as {names[module]!r} and as {name!r}")
+            layout = "peft" if is_peft(key) else "other" if unwrap(key) != key else _spelled(layout, ending)
+            layouts[component == "unet"].add(layout)
+        if role in modules.setdefault(module, {}):
+            raise UserError(
+                f"{module} is in the file twice, by {key!r} and another key: two adapters in one file? "
+                "Save each into a file of its own"
+            )
+        modules[module][role] = tensor
+    return modules, _layout(layouts[True], layouts[False]), unread
 
 
 def shown(keys: Sequence[str]) -> str:
@@ -153,7 +157,7 @@ def _spelled(layout: str, ending: str) -> str:
 
 
 def _split_key(key: str) -> tuple[str, str, str]:
-    """Split a key into the module's name and "down", "up" or "alpha", and return how it ends."""
+    """Split a key into the module's name and its role, "down", "up" or "alpha", and return how it ends."""
     if len(key) <= _LONGEST_KEY:
         if match := _FACTOR.search(key):
             return key[: match.start()], _PARTS[match["part"]], match[0]

@@ -40,7 +40,9 @@ def scaled_weights(
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except ValueError as error:
-        raise UserError(f"{path}: a scale for {error}; take the file in fp16, bf16 or fp32") from None
+        raise UserError(
+            f"{path}: a scaled weight outside UNet and text encoders ({error}); take the file in fp16, bf16 or fp32"
+        ) from None
 
 
 @torch.no_grad()
