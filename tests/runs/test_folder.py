@@ -8,10 +8,12 @@ import resource
 import signal
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+from crashes import snapshots
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -455,6 +457,37 @@ def test_new_run_that_fails_before_it_learns_leaves_no_trace(tmp_path: Path) -> 
     with pytest.raises(MachineError, match="disk"), RunFolder.created(out, recipe(out)) as run:
         raise MachineError(f"disk of {run.checkpoint(200, fill_file)}")
     assert run.steps() == [200]
+
+
+@pytest.mark.parametrize("before", ["nothing", "an empty folder", "a run that failed", "a run that was killed"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_folder_can_be_resumed_or_started_again_at_every_moment_of_its_start(
+    tmp_path: Path, before: str, fails: bool
+) -> None:
+    folder, out = tmp_path / "folder", tmp_path / "folder" / "cat"
+    out.mkdir(parents=True)
+    if before == "nothing":
+        out.rmdir()
+    elif before != "an empty folder":
+        run = create(out, recipe(out))
+        run.log(step=1)
+        (out / "trackers").mkdir()
+
+    def start() -> None:
+        if before == "a run that failed":
+            RunFolder(out)._remove_traces()
+        with suppress(UserError), RunFolder.created(out, recipe(out)) as run:
+            run.log(step=1)
+            if fails:
+                raise UserError("wrong")
+
+    states = snapshots(folder, start, tmp_path / "killed")
+    assert len(states) > 5
+    for state in states:
+        run = RunFolder(state / "cat")
+        assert resume(run.path, recipe(out)) if run.config_file.exists() else run.is_free(), state.name
+        if not run.path.exists() or not run.unfinished:
+            create(run.path, recipe(run.path))
 
 
 def test_leftovers_of_a_killed_start_are_removed(tmp_path: Path) -> None:

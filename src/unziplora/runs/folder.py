@@ -171,11 +171,13 @@ class RunFolder:
 
     def _remove_traces(self) -> None:
         """Remove the files of a run that has learned nothing, and the folder if nothing else is in it."""
-        for folder in ("samples", "checkpoints", "trackers"):
-            shutil.rmtree(self.path / folder, ignore_errors=True)
         with suppress(OSError):
-            for name in ("config.toml", "log.jsonl", ".lock", ".lock.pid"):
-                (self.path / name).unlink(missing_ok=True)
+            for name in ("log.jsonl", "trackers", "config.toml", "samples", "checkpoints", ".lock.pid", ".lock"):
+                entry = self.path / name
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
             self.path.rmdir()
 
     @contextmanager
@@ -301,7 +303,7 @@ class RunFolder:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            number = owner.read_text().strip() if owner.is_file() else ""
+            number = owner.read_text(errors="replace").strip() if owner.is_file() else ""
             raise UserError(
                 f"{self.path}: process {number or 'unknown'} is training into this folder; "
                 "wait for it, or choose another --out"
