@@ -1,0 +1,1 @@
+"""Campaign of kills, damaged inputs, flipped bits and full disks: `python -m reliability --help`."""
