@@ -1,8 +1,9 @@
-# make demo   set up everything and split the two pictures that ship with the repository
-# make test   set up everything and run lint, type check and tests
-# make setup  only the environment in .venv, without what the tests need
-# make gpu    the tests that need an NVIDIA card
-# make clean  remove .venv and what was built
+# make demo     set up everything and split the two pictures that ship with the repository
+# make test     set up everything and run lint, type check and tests
+# make setup    only the environment in .venv, without what the tests need
+# make torture  half an hour of kills, damaged inputs, flipped bits and full disks (docs/reliability.md)
+# make gpu      the tests that need an NVIDIA card
+# make clean    remove .venv and what was built
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -12,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --quiet -c constraints.txt
 # gigabytes of CUDA libraries.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup tools demo test gpu lint clean
+.PHONY: setup tools demo test torture gpu lint clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +41,9 @@ lint: tools
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+torture: setup
+	$(BIN)/python -m reliability
 
 gpu: tools
 	$(BIN)/python -m pytest -m gpu

@@ -16,7 +16,7 @@ from reliability.corpus import make_corpus
 from reliability.workshop import METHODS, Workshop, use_cache
 from unziplora.bench.contenders import read_settings
 from unziplora.bench.photos import load_photos
-from unziplora.config.recipe import read_toml, resolve
+from unziplora.config.recipe import resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.errors import UnziploraError
@@ -29,6 +29,7 @@ from unziplora.models.base import load_base
 from unziplora.models.sizes import inspect_base
 from unziplora.runs.folder import RunFolder
 from unziplora.sampling.sources import find_loras, loras_of
+from unziplora.utils.inputs import read_toml
 
 Damage = Callable[[random.Random, Path], object]
 
