@@ -23,13 +23,14 @@ from unziplora.errors import UnziploraError
 from unziplora.formats.convert import convert, resize_file
 from unziplora.formats.files import read_lora
 from unziplora.formats.inspect import inspect
-from unziplora.images.preprocess import load_image, load_mask
+from unziplora.images.preprocess import ImageFile, load_image, load_images
 from unziplora.lora.blocks import read_blocks
 from unziplora.models.base import load_base
 from unziplora.models.sizes import inspect_base
 from unziplora.runs.folder import RunFolder
 from unziplora.sampling.sources import find_loras, loras_of
 from unziplora.utils.inputs import read_toml
+from unziplora.utils.text import printable
 
 Damage = Callable[[random.Random, Path], object]
 
@@ -61,6 +62,14 @@ def damage_any(draw: random.Random, file: Path) -> None:
     damage = {".json": mutations.damage_json, ".toml": mutations.damage_toml}
     damage[".safetensors"] = mutations.damage_safetensors
     damage.get(file.suffix, damage_image)(draw, file)
+
+
+def _image(file: Path) -> object:
+    return load_image(file, 32)
+
+
+def _masked(file: Path) -> object:
+    return load_images([ImageFile(file, mask=file, crop=(0, 0, 16, 16))], [(32, 32), (24, 40)])
 
 
 def _inspect(file: Path) -> str:
@@ -107,7 +116,7 @@ LORA_READERS = (read_lora, _inspect, _convert, _resize)
 TARGETS = {
     "LoRA file": Target("lora", 30, mutations.damage_safetensors, LORA_READERS),
     "PEFT folder": Target("peft", 12, damage_any, (read_lora,), whole=True),
-    "image": Target("image", 25, damage_image, (lambda file: load_image(file, 32), lambda file: load_mask(file, 32))),
+    "image": Target("image", 25, damage_image, (_image, _masked)),
     "recipe": Target("toml", 10, mutations.damage_toml, (_recipe,), inner="split.toml"),
     "block map": Target("toml", 6, mutations.damage_toml, (lambda file: read_blocks(str(file)),), inner="blocks.toml"),
     "settings": Target("toml", 3, mutations.damage_toml, (read_settings,), inner="settings.toml"),
@@ -171,11 +180,12 @@ class Fuzz:
 
 
 def _check_printable(text: str, path: Path) -> None:
-    """Check that a text that goes to the terminal contains no control characters.
+    """Check that a text reaches the terminal without control characters.
 
     Raises:
-        Failure: it does.
+        Failure: it contains some.
     """
+    text = printable(text)  # as every command prints it
     odd = {character for character in text if not character.isprintable() and character not in "\n\t"}
     if odd:
         raise Failure("fault", f"control characters {odd} from {path.name} reach the terminal: {text[:300]!r}")

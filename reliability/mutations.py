@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +98,11 @@ def _damage_table(draw: random.Random, value: dict[str, Any]) -> dict[str, Any]:
 
 def damage_json(draw: random.Random, file: Path) -> None:
     """Damage the values of a JSON file, or its bytes."""
-    if draw.random() < 0.3:
+    value = parsed(file.read_bytes())
+    if value is None or draw.random() < 0.3:
         file.write_bytes(damage_bytes(draw, file.read_bytes()))
-        return
-    value = damage_value(draw, json.loads(file.read_text(encoding="utf-8")))
-    file.write_text(dumps(value), encoding="utf-8", errors="surrogatepass")
+    else:
+        file.write_text(dumps(damage_value(draw, value)), encoding="utf-8", errors="surrogatepass")
 
 
 def damage_toml(draw: random.Random, file: Path) -> None:
@@ -111,7 +110,7 @@ def damage_toml(draw: random.Random, file: Path) -> None:
     if draw.random() < 0.3:
         file.write_bytes(damage_bytes(draw, file.read_bytes()))
         return
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines() or [""]
     place = draw.randrange(len(lines))
     name, equals, _ = lines[place].partition("=")
     values = (
@@ -125,30 +124,36 @@ def damage_toml(draw: random.Random, file: Path) -> None:
         '"""\n\x7f',
         "0x" + "f" * 99,
     )
-    value = draw.choice((*values, json.dumps(hostile(draw), default=str), "[" * 3000 + "]" * 3000))
+    value = draw.choice((*values, dumps(hostile(draw)), "[" * 3000 + "]" * 3000))
     lines[place : place + draw.choice((1, 1, 1, 2))] = draw.choice(([f"{name}{equals}{value}"], [lines[place]] * 2, []))
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
 
 
 def damage_safetensors(draw: random.Random, file: Path) -> None:
     """Damage the header of a safetensors file, its length, or any bytes."""
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    sort = draw.random()
-    if sort < 0.3:
+    sort, header = draw.random(), parsed(data[8 : 8 + length])
+    if sort < 0.3 or not isinstance(header, dict):
         file.write_bytes(damage_bytes(draw, data))
     elif sort < 0.4:
         claim = draw.choice((0, 1, length - 1, length + 1, len(data), 2**31, 6 * 10**9, 2**63, 2**64 - 1))
         file.write_bytes(claim.to_bytes(8, "little") + data[8:])
     else:
-        header = json.loads(data[8 : 8 + length])
-        change: Callable[[random.Random, Any], Any] = damage_value
         if sort < 0.6 and "__metadata__" in header:
-            header["__metadata__"] = change(draw, header["__metadata__"])
+            header["__metadata__"] = damage_value(draw, header["__metadata__"])
         else:
-            header = change(draw, header)
+            header = damage_value(draw, header)
         raw = dumps(header).encode("utf-8", errors="surrogatepass")
         file.write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + length :])
+
+
+def parsed(data: bytes) -> Any:
+    """Return the value of JSON, or None if an earlier damage made it unreadable."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def dumps(value: Any) -> str:
