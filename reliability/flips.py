@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 from reliability.campaign import Failure
@@ -28,7 +29,7 @@ class Flips:
     def __init__(self, shop: Workshop, kills: Kills) -> None:
         self.shop, self.references = shop, kills.references
         for method in METHODS:
-            ending = forked(lambda method=method: self._interrupted(method))
+            ending = forked(partial(self._interrupted, method))
             if ending.signal != signal.SIGKILL:
                 raise RuntimeError(f"the run of {method.name} was not killed: {ending}")
 

@@ -93,7 +93,7 @@ def _photos(file: Path) -> object:
 
 
 def _prompts(run: Path) -> object:
-    config = SampleConfig(**loras_of(run))
+    config = resolve(SampleConfig, dict(loras_of(run)))
     return [(source.words, source.trigger, source.filled_prompt("full")) for source in find_loras(config)]
 
 
