@@ -487,6 +487,14 @@ class TestFiles:
         both = call("inspect", finished / "run-style.safetensors", finished / "run-content.safetensors", "--json").json
         assert len(both["files"]) == 2
 
+    def test_inspect_of_a_folder_looks_into_its_subfolders(self, call: Call) -> None:
+        lora_file(Path("loras/cat.safetensors"))
+        lora_file(Path("loras/style/a/ink.safetensors"))
+        Path("loras/run/checkpoints").mkdir(parents=True)
+        Path("loras/run/checkpoints/000001.safetensors").touch()
+        files = call("inspect", "loras", "--json").json["files"]
+        assert [file["path"] for file in files] == ["loras/cat.safetensors", "loras/style/a/ink.safetensors"]
+
     def test_inspect_of_a_folder_with_a_file_that_is_not_a_lora(self, call: Call) -> None:
         for path in (lora_file(Path("loras/a.safetensors")), Path("loras/b.safetensors"), Path("loras/c.txt")):
             path.touch()

@@ -53,8 +53,9 @@ def run_inspect(files: tuple[Path, ...], as_json: bool) -> None:
 
 
 def _loras(path: Path) -> list[Path]:
-    """Return a file itself, or the LoRA files in a folder and its subfolders."""
-    return (sorted(path.rglob("*.safetensors")) if path.is_dir() else []) or [path]
+    """Return a file itself, or the LoRA files in a folder and its subfolders, except those of checkpoints."""
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else []
+    return [file for file in files if "checkpoints" not in file.relative_to(path).parts] or [path]
 
 
 def run_convert(source: Path, target: Path, layout: str, dtype: str | None, force: bool, as_json: bool) -> None:

@@ -117,6 +117,11 @@ class TrainingConfig(Recipe):
 
     _natural = field_validator("sample_seeds")(natural_seeds)
 
+    @field_validator("content", "style", "token", "sample_subject", "sample_style", check_fields=False)
+    @classmethod
+    def _plain_words(cls, text: str | None, info: ValidationInfo) -> str | None:
+        return None if text is None else plain_words(text, style="style" in str(info.field_name))
+
     @field_validator("formats")
     @classmethod
     def _with_kohya(cls, layouts: list[str]) -> list[str]:
@@ -203,11 +208,6 @@ class ImageConfig(TrainingConfig):
     def prior_weights(self) -> dict[str, float]:
         """Return the weight of prior preservation by LoRA."""
         return {}
-
-    @field_validator("content", "style", "token", "sample_subject", "sample_style", check_fields=False)
-    @classmethod
-    def _plain_words(cls, text: str | None, info: ValidationInfo) -> str | None:
-        return None if text is None else plain_words(text, style="style" in str(info.field_name))
 
     @field_validator("crop", mode="before")
     @classmethod

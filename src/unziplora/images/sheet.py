@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -34,18 +34,7 @@ def sheet(
     if not present:
         raise UserError("a grid needs at least one image")
     width, height = max(image.width for image in present), max(image.height for image in present)
-    count = max(len(row) for row in images)
-    font = _font(width)
-    heads = [_wrap(label, font, width) for label in columns]
-    fitting = max(1, height // (_size("X\nX", font)[1] - _size("X", font)[1]))
-    sides = [_wrap(label, font, max(128, width), fitting) for label in rows]
-    left = max((_size(side, font)[0] for side in sides), default=0) + 4 * GAP if sides else 0
-    top = max((_size(head, font)[1] for head in heads), default=0) + 2 * GAP if heads else 0
-    size = (left + count * (width + GAP) + GAP, top + len(images) * (height + GAP) + GAP)
-    if max(size) > LARGEST:
-        raise UserError(
-            f"the grid would be {size[0]}×{size[1]} pixels (at most {LARGEST} a side): choose fewer or smaller images"
-        )
+    font, heads, sides, left, top, size = plan_sheet((width, height), len(images), max(map(len, images)), rows, columns)
     canvas = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(canvas)
     for column, head in enumerate(heads):
@@ -60,6 +49,40 @@ def sheet(
                 x = left + GAP + column * (width + GAP) + (width - image.width) // 2
                 canvas.paste(image.convert("RGB"), (x, y + (height - image.height) // 2))
     return canvas
+
+
+class Plan(NamedTuple):
+    """Font, wrapped labels, room for them on the left and on top, and size of a sheet."""
+
+    font: Any
+    heads: list[str]
+    sides: list[str]
+    left: int
+    top: int
+    size: tuple[int, int]
+
+
+def plan_sheet(
+    cell: tuple[int, int], lines: int, count: int, rows: Sequence[str] = (), columns: Sequence[str] = ()
+) -> Plan:
+    """Lay out a sheet of `lines` rows of `count` images each, before there are images.
+
+    Raises:
+        UserError: it would be too large for viewers.
+    """
+    width, height = cell
+    font = _font(width)
+    heads = [_wrap(label, font, width) for label in columns]
+    fitting = max(1, height // (_size("X\nX", font)[1] - _size("X", font)[1]))
+    sides = [_wrap(label, font, max(128, width), fitting) for label in rows]
+    left = max((_size(side, font)[0] for side in sides), default=0) + 4 * GAP if sides else 0
+    top = max((_size(head, font)[1] for head in heads), default=0) + 2 * GAP if heads else 0
+    size = (left + count * (width + GAP) + GAP, top + lines * (height + GAP) + GAP)
+    if max(size) > LARGEST:
+        raise UserError(
+            f"the grid would be {size[0]}×{size[1]} pixels (at most {LARGEST} a side): choose fewer or smaller images"
+        )
+    return Plan(font, heads, sides, left, top, size)
 
 
 def _font(width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from unziplora.config.sample import GridConfig
-from unziplora.images.sheet import sheet
+from unziplora.images.sheet import plan_sheet, sheet
 from unziplora.models.base import Base
 from unziplora.sampling.pipeline import StepCallback, decode, generate_latents, nested_progress
 from unziplora.sampling.sample import Sample, describe, write_image
@@ -35,12 +35,15 @@ def draw_grid(config: GridConfig, base: Base | None = None, progress: StepCallba
     with open_session(config, base) as session:
         down, across = ([(axis, value) for value in _values(config, axis)] for axis in config.axes())
         cells = [dict(pair) for pair in product(down, across)]
+        labels = [_label(*row, session) for row in down], [_label(*column, session) for column in across]
+        side = session.base.resolution
+        plan_sheet((session.settings.width or side, session.settings.height or side), len(down), len(across), *labels)
         images = [
             _cell(config, session, cell, nested_progress(progress, number, len(cells)))
             for number, cell in enumerate(cells)
         ]
         rows = [images[start : start + len(across)] for start in range(0, len(images), len(across))]
-        drawn = sheet(rows, [_label(*row, session) for row in down], [_label(*column, session) for column in across])
+        drawn = sheet(rows, *labels)
         text = describe(config, session, session.prompts[0], images[0], config.seeds[0])
     return Sample(drawn, config.out.stem, text)
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -291,6 +292,21 @@ def test_missing_image_is_refused_before_a_folder_is_made(config, tmp_path):
     with pytest.raises(UserError, match="no such image"):
         split(config(images=[tmp_path / "nothing.png"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_failed_download_of_a_base_leaves_no_folder(config, monkeypatch):
+    def download(*_: object) -> None:
+        raise MachineError("the download failed")
+
+    monkeypatch.setattr("unziplora.models.base.download", download)
+    monkeypatch.setattr("unziplora.training.runner.warn_of_memory", lambda *_: None)
+    recipe = config(base="someone/some-xl", resolution=256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the image is enlarged
+        for resume, message in ((False, "the download failed"), (True, "no run|run folder")):
+            with pytest.raises((MachineError, UserError), match=message):
+                split(recipe, resume=resume)
+    assert not recipe.out.exists()
 
 
 def test_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
