@@ -268,16 +268,18 @@ class TestSplit:
         assert config["sample_seeds"] == [7]
         assert config["images"] == ["cat.png"]
 
-    def test_a_dry_run_shows_settings_prompts_and_memory_and_writes_nothing(
+    def test_a_dry_run_shows_settings_prompts_and_memory_and_writes_one_image(
         self, call: Call, tmp_path: Path, tiny_folder: Path
     ) -> None:
-        before = sorted(tmp_path.rglob("*"))
+        before = {*tmp_path.rglob("*")}
         done = call(*SPLIT, "--base", tiny_folder, "--dry-run")
         assert done.code == 0
         assert 'out = "runs/cat"' in done.out
         assert "# full: a sks cat in pencil sketch style" in done.out
         assert "together" in done.out
-        assert sorted(tmp_path.rglob("*")) == before
+        assert {*tmp_path.rglob("*")} - before == {tmp_path / "runs", tmp_path / "runs/cat-learned.png"}
+        assert "# What will be learned, 64×64 pixels: runs/cat-learned.png" in done.out
+        assert Image.open("runs/cat-learned.png").size == (64, 64)
         Path("again.toml").write_text(done.out)  # comments included, it is a configuration file
         again = call("split", "--config", "again.toml", "--dry-run").out
         assert again.split("# Memory")[0] == done.out.split("# Memory")[0]
@@ -373,7 +375,7 @@ class TestTrain:
         shown = call("train", method, "cat.png", *words, "--dry-run", "--json").json
         assert any("sks" in text for text in shown["prompts"].values())
         assert shown["memory"]["lines"]
-        assert not Path("runs").exists()
+        assert list(Path("runs").iterdir()) == [Path(shown["image"])]
 
     def test_wrong_requests(self, call: Call) -> None:
         done = call("train", "dreambooth", "cat.png")

@@ -47,3 +47,12 @@ def test_wide_images_keep_their_width():
     smoothed = gray(FILTERS["smoothed"](wide))
     assert smoothed[300, 300] == pytest.approx(40, abs=2)
     assert smoothed[40, 40] == pytest.approx(240, abs=2)
+
+
+@pytest.mark.parametrize("size", [(160, 96), (600, 300), (40, 500)])
+def test_proportions_are_kept(size: tuple[int, int]):
+    image = Image.effect_noise(size, 60).convert("RGB")
+    assert {version.size for version in filtered(image)} == {size}
+    across = np.abs(np.diff(gray(FILTERS["coarse"](image))[0])) > 0
+    cells = np.diff(np.flatnonzero(across))
+    assert cells.mean() == pytest.approx(np.sqrt(size[0] * size[1]) / 24, rel=0.2)  # about as wide as high

@@ -131,7 +131,11 @@ def test_too_large_a_grid_is_refused_before_anything_is_generated(
     shared_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("unziplora.sampling.grid.generate_latents", lambda *_: 1 / 0)
-    for keys in ({"seeds": list(range(300))}, {"seeds": [1, 2, 3], "width": 8000}, {"height": 8000, "rows": "seed", "columns": "prompt"}):
+    for keys in (
+        {"seeds": list(range(300))},
+        {"seeds": [1, 2, 3], "width": 8000},
+        {"height": 8000, "rows": "seed", "columns": "prompt"},
+    ):
         config = GridConfig(**{"prompts": ["a cat"], "seeds": [1, 2, 3], "out": tmp_path / "g.png", **keys})
         with pytest.raises(UserError, match=r"the grid would be .* \(at most 16000 a side\)"):
             grid(config, shared_base)

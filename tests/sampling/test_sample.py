@@ -19,13 +19,13 @@ from unziplora.formats.safetensors import body_hash, read_tensors
 from unziplora.lora.algebra import fold_output
 from unziplora.lora.inject import adapted_layers, add_lora, attention_linears
 from unziplora.lora.weights import Lora
-from unziplora.models.base import Base
+from unziplora.models.base import Base, Scale
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import Settings, generate_latents
 from unziplora.sampling.prompts import plan_prompts
 from unziplora.sampling.sample import sample
-from unziplora.sampling.session import open_session, shared_name
-from unziplora.sampling.sources import LoraSource, choose_base, find_lora, find_loras, loras_of
+from unziplora.sampling.session import open_session, plan_sampling, shared_name
+from unziplora.sampling.sources import LoraSource, choose_base, choose_size, find_lora, find_loras, loras_of
 
 FAST = Settings(steps=2)
 
@@ -466,3 +466,31 @@ def test_own_words_with_braces_are_not_filled_again():
     settings = {"token": "sks", "content": "{cat}", "style": "ink", "content_prompt": "a {token} {content}"}
     source = LoraSource("content", Path("a.safetensors"), settings)
     assert plan_prompts(SampleConfig(content="a"), [source]) == [Prompts("a sks {cat}")]
+
+
+@pytest.mark.parametrize(
+    ("keys", "trained", "size"),
+    [
+        ({}, "832x1216", (832, 1216)),
+        ({}, "384x672", (768, 1344)),  # trained at 512 pixels
+        ({}, "1024x1024", (None, None)),
+        ({}, "512x512", (None, None)),
+        ({}, "0x0", (None, None)),
+        ({}, "wide", (None, None)),
+        ({"width": 512}, "832x1216", (512, None)),
+        ({"width": 512, "height": 640}, "832x1216", (512, 640)),
+    ],
+)
+def test_default_size_has_the_proportions_of_the_training(keys: dict, trained: str, size: tuple):
+    header = {"modelspec.resolution": trained, "unziplora.version": "1"}
+    config, scale = SampleConfig(content="a", **keys), Scale(1024, 8)
+    assert choose_size(config, [LoraSource("content", Path("a"), header=header)], scale) == size
+    foreign = LoraSource("content", Path("a"), header={"modelspec.resolution": trained})
+    assert choose_size(config, [foreign], scale) == (config.width, config.height)
+
+
+def test_weights_in_prompts_cause_one_warning(shared_base: Base):
+    config = SampleConfig(prompts=["a (cat:1.2)", "the (cat:1.2) again"], negative="[blurry]")
+    with pytest.warns(UserWarning, match=r"plain letters.*: \(cat:1.2\), \[blurry\]$") as caught:
+        plan_sampling(config, shared_base)
+    assert len(caught) == 1

@@ -84,7 +84,7 @@ class RecipeCommand(click.Command):
                 ["--config", "config_file"],
                 type=ExpandedPath(),
                 metavar="FILE",
-                help="TOML file with settings, whose paths begin at its folder; flags override it.",
+                help="TOML file with settings; flags override it.",
             ),
             click.Option(["--dry-run"], is_flag=True, help=f"Show all settings; {dry_run}."),
             *([resume] if resumable else []),

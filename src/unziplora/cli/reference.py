@@ -24,8 +24,13 @@ HEAD = """# Configuration
 
 Every key can be set in a TOML file (`--config FILE.toml`), as a flag (`--learning-rate` for `learning_rate`) or in
 Python. A switch has a `--no-` form. A list is set by repeating its flag; `none` empties it. Flags win over the file,
-and the file wins over the preset. Unknown keys and wrong types are errors. `--dry-run` shows all values. The
-`config.toml` in a run folder contains every value of its run, and works as a file for `--config`.
+and the file wins over the preset. Unknown keys and wrong types are errors. Relative paths in a file begin at its
+folder. `--dry-run` shows all values. The `config.toml` in a run folder contains every value of its run, and works as a
+file for `--config`.
+
+`crop` counts pixels of the upright image, one `X,Y,W,H` per image. `fit = "crop"` takes a square out of the middle, or
+around the subject of a mask; `pad` shows the whole image in a square, on white that does not count. `--dry-run` of a
+training writes what will be learned as an image next to the run folder.
 
 `--help` lists the keys that most people need, `--help-all` lists all. The others are marked *Expert* here.
 

@@ -48,7 +48,7 @@ def training_command(
         partial(_plan, method),
         help=help,
         short_help=short_help,
-        dry_run="write what will be learned as an image; estimate the memory; train nothing",
+        dry_run="estimate memory; draw what is learned",
         arguments=[click.Argument(["image"], nargs=-1, type=ExpandedPath())],
         layers=partial(_layers, words),
         resumable=True,

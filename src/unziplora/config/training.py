@@ -33,8 +33,7 @@ class TrainingConfig(Recipe):
     base: str = key(SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
     resolution: int | None = key(
         None,
-        "Side of square training images in pixels, for SDXL a multiple of 32; those of other proportions have about "
-        "that area; default: the base's own.",
+        "Pixels of a square's side; default: the base's own.",
         "Input",
         ge=16,
         le=4096,
@@ -185,13 +184,10 @@ class ImageConfig(TrainingConfig):
         [], "Subject masks, one per image; white areas count in the loss.", "Input", private=True
     )
     background_weight: float = expert(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
-    crop: list[str] = key(
-        [], "Part of each image to use, X,Y,W,H in pixels of the upright image; one per image.", "Input"
-    )
+    crop: list[str] = key([], "Part to use, X,Y,W,H in pixels.", "Input")
     fit: Fit | None = key(
         None,
-        "bucket: the nearest of SDXL's proportions; crop: a square out of the middle, or around the subject of a mask; "
-        "pad: the whole image in a square; default: bucket, on the bundled base crop.",
+        "bucket: SDXL's nearest proportions; crop: a square; pad: all of it. Default: bucket; bundled: crop.",
         "Input",
     )
 
