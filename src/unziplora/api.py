@@ -112,6 +112,7 @@ def split(
     base: Location | Base | None = None,
     pipe: StableDiffusionXLPipeline | None = None,
     resume: bool = False,
+    extend: int = 0,
     progress: bool | Callback = True,
     **settings: Any,
 ) -> Run:
@@ -125,6 +126,7 @@ def split(
         base: 'bundled', a diffusers folder, a .safetensors file, a hub id, or a loaded base; default: SDXL base 1.0.
         pipe: an SDXL pipeline in memory, used instead of a base and left as it was.
         resume: continue the interrupted run in `out`.
+        extend: train the finished run in `out` on by so many steps.
         progress: show it (a bar, or lines where nobody watches), or a function called with every `Progress`.
         settings: further keys of `SplitConfig`, such as `rank=32` or `preset="paper"`.
 
@@ -134,7 +136,7 @@ def split(
         Interrupted: stopped on request after saving; `resume=True` continues.
     """
     words = {"content": content, "style": style}
-    return _train(unzip.split, SplitConfig, images, {**words, **settings}, out, base, pipe, resume, progress)
+    return _train(unzip.split, SplitConfig, images, {**words, **settings}, out, base, pipe, resume, extend, progress)
 
 
 def train_dreambooth(
@@ -146,6 +148,7 @@ def train_dreambooth(
     base: Location | Base | None = None,
     pipe: StableDiffusionXLPipeline | None = None,
     resume: bool = False,
+    extend: int = 0,
     progress: bool | Callback = True,
     **settings: Any,
 ) -> Run:
@@ -154,7 +157,9 @@ def train_dreambooth(
     Arguments and errors are those of `split`; further keys are those of `DreamBoothConfig`.
     """
     settings = {"content": content, "style": style, **settings}
-    return _train(dreambooth.train_dreambooth, DreamBoothConfig, images, settings, out, base, pipe, resume, progress)
+    return _train(
+        dreambooth.train_dreambooth, DreamBoothConfig, images, settings, out, base, pipe, resume, extend, progress
+    )
 
 
 def train_blora(
@@ -164,6 +169,7 @@ def train_blora(
     base: Location | Base | None = None,
     pipe: StableDiffusionXLPipeline | None = None,
     resume: bool = False,
+    extend: int = 0,
     progress: bool | Callback = True,
     **settings: Any,
 ) -> Run:
@@ -171,7 +177,7 @@ def train_blora(
 
     Arguments and errors are those of `split`; further keys are those of `BLoraConfig`.
     """
-    return _train(blora.train_blora, BLoraConfig, images, settings, out, base, pipe, resume, progress)
+    return _train(blora.train_blora, BLoraConfig, images, settings, out, base, pipe, resume, extend, progress)
 
 
 def zip_loras(
@@ -182,6 +188,7 @@ def zip_loras(
     base: Location | Base | None = None,
     pipe: StableDiffusionXLPipeline | None = None,
     resume: bool = False,
+    extend: int = 0,
     progress: bool | Callback = True,
     **settings: Any,
 ) -> Run:
@@ -193,7 +200,9 @@ def zip_loras(
     loras = {"content_lora": content, "style_lora": style}
     paths = {name: path for name, source in loras.items() if (path := _lora_path(source))}
     name = "-".join(path.name.removesuffix(".safetensors") for path in paths.values())
-    return _train(ziplora.zip_loras, ZipConfig, (), {**paths, **settings}, out, base, pipe, resume, progress, name)
+    return _train(
+        ziplora.zip_loras, ZipConfig, (), {**paths, **settings}, out, base, pipe, resume, extend, progress, name
+    )
 
 
 def sample(
@@ -312,22 +321,25 @@ def _train(
     base: Location | Base | None,
     pipe: StableDiffusionXLPipeline | None,
     resume: bool,
+    extend: int,
     progress: bool | Callback,
     name: str = "",
 ) -> Run:
-    """Resolve the configuration of a training, new or resumed, and run it."""
+    """Resolve the configuration of a training, new, resumed or extended, and run it."""
     sources = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
-    if resume and out is None:
-        raise UserError("resume needs the run folder: give out=")
+    if (resume or extend) and out is None:
+        raise UserError(f"{'extend' if extend else 'resume'} needs the run folder: give out=")
     folder = Path(out) if out is not None else _default_folder(sources, name or str(settings.get("content") or ""))
     keys = {**_set(settings), "out": folder}
     saved = read_toml(folder / "config.toml") if resume else {}
+    if extend:
+        saved = RunFolder(folder).settings_to_extend(extend)
     in_memory = {number: image for number, image in enumerate(sources, 1) if isinstance(image, Image.Image)}
-    with RunFolder(folder).stored(in_memory, resume) as files:
+    with RunFolder(folder).stored(in_memory, resume or bool(extend)) as files:
         if sources:
             keys["images"] = [files.get(number, image) for number, image in enumerate(sources, 1)]
         with _prepared(model, saved, keys, base, pipe, progress) as (config, loaded, view):
-            return Run(train(config, resume=resume, progress=view, base=loaded).path)
+            return Run(train(config, resume=resume or bool(extend), progress=view, base=loaded).path)
 
 
 def _default_folder(images: Sequence[ImageSource], name: str) -> Path:

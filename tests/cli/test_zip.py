@@ -39,7 +39,10 @@ def test_two_files_become_one_with_samples_and_a_card(call: Call):
         *FILES, *PROMPTS, "--config", "quick.toml", "--content-images", "cat.png", "--out", "runs/zip"
     )
     assert code == 0, err
-    assert out.splitlines() == ["lora     runs/zip/zip-lora.safetensors", "sample   runs/zip/samples/samples.png"]
+    assert out.splitlines() == [
+        "lora     runs/zip/zip-lora.safetensors",
+        "sample   runs/zip/samples/zip-step000002.png",
+    ]
     assert "step 2/2" in err
     assert "generating 1 images with the style LoRA" in err
     assert "How to use it: runs/zip/README.md" in err

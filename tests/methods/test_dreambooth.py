@@ -309,7 +309,7 @@ class TestRun:
         text = run.card.read_text()
         assert "DreamBooth LoRA" in text
         assert "unziplora sample --style" in text
-        assert (run.samples / "samples.png").is_file()
+        assert run.sheet(4).is_file()
 
     @pytest.mark.parametrize("text", [False, True])
     def test_resumed_run_equals_an_uninterrupted_one(self, config: Make, tmp_path: Path, text: bool):

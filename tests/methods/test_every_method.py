@@ -1,5 +1,8 @@
 """Facts that hold for every method: a base is restored after a run, and a LoRA is switched off with all its parts."""
 
+import json
+import os
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +17,7 @@ from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.zip import ZipConfig
-from unziplora.errors import UserError
+from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.safetensors import read_header
 from unziplora.lora.algebra import Pair
@@ -186,15 +189,89 @@ def test_result_is_that_of_the_base_loaded_by_the_run(
     changes = {"base": str(tiny_folder), "sample_seeds": [], "save_precision": "fp32"}
     one = train(configured(name, out=tmp_path / "one", **changes))
     two = train(configured(name, out=tmp_path / "two", **changes), base=base)
-    files = sorted(path.name for path in one.path.glob("*.safetensors"))
-    assert files == sorted(path.name for path in two.path.glob("*.safetensors"))
-    for file in files:
-        first, second = read_lora(one.path / file), read_lora(two.path / file)
-        assert first.text.keys() == second.text.keys()
-        assert first.modules.keys() == second.modules.keys()
-        for one_part, other in ((first.modules, second.modules), (first.text, second.text)):
-            for path, pair in one_part.items():
-                assert all(torch.equal(a, b) for a, b in zip(pair, other[path], strict=True))
+    assert one.loras.keys() == two.loras.keys()
+    for name, file in one.loras.items():
+        check_equal(file, two.lora(name))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loras_kept_from_earlier_steps_and_extended_runs_are_exact(
+    name: str, base: Base, tmp_path: Path, configured: Callable[..., Any], recwarn: pytest.WarningsRecorder
+):
+    """A kept LoRA equals that of a run with as many steps, and an extended run one that had all from the start."""
+    train, changes = METHODS[name][1], {"save_precision": "fp32", "sample_seeds": []}
+    if name == "split":
+        changes |= {"column_separation": False, "content_prior": 0.0}
+    shown = {"sample_seeds": [0]} if name == "blora" else {}
+    long = train(configured(name, out=tmp_path / "long", steps=3, save_every=2, **{**changes, **shown}), base=base)
+    if shown:
+        assert [path.name for path in long.sheets] == ["long-step000002.png", "long-step000003.png"]
+    assert len(list((long.path / "steps").iterdir())) == len(long.loras)
+    run = train(configured(name, out=tmp_path / "short", steps=2, **changes), base=base)
+    for lora, file in run.loras.items():
+        check_equal(file, long.kept_lora(lora, 2))
+    assert train(configured(name, out=run.path, steps=3, **changes), resume=True, base=base) == run
+    assert not [warning for warning in recwarn if "spread over all steps" in str(warning.message)]
+    assert run.card.is_file()
+    assert [json.loads(line)["step"] for line in run.log_file.read_text().splitlines()] == [1, 2, 3]
+    for lora, file in run.loras.items():
+        check_equal(file, long.lora(lora))
+        check_equal(run.kept_lora(lora, 2), long.kept_lora(lora, 2))
+
+
+@pytest.mark.parametrize("setting", [{"schedule": "cosine"}, {"column_separation": True}])
+def test_extending_what_is_spread_over_all_steps_is_said(
+    base: Base, configured: Callable[..., Any], setting: dict[str, Any]
+):
+    changes = {"column_separation": False, "phrase_steps": 0, "content_prior": 0.0, "sample_seeds": [], **setting}
+    run = split(configured("split", **changes), base=base)
+    (name,) = setting
+    with pytest.warns(
+        UserWarning, match=rf"^{name} spread over all steps, so .* not exactly that of a run with 3 steps"
+    ):
+        split(configured("split", steps=3, **changes), resume=True, base=base)
+    assert run.config(SplitConfig).steps == 3
+
+
+def test_run_that_cannot_be_extended_stays_finished(base: Base, configured: Callable[..., Any], tmp_path: Path):
+    run = train_blora(configured("blora", sample_seeds=[]), base=base)
+    files = {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            train_blora(configured("blora", sample_seeds=[], **changes), resume=True, base=base)
+        assert {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == files
+
+    refused("this run is finished")
+    refused("this run is finished", steps=1)
+    refused("seed: 0 → 1", steps=3, seed=1)
+    Image.new("RGB", (64, 64)).save(tmp_path / "cat.png")
+    run.checkpoint_file(2).unlink()
+    refused("no checkpoint to extend this run from", steps=3)
+
+
+def test_stopped_extension_goes_on_as_any_run(base: Base, configured: Callable[..., Any], tmp_path: Path):
+    changes = {"sample_seeds": [], "save_precision": "fp32"}
+    long = train_blora(configured("blora", out=tmp_path / "long", steps=4, **changes), base=base)
+    run = train_blora(configured("blora", **changes), base=base)
+
+    def stop(event: Progress) -> None:
+        if event.step == 3 and event.loss == event.loss:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="stopped after step 3 of 4"):
+        train_blora(configured("blora", steps=4, **changes), resume=True, progress=stop, base=base)
+    assert run.unfinished
+    train_blora(configured("blora", steps=4, **changes), resume=True, base=base)
+    check_equal(run.content, long.content)
+
+
+def check_equal(one: Path, two: Path) -> None:
+    first, second = read_lora(one), read_lora(two)
+    for parts, others in ((first.modules, second.modules), (first.text, second.text)):
+        assert parts.keys() == others.keys()
+        for path, pair in parts.items():
+            assert all(torch.equal(a, b) for a, b in zip(pair, others[path], strict=True))
 
 
 @pytest.mark.parametrize("where", ["unet", "text encoder"])

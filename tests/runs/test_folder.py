@@ -23,7 +23,7 @@ from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import base_name
 from unziplora.sampling.sources import find_lora, loras_of
 from unziplora.training.runner import in_run_folder
-from unziplora.utils.files import atomic_folder, atomic_write, explain
+from unziplora.utils.files import atomic_folder, atomic_write, explain, write_png
 
 
 def recipe(out: Path, **changes: object) -> SplitConfig:
@@ -307,18 +307,11 @@ def test_full_disk_leaves_no_files(run: RunFolder) -> None:
         with pytest.raises(MachineError, match="disk is full"):
             run.checkpoint(200, fill_file)
         with pytest.raises(MachineError, match="disk is full"):
-            run.save_image("noise", Image.effect_noise((200, 200), 90))
+            write_png(run.sheet(200), Image.effect_noise((200, 200), 90))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
     assert names(run.checkpoints) == names(run.samples) == []
-
-
-def test_samples_are_png(run: RunFolder) -> None:
-    path = run.save_image("000200", Image.new("RGB", (8, 8), "red"))
-    assert path == run.samples / "000200.png"
-    with Image.open(path) as image:
-        assert image.format == "PNG"
 
 
 def test_run_that_stopped_between_its_files_is_not_a_content_lora(run: RunFolder) -> None:

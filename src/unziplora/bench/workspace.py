@@ -112,7 +112,9 @@ class Workspace:
             _check_settings(run, config)
         if run.card.exists():
             return run
-        return train(config, run.unfinished and not run.is_free())
+        run = train(config, run.unfinished and not run.is_free())
+        run.drop_checkpoints(keep=0)  # nobody extends these runs, of which there are hundreds
+        return run
 
 
 def training_settings(config: TrainingConfig) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def training_settings(config: TrainingConfig) -> dict[str, Any]:
 
     Keys that were renamed or merged appear under their old names, so that results stored before remain valid.
     """
-    settings = config.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs"})
+    settings = config.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs", "save_every"})
     settings["sample_steps"] = settings.pop("generated_steps")
     settings["sample_guidance"] = settings.pop("generated_guidance")
     if "official_code" in settings:

@@ -77,7 +77,15 @@ class RecipeCommand(click.Command):
             layers: combines the command's parameters, the keys of the TOML file and those of the flags.
             notes: remarks to show behind a key's help instead of its default.
         """
-        resume = click.Option(["--resume"], is_flag=True, help="Continue the interrupted run in the folder of --out.")
+        resume = [
+            click.Option(["--resume"], is_flag=True, help="Continue the interrupted run in the folder of --out."),
+            click.Option(
+                ["--extend"],
+                type=click.IntRange(min=1),
+                metavar="N",
+                help="Train the finished run in the folder of --out on by N steps.",
+            ),
+        ]
         params: list[click.Parameter] = [
             *arguments,
             click.Option(
@@ -87,7 +95,7 @@ class RecipeCommand(click.Command):
                 help="TOML file with settings; flags override it.",
             ),
             click.Option(["--dry-run"], is_flag=True, help=f"Show all settings; {dry_run}."),
-            *([resume] if resumable else []),
+            *(resume if resumable else []),
             json_option(),
             quiet_option(),
             *key_options(model, notes),
@@ -110,7 +118,7 @@ class RecipeCommand(click.Command):
             comments = "\n".join(f"# {line}" if line else "" for line in plan.comments)
             emit(data, f"{to_toml(plan.config)}\n{comments}", params["as_json"])
             return
-        options = {"resume": params["resume"]} if self.resumable else {}
+        options = {"resume": params["resume"] or bool(params["extend"])} if self.resumable else {}
         with stdout_to_stderr(), show(params["quiet"]) as progress:
             output = self.run(config, progress, **options)
         emit(output.data, output.text, params["as_json"])

@@ -61,10 +61,10 @@ def _layers(words: str, params: Mapping[str, Any], file: Keys, flags: Keys) -> l
     if params["image"]:
         flags["images"] = [*params["image"], *flags.get("images", [])]
     images = flags.get("images") or file.get("images")
-    if not images and not params["resume"]:
+    if not images and not (params["resume"] or params["extend"]):
         raise UserError(f"no image to learn from: unziplora {words} IMAGE …; see unziplora {words} --help")
     name = file_stem(Path(str(images[0]))) if images and isinstance(images, list) else None
-    return run_layers(words, file, flags, name, params["resume"])
+    return run_layers(words, file, flags, name, params["resume"], params["extend"])
 
 
 def _run(method: str, config: ImageConfig, progress: Callback, resume: bool) -> Output:
@@ -96,26 +96,35 @@ def prompt_lines(prompts: Mapping[str, str]) -> list[str]:
     return ["Prompts", *(f"{name}: {text}" for name, text in prompts.items())]
 
 
-def run_layers(words: str, file: Keys, flags: Keys, name: str | None, resume: bool) -> list[Keys]:
-    """Combine the run to resume, the TOML file and the flags, and choose a run folder.
+def run_layers(
+    words: str, file: Keys, flags: Keys, name: str | None, resume: bool, extend: int | None = None
+) -> list[Keys]:
+    """Combine the run to resume or to extend, the TOML file and the flags, and choose a run folder.
 
     Args:
         words: the command's words after `unziplora`.
         name: name of the run's folder in `runs` unless `out` is set; None if nothing to name it after is known.
 
     Raises:
-        UserError: there is no run to resume.
+        UserError: there is no run to resume, or no finished one to extend.
     """
     folder = re.sub(r"[^\w.-]+", "-", name).strip(".-") if name else name
     out = flags.get("out") or file.get("out") or (None if folder is None else str(Path("runs") / (folder or "image")))
-    if not resume:
+    if extend and (resume or "steps" in flags):
+        raise UserError("--extend says how many more steps: leave --resume and --steps out")
+    if not resume and not extend:
         return [file, flags, {"out": out} if out else {}]
+    flag = f"--extend {extend}" if extend else "--resume"
     if not out:
-        raise UserError(f"--resume needs the run folder: unziplora {words} --resume --out runs/NAME")
-    saved = Path(str(out)).expanduser() / "config.toml"
-    if not saved.is_file():
+        raise UserError(f"{flag} needs the run folder: unziplora {words} {flag} --out runs/NAME")
+    run = Path(str(out)).expanduser()
+    if extend:
+        from unziplora.runs.folder import RunFolder
+
+        return [RunFolder(run).settings_to_extend(extend), flags, {"out": out}]
+    if not (run / "config.toml").is_file():
         raise UserError(f"{out}: no run to resume here (it has no config.toml); leave --resume out")
-    return [read_toml(saved), file, flags, {"out": out}]
+    return [read_toml(run / "config.toml"), file, flags, {"out": out}]
 
 
 def run_output(run: RunFolder) -> Output:

@@ -23,10 +23,10 @@ def _layers(params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
     arguments = {"content_lora": params["content"], "style_lora": params["style"]}
     flags = {**{name: path for name, path in arguments.items() if path}, **flags}
     loras = [flags.get(name) or file.get(name) for name in arguments]
-    if not all(loras) and not params["resume"]:
+    if not all(loras) and not (params["resume"] or params["extend"]):
         raise UserError("two LoRAs are needed: unziplora zip CONTENT STYLE; see unziplora zip --help")
     name = "-".join(_name(Path(str(lora))) for lora in loras) if all(loras) else None
-    return run_layers("zip", file, flags, name, params["resume"])
+    return run_layers("zip", file, flags, name, params["resume"], params["extend"])
 
 
 def _name(lora: Path) -> str:

@@ -165,6 +165,10 @@ class SplitConfig(ImageConfig):
         """Return the three prompts."""
         return self.prompts()
 
+    def spread_over_steps(self) -> list[str]:
+        """Return the settings whose effect on a step depends on the number of all steps."""
+        return [*super().spread_over_steps(), *(["column_separation"] if self.column_separation else [])]
+
     def prior_weights(self) -> dict[str, float]:
         """Return the weight of prior preservation by LoRA."""
         return {"content": self.content_prior, "style": self.style_prior}

@@ -104,6 +104,13 @@ class TrainingConfig(Recipe):
     checkpoint_every: int = expert(
         200, "Steps between checkpoints; 0: only at the end and on interruption.", "Output", ge=0, may_change=True
     )
+    save_every: int = key(
+        0,
+        "Steps between LoRAs to keep, each with a sample sheet, to choose from; 0: only the last.",
+        "Output",
+        ge=0,
+        may_change=True,
+    )
     sample_every: int = expert(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0, may_change=True)
     sample_steps: int = expert(30, "Denoising steps of samples.", "Output", ge=1, may_change=True)
     sample_guidance: float = expert(5.0, "Classifier-free guidance of samples.", "Output", ge=1, may_change=True)
@@ -136,6 +143,10 @@ class TrainingConfig(Recipe):
     def noising(self) -> dict[str, Any]:
         """Return the keywords of `training.loss.denoising_loss` that decide how latents are noised and weighted."""
         return self.model_dump(include={"batch_size", "min_snr_gamma", "noise_offset", "timestep_shift"})
+
+    def spread_over_steps(self) -> list[str]:
+        """Return the settings whose effect on a step depends on the number of all steps."""
+        return [] if self.schedule == "constant" else ["schedule"]
 
     def samples_at_once(self) -> int:
         """Return how many images of a sample sheet fit at once: guidance doubles each, and a training batch fits."""

@@ -51,8 +51,9 @@ def metadata_for(
         layers_per_block: resnets per block of the base's UNet; stored unless it is SDXL's, as sgm's names need it.
         method: name of the training method.
         settings: the training settings, stored as JSON.
-        thumbnail: stored as a small JPEG in a data URL.
+        thumbnail: stored as a small JPEG, which galleries show.
     """
+    small = _base64(thumbnail) if thumbnail else ""
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": title,
@@ -61,7 +62,8 @@ def metadata_for(
         "modelspec.prediction_type": "v" if prediction.startswith("v") else prediction,
         "modelspec.trigger_phrase": trigger,
         "modelspec.usage_hint": hint,
-        "modelspec.thumbnail": _data_url(thumbnail) if thumbnail else "",
+        "modelspec.thumbnail": f"data:image/jpeg;base64,{small}" if small else "",
+        "ssmd_cover_images": json.dumps([small]) if small else "",  # ComfyUI, A1111 and Forge show it
         "ss_output_name": title,
         "ss_sd_model_name": base,
         "ss_v2": "False",
@@ -76,13 +78,13 @@ def metadata_for(
     return {key: value for key, value in metadata.items() if value}
 
 
-def _data_url(image: Image.Image) -> str:
-    """Return an image as a small JPEG in a data URL."""
+def _base64(image: Image.Image) -> str:
+    """Return an image as a small JPEG in base64."""
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def complete_metadata(

@@ -106,6 +106,15 @@ class RunFolder:
         renamed = sorted(file for file in others if file.name.endswith(f"-{ending}"))
         return next((file for file in (self.path / ending, *renamed) if file.is_file()), own)
 
+    def kept_lora(self, name: str, step: int, layout: str = "kohya") -> Path:
+        """Return the path of a LoRA of an earlier step, such as `steps/cat-content-step000200.safetensors`."""
+        ending = "safetensors" if layout == "kohya" else f"{layout}.safetensors"
+        return self.path / "steps" / f"{self.name}-{name}-step{step:06d}.{ending}"
+
+    def sheet(self, step: int) -> Path:
+        """Return the path of the sample sheet of a step."""
+        return self.samples / f"{self.name}-step{step:06d}.png"
+
     @property
     def loras(self) -> dict[str, Path]:
         """LoRA files that exist, in kohya's layout, by name."""
@@ -256,15 +265,42 @@ class RunFolder:
         """
         run = cls(path)
         saved = run.config(type(config))
-        if not run.steps():
+        if not run.steps() and not run.card.exists():
             changes = {name: (getattr(saved, name), getattr(config, name)) for name in changed_settings(saved, config)}
             run.check_unchanged([f"{name}: {old!r} → {new!r}" for name, (old, new) in changes.items()])
         with run.lock():  # before tidying, because another process may be writing
-            for folder in (path, run.samples, run.checkpoints):
+            for folder in (path, run.samples, run.checkpoints, path / "steps"):
                 remove_leftovers(folder)
             run.samples.mkdir(exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
             yield run
+
+    def settings_to_extend(self, steps: int) -> dict[str, Any]:
+        """Return the settings of this finished run with so many more steps.
+
+        Raises:
+            UserError: there is no finished run here.
+        """
+        if self.unfinished:
+            raise UserError(f"{self.path}: this run is not finished; continue it with --resume, then extend it")
+        if not self.config_file.is_file():
+            raise UserError(f"{self.path}: no run to extend here (it has no config.toml)")
+        saved = read_toml(self.config_file)
+        if not isinstance(saved.get("steps"), int):
+            raise UserError(f"{self.config_file}: it has no number of steps, so this run cannot be extended")
+        return {**saved, "steps": saved["steps"] + steps}
+
+    def reopen(self, config: Recipe) -> None:
+        """Make a finished run an unfinished one with more steps.
+
+        Raises:
+            MachineError: disk full, no permission.
+        """
+        try:
+            self.card.unlink()  # first, because its checkpoint is finished by the old configuration too
+        except OSError as error:
+            raise explain(self.card, error) from None
+        atomic_write(self.config_file, to_toml(with_absolute_paths(config)))
 
     def check_unchanged(self, changes: Sequence[str]) -> None:
         """Refuse to resume a run in which something that decides what is learned is not as it was.
@@ -338,6 +374,11 @@ class RunFolder:
                 self.checkpoint_file(other).unlink(missing_ok=True)
         return path
 
+    def drop_checkpoints(self, keep: int = 1) -> None:
+        """Delete all checkpoints but the last, which a finished run needs to be extended."""
+        for step in self.steps()[: -keep or None]:
+            self.checkpoint_file(step).unlink(missing_ok=True)
+
     def checkpoint_file(self, step: int) -> Path:
         """Return the path of a checkpoint."""
         return self.checkpoints / f"step-{step:06d}.safetensors"
@@ -373,16 +414,6 @@ class RunFolder:
         """Delete log lines after a checkpoint, so that a resumed run does not log its steps twice."""
         lines = [line for line in self.read_log() if line.get("step", 0) <= step]
         atomic_write(self.log_file, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def save_image(self, name: str, image: Image.Image) -> Path:
-        """Write a sample as `samples/NAME.png`.
-
-        Raises:
-            MachineError: disk full, no permission.
-        """
-        path = self.samples / f"{name}.png"
-        write_png(path, image)
-        return path
 
 
 def _shows(file: Path, image: Image.Image) -> bool:

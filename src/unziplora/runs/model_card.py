@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,16 @@ class RunDescription:
 
 
 def card(run: RunFolder, config: TrainingConfig, description: RunDescription, full_size: bool) -> str:
-    """Return the card as Markdown, with the front matter that model hubs read.
+    """Return the card as Markdown, with the front matter that model hubs read: first the use, at the end the settings.
 
     Args:
         run: the card names the LoRA files and samples that exist in it.
         full_size: the base has SDXL's own size, so that other programs can load the files.
     """
-    parts = [_head(config, description), _title(config, description), _files(run, description), _samples(run)]
-    parts.append(_programs(run, config, description) if full_size else _small(run, config, description))
-    parts.append(_settings(config))
-    return "\n".join(part for part in parts if part)
+    use = _programs(run, config, description) if full_size else _small(run, config, description)
+    parts = [_head(config, description), _title(config, description), _files(run, description), use, _samples(run)]
+    origin = f"{description.origin} by unziplora {version('unziplora')} ({description.method}).\n"
+    return "\n".join(part for part in (*parts, origin, _settings(config)) if part)
 
 
 def argument(text: str) -> str:
@@ -81,7 +82,7 @@ def folder_argument(path: Path) -> str:
 
 def image_count(config: ImageConfig) -> str:
     """Return the number of training images in words."""
-    return "one picture" if len(config.images) == 1 else f"{len(config.images)} pictures"
+    return "one image" if len(config.images) == 1 else f"{len(config.images)} images"
 
 
 def shared_settings(config: TrainingConfig) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def shared_settings(config: TrainingConfig) -> dict[str, Any]:
 def base_name(config: TrainingConfig) -> str:
     """Return the name of the base for publication: the last part of a path, or the name as it is."""
     path = Path(config.base).expanduser()
-    return absolute(path).name if path.exists() else config.base
+    return config.base if HUB_ID.fullmatch(config.base) and not path.exists() else absolute(path).name
 
 
 def _head(config: TrainingConfig, description: RunDescription) -> str:
@@ -105,14 +106,26 @@ def _head(config: TrainingConfig, description: RunDescription) -> str:
 
 
 def _string(text: str) -> str:
-    """Quote a text for YAML and Python, which both read strings of JSON."""
-    return json.dumps(text, ensure_ascii=False)
+    """Quote a text for YAML and Python, which both read strings of JSON once what YAML cannot contain is escaped."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]", lambda m: f"\\u{ord(m[0]):04x}", quoted)
+
+
+def _plain(text: str) -> str:
+    """Escape a text so that Markdown and HTML show it as it is."""
+    return re.sub(r"([\\`*_{}\[\]#|~!])", r"\\\1", escape(" ".join(text.split()), quote=False))
+
+
+def _code(text: str) -> str:
+    """Quote a text as code, by a fence longer than any in it."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
 
 
 def _title(config: TrainingConfig, description: RunDescription) -> str:
     words = config.words()
-    title = ", ".join(words[name] for name in KINDS if name in words) or description.prompt
-    return f"# {title}\n\n{description.origin} by unziplora {version('unziplora')} ({description.method}).\n"
+    return f"# {_plain(', '.join(words[name] for name in KINDS if name in words) or description.prompt)}\n"
 
 
 def _files(run: RunFolder, description: RunDescription) -> str:
@@ -120,8 +133,14 @@ def _files(run: RunFolder, description: RunDescription) -> str:
     for name, file in description.files.items():
         for layout, note in (("kohya", ""), ("diffusers", " (diffusers layout)")):
             if (path := run.lora(name, layout)).is_file():
-                rows.append(f"| `{path.name}`{note} | {file.summary} | `{file.trigger}` |")
+                trigger = _code(file.trigger).replace("|", "\\|")  # which would end the cell, even in code
+                rows.append(f"| {_code(path.name)}{note} | {file.summary} | {trigger} |")
     return "\n".join(rows) + "\n"
+
+
+def _place(run: RunFolder) -> Path:
+    """Return the run folder as it was given, or its name alone: a published card contains no path of this machine."""
+    return Path(absolute(run.path).name) if run.path.is_absolute() else run.path
 
 
 def _samples(run: RunFolder) -> str:
@@ -131,7 +150,7 @@ def _samples(run: RunFolder) -> str:
 def _small(run: RunFolder, config: TrainingConfig, description: RunDescription) -> str:
     return f"""## Use
 
-These LoRAs fit only their base, `{base_name(config)}`. It is smaller than SDXL, so ComfyUI and similar programs
+These LoRAs fit only their base, {_code(base_name(config))}. It is smaller than SDXL, so ComfyUI and similar programs
 cannot load it. Sample with
 
 ```sh
@@ -144,34 +163,34 @@ def _commands(run: RunFolder, config: TrainingConfig, description: RunDescriptio
     subject = config.sample_subject if isinstance(config, ImageConfig) else "dog"
     lines = []
     if "lora" in description.files or set(KINDS) <= description.files.keys():
-        lines.append(f"unziplora sample {folder_argument(run.path)}")
+        lines.append(f"unziplora sample {folder_argument(_place(run))}")
     prompts = {"content": "{} on a beach", "style": f"a {subject} {{}}"}
     for name, file in description.files.items():
         if name != "lora":
-            prompt = argument(prompts[name].format(file.trigger))
-            lines.append(f"unziplora sample --{name} {folder_argument(run.path)} --prompts {prompt}")
+            prompt = argument(" ".join(prompts[name].replace("{}", file.trigger).split()))
+            lines.append(f"unziplora sample --{name} {folder_argument(_place(run))} --prompts {prompt}")
     return "\n".join(lines)
 
 
 def _programs(run: RunFolder, config: TrainingConfig, description: RunDescription) -> str:
     # A merged LoRA contains its two parts.
     titles = {file: run.lora(file).stem for file in (["lora"] if "lora" in description.files else description.files)}
-    both, together = description.prompt, _together(run, description) if len(titles) > 1 else ""
+    both, together = _code(description.prompt), _together(run, description) if len(titles) > 1 else ""
     calls = " ".join(f"<lora:{title}:1>" for title in titles.values())
     loads = "\n".join(
-        f'pipe.load_lora_weights({_string(run.path.as_posix())}, weight_name="{title}.safetensors", '
+        f'pipe.load_lora_weights({_string(_place(run).as_posix())}, weight_name="{title}.safetensors", '
         f'adapter_name="{file}")'
         for file, title in titles.items()
     )
     return f"""## Use
 
-Load the checkpoint of the training, `{base_name(config)}`. Begin with strength 1, as trained, and CFG
-{config.sample_guidance:g}; turn the strength down if it dominates the picture.{together}
+Load the checkpoint of the training, {_code(base_name(config))}. Begin with strength 1, as trained, and CFG
+{config.sample_guidance:g}; turn the strength down if it dominates the image.{together}
 
 **ComfyUI**: copy to `ComfyUI/models/loras`, put one *Load LoRA* node per file between *Load Checkpoint* and the
-sampler, prompt `{both}`.
+sampler, prompt {both}.
 
-**Forge, A1111**: copy to `models/Lora`, prompt `{both} {calls}`.
+**Forge, A1111**: copy to `models/Lora`, prompt {_code(f"{description.prompt} {calls}")}.
 
 **InvokeAI**: *Models* → *Add Models* → path of the file; then choose it under *Concepts*.
 
@@ -184,7 +203,7 @@ from diffusers import StableDiffusionXLPipeline
 pipe = StableDiffusionXLPipeline.{_loading(config)}, torch_dtype=torch.float16).to("cuda")
 {loads}
 pipe.set_adapters({json.dumps(list(titles))}, {[1.0] * len(titles)})
-pipe({_string(both)}, guidance_scale={config.sample_guidance:g}).images[0].save("picture.png")
+pipe({_string(description.prompt)}, guidance_scale={config.sample_guidance:g}).images[0].save("image.png")
 ```
 
 **unziplora**:
@@ -199,12 +218,12 @@ def _together(run: RunFolder, description: RunDescription) -> str:
     """Describe the use of a content and a style LoRA together."""
     text = """
 
-Either works alone, with its own trigger words. Both together restore the picture, or draw its content again in its
+Either works alone, with its own trigger words. Both together restore the image, or draw its content again in its
 style.
 """
     if description.separate_prompts and any(run.samples.glob("*.png")):
-        text += f"""The picture "together" in `samples` was made with a prompt for each LoRA. Other programs give both
-the same one, as `unziplora sample {folder_argument(run.path)} --mode direct` does.
+        text += f"""The image "together" in `samples` was made with a prompt for each LoRA. Other programs give both
+the same one, as `unziplora sample {folder_argument(_place(run))} --mode direct` does.
 """
     return text.rstrip()
 

@@ -73,7 +73,9 @@ class Checkpoint:
 
     def is_finite(self) -> bool:
         """Return True if all numbers that the method contains are finite."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.state["method"].values())
+        tensors: dict[str, Tensor] = {}
+        _pack(self.state.get("method", self.state), "state", tensors)
+        return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint | None:
@@ -122,13 +124,18 @@ def run_facts(kind: type[Method[C]], config: C) -> dict[str, Any]:
     return {"settings": {"method": kind.command, **settings}, "files": files}
 
 
-def changes(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+def changes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> list[str]:
     """List what differs between the facts of a checkpoint and those of a run, as far as both are known.
+
+    A checkpoint after the last step of its run may be gone on from with more steps.
 
     Keys that came or went with another version of the package do not count, nor weights in another number format.
     """
+    saved = checkpoint.facts
     then, now = saved["settings"], facts["settings"]
-    lines = [f"{name}: {then[name]!r} → {now[name]!r}" for name in now if name in then and then[name] != now[name]]
+    may_change = ["steps"] if checkpoint.step == then["steps"] < now["steps"] else []
+    different = [name for name in now if name in then and then[name] != now[name]]
+    lines = [f"{name}: {then[name]!r} → {now[name]!r}" for name in different if name not in may_change]
     for part in ("files", "generated"):
         then, now = saved[part], facts.get(part, saved[part])
         lines += [f"{name}: another content" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]

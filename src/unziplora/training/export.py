@@ -29,7 +29,7 @@ class Provenance:
         prediction_type: the base's prediction type by diffusers' name.
         zero_terminal_snr: the base's noise schedule ends in pure noise.
         layers_per_block: resnets per block of the base's UNet.
-        thumbnail: image for galleries.
+        thumbnails: images for galleries by LoRA name; the others have that of "".
         entries: header entries that replace those computed from the fields above; an empty value removes one.
     """
 
@@ -38,14 +38,14 @@ class Provenance:
     prediction_type: str = "epsilon"
     zero_terminal_snr: bool = False
     layers_per_block: int = LAYERS
-    thumbnail: Image.Image | None = None
+    thumbnails: Mapping[str, Image.Image] = field(default_factory=dict)
     entries: Mapping[str, str] = field(default_factory=dict)
 
-    def header(self, run: RunFolder, config: TrainingConfig, description: RunDescription, name: str) -> dict[str, str]:
+    def header(self, title: str, config: TrainingConfig, description: RunDescription, name: str) -> dict[str, str]:
         """Return the header of the LoRA of this name: its trigger words, its origin and the settings of its run."""
         lora = description.files[name]
         metadata = metadata_for(
-            title=run.lora(name).stem,
+            title=title,
             trigger=lora.trigger,
             hint=f'Add to any prompt: "{lora.trigger}". {lora.hint}'.strip(),
             base=self.base,
@@ -55,7 +55,7 @@ class Provenance:
             layers_per_block=self.layers_per_block,
             method=f"{description.method}, {name} LoRA",
             settings=shared_settings(config),
-            thumbnail=self.thumbnail,
+            thumbnail=self.thumbnails.get(name, self.thumbnails.get("")),
         )
         return {key: value for key, value in {**metadata, **self.entries}.items() if value}
 
@@ -66,21 +66,25 @@ def write_loras(
     description: RunDescription,
     provenance: Provenance,
     loras: Mapping[str, Lora],
-    report: Callable[[Path], None],
+    report: Callable[[Path], object],
+    step: int | None = None,
 ) -> None:
     """Write LoRAs into a run folder in every configured layout.
 
     Args:
         loras: by file name.
         report: called after every file.
+        step: steps done, for LoRAs to keep from the middle of a run.
 
     Raises:
         MachineError: disk full, no permission.
     """
     for name, lora in loras.items():
-        header = provenance.header(run, config, description, name)
-        for layout in config.formats:
-            path = run.lora(name, layout)
+        paths = {layout: run.lora(name, layout) for layout in config.formats}
+        if step is not None:
+            paths = {layout: run.kept_lora(name, step, layout) for layout in config.formats}
+        header = provenance.header(paths["kohya"].stem, config, description, name)
+        for layout, path in paths.items():
             write_lora(lora, path, layout, metadata=header, dtype=config.save_precision)
             report(path)
 

@@ -22,6 +22,7 @@ from unziplora.models.text import Prompts
 from unziplora.runs.folder import located
 from unziplora.runs.model_card import RunDescription
 from unziplora.training.cuda_graphs import Predict
+from unziplora.training.phases import Phases
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -113,6 +114,11 @@ class Method(Trainable, Generic[C]):
         return {IMAGES: ImageGroup(files, config.fit or default_fit(config.base))}
 
     @classmethod
+    def phase_steps(cls, config: C) -> int:
+        """Return the steps of all phases that precede the training."""
+        return 0
+
+    @classmethod
     @abstractmethod
     def layers(cls, config: C, paths: list[str]) -> dict[str, list[str]]:
         """Return the layers that each LoRA adapts, by LoRA name, out of a UNet's linear layers at these paths."""
@@ -167,7 +173,7 @@ class Setup:
         autocast: context of the forward passes.
         report: shows the user one line.
         resumed: a checkpoint will be loaded next, with all that was learned before it.
-        progress: called with the steps done and the steps in all of a phase that precedes the training.
+        phases: what is learned before the training, step by step.
         digests: of what the training reads besides the files of its recipe; to be filled by the method.
     """
 
@@ -176,7 +182,7 @@ class Setup:
     autocast: Callable[[], AbstractContextManager[object]]
     report: Callable[[str], None]
     resumed: bool = False
-    progress: Callable[[int, int], object] = lambda done, total: None
+    phases: Phases = field(default_factory=Phases)
     digests: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -28,12 +27,13 @@ from unziplora.training.checkpoint import Checkpoint, changes, newest_checkpoint
 from unziplora.training.cuda_graphs import Recorder, recording
 from unziplora.training.export import Provenance, write_card, write_loras
 from unziplora.training.method import Method, OpenedImages, Setup
+from unziplora.training.phases import Phases
 from unziplora.training.preflight import check_run, open_images, warn_of_memory
-from unziplora.training.sample_sheet import sample_sheet
+from unziplora.training.sample_sheet import Samples, generate_samples
 from unziplora.training.trackers import Tracker, trackers
-from unziplora.training.trainer import NonFiniteLoss, StepReport, Trainer, train
-from unziplora.utils.files import explain
-from unziplora.utils.progress import Callback, Progress, counted
+from unziplora.training.trainer import NonFiniteLoss, StepReport, Trainer, is_due, train
+from unziplora.utils.files import explain, write_png
+from unziplora.utils.progress import Callback, Progress
 from unziplora.utils.signals import STOP, caught
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -52,7 +52,7 @@ def run_training(
         kind: the method.
         config: its recipe.
         resume: continue an interrupted run in `config.out` from its last checkpoint, with the same result as
-            if it had not been interrupted.
+            if it had not been interrupted, or a finished one that is to have more steps.
         progress: called after every step and after every file.
         base: used, on its device and in its number format, instead of loading `config.base`. It is restored
             afterwards, even if the run fails.
@@ -69,18 +69,23 @@ def run_training(
             with computing_on(pick_device(config.device)):
                 training.execute()
         except KeyboardInterrupt:  # outside the loop, which finishes its step
-            if not run.card.exists():
+            if not training.finished:
                 raise training.stopped("stopped; what is not saved yet will be done again") from None
 
     with nullcontext() if base is None else restored(base):
         images = check_run(kind, config, base)
         if base is None:
             warn_of_memory(kind, config, images.size)
-        return in_run_folder(config, resume, work)
+        return in_run_folder(config, resume, work, extendable=True)
 
 
-def in_run_folder(config: TrainingConfig, resume: bool, work: Callable[[RunFolder], None]) -> RunFolder:
+def in_run_folder(
+    config: TrainingConfig, resume: bool, work: Callable[[RunFolder], None], extendable: bool = False
+) -> RunFolder:
     """Do a run's work in its folder, new or resumed, which is locked for other processes meanwhile.
+
+    Args:
+        extendable: a finished run may be resumed with more steps.
 
     Raises:
         UserError: the folder is taken, or its run is finished.
@@ -90,14 +95,17 @@ def in_run_folder(config: TrainingConfig, resume: bool, work: Callable[[RunFolde
     opened = RunFolder.resumed if resume else RunFolder.created
     with opened(config.out, config) as run, caught(signal.default_int_handler, *STOP):
         if run.card.exists():  # the last file to be written
-            raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
+            if not extendable or config.steps <= run.config(type(config)).steps:
+                raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
+            if not run.steps():
+                raise UserError(f"{run.checkpoints}: no checkpoint to extend this run from; choose another --out")
         try:
             work(run)
         except Exception as error:
             if disk_full(error):
                 raise explain(run.path, error) from error
             raise
-        shutil.rmtree(run.checkpoints, ignore_errors=True)  # twice the size of everything else
+        run.drop_checkpoints()
     return run
 
 
@@ -112,6 +120,9 @@ class TrainingRun(Generic[C]):
     images: OpenedImages
     base: Base | None = None  # loaded already
     recent: list[float] = field(default_factory=list)  # seconds of the last steps
+    done: int = 0  # steps, those of the phases before the training included
+    finished: bool = False
+    samples: Samples | None = None  # of the last sheet
     device: torch.device = field(init=False)
 
     def execute(self) -> None:
@@ -127,19 +138,55 @@ class TrainingRun(Generic[C]):
             facts["base"] = {str(base.dtype): base.fingerprint()}  # before LoRAs are added to it
             if images.scale != base.scale:  # it had to be downloaded first, and is not of SDXL's size
                 images = open_images(self.kind, config, base.scale)
-            context, resumed = autocast_for(self.device, base.dtype), checkpoint is not None
-            setup = Setup(base, images, context, self.report, resumed, counted(self.progress))
+            setup = self.setup(base, images, {} if checkpoint is None else checkpoint.state, facts)
             method = self.kind.build(config, setup)
-            facts["generated"] = setup.digests
             self.check_unchanged(checkpoint, facts)
             trainer = Trainer(method, config, make_scaler(self.device, base.dtype))
-            start = 0 if checkpoint is None else self.restore(checkpoint, trainer)
+            start = self.restore(checkpoint, trainer) if checkpoint is not None and setup.resumed else 0
             checkpoint = None  # frees its memory
+            provenance = self.provenance(method, setup)
+            if run.card.exists():
+                self.extend(method, provenance, start)
+            self.done = self.kind.phase_steps(config) + start
             self.report("training", memory=True)
-            done = self.train(base, method, trainer, start, facts, curves)
+            done = self.train(base, method, trainer, start, facts, curves, provenance)
             if done < config.steps:
                 raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
-            self.finish(base, method, self.provenance(method, setup))
+            self.finish(base, method, provenance)
+            self.finished = True
+
+    def setup(self, base: Base, images: OpenedImages, state: Mapping[str, Any], facts: dict[str, Any]) -> Setup:
+        """Prepare what the method is built from, and let the phases go on from the state of a checkpoint."""
+
+        def save() -> None:
+            path = self.run.checkpoint(0, Checkpoint(0, {"phases": phases.states}, facts).write)
+            self.report(f"checkpoint {path}")
+
+        phases = Phases(
+            dict(state.get("phases", {})), self.after_step, save, self.config.checkpoint_every, self.stopped
+        )
+        context = autocast_for(self.device, base.dtype)
+        setup = Setup(base, images, context, self.report, resumed="method" in state, phases=phases)
+        facts["generated"] = setup.digests
+        return setup
+
+    def extend(self, method: Method[C], provenance: Provenance, start: int) -> None:
+        """Reopen a finished run, whose LoRAs are kept as those of an earlier step."""
+        config = self.config
+        if names := config.spread_over_steps():
+            warnings.warn(
+                f"{' and '.join(names)} spread over all steps, so the result is not exactly that of a run with "
+                f"{config.steps} steps from the start",
+                stacklevel=2,
+            )
+        self.keep(method, provenance, start)
+        self.run.reopen(config)
+        self.report(f"extending from step {start} to {config.steps}")
+
+    def keep(self, method: Method[C], provenance: Provenance, step: int) -> None:
+        """Write the LoRAs of a step before the last, to choose from."""
+        description = method.describe(self.config)
+        write_loras(self.run, self.config, description, provenance, method.export(), self.report_file, step)
 
     def load(self) -> Base:
         """Load the configured base."""
@@ -149,7 +196,7 @@ class TrainingRun(Generic[C]):
     def check_unchanged(self, checkpoint: Checkpoint | None, facts: dict[str, Any]) -> None:
         """Refuse to go on from a checkpoint that belongs to other settings, files or weights."""
         if checkpoint is not None:
-            self.run.check_unchanged(changes(checkpoint.facts, facts))
+            self.run.check_unchanged(changes(checkpoint, facts))
 
     def restore(self, checkpoint: Checkpoint, trainer: Trainer) -> int:
         """Restore the state of a checkpoint; return the steps done."""
@@ -165,8 +212,10 @@ class TrainingRun(Generic[C]):
         gc.collect()  # optimizer states; samples need the room
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if config.sample_seeds:
-            self.last_sample(base, method)
+        if config.sample_seeds and (samples := self.last_sample(base, method)):
+            # Again, with images for galleries: nothing that a sheet takes may lose the LoRAs.
+            provenance = replace(provenance, thumbnails={**provenance.thumbnails, **samples.thumbnails()})
+            write_loras(run, config, description, provenance, loras, lambda _: None)
         write_card(run, config, description, loras)
 
     def stopped(self, where: str) -> Interrupted:
@@ -182,6 +231,7 @@ class TrainingRun(Generic[C]):
         start: int,
         facts: dict[str, Any],
         curves: Sequence[Tracker],
+        provenance: Provenance,
     ) -> int:
         """Train from step `start`; return the steps done.
 
@@ -193,25 +243,28 @@ class TrainingRun(Generic[C]):
 
         def save(done: int) -> None:
             checkpoint = Checkpoint(done, trainer.state_dict(), facts)
-            self.report(f"checkpoint {run.checkpoint(done, checkpoint.write)}", done)
+            self.report(f"checkpoint {run.checkpoint(done, checkpoint.write)}")
 
         def after_step(step: StepReport) -> None:
             figures = {"loss": step.loss, "learning_rate": step.learning_rate}
             run.log(step=step.done, **figures, seconds=round(step.seconds, 4))
             for tracker in curves:
                 tracker.log(figures, step=step.done)
-            self.step(step)
+            self.after_step(self.kind.phase_steps(config) + step.done, step.loss, step.seconds)
 
         with recording(base.unet, trainer.parameters(), config) as predict:
             method.predict = predict
 
-            def sample(done: int) -> None:
-                if isinstance(predict, Recorder):
-                    predict.clear()  # samples need the room
-                self.sample(base, method, f"step-{done:06d}", done)
+            def show(done: int) -> None:
+                if is_due(done, config.save_every):
+                    self.keep(method, provenance, done)
+                if config.sample_seeds and not run.sheet(done).exists():  # as it may in a resumed run
+                    if isinstance(predict, Recorder):
+                        predict.clear()  # samples need the room
+                    self.sample(base, method, done)
 
             try:
-                return train(trainer, start, after_step, save, sample)
+                return train(trainer, start, after_step, save, show)
             except NonFiniteLoss as error:
                 raise UserError(f"{error}. {self.after_divergence(half=base.dtype != torch.float32)}") from None
 
@@ -237,36 +290,46 @@ class TrainingRun(Generic[C]):
             prediction_type=base.prediction_type,
             zero_terminal_snr=base.zero_terminal_snr,
             layers_per_block=base.unet.config.layers_per_block,
-            thumbnail=method.images[0] if method.images else None,
+            thumbnails={"": method.images[0]} if method.images else {},
         )
 
     def report_file(self, path: Path) -> None:
         """Report a file that was written."""
-        self.report(f"wrote {path}", self.config.steps)
+        self.report(f"wrote {path}")
 
-    def sample(self, base: Base, method: Method[C], name: str, done: int = 0) -> None:
-        """Write a labeled sheet: the input and the method's views."""
-        sheet = sample_sheet(base, method, self.config)
-        self.report(f"samples {self.run.save_image(name, sheet)}", done or self.config.steps)
+    def sample(self, base: Base, method: Method[C], step: int) -> Samples:
+        """Write a labeled sheet of the LoRAs after a step, and return its images."""
+        samples = generate_samples(base, method, self.config, self.samples)
+        self.samples, path = samples, self.run.sheet(step)
+        write_png(path, samples.sheet(method, self.config))
+        self.report(f"samples {path}")
+        return samples
 
-    def last_sample(self, base: Base, method: Method[C]) -> None:
+    def last_sample(self, base: Base, method: Method[C]) -> Samples | None:
         """Write the sheet of the finished LoRAs; running out of memory must not fail a run whose LoRAs are saved."""
         try:
-            self.sample(base, method, "samples")
+            return self.sample(base, method, self.config.steps)
         except OutOfMemory as error:
             command = f"unziplora sample {folder_argument(self.run.path)}"
             warnings.warn(f"no samples: {error}. The LoRAs are complete; try `{command}`", stacklevel=2)
+            return None
 
-    def step(self, step: StepReport) -> None:
-        """Report a step with the mean speed of the last twenty."""
-        self.recent = [*self.recent[-19:], step.seconds]
+    def after_step(self, done: int, loss: float, seconds: float) -> None:
+        """Report a step, of a phase or of the training, with the mean speed of the last twenty."""
+        self.done = done
+        self.recent = [*self.recent[-19:], seconds]
         speed = sum(self.recent) / len(self.recent)
-        self.progress(Progress(step.done, self.config.steps, step.loss, speed, peak_memory(self.device)))
+        self.progress(Progress(done, self.steps, loss, speed, peak_memory(self.device)))
 
-    def report(self, message: str, done: int = 0, memory: bool = False) -> None:
+    @property
+    def steps(self) -> int:
+        """Number of all steps, those of the phases before the training included."""
+        return self.kind.phase_steps(self.config) + self.config.steps
+
+    def report(self, message: str, memory: bool = False) -> None:
         """Report one line."""
         peak = peak_memory(self.device) if memory else None
-        self.progress(Progress(done, self.config.steps, memory_bytes=peak, message=message))
+        self.progress(Progress(self.done, self.steps, memory_bytes=peak, message=message))
 
 
 def autocast_for(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractContextManager[object]]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,7 @@ from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.training.method import Trainable
 from unziplora.training.optimizers import make_optimizers, make_schedule
-from unziplora.utils.signals import STOP, caught
+from unziplora.utils.signals import STOP, caught, stop_requests
 
 
 @dataclass(frozen=True)
@@ -133,45 +131,38 @@ def train(
     start: int,
     report: Callable[[StepReport], None],
     save: Callable[[int], None],
-    sample: Callable[[int], None],
+    show: Callable[[int], None],
 ) -> int:
     """Train from step `start` to the last, or until the process is asked to stop; return the steps done.
 
     Args:
         report: called after every step.
         save: called with the number of steps done when a checkpoint is due, at the end and when asked to stop.
-        sample: called with the number of steps done when a sample sheet is due.
+        show: called with the number of steps done when a sample sheet or LoRAs to keep are due, again if resumed there.
     """
     config, done = trainer.config, start
     with stop_requests() as stopped:
+
+        def show_if_due() -> None:
+            if 0 < done < config.steps and (is_due(done, config.sample_every) or is_due(done, config.save_every)):
+                try:
+                    with caught(signal.default_int_handler, *STOP):  # a sheet takes long; a resumed run begins with it
+                        show(done)
+                except KeyboardInterrupt:
+                    stopped.set()
+
+        show_if_due()
         while done < config.steps and not stopped.is_set():
             report(trainer.step(done))
             done += 1
-            if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
+            if done == config.steps or is_due(done, config.checkpoint_every):
                 save(done)  # also at the end, because the disk may be full when the LoRAs are written
-            if config.sample_every and done % config.sample_every == 0 and done < config.steps:
-                try:
-                    with caught(signal.default_int_handler, *STOP):  # a sheet takes long, and nothing is lost with it
-                        sample(done)
-                except KeyboardInterrupt:
-                    stopped.set()
-        if done < config.steps and (not config.checkpoint_every or done % config.checkpoint_every):
+            show_if_due()
+        if done < config.steps and not is_due(done, config.checkpoint_every):
             save(done)
     return done
 
 
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """Yield an event that the first request to stop sets, so that the step in progress is finished.
-
-    A second request stops at once.
-    """
-    stopped = threading.Event()
-
-    def on_signal(number: int, frame: object) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    with caught(on_signal, *STOP):
-        yield stopped
+def is_due(done: int, every: int) -> bool:
+    """Return True if something that happens every so many steps, or never if 0, is due after the steps done."""
+    return bool(every) and done % every == 0

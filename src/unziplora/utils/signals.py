@@ -29,3 +29,20 @@ def caught(handler: Callable[[int, Any], object], *numbers: signal.Signals) -> I
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Yield an event that the first request to stop sets, so that the step in progress is finished.
+
+    A second request stops at once.
+    """
+    stopped = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    with caught(on_signal, *STOP):
+        yield stopped

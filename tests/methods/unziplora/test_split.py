@@ -22,7 +22,7 @@ from unziplora.methods.unziplora.method import split
 from unziplora.models.text import Prompts
 from unziplora.training import runner as job
 from unziplora.training.method import View
-from unziplora.training.sample_sheet import LONGEST, _scaled, sample_sheet
+from unziplora.training.sample_sheet import LONGEST, _scaled, generate_samples
 from unziplora.utils.progress import Progress
 
 WORDS = {"content": "cat", "style": "ink"}
@@ -76,8 +76,9 @@ def test_run_writes_loras_card_log_and_samples(config, tmp_path):
         "run-style.safetensors",
         "run-content.diffusers.safetensors",
         "run-style.diffusers.safetensors",
-        "samples/step-000004.png",
-        "samples/samples.png",
+        "checkpoints/step-000006.safetensors",
+        "samples/run-step000004.png",
+        "samples/run-step000006.png",
     }
     losses = [json.loads(line)["loss"] for line in run.log_file.read_text().splitlines()]
     assert len(losses) == 6
@@ -174,7 +175,7 @@ def test_running_out_of_memory_in_samples_does_not_fail_the_run(config, monkeypa
     def full(*_: object) -> None:
         raise OutOfMemory("out of memory (decoding a picture)")
 
-    monkeypatch.setattr("unziplora.training.runner.sample_sheet", full)
+    monkeypatch.setattr("unziplora.training.runner.generate_samples", full)
     with pytest.warns(UserWarning, match=r"no samples: out of memory(.|\n)*LoRAs are complete; try `unziplora sample"):
         run = split(config())
     assert run.card.is_file()
@@ -232,9 +233,12 @@ def test_low_precision_trains_both_loras(config):
         assert any(up.abs().max() > 0 for _, up in read_lora(path).modules.values())
 
 
-@pytest.mark.parametrize(("batch_size", "passes"), [(1, 6), (4, 4), (8, 2)])
+@pytest.mark.parametrize(("batch_size", "passes"), [(1, 12), (4, 8), (8, 4)])
 def test_samples_use_batches_no_larger_than_the_training(config, shared_base, batch_size, passes):
-    """With guidance each sample counts twice: a batch of 4 computes two of three seeds at once, a batch of 8 all."""
+    """With guidance each sample counts twice: a batch of 4 computes two of three seeds at once, a batch of 8 all.
+
+    There are two columns: the base without LoRA, and the method's own.
+    """
 
     class Plain:
         images = ()
@@ -244,12 +248,13 @@ def test_samples_use_batches_no_larger_than_the_training(config, shared_base, ba
     rows = []
     handle = shared_base.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     try:
-        sheet = sample_sheet(shared_base, Plain(), config(batch_size=batch_size, sample_seeds=[0, 1, 2]))
+        recipe = config(batch_size=batch_size, sample_seeds=[0, 1, 2])
+        sheet = generate_samples(shared_base, Plain(), recipe).sheet(Plain(), recipe)
     finally:
         handle.remove()
     assert len(rows) == passes
     assert max(rows) <= max(2, batch_size)
-    alone = sample_sheet(shared_base, Plain(), config(sample_seeds=[0, 1, 2]))
+    alone = generate_samples(shared_base, Plain(), config(sample_seeds=[0, 1, 2])).sheet(Plain(), recipe)
     assert ImageChops.difference(sheet, alone).convert("L").getextrema()[1] <= 1  # but for rounding
 
 

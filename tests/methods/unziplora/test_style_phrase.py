@@ -21,13 +21,14 @@ from unziplora.formats import writers
 from unziplora.formats.files import read_lora
 from unziplora.images.filters import FILTERS
 from unziplora.methods.unziplora.method import UnZipLora, split
-from unziplora.methods.unziplora.style_phrase import distill_offsets, fit_offsets
+from unziplora.methods.unziplora.style_phrase import Distillation, Inversion, _distillation_prompts
 from unziplora.methods.unziplora.textual_inversion import PhraseOffsets, token_embeddings
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import Prompts, embed, encode_batch, image_conditioning, time_ids
 from unziplora.sampling.sample import sample
 from unziplora.training.loss import Examples, denoising_loss, generator
-from unziplora.training.method import Setup
+from unziplora.training.method import OpenedImages, Setup
+from unziplora.training.phases import Phases
 from unziplora.training.preflight import open_images
 from unziplora.utils.progress import Progress
 
@@ -62,6 +63,11 @@ def setup_of(recipe: SplitConfig) -> Setup:
 @pytest.fixture
 def base(tiny_folder: Path) -> Base:
     return load_base(str(tiny_folder))
+
+
+def fit(phrase: PhraseOffsets, examples: Examples, recipe: SplitConfig) -> None:
+    setup = Setup(phrase.base, OpenedImages(phrase.base.scale, (64, 64)), nullcontext, lambda _: None)
+    setup.phases.learn(Inversion(phrase, setup, examples, recipe, phrase.base.unet))
 
 
 class TestOffsets:
@@ -99,12 +105,9 @@ class TestOffsets:
                 torch.testing.assert_close(read[0], table.weight[token].expand_as(read[0]), atol=1e-6, rtol=0)
 
     def test_word_weights_and_free_part_have_their_own_learning_rates(self, base: Base, config: Make):
-        scheduler, phrase = (
-            DDPMScheduler.from_config(base.scheduler.config),
-            PhraseOffsets(base, "ink wash", known_words=["sign"]),
-        )
+        phrase = PhraseOffsets(base, "ink wash", known_words=["sign"])
         recipe = config(phrase_steps=1, phrase_learning_rate=1e-3, phrase_word_rate=1e-2)
-        fit_offsets(phrase, scheduler, picture(base), PROMPT, recipe)
+        fit(phrase, picture(base), recipe)
         for part, rate in ((phrase.free, 1e-3), (phrase.word_weights, 1e-2)):
             # Adam's first step is the rate, whatever the loss.
             assert max(values.abs().max().item() for values in part) == pytest.approx(rate, rel=0.01)
@@ -121,34 +124,28 @@ class TestOffsets:
             torch.testing.assert_close(rows[:1], embed(base, [PROMPT]).tokens)
 
     def test_each_variant_learns_from_its_own_images_only(self, base: Base, config: Make):
-        scheduler, phrase = (
-            DDPMScheduler.from_config(base.scheduler.config),
-            PhraseOffsets(base, "ink wash", variants=2),
-        )
+        phrase = PhraseOffsets(base, "ink wash", variants=2)
         examples = Examples(torch.randn(4, 4, 8, 8), image_conditioning(base, Prompts(PROMPT), time_ids(64, 64, 4)))
-        fit_offsets(phrase, scheduler, examples, PROMPT, config(phrase_steps=1, batch_size=1))
+        fit(phrase, examples, config(phrase_steps=1, batch_size=1))
         learned = [[bool(reading.any()) for reading in offsets] for offsets in phrase.free]
         assert sorted(learned[0]) == [False, True]
         assert learned[0] == learned[1]
-        fit_offsets(phrase, scheduler, examples, PROMPT, config(phrase_steps=8, batch_size=2))
+        fit(phrase, examples, config(phrase_steps=8, batch_size=2))
         assert all(offsets.abs().min() > 0 for offsets in phrase.free)
 
     def test_schedule_applies_to_the_phrase_too(self, base: Base, config: Make):
-        scheduler, moved = DDPMScheduler.from_config(base.scheduler.config), {}
+        moved = {}
         for schedule in ("constant", "cosine"):
             phrase = PhraseOffsets(base, "ink wash")
             recipe = config(phrase_steps=8, phrase_learning_rate=1e-3, schedule=schedule)
-            fit_offsets(phrase, scheduler, picture(base), PROMPT, recipe)
+            fit(phrase, picture(base), recipe)
             moved[schedule] = max(offsets.abs().max().item() for offsets in phrase.free)
         # Adam moves a number by about the rate in every step: the sums of eight rates.
         assert moved["cosine"] < 1.1 * 4.5e-3 < moved["constant"] < 1.1 * 8e-3
 
     def test_fitting_lowers_the_loss_and_changes_nothing_else(self, base: Base, config: Make):
-        scheduler, examples, phrase = (
-            DDPMScheduler.from_config(base.scheduler.config),
-            picture(base),
-            PhraseOffsets(base, "ink wash"),
-        )
+        scheduler, examples = DDPMScheduler.from_config(base.scheduler.config), picture(base)
+        phrase = PhraseOffsets(base, "ink wash")
         frozen = [parameter.clone() for module in (base.unet, *base.text_encoders) for parameter in module.parameters()]
 
         def loss() -> float:
@@ -158,7 +155,7 @@ class TestOffsets:
             return float(denoising_loss(base.unet, scheduler, styled, batch_size=64, draw=generator("test")))
 
         before = loss()
-        fit_offsets(phrase, scheduler, examples, PROMPT, config(phrase_steps=30, phrase_learning_rate=0.1))
+        fit(phrase, examples, config(phrase_steps=30, phrase_learning_rate=0.1))
         assert loss() < before - 1e-4
         now = [parameter for module in (base.unet, *base.text_encoders) for parameter in module.parameters()]
         assert all(torch.equal(one, two) for one, two in zip(frozen, now, strict=True))
@@ -172,8 +169,16 @@ def test_phrase_occurs_where_all_of_its_tokens_do(base: Base):
     assert not phrase.occur_in("a house in pencil style")
 
 
-@pytest.mark.parametrize("style", ["ink wash", "pencil sketch"])  # the second is one of phrase.STYLES
-def test_distillation_changes_prompts_with_the_phrase_only(config: Make, style: str):
+@pytest.mark.parametrize("style", ["ink wash", "pencil sketch"])  # the second is one of `OTHER_STYLES`
+def test_no_prompt_of_distillation_is_to_be_embedded_both_ways(base: Base, config: Make, style: str):
+    with_phrase, without_phrase = _distillation_prompts(PhraseOffsets(base, style), config(style=style))
+    assert all(style in prompt for prompt in with_phrase)
+    assert len(without_phrase) > 40
+    assert not any(style in prompt for prompt in without_phrase)
+
+
+def test_distillation_changes_prompts_with_the_phrase_only(config: Make):
+    style = "pencil sketch"
     base, prompts = load_base("bundled"), [f"a sks cat in {style} style", "a tree", "a zebra in neon sign style"]
     phrase = PhraseOffsets(base, style)
     with torch.no_grad():
@@ -182,7 +187,9 @@ def test_distillation_changes_prompts_with_the_phrase_only(config: Make, style: 
         with phrase.applied():
             goal = encode_batch(base, prompts[:1]).tokens
         plain = encode_batch(base, prompts).tokens
-    adapter = distill_offsets(phrase, config(rank=16, style=style))
+    distillation = Distillation(phrase, config(rank=16, style=style))
+    Phases().learn(distillation)
+    adapter = distillation.lora
     distilled = embed(base, prompts).tokens
     wide = (goal - plain[:1]).square().mean()
     assert (distilled[:1] - goal).square().mean() < 0.05 * wide
@@ -223,14 +230,16 @@ class TestSplit:
     ):
         checkpointed = []
 
-        def spy(offsets: PhraseOffsets, *rest: Any) -> None:
-            checkpointed.append(offsets.base.unet.is_gradient_checkpointing)
-            fit_offsets(offsets, *rest)
+        step = Inversion.step
 
-        monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.fit_offsets", spy)
+        def spy(self: Inversion, number: int) -> float:
+            checkpointed.append(self.offsets.base.unet.is_gradient_checkpointing)
+            return step(self, number)
+
+        monkeypatch.setattr(Inversion, "step", spy)
         tokens = []
         for saving in (True, False):
-            recipe = config(gradient_checkpointing=saving, phrase_steps=2, phrase_learning_rate=0.1)
+            recipe = config(gradient_checkpointing=saving, phrase_steps=1, phrase_learning_rate=0.1)
             setup = setup_of(recipe)
             tokens.append(UnZipLora.build(recipe, setup).data.examples.conditioning.tokens)
         assert checkpointed == [True, False]
@@ -248,25 +257,37 @@ class TestSplit:
             latents.append(method.data.priors["content"].latents)
         assert torch.equal(*latents)
 
-    def test_resumed_run_equals_an_uninterrupted_one_and_learns_no_phrase_again(
-        self, config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(("killed", "stops"), [(False, [3, 5]), (True, [3, 9])])
+    def test_resumed_run_equals_an_uninterrupted_one_wherever_it_stopped(
+        self, config: Make, tmp_path: Path, killed: bool, stops: list[int]
     ):
-        more = {"steps": 4, "checkpoint_every": 2, "content_variants": True, "content_alone": 0.5}
+        """Of ten steps four learn the phrase, two the text encoders' LoRA, and four train."""
+        more = {"steps": 4, "checkpoint_every": 2, "content_variants": not killed, "content_alone": 0.5}
         whole = split(config(out=tmp_path / "whole", **more))
+        places = {3: "4 of the phrase", 5: "2 of the text encoders' LoRA", 9: "4"}
+        for stop in stops:
+            out, seen = tmp_path / str(stop), []
 
-        def interrupt(event: Progress) -> None:
-            if event.step == 3 and event.loss == event.loss:
-                os.kill(os.getpid(), signal.SIGINT)
+            def interrupt(event: Progress, stop: int = stop) -> None:
+                if event.step == stop and event.loss == event.loss:
+                    if killed:
+                        raise SystemError
+                    os.kill(os.getpid(), signal.SIGINT)
 
-        with pytest.raises(Interrupted):
-            split(config(out=tmp_path / "cut", **more), progress=interrupt)
-        monkeypatch.delattr("unziplora.methods.unziplora.style_phrase.fit_offsets")
-        monkeypatch.delattr("unziplora.methods.unziplora.style_phrase.distill_offsets")
-        cut = split(config(out=tmp_path / "cut", **more), resume=True)
-        for name in ("content", "style"):
-            one, two = (load_file(getattr(run, name)) for run in (whole, cut))
-            assert one.keys() == two.keys()
-            assert all(torch.equal(one[key], two[key]) for key in one)
+            done = {3: 3, 5: 1, 9: 3}[stop]
+            with pytest.raises(SystemError if killed else Interrupted) as stopped:
+                split(config(out=out, **more), progress=interrupt)
+            if not killed:
+                assert f"stopped after step {done} of {places[stop]}, checkpoint saved" in str(stopped.value)
+            cut = split(config(out=out, **more), resume=True, progress=seen.append)
+            steps = [event.step for event in seen if event.loss == event.loss]
+            saved = {3: 2, 5: 4, 9: 8}[stop] if killed else stop
+            assert steps == list(range(saved + 1, 11))
+            assert {event.steps for event in seen} == {10}
+            for name in ("content", "style"):
+                one, two = (load_file(getattr(run, name)) for run in (whole, cut))
+                assert one.keys() == two.keys()
+                assert all(torch.equal(one[key], two[key]) for key in one)
 
     def test_variants_without_a_learned_phrase_or_steps_alone_are_refused(self, config: Make):
         for lacking in ({"phrase_steps": 0, "content_alone": 0.5}, {"content_alone": 0.0}):

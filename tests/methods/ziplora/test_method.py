@@ -396,7 +396,14 @@ class TestRun:
         run = zip_loras(config(sample_seeds=[0], formats=["kohya", "diffusers"], parts=True))
         files = {p.name for p in run.path.rglob("*") if p.is_file() and not p.name.startswith(".")}
         names = {f"run-{n}{layout}.safetensors" for n in ("lora", "content", "style") for layout in ("", ".diffusers")}
-        assert files == {"README.md", "config.toml", "log.jsonl", "samples.png", *names}
+        assert files == {
+            "README.md",
+            "config.toml",
+            "log.jsonl",
+            "run-step000004.png",
+            "step-000004.safetensors",
+            *names,
+        }
         merged, twin = read_lora(run.lora("lora")), read_lora(run.lora("lora", "diffusers"))
         assert merged.metadata["modelspec.trigger_phrase"] == "a sks cat in ink style"
         assert "ZipLoRA" in run.card.read_text()

@@ -24,6 +24,7 @@ from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, filter_targets
 from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches, pair_views
+from unziplora.methods.unziplora import style_phrase
 from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
 from unziplora.methods.unziplora.data import check_prompts, encode_training_data
 from unziplora.models.base import Base
@@ -70,6 +71,10 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
         check_prompts(config)
 
     @classmethod
+    def phase_steps(cls, config: SplitConfig) -> int:
+        return config.phrase_steps + style_phrase.DISTILLATION_STEPS if config.phrase_steps else 0
+
+    @classmethod
     def layers(cls, config: SplitConfig, paths: list[str]) -> dict[str, list[str]]:
         return dict.fromkeys(KINDS, filter_targets(paths, ["attention"]))
 
@@ -88,7 +93,7 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
             prompt=prompts["full"],
             files={
                 "content": LoraDescription(
-                    "the content", prompts["content"], "Pair with the style LoRA to restore the picture."
+                    "the content", prompts["content"], "Pair with the style LoRA to restore the image."
                 ),
                 "style": LoraDescription(
                     "the style", config.style_trigger(config.style_prompt), "Pair with any content LoRA."

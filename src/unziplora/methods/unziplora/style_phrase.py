@@ -10,13 +10,11 @@ LoRAs that are trained with this phrase need not learn the style that it already
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -26,10 +24,11 @@ from unziplora.methods.unziplora.textual_inversion import PhraseOffsets
 from unziplora.models.base import Base
 from unziplora.models.offload import moved_to
 from unziplora.models.text import Conditioning, encode_batch, join_streams
-from unziplora.training.cuda_graphs import recording
+from unziplora.training.cuda_graphs import Predict, recording
 from unziplora.training.loss import Examples, denoising_loss, generator, to_device
 from unziplora.training.method import Setup
 from unziplora.training.optimizers import make_schedule
+from unziplora.training.phases import Phase
 from unziplora.training.text_encoder_lora import TextLora
 
 if TYPE_CHECKING:
@@ -76,15 +75,18 @@ def learn_style_phrase(
     setup.make_room(config, keep_text=True)
     offsets = PhraseOffsets(setup.base, config.style, len(examples.latents) // len(images), config.phrase_words)
     with moved_to(setup.base.text_encoders, setup.base.device):
-        prompt = config.fill("a {content} in {style} style")
         if not setup.resumed:
             setup.report(f"learning the phrase {config.style!r}")
-            fit_offsets(offsets, setup.noise_schedule(), examples, prompt, config, setup.autocast, setup.progress)
+            with recording(setup.base.unet, [], config) as predict:
+                setup.phases.learn(Inversion(offsets, setup, examples, config, predict))
         variants = None
         if config.content_variants:
             variants = to_device(encode_variant_prompts(offsets, examples, config), setup.base)
-        text = TextLora(setup.base, config) if setup.resumed else distill_offsets(offsets, config)
-        return text, variants
+        if setup.resumed:
+            return TextLora(setup.base, config), variants
+        distillation = Distillation(offsets, config)
+        setup.phases.learn(distillation)
+        return distillation.lora, variants
 
 
 def _add_variants(base: Base, images: Sequence[Image.Image], examples: Examples) -> Examples:
@@ -97,45 +99,55 @@ def _add_variants(base: Base, images: Sequence[Image.Image], examples: Examples)
     return Examples(latents, examples.conditioning.take(index), weights)
 
 
-def fit_offsets(
-    offsets: PhraseOffsets,
-    scheduler: DDPMScheduler,
-    examples: Examples,
-    prompt: str,
-    config: SplitConfig,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    progress: Callable[[int, int], object] = lambda done, total: None,
-) -> None:
-    """Fit the offsets to the images by the denoising loss, everything else frozen (arXiv 2208.01618, equation 2).
+class Inversion(Phase):
+    """Fit of the offsets to the images by the denoising loss, everything else frozen (arXiv 2208.01618, equation 2)."""
 
-    Args:
-        offsets: fitted in place; its base's UNet and text encoders are on the device.
-        scheduler: noise schedule and prediction type of the base.
-        examples: equally many images of every variant, those of the first variant first; of their conditioning only
-            the time ids count.
-        prompt: contains the phrase.
-        config: the recipe.
-        autocast: context of the forward passes.
-        progress: called with steps done and steps in all.
-    """
-    parts = (offsets.free, config.phrase_learning_rate), (offsets.word_weights, config.phrase_word_rate)
-    optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in parts])
-    schedule = make_schedule(optimizer, config.schedule, config.phrase_steps)
-    with recording(offsets.base.unet, [], config) as predict:
-        for step in range(config.phrase_steps):
-            progress(step, config.phrase_steps)
-            draw = generator(config.seed, "phrase", step)
-            index = _draw_images(offsets, len(examples.latents), config.batch_size, draw)
-            with offsets.applied(index * offsets.variants // len(examples.latents)), autocast():
-                rows = encode_batch(offsets.base, [prompt] * len(index))
-                weights = None if examples.weights is None else examples.weights[index]
-                conditioning = rows.with_time_ids(examples.conditioning.take(index).time_ids)
-                batch = Examples(examples.latents[index], conditioning, weights)
-                loss = denoising_loss(predict, scheduler, batch, draw=draw, **config.noising())
-            optimizer.zero_grad()
-            (loss * LOSS_SCALE).backward()
-            optimizer.step()
-            schedule.step()
+    name = "the phrase"
+
+    def __init__(
+        self, offsets: PhraseOffsets, setup: Setup, examples: Examples, config: SplitConfig, predict: Predict
+    ) -> None:
+        """Prepare the fit of offsets, in place.
+
+        Args:
+            examples: equally many images of every variant, those of the first variant first; of their conditioning only
+                the time ids count.
+            predict: the UNet, or its recorded passes.
+        """
+        self.offsets, self.examples, self.config, self.predict = offsets, examples, config, predict
+        self.scheduler, self.autocast = setup.noise_schedule(), setup.autocast
+        self.steps, self.prompt = config.phrase_steps, config.fill("a {content} in {style} style")
+        parts = (offsets.free, config.phrase_learning_rate), (offsets.word_weights, config.phrase_word_rate)
+        self.optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in parts])
+        self.schedule = make_schedule(self.optimizer, config.schedule, self.steps)
+
+    def step(self, number: int) -> float:
+        offsets, examples, config = self.offsets, self.examples, self.config
+        draw = generator(config.seed, "phrase", number)
+        index = _draw_images(offsets, len(examples.latents), config.batch_size, draw)
+        with offsets.applied(index * offsets.variants // len(examples.latents)), self.autocast():
+            rows = encode_batch(offsets.base, [self.prompt] * len(index))
+            weights = None if examples.weights is None else examples.weights[index]
+            conditioning = rows.with_time_ids(examples.conditioning.take(index).time_ids)
+            batch = Examples(examples.latents[index], conditioning, weights)
+            loss = denoising_loss(self.predict, self.scheduler, batch, draw=draw, **config.noising())
+        self.optimizer.zero_grad()
+        (loss * LOSS_SCALE).backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        parameters = {"free": list(self.offsets.free), "word_weights": list(self.offsets.word_weights)}
+        return {**parameters, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, parameters in (("free", self.offsets.free), ("word_weights", self.offsets.word_weights)):
+            for parameter, saved in zip(parameters, state[name], strict=True):
+                parameter.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
 
 
 def _draw_images(offsets: PhraseOffsets, images: int, count: int, draw: torch.Generator) -> Tensor:
@@ -155,43 +167,56 @@ def encode_variant_prompts(offsets: PhraseOffsets, examples: Examples, config: S
     return replace(examples, conditioning=Conditioning(tokens, rows.pooled, examples.conditioning.time_ids))
 
 
-def distill_offsets(offsets: PhraseOffsets, config: SplitConfig) -> TextLora:
-    """Train a LoRA of the text encoders that embeds the plain phrase as if the offsets were applied.
+class Distillation(Phase):
+    """Training of a LoRA of the text encoders that embeds the plain phrase as if the offsets were applied.
 
     It learns from prompts alone. Prompts with the phrase get the embeddings that they have with the offsets; all others
     keep theirs.
-
-    Args:
-        offsets: fitted.
-        config: the recipe; its words, rank and seed.
     """
-    base = offsets.base
-    with_phrase, without_phrase = _distillation_prompts(offsets, config)
-    with torch.no_grad():
-        plain, unchanged = encode_batch(base, with_phrase), encode_batch(base, without_phrase)
-        with offsets.applied():
-            goal = encode_batch(base, with_phrase)
-    tokens, pooled = torch.cat([goal.tokens, unchanged.tokens]), torch.cat([goal.pooled, unchanged.pooled])
-    sizes = [
-        (a.float() - b.float()).square().mean().clamp(min=1e-8)
-        for a, b in ((goal.tokens, plain.tokens), (goal.pooled, plain.pooled))
-    ]
-    lora, prompts = TextLora(base, config), with_phrase + without_phrase
-    # Gradients of a mean over two million numbers are too small for fp16.
-    factor = LOSS_SCALE if base.dtype == torch.float16 else 1.0
-    optimizer = torch.optim.Adam(lora.parameters(), lr=DISTILLATION_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, DISTILLATION_STEPS)
-    for step in range(DISTILLATION_STEPS):
-        draw = generator(config.seed, "teach", step)
-        index = torch.randperm(len(prompts), generator=draw)[:DISTILLATION_BATCH].tolist()
-        rows = encode_batch(base, [prompts[number] for number in index])
-        pairs = (rows.tokens, tokens[index]), (rows.pooled, pooled[index])
+
+    name = "the text encoders' LoRA"
+
+    def __init__(self, offsets: PhraseOffsets, config: SplitConfig) -> None:
+        """Embed the prompts with fitted offsets, and add the LoRA to the text encoders."""
+        base = offsets.base
+        with_phrase, without_phrase = _distillation_prompts(offsets, config)
+        with torch.no_grad():
+            plain, unchanged = encode_batch(base, with_phrase), encode_batch(base, without_phrase)
+            with offsets.applied():
+                goal = encode_batch(base, with_phrase)
+        self.tokens = torch.cat([goal.tokens, unchanged.tokens])
+        self.pooled = torch.cat([goal.pooled, unchanged.pooled])
+        self.sizes = [
+            (a.float() - b.float()).square().mean().clamp(min=1e-8)
+            for a, b in ((goal.tokens, plain.tokens), (goal.pooled, plain.pooled))
+        ]
+        self.base, self.seed, self.steps = base, config.seed, DISTILLATION_STEPS
+        self.lora, self.prompts = TextLora(base, config), with_phrase + without_phrase
+        # Gradients of a mean over two million numbers are too small for fp16.
+        self.factor = LOSS_SCALE if base.dtype == torch.float16 else 1.0
+        self.optimizer = torch.optim.Adam(self.lora.parameters(), lr=DISTILLATION_RATE)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.steps)
+
+    def step(self, number: int) -> float:
+        draw = generator(self.seed, "teach", number)
+        index = torch.randperm(len(self.prompts), generator=draw)[:DISTILLATION_BATCH].tolist()
+        rows = encode_batch(self.base, [self.prompts[number] for number in index])
+        pairs = (rows.tokens, self.tokens[index]), (rows.pooled, self.pooled[index])
         errors = [(output.float() - target.float()).square().mean() for output, target in pairs]
-        optimizer.zero_grad()
-        ((errors[0] / sizes[0] + errors[1] / sizes[1]) * factor).backward()
-        optimizer.step()
-        schedule.step()
-    return lora
+        loss = errors[0] / self.sizes[0] + errors[1] / self.sizes[1]
+        self.optimizer.zero_grad()
+        (loss * self.factor).backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = self.lora.state_dict(), self.optimizer.state_dict(), self.schedule.state_dict()
+        return dict(zip(("lora", "optimizer", "schedule"), parts, strict=True))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, part in (("lora", self.lora), ("optimizer", self.optimizer), ("schedule", self.schedule)):
+            part.load_state_dict(state[name])
 
 
 def _distillation_prompts(offsets: PhraseOffsets, config: SplitConfig) -> tuple[list[str], list[str]]:
