@@ -50,7 +50,7 @@ CHECKPOINTS = 2
 
 _STEP = re.compile(r"step-(\d{6,})\.safetensors")
 # Entries of a run that has learned nothing yet; such a folder is reused without asking.
-_EARLY = {"config.toml", "log.jsonl", "samples", "checkpoints", "trackers", IMAGES}
+_EARLY = {"config.toml", "log.jsonl", "samples", "checkpoints", "trackers", "worker.log", IMAGES}
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ class RunFolder:
         owner = self.path / ".lock.pid"
         lock = FileLock(self.path / ".lock", fallback_to_soft=False)
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=0.2, poll_interval=0.02)  # somebody may just be looking whether it is held
         except Timeout:
             number = owner.read_text(errors="replace").strip() if owner.is_file() else ""
             raise UserError(
@@ -353,6 +353,8 @@ class RunFolder:
                 owner.write_text(str(os.getpid()))
             yield
         finally:
+            with suppress(OSError):
+                owner.unlink(missing_ok=True)
             lock.release()
 
     def checkpoint(self, step: int, write: Writer) -> Path:
