@@ -31,6 +31,7 @@ __version__ = version("unziplora")
 # ruff: noqa: F405, RUF022
 __all__ = [  # in the order in which a reader meets them
     "split", "train_dreambooth", "train_blora", "zip_loras", "sample", "grid", "find_blocks", "Run",
+    "batch", "Queue", "work", "find_runs",
     "inspect", "convert", "resize", "read_lora", "write_lora", "load_base",
     "SplitConfig", "DreamBoothConfig", "BLoraConfig", "ZipConfig", "SampleConfig", "GridConfig", "ProbeConfig",
     "BUNDLED_BASE", "UnziploraError", "UserError", "MachineError", "OutOfMemory", "Interrupted",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,13 @@ from unziplora.formats.convert import convert
 from unziplora.formats.convert import resize_file as resize
 from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.inspect import inspect
+from unziplora.jobs.batch import Result, default_folder, run_batch
+from unziplora.jobs.queue import Queue
+from unziplora.jobs.rows import read_rows
+from unziplora.jobs.state import find_runs
+from unziplora.jobs.trainings import Trainer
+from unziplora.jobs.worker import Work
+from unziplora.jobs.worker import work as work_on
 from unziplora.lora.algebra import scale
 from unziplora.lora.weights import Lora, check_fits
 from unziplora.methods import blora, dreambooth
@@ -53,9 +60,12 @@ if TYPE_CHECKING:
     from unziplora.probe.scores import Findings
 
 __all__ = [
+    "Queue",
     "Run",
+    "batch",
     "convert",
     "find_blocks",
+    "find_runs",
     "grid",
     "inspect",
     "load_base",
@@ -65,6 +75,7 @@ __all__ = [
     "split",
     "train_blora",
     "train_dreambooth",
+    "work",
     "write_lora",
     "zip_loras",
 ]
@@ -285,6 +296,40 @@ def find_blocks(
         return probe.find_blocks(config, loaded, progress=counted(view))
 
 
+def batch(
+    source: Location, *, out: Location | None = None, progress: bool | Callback = True, **settings: Any
+) -> list[Result]:
+    """Train on many images, one run each, while the base stays loaded; the same call continues an interrupted batch.
+
+    Args:
+        source: a folder of images, or a .toml, .csv or .jsonl file whose rows contain image, content, style and any
+            other key of `SplitConfig`, or `method` and the keys of that method.
+        out: folder for the runs, `report.md` and `contact-sheet.png`; default: `runs/NAME` after the source.
+        progress: see `split`.
+        settings: keys of rows that do not set them.
+
+    Raises:
+        UserError: rows are faulty; all faults are listed, and nothing was started.
+        Interrupted: stopped on request after saving.
+    """
+    folder = default_folder(Path(source)) if out is None else Path(out)
+    rows = read_rows(Path(source), folder, settings)
+    with _view(progress) as report:
+        return run_batch(rows, folder, Trainer(), report)
+
+
+def work(folder: Location = "runs", *, until_empty: bool = True, progress: bool | Callback = True) -> Work:
+    """Do the jobs of a `Queue` one after the other, while the base stays loaded.
+
+    Args:
+        folder: the runs folder with the queue.
+        until_empty: return when no job is left; otherwise wait for more until the process is asked to stop.
+        progress: see `split`.
+    """
+    with _view(progress) as report:
+        return work_on(Queue(folder), Trainer(), report, until_empty)
+
+
 def load_adapter(pipe: StableDiffusionXLPipeline, name: str, lora: Lora, strength: float) -> None:
     """Load a LoRA into a diffusers pipeline as an adapter; other adapters keep their strengths.
 
@@ -386,8 +431,7 @@ def _prepared(
     if base is not None and pipe is not None:
         raise UserError("base and pipe are two ways to say the same: give one of them")
     opened = borrowed(pipe) if pipe is not None else nullcontext(base)
-    view = nullcontext(progress) if callable(progress) else show(quiet=not progress)
-    with opened as source, view as report:
+    with opened as source, _view(progress) as report:
         named = {} if source is None else {"base": _base_name(source)}
         yield resolve(model, saved, named, keys), source if isinstance(source, Base) else None, report
 
@@ -398,3 +442,8 @@ def _base_name(base: Location | Base) -> str:
         return str(base)
     named = base.name == "bundled" or HUB_ID.fullmatch(base.name)
     return base.name if named else str(base.pipe.name_or_path or base.name)
+
+
+def _view(progress: bool | Callback) -> AbstractContextManager[Callback]:
+    """Return the context of the caller's own function, or of a view that fits where the output goes."""
+    return nullcontext(progress) if callable(progress) else show(quiet=not progress)

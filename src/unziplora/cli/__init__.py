@@ -27,6 +27,10 @@ COMMANDS = {
     "inspect": "unziplora.cli.inspect",
     "convert": "unziplora.cli.inspect",
     "resize": "unziplora.cli.inspect",
+    "batch": "unziplora.cli.batch",
+    "queue": "unziplora.cli.queue",
+    "worker": "unziplora.cli.queue",
+    "runs": "unziplora.cli.queue",
     "doctor": "unziplora.cli.doctor",
     "demo": "unziplora.cli.demo",
 }

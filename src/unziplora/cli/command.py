@@ -105,12 +105,15 @@ class RecipeCommand(click.Command):
         super().__init__(name, help=help, short_help=short_help, params=params)
         self.model, self.run, self.plan, self.layers, self.resumable = model, run, plan, layers, resumable
 
-    def invoke(self, ctx: click.Context) -> None:
-        """Resolve the recipe, then show its plan or carry it out."""
-        params = ctx.params
-        path: Path | None = params["config_file"]
+    def recipe(self, ctx: click.Context) -> Any:
+        """Resolve the recipe that a command line stands for."""
+        path: Path | None = ctx.params["config_file"]
         file = with_paths_from(path.parent, read_toml(path), self.model) if path else {}
-        config = resolve(self.model, *self.layers(params, file, typed_keys(ctx)))
+        return resolve(self.model, *self.layers(ctx.params, file, typed_keys(ctx)))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Resolve the recipe, then show its plan or carry it out."""
+        params, config = ctx.params, self.recipe(ctx)
         if params["dry_run"]:
             with stdout_to_stderr():
                 plan = self.plan(config)

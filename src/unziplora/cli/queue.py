@@ -1,0 +1,286 @@
+"""`unziplora queue`, `worker` and `runs`: jobs that wait, the process that does them, and what has become of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unziplora.cli.command import RecipeCommand
+from unziplora.cli.options import ExpandedPath, json_option, quiet_option
+from unziplora.cli.output import emit, note, stdout_to_stderr
+from unziplora.errors import UserError
+from unziplora.utils.progress import show
+
+if TYPE_CHECKING:
+    from unziplora.config.training import TrainingConfig
+    from unziplora.jobs.queue import Job
+
+SHOWN = 100
+"""Jobs and runs that a list shows unless all are asked for."""
+
+
+def _folder_option() -> click.Option:
+    text = "Folder of the runs and of their queue.  [default: runs]"
+    return click.Option(["--runs", "folder"], type=ExpandedPath(), default="runs", metavar="FOLDER", help=text)
+
+
+def _all_option() -> click.Option:
+    return click.Option(["--all", "-a", "everything"], is_flag=True, help=f"Show more than the first {SHOWN}.")
+
+
+def _job_argument() -> click.Argument:
+    return click.Argument(["jobs"], nargs=-1, required=True, metavar="JOB...")
+
+
+def _figures(job: Job) -> dict[str, Any]:
+    from unziplora.jobs.state import RunSummary
+
+    figures = {**RunSummary(job.run).as_dict(), "state": job.state}
+    return {"job": job.number, "request": job.request, **figures}
+
+
+def _table(rows: Sequence[dict[str, Any]], heads: Sequence[str]) -> str:
+    """Align the figures of jobs or runs in columns."""
+    cells = [list(heads), *([_cell(row, head) for head in heads] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+def _cell(row: dict[str, Any], head: str) -> str:
+    if head == "words":
+        return ", ".join(row[name] for name in ("content", "style") if name in row)
+    if head == "steps":
+        return f"{row['steps_done']}/{row['steps'] or '?'}"
+    if head == "changed":
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(row["changed"])) if row["changed"] else ""
+    if head == "state" and row.get("request"):
+        return f"{row['state']} ({row['request']})"
+    return str(row[head])
+
+
+def _report(jobs: Sequence[Job], done: str, as_json: bool) -> None:
+    """Print the jobs that a command has changed."""
+    data = {"jobs": [_figures(job) for job in jobs]} if as_json else {}
+    emit(data, "\n".join(f"job {job.number}  {job.run.path}  {done}" for job in jobs), as_json)
+
+
+def _add(what: tuple[str, ...], folder: Path, first: bool, unfinished: bool, as_json: bool) -> None:
+    from unziplora.jobs.queue import Queue
+    from unziplora.jobs.trainings import check
+
+    queue, jobs = Queue(folder), []
+    if not what and not unfinished:
+        raise UserError("nothing to add: name a training such as `split cat.jpg --content cat`, or a run folder")
+    if what and what[0] in ("split", "train", "zip"):
+        with stdout_to_stderr():
+            config = _recipe(what)
+            check(config)
+        jobs = [queue.submit(config, first)]
+    elif what:
+        jobs = queue.add(*what, first=first)
+    if unfinished:
+        jobs += queue.add_unfinished()
+    _report(jobs, "added", as_json)
+
+
+def _recipe(words: Sequence[str]) -> TrainingConfig:
+    """Resolve the command line of a training as that command would."""
+    from unziplora.cli import cli
+
+    command: click.Command | None = cli
+    ctx, rest = click.Context(cli, info_name="unziplora"), list(words)
+    while isinstance(command, click.Group):
+        name = rest.pop(0) if rest else ""
+        command = command.get_command(ctx, name)
+    if not isinstance(command, RecipeCommand):
+        raise UserError(f"{' '.join(words[:2])}: no training; see unziplora queue add --help")
+    with command.make_context(name, rest, parent=ctx) as ctx:
+        for flag in ("resume", "dry_run"):
+            if ctx.params.get(flag):
+                raise UserError(
+                    f"--{flag.replace('_', '-')} does not go with a queue; unfinished runs are added by folder"
+                )
+        return command.recipe(ctx)
+
+
+def _list(folder: Path, everything: bool, as_json: bool) -> None:
+    from unziplora.jobs.queue import Queue
+
+    queue = Queue(folder)
+    rows = [_figures(job) for job in queue.jobs(-1 if everything else SHOWN)]
+    more = queue.count() - len(rows)
+    text = _table(rows, ["job", "state", "steps", "run", "words"]) if rows else "The queue is empty."
+    emit({"jobs": rows, "more": more}, text + (f"\n… and {more} more (--all)" if more > 0 else ""), as_json)
+
+
+def _show(job: str, folder: Path, as_json: bool) -> None:
+    from unziplora.jobs.queue import Queue
+    from unziplora.jobs.state import read_failure
+
+    found = Queue(folder).job(job)
+    figures, failure = _figures(found), read_failure(found.run)
+    if failure is not None:
+        figures["log"] = failure.log
+    lines = [f"{name:<10} {value}" for name, value in figures.items() if name not in ("changed", "log", "request")]
+    log = ["", "The end of its log:", *(f"  {line}" for line in failure.log)] if failure and failure.log else []
+    remedy = [f"Try again: unziplora queue retry {found.number}"] if figures["state"] == "failed" else []
+    emit(figures, "\n".join([*lines, *log, *remedy]), as_json)
+
+
+def _move(job: str, before: str | None, folder: Path, as_json: bool) -> None:
+    from unziplora.jobs.queue import Queue
+
+    _report([Queue(folder).move(job, before)], f"before {before}" if before else "first", as_json)
+
+
+def _change(action: str, done: str) -> click.Command:
+    """Make the command of a request to jobs."""
+
+    def change(jobs: tuple[str, ...], folder: Path, as_json: bool) -> None:
+        from unziplora.jobs.queue import Queue
+
+        queue = Queue(folder)
+        for job in jobs:
+            queue.job(job)  # all of them exist, or nothing is done
+        _report([getattr(queue, action)(job) for job in jobs], done, as_json)
+
+    help = {
+        "pause": "Let jobs wait until they are retried; a running one saves its step first.",
+        "cancel": "Take jobs out of the queue; a running one saves its step first, and runs that have begun stay.",
+        "retry": "Let failed and paused jobs run again.",
+    }[action]
+    params: list[click.Parameter] = [_job_argument(), _folder_option(), json_option()]
+    return click.Command(action, callback=change, params=params, help=help)
+
+
+def _work(folder: Path, until_empty: bool, as_json: bool, quiet: bool) -> int:
+    from unziplora.jobs.queue import Queue
+    from unziplora.jobs.trainings import Trainer
+    from unziplora.jobs.worker import work
+
+    queue = Queue(folder)
+    with stdout_to_stderr(), show(quiet) as progress:
+        result = work(queue, Trainer(), progress, until_empty)
+    lines = [f"finished  {path}" for path in result.finished]
+    lines += [f"failed    {path}: {reason}" for path, reason in result.failed.items()]
+    data = {"finished": result.finished, "failed": result.failed, "stopped": result.stopped}
+    emit(data, "\n".join(lines) or "nothing to do", as_json)
+    if result.stopped and not as_json:
+        note("stopped; unfinished jobs go on with the next worker")
+    return 130 if result.stopped else int(bool(result.failed))
+
+
+def _runs(words: tuple[str, ...], folder: Path, everything: bool, as_json: bool) -> None:
+    from unziplora.jobs.state import find_runs
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give --runs the folder that contains the runs")
+    runs = find_runs(folder, words)
+    rows = [summary.as_dict() for summary in (runs if everything else runs[:SHOWN])]
+    more = len(runs) - len(rows)
+    text = _table(rows, ["state", "steps", "changed", "run", "words"]) if rows else "no runs"
+    emit({"runs": rows, "more": more}, text + (f"\n… and {more} more (--all)" if more else ""), as_json)
+
+
+ADD = """Add a training to the queue.
+
+WHAT is the command that you would type after `unziplora`, or unfinished run folders.
+
+\b
+  unziplora queue add split cat.jpg --content cat --style "pencil sketch" --out runs/cat
+  unziplora queue add train dreambooth cat1.jpg cat2.jpg --content cat
+  unziplora queue add runs/fox
+
+The run folder is created at once, with its settings. `unziplora worker` does the work.
+"""
+
+WORKER = """Do the jobs of the queue, one after the other.
+
+The base stays loaded between jobs of the same base. A failed job does not stop the worker; Ctrl-C
+does, after the job in hand has saved its step. Start one worker for each GPU:
+
+\b
+  CUDA_VISIBLE_DEVICES=0 unziplora worker
+  CUDA_VISIBLE_DEVICES=1 unziplora worker
+"""
+
+queue_command = click.Group(
+    "queue",
+    help="Let trainings wait for a worker; the queue is a file in the folder of the runs.",
+    short_help="Let trainings wait for a worker.",
+    commands=[
+        click.Command(
+            "add",
+            context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+            callback=_add,
+            params=[
+                click.Argument(["what"], nargs=-1, type=click.UNPROCESSED, metavar="WHAT..."),
+                _folder_option(),
+                click.Option(["--first"], is_flag=True, help="Put it first."),
+                click.Option(["--unfinished"], is_flag=True, help="Add all unfinished runs of the folder."),
+                json_option(),
+            ],
+            help=ADD,
+            short_help="Add a training or an unfinished run.",
+        ),
+        click.Command(
+            "list",
+            callback=_list,
+            params=[_folder_option(), _all_option(), json_option()],
+            help="List the jobs in their order, with their states.",
+        ),
+        click.Command(
+            "show",
+            callback=_show,
+            params=[click.Argument(["job"], metavar="JOB"), _folder_option(), json_option()],
+            help="Show a job; if it failed, with the reason and the end of its log.",
+        ),
+        click.Command(
+            "move",
+            callback=_move,
+            params=[
+                click.Argument(["job"], metavar="JOB"),
+                click.Option(["--before"], metavar="JOB", help="Job to move it before.  [default: the first]"),
+                _folder_option(),
+                json_option(),
+            ],
+            help="Move a job to the front, or before another.",
+        ),
+        _change("pause", "paused"),
+        _change("cancel", "canceled"),
+        _change("retry", "waits again"),
+    ],
+)
+
+worker_command = click.Command(
+    "worker",
+    callback=_work,
+    params=[
+        _folder_option(),
+        click.Option(["--until-empty"], is_flag=True, help="Stop when no job is left, with exit code 1 if one failed."),
+        json_option(),
+        quiet_option(),
+    ],
+    help=WORKER,
+    short_help="Do the jobs of the queue, one after the other.",
+)
+
+runs_command = click.Command(
+    "runs",
+    callback=_runs,
+    params=[
+        click.Argument(["words"], nargs=-1, metavar="[WORDS]..."),
+        _folder_option(),
+        _all_option(),
+        json_option(),
+    ],
+    help="List runs with their states, the newest first.\n\nWORDS must all occur in a run's name, words, prompts or "
+    "image names.",
+    short_help="List runs with their states, and find them by words.",
+)

@@ -1,0 +1,171 @@
+"""State of a run, computed from its folder and never stored, so that it is right after any kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from unziplora.errors import UserError
+from unziplora.jobs.claim import OWNER, is_worked_on
+from unziplora.runs.folder import RunFolder
+from unziplora.utils.files import atomic_write
+from unziplora.utils.inputs import read_json, read_toml
+
+State = Literal["queued", "running", "interrupted", "failed", "finished", "missing"]
+
+ERROR, LOG = ".error.json", "worker.log"
+LOG_LINES = 30
+"""Lines of a log that are shown of a failed run."""
+
+
+def state_of(run: RunFolder, queued: bool = False) -> State:
+    """Compute the state of a run.
+
+    Args:
+        queued: a queue contains it, so that it may wait for its first step.
+    """
+    try:
+        names = set(os.listdir(run.path))
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    if run.card.name in names:
+        return "finished"
+    if not names.isdisjoint((OWNER, ".lock.pid")) and is_worked_on(run):
+        return "running"
+    if ERROR in names and _is_last(run):
+        return "failed"
+    return "queued" if queued and run.log_file.name not in names else "interrupted"
+
+
+def is_open(run: RunFolder) -> bool:
+    """Return True if there is work to do on a run: it is neither finished nor failed."""
+    failed = (run.path / ERROR).exists() and _is_last(run)
+    return run.path.is_dir() and not run.card.exists() and not failed
+
+
+def _is_last(run: RunFolder) -> bool:
+    """Return True if no process has trained since the error was left."""
+    try:
+        return (run.path / ERROR).stat().st_mtime >= run.log_file.stat().st_mtime
+    except OSError:
+        return not run.log_file.exists()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What the last process of a run left when it failed.
+
+    Attributes:
+        message: the fault and its remedy.
+        log: the last lines of the log.
+    """
+
+    message: str
+    log: list[str]
+
+
+def record_failure(run: RunFolder, error: BaseException) -> None:
+    """Write the error that ended the process of a run into its folder, unless that is gone.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    if run.path.is_dir():
+        atomic_write(run.path / ERROR, json.dumps({"message": str(error).strip() or type(error).__name__}))
+
+
+def clear_failure(run: RunFolder) -> None:
+    """Forget the error of an earlier process: the run is tried again."""
+    (run.path / ERROR).unlink(missing_ok=True)
+
+
+def read_failure(run: RunFolder) -> Failure | None:
+    """Return the error that the last process of a run left, if there is one."""
+    try:
+        message = read_json(run.path / ERROR)["message"]
+    except FileNotFoundError:
+        return None
+    except (OSError, UserError, KeyError):
+        message = "its error cannot be read"
+    log = run.path / LOG
+    lines = log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else []
+    return Failure(str(message), lines[-LOG_LINES:])
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as lists show it."""
+
+    run: RunFolder
+
+    @property
+    def state(self) -> State:
+        return state_of(self.run)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Keys that the run began with; empty if its configuration is damaged."""
+        try:
+            return read_toml(self.run.config_file)
+        except UserError:
+            return {}
+
+    @property
+    def words(self) -> dict[str, str]:
+        """Words of the content and the style, as far as the run has them."""
+        return {name: str(self.settings[name]) for name in ("content", "style") if self.settings.get(name)}
+
+    @property
+    def changed(self) -> float:
+        """Time of the last sign of life, in seconds since 1970."""
+        files = (self.run.config_file, self.run.log_file, self.run.card)
+        return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures for JSON; the steps done are those of the log."""
+        steps = [line["step"] for line in self.run.read_log()[-1:] if isinstance(line.get("step"), int)]
+        failure = read_failure(self.run)
+        return {
+            "run": str(self.run.path),
+            "state": self.state,
+            **self.words,
+            "steps_done": steps[0] if steps else 0,
+            "steps": self.settings.get("steps"),
+            "changed": self.changed,
+            **({"error": failure.message} if failure else {}),
+        }
+
+    def matches(self, word: str) -> bool:
+        """Return True if a word occurs in the folder's name, the words, the prompts or the images' names."""
+        settings = self.settings
+        texts = [self.run.path.name, *(str(value) for key, value in settings.items() if key.endswith("prompt"))]
+        texts += [*self.words.values(), *(Path(str(image)).name for image in settings.get("images", []))]
+        return any(word.casefold() in text.casefold() for text in texts)
+
+
+def find_runs(folder: str | os.PathLike[str] = "runs", words: Sequence[str] = ()) -> list[RunSummary]:
+    """Return the runs in a folder and in its subfolders, the newest first.
+
+    Args:
+        words: each must occur in a run's name, words, prompts or image names.
+    """
+    runs = [RunSummary(RunFolder(path)) for path in _run_folders(Path(folder), depth=2)]
+    matches = [run for run in runs if all(run.matches(word) for word in words)]
+    return sorted(matches, key=lambda run: -run.changed)
+
+
+def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_dir():
+            continue
+        if (path / "config.toml").is_file():
+            yield path
+        elif depth > 1:
+            yield from _run_folders(path, depth - 1)

@@ -1,0 +1,134 @@
+"""Trainings by the name of their method, and their execution one after the other on a base that stays loaded."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
+
+from unziplora.config.blora import BLoraConfig
+from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.recipe import resolve
+from unziplora.config.split import SplitConfig
+from unziplora.config.training import TrainingConfig
+from unziplora.config.zip import ZipConfig
+from unziplora.errors import MachineError, UserError
+from unziplora.runs.folder import RunFolder
+from unziplora.utils.inputs import read_toml
+from unziplora.utils.progress import Callback
+
+if TYPE_CHECKING:
+    from unziplora.models.base import Base
+
+
+@dataclass(frozen=True)
+class Training:
+    """A kind of training.
+
+    Attributes:
+        recipe: model of its configuration.
+        function: trains; 'module:name', because the import brings torch along.
+        method: its class, in the same way.
+    """
+
+    recipe: type[TrainingConfig]
+    function: str
+    method: str
+
+
+_METHODS = "unziplora.methods"
+TRAININGS = {
+    "split": Training(SplitConfig, f"{_METHODS}.unziplora.method:split", f"{_METHODS}.unziplora.method:UnZipLora"),
+    "dreambooth": Training(
+        DreamBoothConfig, f"{_METHODS}.dreambooth:train_dreambooth", f"{_METHODS}.dreambooth:DreamBooth"
+    ),
+    "blora": Training(BLoraConfig, f"{_METHODS}.blora:train_blora", f"{_METHODS}.blora:BLora"),
+    "zip": Training(ZipConfig, f"{_METHODS}.ziplora.method:zip_loras", f"{_METHODS}.ziplora.method:ZipLora"),
+}
+
+
+def training_of(settings: dict[str, Any]) -> Training:
+    """Return the kind of training that a whole configuration belongs to: the one that has all of its keys.
+
+    Raises:
+        UserError: there is none.
+    """
+    for training in TRAININGS.values():
+        if settings.keys() <= training.recipe.model_fields.keys():
+            return training
+    raise UserError("config.toml: belongs to no method of this version; start the run anew")
+
+
+def check(config: TrainingConfig) -> None:
+    """Refuse a recipe that cannot be trained, before anything is loaded.
+
+    Raises:
+        UserError: an image, a word, the base or a setting is not usable.
+    """
+    from unziplora.methods.ziplora.inputs import complete
+    from unziplora.training.preflight import check_run
+
+    method = resolve_name(next(kind.method for kind in TRAININGS.values() if type(config) is kind.recipe))
+    if isinstance(config, ZipConfig):
+        config = complete(config)
+        if config.method == "direct":
+            method.check(config)
+            return
+    check_run(method, config)
+
+
+@dataclass
+class Trainer:
+    """Trains the runs of one process. The base stays loaded while the next run needs the same one."""
+
+    base: Base | None = None
+    key: tuple[object, ...] = field(default=())
+
+    def __call__(self, run: RunFolder, progress: Callback) -> None:
+        """Train a run to its end, from the step that it has reached.
+
+        Raises:
+            UserError, MachineError, Interrupted: as the training itself.
+        """
+        settings = read_toml(run.config_file)
+        training = training_of(settings)
+        config = resolve(training.recipe, settings, {"out": run.path})
+        try:
+            base = self.load(config, progress)
+            resolve_name(training.function)(config, resume=True, progress=progress, base=base)
+        except (MachineError, MemoryError, RuntimeError):  # the memory may be needed, and the state is uncertain
+            self.drop()
+            raise
+
+    def load(self, config: TrainingConfig, progress: Callback) -> Base | None:
+        """Return the base of a recipe, which is loaded unless the last run had it; None if the recipe needs none."""
+        from unziplora.methods.ziplora.inputs import complete
+        from unziplora.models.base import load_base
+        from unziplora.models.device import pick_device, pick_dtype
+        from unziplora.utils.progress import Progress
+
+        if isinstance(config, ZipConfig):
+            config = complete(config)
+            if config.method == "direct":
+                return None
+        device = pick_device(config.device)
+        dtype, path = pick_dtype(config.precision, device), Path(config.base).expanduser()
+        key = (config.base, path.stat().st_mtime_ns if path.exists() else 0, dtype, device)
+        if self.base is None or key != self.key:
+            self.drop()
+            progress(Progress(0, 0, message=f"loading base {config.base}"))
+            self.base, self.key = load_base(config.base, dtype, device), key
+        return self.base
+
+    def drop(self) -> None:
+        """Free the memory of the base."""
+        if self.base is None:
+            return
+        import torch
+
+        self.base = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

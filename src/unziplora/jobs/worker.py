@@ -1,0 +1,161 @@
+"""A worker: takes the jobs of a queue one after the other, and survives those that fail."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from unziplora.errors import Interrupted, UnziploraError, UserError
+from unziplora.jobs.claim import Claim
+from unziplora.jobs.queue import Job, Queue
+from unziplora.jobs.state import LOG, clear_failure, record_failure
+from unziplora.runs.folder import RunFolder
+from unziplora.utils.files import explain
+from unziplora.utils.progress import Callback, Lines, Progress
+from unziplora.utils.signals import STOP, caught
+
+Train = Callable[[RunFolder, Callback], object]
+"""Trains a run to its end, from the step that it has reached."""
+
+BEAT, POLL = 2.0, 2.0
+"""Seconds between two heartbeats, and between two looks into an empty queue."""
+
+
+def execute(run: RunFolder, train: Train, progress: Callback) -> Exception | None:
+    """Train a run with a log in its folder; return the error that it failed with, after recording it there.
+
+    Raises:
+        Interrupted, KeyboardInterrupt: asked to stop.
+        MachineError: the error could not be recorded.
+    """
+    clear_failure(run)
+    try:
+        stream = (run.path / LOG).open("a", encoding="utf-8")
+    except OSError as error:
+        raise explain(run.path / LOG, error) from None
+    lines = Lines(stream)
+
+    def both(event: Progress) -> None:
+        with suppress(OSError):  # on a full disk the training itself fails, and says why
+            lines(event)
+        progress(event)
+
+    try:
+        train(run, both)
+    except Interrupted:
+        raise
+    except Exception as error:
+        details = str(error) if isinstance(error, UnziploraError) else traceback.format_exc()
+        with suppress(OSError):
+            print(details, file=stream, flush=True)
+        record_failure(run, error)
+        return error
+    finally:
+        with suppress(OSError):
+            stream.close()
+    return None
+
+
+@dataclass
+class Work:
+    """What a worker has done.
+
+    Attributes:
+        finished: run folders.
+        failed: reasons by run folder.
+        stopped: True if the worker was asked to stop.
+    """
+
+    finished: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    stopped: bool = False
+
+
+def work(queue: Queue, train: Train, progress: Callback, until_empty: bool = False, poll: float = POLL) -> Work:
+    """Take jobs and train them until the process is asked to stop; the job in hand then saves its step.
+
+    Args:
+        until_empty: stop when no job is left that nobody works on.
+        poll: seconds between two looks into an empty queue.
+
+    Raises:
+        UserError: this is not the main thread, which alone can stop a training.
+        MachineError: the queue or the reason of a failure cannot be written.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("a worker needs the main thread of a process: start `unziplora worker`")
+    result = Work()
+    with caught(signal.default_int_handler, *STOP):
+        try:
+            while True:
+                with queue.claimed() as taken:
+                    if taken is not None:
+                        _do(queue, *taken, train, progress, result)
+                if taken is None and until_empty:
+                    return result
+                if taken is None:
+                    time.sleep(poll)
+        except (Interrupted, KeyboardInterrupt):
+            result.stopped = True
+    return result
+
+
+def _do(queue: Queue, job: Job, claim: Claim, train: Train, progress: Callback, result: Work) -> None:
+    """Do one job; a stop that was asked for this job alone does not stop the worker."""
+
+    def tell(message: str) -> None:
+        progress(Progress(0, 0, message=f"job {job.number}, {job.run.path}: {message}"))
+
+    tell("started")
+    beat = Heartbeat(queue, job, claim)
+    try:
+        with beat:
+            error = execute(job.run, train, progress)
+    except (Interrupted, KeyboardInterrupt):
+        if not beat.request:
+            tell("stopped")
+            raise
+        tell(f"stopped on request ({beat.request})")
+        return
+    if error is None:
+        result.finished.append(str(job.run.path))
+        tell("finished")
+    else:
+        result.failed[str(job.run.path)] = str(error)
+        tell(f"failed: {error}")
+
+
+class Heartbeat:
+    """A thread that renews the claim to a job, and stops the job as Ctrl-C does when the queue asks for it."""
+
+    def __init__(self, queue: Queue, job: Job, claim: Claim) -> None:
+        self.queue, self.job, self.claim, self.request = queue, job, claim, ""
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while not self.ended.wait(BEAT):
+            self.claim.beat()
+            try:
+                self.request = self.queue.request(self.job)
+            except UnziploraError:
+                continue  # the worker meets the fault when it takes the next job
+            if self.request:
+                signal.raise_signal(signal.SIGTERM)
+                return
