@@ -397,6 +397,12 @@ class TestForeignDrives:
         with pytest.warns(UserWarning, match="no locks"):
             resume(run.path, recipe(run.path))
 
+    def test_drive_that_does_not_move_folders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lacks(monkeypatch, "rename", errno.EXDEV)
+        run = create(tmp_path / "cat", recipe(tmp_path / "cat"))
+        assert run.unfinished
+        assert names(tmp_path) == ["cat"]
+
     @pytest.mark.parametrize("number", [errno.EEXIST, errno.EPERM, errno.ENOTSUP])
     def test_drive_that_does_not_replace_files(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

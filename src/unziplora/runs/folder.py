@@ -156,6 +156,10 @@ class RunFolder:
         remove_leftovers(path.parent, re.escape(path.name))
         settings, first = to_toml(with_absolute_paths(config)), not run.config_file.exists()
         new = not path.exists() and atomic_folder(path, lambda folder: cls(folder)._furnish(settings))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise explain(path, error) from None
         with run.lock():
             if not new:
                 run.check_free()

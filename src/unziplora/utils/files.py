@@ -63,7 +63,7 @@ def atomic_folder(path: Path, fill: Callable[[Path], object]) -> bool:
     """Create a folder atomically: `fill` writes its files into a temporary folder next to it.
 
     Returns:
-        False if there is something already, which stays.
+        False if there is something already, which stays, or if this drive cannot move folders.
 
     Raises:
         MachineError: disk full, no permission, or another fault of the machine; nothing is left behind.
@@ -73,13 +73,12 @@ def atomic_folder(path: Path, fill: Callable[[Path], object]) -> bool:
         temporary.mkdir(parents=True)
         fill(temporary)
         sync_folder(temporary)
-        if path.exists():
+        try:
+            temporary.rename(path)
+        except OSError:
             return False
-        temporary.rename(path)
         sync_folder(path.parent)
     except OSError as error:
-        if path.is_dir() and error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was first
-            return False
         raise explain(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
