@@ -508,6 +508,23 @@ class TestFiles:
         assert (good["path"], good["ranks"]) == ("loras/a.safetensors", {"4": 1})
         assert bad == {"path": "loras/b.safetensors", "error": "loras/b.safetensors: the file is empty; fetch it again"}
 
+    def test_escape_sequences_of_headers_and_names_do_not_reach_the_terminal(self, call: Call) -> None:
+        path = lora_file(Path("a\x1b[2J\u202e.safetensors"))
+        lora = read_lora(path)
+        words = {"modelspec.trigger_phrase": "\x1b]0;owned\x07cat\x9b31m", "ss_sd_model_name": "\u202ebase\r"}
+        write_lora(lora, path, metadata={**lora.metadata, **words})
+        for done in (
+            call("inspect", path),
+            call("inspect", path, "--json"),
+            call("sample", path, "--prompts", "x\x1b[2J", "--dry-run"),
+            call("inspect", "\x1b[31mgone.safetensors"),
+            call("\x1b[31m"),
+            call("split", "--content", "\x9b2J", "--config", "\x1b.toml"),
+        ):
+            assert done.out + done.err
+            assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", done.out + done.err)
+        assert call("inspect", path, "--json").json["trigger_words"] == [words["modelspec.trigger_phrase"]]
+
     def test_convert_and_back(self, call: Call) -> None:
         path = lora_file(Path("a.safetensors"))
         done = call("convert", path, "b.safetensors", "--layout", "diffusers", "--json")

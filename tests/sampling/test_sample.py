@@ -1,10 +1,15 @@
 import json
+import os
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,7 +28,7 @@ from unziplora.models.base import Base, Scale
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import Settings, generate_latents
 from unziplora.sampling.prompts import plan_prompts
-from unziplora.sampling.sample import sample
+from unziplora.sampling.sample import sample, write_image
 from unziplora.sampling.session import open_session, plan_sampling, shared_name
 from unziplora.sampling.sources import LoraSource, choose_base, choose_size, find_lora, find_loras, loras_of
 
@@ -224,6 +229,49 @@ def test_only_the_same_image_is_overwritten(tiny_base: Base, cat: Path, tmp_path
     other = SampleConfig(content=cat, steps=2, out=tmp_path)
     assert [path.name for path in sample(other, tiny_base)] == ["0-2.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0-2.png", "0.png"]
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG that claims to have a size, with some chunks and no pixels."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in (header, *chunks, (b"IEND", b""))
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+FOREIGN = {
+    "pixels": png(60_000, 60_000),
+    "text": png(8, 8, (b"zTXt", b"unziplora\0\0" + zlib.compress(bytes(2**27)))),
+    "long text": png(8, 8, *[(b"iTXt", b"unziplora\0\0\0\0\0" + b"a" * 2**20)] * 70),
+    "no PNG": b"\xff\xd8\xff",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("foreign", [*FOREIGN, "folder", "pipe", "device"])
+def test_no_file_in_the_way_stops_the_writing_of_an_image(tmp_path: Path, foreign: str):
+    path, text = tmp_path / "0.png", {"unziplora": "{}"}
+    if foreign == "folder":
+        path.mkdir()
+    elif foreign == "pipe":
+        os.mkfifo(path)
+    elif foreign == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(FOREIGN[foreign])
+    assert write_image(Image.new("RGB", (8, 8)), path, text) == tmp_path / "0-2.png"
+    assert write_image(Image.new("RGB", (8, 8)), path, text) == tmp_path / "0-2.png"
+
+
+@given(st.lists(st.tuples(st.sampled_from([b"tEXt", b"zTXt", b"iTXt", b"eXIf"]), st.binary(max_size=60)), max_size=3))
+def test_image_is_written_next_to_any_embedded_text(
+    tmp_path_factory: pytest.TempPathFactory, chunks: list[tuple[bytes, bytes]]
+):
+    path = tmp_path_factory.mktemp("text") / "0.png"
+    path.write_bytes(png(8, 8, *chunks))
+    assert write_image(Image.new("RGB", (8, 8)), path, {"unziplora": "{}"}).name == "0-2.png"
 
 
 def test_several_prompts_are_numbered_and_progress_runs_over_all(tiny_base: Base, tmp_path: Path):

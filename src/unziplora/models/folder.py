@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from unziplora.errors import MachineError, UserError, first_line
 from unziplora.formats.identify import PICKLES, UNPICKLE, pipeline_family
@@ -22,7 +23,7 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
 UNUSABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError),
-    *(ArithmeticError, AssertionError, RuntimeError),
+    *(ArithmeticError, AssertionError, RuntimeError, StrictDataclassError),
 )
 """What diffusers, transformers and torch raise on configurations with values of an unexpected type or size."""
 

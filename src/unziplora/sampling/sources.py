@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from unziplora.models.base import Scale
 from unziplora.models.hub import names_a_model
 from unziplora.runs.folder import MERGED, RunFolder
 from unziplora.utils.files import file_stem
-from unziplora.utils.inputs import read_toml
+from unziplora.utils.inputs import parse_json, read_toml
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,22 @@ def _remedy(run: RunFolder) -> str:
 def _settings(file: Path, header: Mapping[str, str]) -> Mapping[str, Any]:
     run = RunFolder(file.parent)
     if run.config_file.is_file() and run.lora_name(file):
-        return read_toml(run.config_file)
-    try:
-        settings = json.loads(header.get("unziplora.settings", "{}"))
-    except ValueError:
-        return {}
-    return settings if isinstance(settings, Mapping) else {}
+        settings = read_toml(run.config_file)
+    else:
+        try:
+            settings = parse_json(header.get("unziplora.settings", "{}"))
+        except ValueError:
+            return {}
+    return {name: value for name, value in settings.items() if _usable(name, value)} if type(settings) is dict else {}
+
+
+def _usable(name: str, value: Any) -> bool:
+    """Return whether a recorded setting is of the type that it is read as; a header may contain anything."""
+    if name in ("base", "token", "content", "style") or name.endswith("_prompt"):
+        return isinstance(value, str) and "\0" not in value
+    if name in ("prompts", "images", "masks", "crop"):
+        return isinstance(value, list) and all(isinstance(item, str) and "\0" not in item for item in value)
+    return name != "sample_guidance" or (isinstance(value, (int, float)) and 1 <= value < 1e6)
 
 
 def choose_base(config: GenerationConfig, sources: Sequence[LoraSource]) -> str:
@@ -182,8 +192,11 @@ def require_available(base: str | None, sources: Iterable[LoraSource]) -> str | 
     Raises:
         UserError: it is not available under that name.
     """
-    if base is None or is_bundled(base) or names_a_model(base) or Path(base).expanduser().exists():
+    if base is None or is_bundled(base) or names_a_model(base):
         return base
+    with suppress(OSError, RuntimeError):  # a name too long for a file, or of a home that no one has
+        if Path(base).expanduser().exists():
+            return base
     files = " and ".join(str(source.file) for source in sources if source.base == base)
     raise UserError(f"{files}: trained on {base}, which is not here under that name: give its path with --base")
 

@@ -17,6 +17,8 @@ else:
 
 TEXT_LIMIT = 32 * 2**20
 """Largest text file in bytes; the longest that a base needs, a vocabulary or an index of weights, has 5 MB."""
+TOML_LIMIT, MOST_DOTS = 2**20, 1000
+"""Largest TOML file in bytes, and dots in a line of it: the parser's time grows with their square."""
 
 _SPECIAL = {
     stat.S_IFDIR: "a folder",
@@ -45,7 +47,7 @@ def open_regular(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
     """Read a text file in UTF-8, with or without the mark that Windows editors write.
 
     Raises:
@@ -53,9 +55,9 @@ def read_text(path: Path) -> str:
         OSError, ValueError: it cannot be read, or is not UTF-8.
     """
     with open_regular(path) as file:
-        data = file.read(TEXT_LIMIT + 1)
-    if len(data) > TEXT_LIMIT:
-        raise UserError(f"{path}: larger than {TEXT_LIMIT // 2**20} MiB; this is not a settings file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{path}: larger than {limit // 2**20} MiB; this is not a settings file")
     return data.decode("utf-8-sig")
 
 
@@ -96,7 +98,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, unreadable or not TOML.
     """
     try:
-        return tomllib.loads(read_text(path))
+        text = read_text(path, TOML_LIMIT)
+        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line has more than {MOST_DOTS} dots")
+        return tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
