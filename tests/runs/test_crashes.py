@@ -27,8 +27,7 @@ from unziplora.methods.unziplora.method import split
 from unziplora.methods.ziplora.method import zip_loras
 from unziplora.models.base import Base
 from unziplora.runs.folder import RunFolder
-from unziplora.training.runner import TrainingRun
-from unziplora.training.trainer import StepReport
+from unziplora.utils.progress import Callback, Progress
 
 METHODS: dict[str, tuple[Callable[..., RunFolder], type, dict[str, Any]]] = {
     "split": (split, SplitConfig, {"content": "cat", "style": "ink", "column_periods": 1, "column_warmup": 1}),
@@ -50,12 +49,19 @@ def files(tmp_path: Path, shared_base: Base) -> dict[str, Any]:
     return files
 
 
-def train(method: str, files: dict[str, Any], out: Path, base: Base, resume: bool = False) -> RunFolder:
+def train(
+    method: str,
+    files: dict[str, Any],
+    out: Path,
+    base: Base,
+    resume: bool = False,
+    progress: Callback | None = None,
+) -> RunFolder:
     function, model, keys = METHODS[method]
     common = {"base": "tiny", "steps": 3, "checkpoint_every": 1, "sample_steps": 1, "sample_guidance": 1}
     keys = {**common, "sample_seeds": [0], "rank": 2, "score_timesteps": 1, "out": out, **keys, **files}
     config = model(**{name: value for name, value in keys.items() if name in model.model_fields})
-    return function(config, resume=resume, base=base)
+    return function(config, resume=resume, progress=progress, base=base)
 
 
 def train_on(method: str, files: dict[str, Any], out: Path, base: Base) -> RunFolder:
@@ -136,15 +142,12 @@ def test_changes_are_noticed_and_damage_is_survived(
     whole = train("dreambooth", files, tmp_path / "whole" / "run", tiny_base)
     cut = tmp_path / "cut" / "run"
 
-    def stop(self: TrainingRun[Any], step: StepReport) -> None:
-        if step.done == 2:
+    def stop(event: Progress) -> None:
+        if event.step == 2 and event.loss == event.loss:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(TrainingRun, "step", stop)
     with pytest.raises(Interrupted):
-        train("dreambooth", files, cut, tiny_base)
-    monkeypatch.undo()
-    monkeypatch.setenv("UNZIPLORA_CACHE", str(tmp_path / "cache"))
+        train("dreambooth", files, cut, tiny_base, progress=stop)
     assert RunFolder(cut).steps() == [1, 2]
 
     def refuse(change: str, **settings: Any) -> None:

@@ -81,6 +81,10 @@ def test_run_without_checkpoints_has_no_newest(run: RunFolder) -> None:
     assert newest_checkpoint(run) is None
 
 
+def differences(saved: dict[str, Any], facts: dict[str, Any], step: int = 1) -> list[str]:
+    return changes(Checkpoint(step, {}, saved), facts)
+
+
 class TestFacts:
     @pytest.fixture
     def files(self, tmp_path: Path) -> dict[str, Path]:
@@ -107,7 +111,7 @@ class TestFacts:
         ],
     )
     def test_changed_setting_is_named(self, files: dict[str, Path], settings: dict[str, Any]) -> None:
-        (line,) = changes(self.facts(files), self.facts(files, **settings))
+        (line,) = differences(self.facts(files), self.facts(files, **settings))
         ((name, value),) = settings.items()
         assert line.startswith(f"{name}: ")
         assert line.endswith(f"→ {value!r}")
@@ -116,32 +120,38 @@ class TestFacts:
     def test_replaced_content_of_a_file_is_named(self, files: dict[str, Path], file: str, key: str) -> None:
         before = self.facts(files)
         files[file].write_text("another")
-        assert changes(before, self.facts(files)) == [f"{key}: another content"]
+        assert differences(before, self.facts(files)) == [f"{key}: another content"]
 
     def test_moved_file_with_the_same_content_is_no_change(self, files: dict[str, Path], tmp_path: Path) -> None:
         before = self.facts(files)
         files["cat.png"] = files["cat.png"].rename(tmp_path / "moved.png")
-        assert changes(before, self.facts(files)) == []
+        assert differences(before, self.facts(files)) == []
 
     def test_added_image_is_named(self, files: dict[str, Path], tmp_path: Path) -> None:
         two = {"images": [files["cat.png"]] * 2, "masks": []}
-        listed = changes(self.facts(files), self.facts(files, **two))
+        listed = differences(self.facts(files), self.facts(files, **two))
         assert listed == [f"{name}: another content" for name in ("images", "images 1", "images 2", "masks")]
 
     def test_weights_count_in_one_number_format_only(self, files: dict[str, Path]) -> None:
         facts = self.facts(files)
-        assert changes(facts, facts | {"base": {"torch.float32": "other"}}) == ["base: other weights"]
-        assert changes(facts, facts | {"base": {"torch.bfloat16": "other"}}) == []
+        assert differences(facts, facts | {"base": {"torch.float32": "other"}}) == ["base: other weights"]
+        assert differences(facts, facts | {"base": {"torch.bfloat16": "other"}}) == []
 
     def test_changed_class_images_are_named(self, files: dict[str, Path]) -> None:
         facts = self.facts(files)
-        assert changes(facts, facts | {"generated": {"class images": "other"}}) == ["class images: another content"]
+        assert differences(facts, facts | {"generated": {"class images": "other"}}) == ["class images: another content"]
 
     def test_settings_that_may_change_do_not_count(self, files: dict[str, Path]) -> None:
         other = {"out": "other", "device": "cpu", "precision": "fp32", "sample_seeds": [4], "checkpoint_every": 3}
-        assert changes(self.facts(files), self.facts(files, **other)) == []
+        assert differences(self.facts(files), self.facts(files, **other)) == []
 
     def test_keys_of_another_version_do_not_count(self, files: dict[str, Path]) -> None:
         facts = self.facts(files)
         older = facts | {"settings": {name: value for name, value in facts["settings"].items() if name != "rank"}}
-        assert changes(older, facts) == changes(facts, older) == []
+        assert differences(older, facts) == differences(facts, older) == []
+
+    def test_finished_steps_may_become_more_and_nothing_else(self, files: dict[str, Path]) -> None:
+        finished, more = self.facts(files, steps=600), self.facts(files, steps=700)
+        assert differences(finished, more, step=600) == []
+        assert differences(more, finished, step=700) == ["steps: 700 → 600"]
+        assert differences(finished, more, step=400) == ["steps: 600 → 700"]

@@ -103,8 +103,8 @@ class TestAdviceAfterDivergence:
         trainer.method.weight.data.fill_(weight)
         run.checkpoint(200, Checkpoint(200, trainer.state_dict(), {}).write)
         method: Any = SimpleNamespace(command="split")
-        config: Any = None
-        return TrainingRun(method, config, lambda _: None, run).after_divergence(half)
+        nothing: Any = None
+        return TrainingRun(method, nothing, lambda _: None, run, nothing).after_divergence(half)
 
     def test_sound_checkpoint_continues_in_fp32(self, tmp_path: Path) -> None:
         text = self.advice(tmp_path, True, 1.0)
