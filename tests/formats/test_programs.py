@@ -42,7 +42,7 @@ TEXT = {
     "projection and outputs": "text_projection|out_proj",
     "projection and mlp": "text_projection|mlp.",
 }
-ENCODERS = {"first": ["text_encoder"], "second": ["text_encoder_2"], "both": ["text_encoder", "text_encoder_2"]}
+ENCODERS = {"first": ["text_encoder"], "second": ["text_encoder_2"]}
 
 
 @pytest.fixture(scope="module")
