@@ -22,9 +22,15 @@ settings.load_profile("suite")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny tensors are slower on many threads, and results then do not depend on the machine."""
-    gc.freeze()  # otherwise every full collection goes through all that torch and diffusers have imported
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as inside the package's long calls
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> None:
+    """Let collections of garbage, of which every run makes one, not go through all that was imported before."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
