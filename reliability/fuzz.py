@@ -13,6 +13,7 @@ from pathlib import Path
 from reliability import mutations
 from reliability.campaign import Failure
 from reliability.corpus import make_corpus
+from reliability.processes import forked
 from reliability.workshop import METHODS, Workshop, use_cache
 from unziplora.bench.contenders import read_settings
 from unziplora.bench.photos import load_photos
@@ -136,10 +137,16 @@ class Fuzz:
 
     def __init__(self, shop: Workshop) -> None:
         self.corpus = shop.folder / "corpus"
-        method = METHODS[0]
         run = shop.folder / "to-read" / "run"
-        use_cache(shop.folder / "to-read" / "cache")
-        shop.train(method, shop.config(method, run))
+
+        def finish() -> str:
+            use_cache(run.parent / "cache")
+            shop.train(METHODS[0], shop.config(METHODS[0], run))
+            return "finished"
+
+        ending = forked(finish)
+        if not ending.text:
+            raise RuntimeError(f"the run to read failed: {ending}")
         make_corpus(shop, self.corpus, run)
 
     def run(self, number: int, draw: random.Random, folder: Path) -> list[str]:
