@@ -90,7 +90,7 @@ def make_unet(size: str, dtype: torch.dtype, device: str) -> UNet2DConditionMode
 
 
 def make_examples(unet: UNet2DConditionModel, latent_side: int, joined: bool) -> Examples:
-    """One random picture with random prompts of 77 tokens."""
+    """One random image with random prompts of 77 tokens."""
     config, device = unet.config, unet.device
     width = config.cross_attention_dim * (3 if joined else 1)
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim

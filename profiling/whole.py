@@ -3,7 +3,7 @@
     python profiling/whole.py --base /tmp/sdxl
 
 SDXL's weights are random, which neither time nor memory depends on; they are written to the folder on first use (7 GB).
-Every run reads the base, encodes a picture, trains a few steps, writes both files and samples. Peak memory is what
+Every run reads the base, encodes an image, trains a few steps, writes both files and samples. Peak memory is what
 torch allocated at once, and what else is held on the card, which nobody else may use meanwhile; "reserved" is what
 torch took of the card, some of it for later. `--card 12` gives it no more than a card of 12 GiB has.
 """
@@ -64,11 +64,11 @@ def write_random_sdxl(folder: Path, device: str) -> None:
 
 def settings(name: str, options: argparse.Namespace, folder: Path) -> SplitConfig:
     """A short run: every phase of a real one, with few steps in each."""
-    picture = folder / "picture.png"
-    Image.effect_mandelbrot((1024, 1024), (-2, -1.5, 1, 1.5), 60).convert("RGB").save(picture)
+    image = folder / "image.png"
+    Image.effect_mandelbrot((1024, 1024), (-2, -1.5, 1, 1.5), 60).convert("RGB").save(image)
     # One choice of columns, in the first half, whose steps are not timed.
     short = {"steps": options.steps, "column_periods": 1, "column_warmup": 1, "sample_seeds": [0], "sample_steps": 4}
-    place = {"images": [picture], "content": "cat", "style": "ink", "out": folder / name, "base": str(options.base)}
+    place = {"images": [image], "content": "cat", "style": "ink", "out": folder / name, "base": str(options.base)}
     return SplitConfig(**place, **short, device=options.device, **RUNS[name])
 
 

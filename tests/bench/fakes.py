@@ -21,7 +21,7 @@ from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 
 
-def picture(red: int, green: int, blue: int = 0) -> Image.Image:
+def solid(red: int, green: int, blue: int = 0) -> Image.Image:
     return Image.new("RGB", (64, 64), (red, green, blue))
 
 
@@ -31,13 +31,13 @@ def make_case(slug: str, partner: str, hue: int) -> Case:
         slug=slug,
         content=slug,
         style="ink",
-        image=picture(hue, 40),
-        targets=(Example("neon sign", (picture(hue, 90),)), Example("oil", (picture(hue, 160),))),
-        others=(Example("key", (picture(5, 40), picture(6, 40))),),
+        image=solid(hue, 40),
+        targets=(Example("neon sign", (solid(hue, 90),)), Example("oil", (solid(hue, 160),))),
+        others=(Example("key", (solid(5, 40), solid(6, 40))),),
         partner=partner,
-        mix=picture(hue, 41),
-        oracle_content=(Example("oil", (picture(hue, 161),)),),
-        oracle_style=(Example("bell", (picture(7, 40),)), Example("hat", (picture(8, 40),))),
+        mix=solid(hue, 41),
+        oracle_content=(Example("oil", (solid(hue, 161),)),),
+        oracle_style=(Example("bell", (solid(7, 40),)), Example("hat", (solid(8, 40),))),
     )
 
 
@@ -49,7 +49,7 @@ def make_cases() -> dict[str, Case]:
 def draw(base: Base, prompts: Prompts, seeds: Sequence[int], settings: object = None) -> list[Image.Image]:
     """Draw colors that depend on prompts and seed, in the place of `generate`."""
     digests = [hashlib.sha256(f"{prompts} {seed}".encode()).digest() for seed in seeds]
-    return [picture(*digest[:3]) for digest in digests]
+    return [solid(*digest[:3]) for digest in digests]
 
 
 class Colors:
@@ -58,19 +58,19 @@ class Colors:
     def __init__(self, name: str = "colors") -> None:
         self.name, self.asked = name, 0
 
-    def content(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def content(self, images: Sequence[Image.Image]) -> Tensor:
         self.asked += 1
-        return self._angles(pictures, 0)
+        return self._angles(images, 0)
 
-    def concept(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return self._angles(pictures, 2)
+    def concept(self, images: Sequence[Image.Image]) -> Tensor:
+        return self._angles(images, 2)
 
-    def style(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return self._angles(pictures, 1)
+    def style(self, images: Sequence[Image.Image]) -> Tensor:
+        return self._angles(images, 1)
 
     @staticmethod
-    def _angles(pictures: Sequence[Image.Image], channel: int) -> Tensor:
-        means = [sum(one.getchannel(channel).tobytes()) / (one.width * one.height * 255) for one in pictures]
+    def _angles(images: Sequence[Image.Image], channel: int) -> Tensor:
+        means = [sum(one.getchannel(channel).tobytes()) / (one.width * one.height * 255) for one in images]
         angles = torch.tensor(means) * torch.pi / 2
         return F.normalize(torch.stack([angles.cos(), angles.sin()], dim=1), dim=1)
 

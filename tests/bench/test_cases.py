@@ -42,9 +42,9 @@ def test_every_case_has_its_truths(case: Case):
     assert len({example.word for example in case.others}) == 4
     assert case.content not in {example.word for example in case.others}
     assert all(len(example.images) == 2 for example in case.others)
-    pictures = [case.image, case.mix, *(p for e in (*case.targets, *case.others) for p in e.images)]
-    assert {picture.size for picture in pictures} == {(128, 128)}
-    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+    images = [case.image, case.mix, *(p for e in (*case.targets, *case.others) for p in e.images)]
+    assert {image.size for image in images} == {(128, 128)}
+    assert len({image.tobytes() for image in images}) == len(images)
 
 
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.slug)
@@ -53,7 +53,7 @@ def test_the_oracle_sees_no_truth(case: Case):
     truths = [case.image, case.mix, *(p for e in (*case.targets, *case.others) for p in e.images)]
     assert len(case.oracle_content) >= 6
     assert len(case.oracle_style) == 12
-    assert len({picture.tobytes() for picture in (*learned, *truths)}) == len(learned) + len(truths)
+    assert len({image.tobytes() for image in (*learned, *truths)}) == len(learned) + len(truths)
     assert case.style not in {example.word for example in case.oracle_content}
     assert not {example.word for example in case.oracle_style} & words(case)
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import Colors, Fake, draw, picture
+from fakes import Colors, Fake, draw, solid
 
 from unziplora.bench import evaluate as protocol
 from unziplora.bench.cases import Case
@@ -60,7 +60,7 @@ class TestTasks:
 class TestScore:
     def test_content_alone_is_compared_with_the_drawing_in_that_style(self, cases: Cases):
         cat = cases["cat"]
-        truth, copy, ignored = cat.targets[1].images[0], cat.image, picture(0, 160)
+        truth, copy, ignored = cat.targets[1].images[0], cat.image, solid(0, 160)
         task = Task("content", "oil", Prompts("x"), {}, (truth,))
         right, copied, plain = score_images(Colors(), cat, task, [truth, copy, ignored])
         turn = np.cos((160 - 40) / 255 * np.pi / 2)  # between the truth's style and the picture's
@@ -72,8 +72,8 @@ class TestScore:
 
     def test_style_alone_is_compared_with_other_concepts_in_that_style(self, cases: Cases):
         cat = cases["cat"]
-        task = Task("style", "key", Prompts("x"), {}, (picture(0, 40, 10), picture(0, 40, 30)))
-        (row,) = score_images(Colors(), cat, task, [picture(200, 40, 20)])
+        task = Task("style", "key", Prompts("x"), {}, (solid(0, 40, 10), solid(0, 40, 30)))
+        (row,) = score_images(Colors(), cat, task, [solid(200, 40, 20)])
         kind = np.cos(10 / 255 * np.pi / 2)
         assert row["style"] == pytest.approx(1.0, abs=1e-5)
         assert row["content"] == pytest.approx(kind, abs=1e-5)
@@ -100,7 +100,7 @@ def test_sampling_uses_the_loras_and_restores_the_base(tiny_base: Base, fake: Fa
         sample_task(tiny_base, task, [3], 2, 2.5)[0] for task in (plain, content, both, plain)
     )
     assert before.tobytes() == after.tobytes()
-    assert len({picture.tobytes() for picture in (before, first, second)}) == 3
+    assert len({image.tobytes() for image in (before, first, second)}) == 3
     assert not adapted_layers(tiny_base.unet)
 
 
@@ -172,7 +172,7 @@ class TestEvaluate:
         if change == "sampling":
             workspace = replace(workspace, config=workspace.config.model_copy(update={"sample_steps": 3}))
         if change == "picture":
-            cases["cat"] = replace(cases["cat"], image=picture(1, 2))
+            cases["cat"] = replace(cases["cat"], image=solid(1, 2))
         count = len(fake.trained)
         assert self.run(workspace, tiny_base, fake, cases)["settings"] != first["settings"]
         assert len(fake.trained) > count
@@ -297,7 +297,7 @@ class TestMethods:
 
     def test_run_of_another_image_is_refused(self, workspace: Workspace, cases: Cases):
         METHODS["unziplora"].train(workspace, cases["cat"], 0)
-        changed = replace(cases["cat"], image=picture(1, 2))
+        changed = replace(cases["cat"], image=solid(1, 2))
         with pytest.raises(UserError, match="this run was made with images"):
             METHODS["unziplora"].train(workspace, changed, 0)
 

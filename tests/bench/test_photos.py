@@ -20,7 +20,7 @@ from unziplora.config.recipe import resolve
 from unziplora.errors import UserError
 from unziplora.models.base import Base
 
-Pictures = list[Image.Image]
+Images = list[Image.Image]
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ class Redness:
     def __init__(self, name: str, channel: int = 0) -> None:
         self.name, self.channel = name, channel
 
-    def content(self, pictures: Pictures) -> Tensor:
-        means = [sum(one.getchannel(self.channel).tobytes()) / (one.width * one.height * 255) for one in pictures]
+    def content(self, images: Images) -> Tensor:
+        means = [sum(one.getchannel(self.channel).tobytes()) / (one.width * one.height * 255) for one in images]
         angles = torch.tensor(means) * torch.pi / 2
         return F.normalize(torch.stack([angles.cos(), angles.sin()], dim=1), dim=1)
 

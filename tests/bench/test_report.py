@@ -31,9 +31,9 @@ def result(method: str, case: str, seed: int, content: float, style: float) -> d
         )
         return {"task": task, "target": "x", "seed": 0, "file": "f", "values": {"m": values}}
 
-    pictures = [row("content", content - 0.1), row("content", content + 0.1), row("style", style), row("both", 0.7)]
+    images = [row("content", content - 0.1), row("content", content + 0.1), row("style", style), row("both", 0.7)]
     seconds = {"training": 30.0, "sampling": 1.0}
-    return {"method": method, "case": case, "seed": seed, "seconds": seconds, "pictures": pictures}
+    return {"method": method, "case": case, "seed": seed, "seconds": seconds, "pictures": images}
 
 
 RESULTS = [
@@ -162,8 +162,8 @@ class TestBench:
             return run_benchmark(config, base=tiny_base, measures=[Colors()], cases=cases)
 
         first = run()
-        for picture in config.out.rglob("samples/*.png"):
-            picture.unlink()
+        for image in config.out.rglob("samples/*.png"):
+            image.unlink()
         assert run().rows == first.rows
         assert not list(config.out.rglob("samples/*.png"))
         results = [json.loads((config.out / "runs/base/cat/seed-0/scores.json").read_text())]

@@ -29,10 +29,10 @@ def test_geometric_mean_is_0_if_one_half_is_negative():
 
 
 def test_leak_exceeds_the_similarity_of_truth_and_image():
-    picture = torch.tensor([[1.0, 0.0]])
+    image = torch.tensor([[1.0, 0.0]])
     truths = torch.tensor([[0.6, 0.8], [0.0, 1.0]])  # 0.3 on average
     made = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
-    assert leak(made, truths, picture) == pytest.approx([0.7, 0.3, -0.3])
+    assert leak(made, truths, image) == pytest.approx([0.7, 0.3, -0.3])
 
 
 def test_means_are_over_the_rows_that_have_a_figure():

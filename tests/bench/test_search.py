@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import Colors, picture
+from fakes import Colors, solid
 from PIL import Image
 
 from unziplora.bench import evaluate
@@ -79,8 +79,8 @@ class Painter(Paired):
 class Steps(Colors):
     """Knows how good a picture is from the steps written into its red channel."""
 
-    def content(self, pictures: Any) -> torch.Tensor:
-        level = [picture.getpixel((0, 0))[0] / 255 for picture in pictures]
+    def content(self, images: Any) -> torch.Tensor:
+        level = [image.getpixel((0, 0))[0] / 255 for image in images]
         return torch.tensor([[1.0 if value > 0.99 else value, (1 - min(value, 1) ** 2) ** 0.5] for value in level])
 
     concept = style = content
@@ -92,10 +92,10 @@ def painted(monkeypatch: pytest.MonkeyPatch, cases: Cases) -> Cases:
 
     def paint(base: Base, task: Task, seeds: Sequence[int], *_: object) -> list[Image.Image]:
         steps = int(re.search(r"\d+", task.prompts.full)[0])
-        return [picture(round(steps * 254 / 1000), 0) for _ in seeds]
+        return [solid(round(steps * 254 / 1000), 0) for _ in seeds]
 
     monkeypatch.setattr(evaluate, "sample_task", paint)
-    red = (picture(255, 0),)
+    red = (solid(255, 0),)
 
     def absolute(case: Case) -> Case:
         examples = {name: tuple(replace(e, images=red) for e in getattr(case, name)) for name in ("targets", "others")}
@@ -146,14 +146,14 @@ def test_best_mean_decides_if_every_score_is_0(searching: BenchConfig, tiny_base
     class Half(Steps):
         """More steps make the other things better; the drawing is worse than the base's with every setting."""
 
-        def concept(self, pictures: Any) -> torch.Tensor:
-            return Steps.content(self, pictures)
+        def concept(self, images: Any) -> torch.Tensor:
+            return Steps.content(self, images)
 
-        def style(self, pictures: Any) -> torch.Tensor:
-            return torch.tensor([[1.0, 0.0]] * len(pictures))
+        def style(self, images: Any) -> torch.Tensor:
+            return torch.tensor([[1.0, 0.0]] * len(images))
 
-        def content(self, pictures: Any) -> torch.Tensor:
-            level = [picture.getpixel((0, 0))[0] / 255 for picture in pictures]
+        def content(self, images: Any) -> torch.Tensor:
+            level = [image.getpixel((0, 0))[0] / 255 for image in images]
             likeness = [1.0 if value > 0.9 else 0.1 if value > 0.01 else 0.5 for value in level]
             return torch.tensor([[value, (1 - value**2) ** 0.5] for value in likeness])
 

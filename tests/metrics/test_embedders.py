@@ -23,7 +23,7 @@ from unziplora.errors import UserError
 from unziplora.metrics.embedders import ImageModel
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-PICTURES = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.new("RGB", (40, 40), "red")]
+IMAGES = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.new("RGB", (40, 40), "red")]
 
 
 def clip_processor() -> CLIPImageProcessor:
@@ -47,8 +47,8 @@ def save_dino(model: torch.nn.Module, folder: Path) -> str:
 
 class TestCsd:
     def test_rows_are_the_projected_embeddings_at_unit_length(self, csd):
-        rows = ImageModel("csd", str(csd)).embed(PICTURES)
-        pixels = clip_processor()([p.convert("RGB") for p in PICTURES], return_tensors="pt")["pixel_values"]
+        rows = ImageModel("csd", str(csd)).embed(IMAGES)
+        pixels = clip_processor()([p.convert("RGB") for p in IMAGES], return_tensors="pt")["pixel_values"]
         model = CLIPVisionModelWithProjection.from_pretrained(csd)
         pooled = model.vision_model(pixel_values=pixels).pooler_output
         expected = pooled @ model.visual_projection.weight.T
@@ -72,9 +72,9 @@ class TestDino:
         for model in (ViTModel(config, add_pooling_layer=False), Dinov2Model(Dinov2Config(**SMALL))):
             torch.manual_seed(1)
             folder = save_dino(model.eval(), tmp_path / type(model).__name__)
-            rows = ImageModel("dino", folder).embed(PICTURES)
+            rows = ImageModel("dino", folder).embed(IMAGES)
             process = ViTImageProcessor.from_pretrained(folder)
-            pixels = process([p.convert("RGB") for p in PICTURES], return_tensors="pt")["pixel_values"]
+            pixels = process([p.convert("RGB") for p in IMAGES], return_tensors="pt")["pixel_values"]
             token = model(pixel_values=pixels).last_hidden_state[:, 0].detach()
             torch.testing.assert_close(rows, token / token.norm(dim=1, keepdim=True))
 
@@ -97,10 +97,10 @@ class TestClip:
         model, processor = CLIPModel(config).eval(), CLIPProcessor(clip_processor(), tiny.tokenizer())
         model.save_pretrained(tmp_path)
         processor.save_pretrained(tmp_path)
-        pictures = [picture.convert("RGB") for picture in PICTURES]
+        images = [image.convert("RGB") for image in IMAGES]
         with torch.no_grad():
-            made = model(**processor(text=["a"], images=pictures, return_tensors="pt"))
-        torch.testing.assert_close(ImageModel("clip", str(tmp_path)).embed(PICTURES), made.image_embeds)
+            made = model(**processor(text=["a"], images=images, return_tensors="pt"))
+        torch.testing.assert_close(ImageModel("clip", str(tmp_path)).embed(IMAGES), made.image_embeds)
 
     def test_other_models_are_refused(self, csd):
         with pytest.raises(UserError, match="give a CLIP model"):

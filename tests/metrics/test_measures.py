@@ -13,7 +13,7 @@ DATA = Path(__file__).parents[1] / "data" / "bench"
 DEMO = Path(__file__).parents[2] / "src" / "unziplora" / "bundled" / "demo"
 FILES = sorted(DATA.glob("*.webp"))
 THINGS, HANDS, STYLES = zip(*(file.stem.split(".") for file in FILES), strict=True)
-PICTURES = [Image.open(file).convert("RGB") for file in FILES]
+IMAGES = [Image.open(file).convert("RGB") for file in FILES]
 
 
 def pairs(wanted: str) -> list[tuple[int, int]]:
@@ -37,35 +37,35 @@ class TestTrained:
     def test_rows_have_unit_length_one_per_picture(self, trained):
         demo = [Image.open(DEMO / name) for name in ("first.png", "second.png")]
         for embed, width in ((trained.content, 96), (trained.concept, 96), (trained.style, 64)):
-            rows = embed([*PICTURES, *demo])
-            assert rows.shape == (len(PICTURES) + 2, width)
+            rows = embed([*IMAGES, *demo])
+            assert rows.shape == (len(IMAGES) + 2, width)
             torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
 
     def test_the_same_drawing_is_nearer_than_the_same_thing_by_another_hand(self, trained):
-        rows = trained.content(PICTURES)
+        rows = trained.content(IMAGES)
         same, other = alike(rows, "thing hand"), alike(rows, "thing style")
         assert same.mean() > other.mean() + 0.1
         assert same.mean() > alike(rows, "style").mean() + 0.3
 
     def test_the_same_thing_by_another_hand_is_nearer_than_another_thing(self, trained):
-        rows = trained.concept(PICTURES)
+        rows = trained.concept(IMAGES)
         assert alike(rows, "thing").mean() > alike(rows, "hand style").mean() + 0.2
 
     def test_the_same_style_is_nearer_than_the_same_drawing(self, trained):
-        rows = trained.style(PICTURES)
+        rows = trained.style(IMAGES)
         assert alike(rows, "style").min() > alike(rows, "thing hand").max()
 
     def test_demo_images_are_recognized_after_softening(self, trained):
         first, second = (Image.open(DEMO / name).convert("RGB") for name in ("first.png", "second.png"))
-        soft = [picture.resize((48, 48), Image.Resampling.BICUBIC) for picture in (first, second)]
+        soft = [image.resize((48, 48), Image.Resampling.BICUBIC) for image in (first, second)]
         for embed in (trained.content, trained.concept, trained.style):
             rows = embed([first, second, *soft])
             known, mistaken = (rows[0] @ rows[2], rows[1] @ rows[3]), (rows[0] @ rows[3], rows[1] @ rows[2])
             assert min(known) > max(*mistaken, rows[0] @ rows[1])
 
     def test_batches_make_no_difference(self, trained):
-        many = trained.style(PICTURES * 6)
-        torch.testing.assert_close(many[-len(PICTURES) :], trained.style(PICTURES))
+        many = trained.style(IMAGES * 6)
+        torch.testing.assert_close(many[-len(IMAGES) :], trained.style(IMAGES))
 
     def test_weights_are_small_and_half_precision(self):
         files = list(WEIGHTS.glob("*.safetensors"))
@@ -84,6 +84,6 @@ class TestTrained:
 def test_plain_has_unit_rows_and_separates_styles():
     measure = Plain()
     for embed in (measure.content, measure.concept, measure.style):
-        torch.testing.assert_close(embed(PICTURES).norm(dim=1), torch.ones(len(PICTURES)))
-    rows = measure.style(PICTURES)
+        torch.testing.assert_close(embed(IMAGES).norm(dim=1), torch.ones(len(IMAGES)))
+    rows = measure.style(IMAGES)
     assert alike(rows, "style").mean() > alike(rows, "thing hand").mean()

@@ -26,7 +26,7 @@ def bars(draw: ImageDraw.ImageDraw, ink: str) -> None:
         draw.rectangle((x, 6, x + 8, 58), ink)
 
 
-def picture(shape: Shape, ink: str, paper: str, hatched: bool = False, side: int = 64) -> Image.Image:
+def drawn(shape: Shape, ink: str, paper: str, hatched: bool = False, side: int = 64) -> Image.Image:
     """A shape in two colors, with or without diagonal lines over all of it."""
     made = Image.new("RGB", (64, 64), paper)
     draw = ImageDraw.Draw(made)
@@ -42,20 +42,20 @@ def distance(features: torch.Tensor, first: int, second: int) -> float:
 
 
 class TestStatistics:
-    pictures = (
-        picture(house, "red", "white"),
-        picture(house, "cyan", "navy", hatched=True),
-        picture(bars, "red", "white"),
-        picture(bars, "cyan", "navy", hatched=True),
+    images = (
+        drawn(house, "red", "white"),
+        drawn(house, "cyan", "navy", hatched=True),
+        drawn(bars, "red", "white"),
+        drawn(bars, "cyan", "navy", hatched=True),
     )
 
     def test_rows_have_unit_length_one_per_picture(self):
-        for features in (Statistics().content(self.pictures), Statistics().style(self.pictures)):
+        for features in (Statistics().content(self.images), Statistics().style(self.images)):
             assert features.shape[0] == 4
             torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
 
     def test_content_is_the_shape_style_is_colors_and_texture(self):
-        content, style = Statistics().content(self.pictures), Statistics().style(self.pictures)
+        content, style = Statistics().content(self.images), Statistics().style(self.images)
         same_shape, same_look = (0, 1), (0, 2)
         assert distance(content, *same_shape) < 0.8 * distance(content, *same_look)
         assert distance(style, *same_look) < 0.7 * distance(style, *same_shape)
@@ -63,11 +63,11 @@ class TestStatistics:
         assert distance(style, 1, 3) < 0.7 * distance(style, 2, 3)
 
     def test_content_ignores_light_contrast_and_inversion(self):
-        plain = picture(house, "#404040", "#e0e0e0")
+        plain = drawn(house, "#404040", "#e0e0e0")
         others = [
             ImageOps.invert(plain),
             ImageEnhance.Contrast(plain).enhance(0.5),
-            picture(bars, "#404040", "#e0e0e0"),
+            drawn(bars, "#404040", "#e0e0e0"),
         ]
         content = Statistics().content([plain, *others])
         assert distance(content, 0, 1) < 1e-3
@@ -75,14 +75,14 @@ class TestStatistics:
         assert distance(content, 0, 3) > 0.5
 
     def test_texture_counts_where_colors_are_the_same(self):
-        gray = [picture(house, "#404040", "#e0e0e0"), picture(house, "#404040", "#e0e0e0", hatched=True)]
-        style = Statistics().style([*gray, picture(bars, "#404040", "#e0e0e0")])
+        gray = [drawn(house, "#404040", "#e0e0e0"), drawn(house, "#404040", "#e0e0e0", hatched=True)]
+        style = Statistics().style([*gray, drawn(bars, "#404040", "#e0e0e0")])
         assert distance(style, 0, 2) < distance(style, 0, 1)
 
     def test_size_of_the_images_matters_little(self):
-        large = picture(house, "red", "white", side=256)
+        large = drawn(house, "red", "white", side=256)
         for axis in ("content", "style"):
-            features = getattr(Statistics(), axis)([*self.pictures, large])
+            features = getattr(Statistics(), axis)([*self.images, large])
             assert distance(features, 0, 4) < 0.5 * min(distance(features, 0, other) for other in (1, 2, 3))
 
     def test_blank_image_has_zero_content(self):
@@ -110,23 +110,23 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestClip:
-    pictures = (picture(house, "red", "white"), picture(bars, "cyan", "navy", hatched=True))
+    images = (drawn(house, "red", "white"), drawn(bars, "cyan", "navy", hatched=True))
 
     def test_features_are_the_similarities_to_the_words(self, clip_folder: Path):
         measure = Clip(str(clip_folder), ["cat", "dog", "fox"], ["ink", "oil paint"], "cpu")
         model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
         texts = ["a picture of a cat", "a picture of a dog", "a picture of a fox"]
-        inputs = processor(text=texts, images=list(self.pictures), padding=True, return_tensors="pt")
+        inputs = processor(text=texts, images=list(self.images), padding=True, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits_per_image / model.logit_scale.exp()
-        torch.testing.assert_close(measure.content(self.pictures), F.normalize(logits, dim=1))
-        assert measure.style(self.pictures).shape == (2, 2)
-        assert not torch.allclose(*measure.content(self.pictures))
+        torch.testing.assert_close(measure.content(self.images), F.normalize(logits, dim=1))
+        assert measure.style(self.images).shape == (2, 2)
+        assert not torch.allclose(*measure.content(self.images))
 
     def test_batches_make_no_difference(self, clip_folder: Path):
         measure = Clip(str(clip_folder), ["cat", "dog"], ["ink", "oil"], "cpu")
-        many = measure.content([*self.pictures] * 9)  # 18 pictures, in batches of 16
-        torch.testing.assert_close(many[16:], measure.content(self.pictures))
+        many = measure.content([*self.images] * 9)  # 18 pictures, in batches of 16
+        torch.testing.assert_close(many[16:], measure.content(self.images))
 
     def test_unloadable_models_are_refused(self, clip_folder: Path, tiny_folder: Path, tmp_path: Path):
         def refused(source: Path, message: str) -> None:

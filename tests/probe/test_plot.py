@@ -8,21 +8,21 @@ def row(content: float, style: float, error: float | None = None) -> BlockScores
     return BlockScores(content=Score(mean=content, error=error, pairs=2), style=Score(mean=style, error=error, pairs=2))
 
 
-def bar_width(picture: Image.Image, number: int, axis: str) -> int:
+def bar_width(image: Image.Image, number: int, axis: str) -> int:
     """Return the largest number of pixels in an axis's color in a line of a block's row."""
     rows = range(TOP + number * ROW, TOP + (number + 1) * ROW)
-    return max(sum(picture.getpixel((x, y)) == COLORS[axis] for x in range(LEFT, LEFT + WIDE)) for y in rows)
+    return max(sum(image.getpixel((x, y)) == COLORS[axis] for x in range(LEFT, LEFT + WIDE)) for y in rows)
 
 
 def test_bars_are_as_long_as_the_movements():
     rows = {"up_blocks.0.attentions.0": row(0.4, 0.1), "up_blocks.0.attentions.1": row(0.0, 0.2), ALL: row(1, 1)}
-    picture = plot(judge(rows, 2, 4, base="tiny-xl", measure="statistics"))
-    assert picture.height > TOP + 2 * ROW
+    image = plot(judge(rows, 2, 4, base="tiny-xl", measure="statistics"))
+    assert image.height > TOP + 2 * ROW
     # the axis ends at the largest movement, 0.4
-    assert abs(bar_width(picture, 0, "content") - WIDE) <= 1
-    assert abs(bar_width(picture, 0, "style") - WIDE / 4) <= 1
-    assert bar_width(picture, 1, "content") <= 1
-    assert abs(bar_width(picture, 1, "style") - WIDE / 2) <= 1
+    assert abs(bar_width(image, 0, "content") - WIDE) <= 1
+    assert abs(bar_width(image, 0, "style") - WIDE / 4) <= 1
+    assert bar_width(image, 1, "content") <= 1
+    assert abs(bar_width(image, 1, "style") - WIDE / 2) <= 1
 
 
 def test_error_adds_whiskers():
@@ -37,7 +37,7 @@ def test_error_adds_whiskers():
 
 def test_sheet_has_a_row_per_block_and_a_column_per_swap():
     columns = [[Image.new("RGB", (32, 32), (red, 0, 0)) for red in (10, 20, 30)] for _ in range(2)]
-    picture = image_sheet(columns, ["P", "a", "Q"], ["dog for cat", "oil for ink"])
+    image = image_sheet(columns, ["P", "a", "Q"], ["dog for cat", "oil for ink"])
     for number, red in enumerate((30, 20, 10)):  # from below, pictures lie 4 pixels apart
-        y = picture.height - 4 - 192 // 2 - number * 196
-        assert picture.getpixel((picture.width - 100, y)) == picture.getpixel((picture.width - 300, y)) == (red, 0, 0)
+        y = image.height - 4 - 192 // 2 - number * 196
+        assert image.getpixel((image.width - 100, y)) == image.getpixel((image.width - 300, y)) == (red, 0, 0)

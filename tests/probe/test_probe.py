@@ -114,11 +114,11 @@ class TestSwap:
 class Gray:
     """Measure with one number per image: red for content, green for style."""
 
-    def content(self, pictures) -> torch.Tensor:
-        return torch.tensor([[picture.getpixel((0, 0))[0] / 100] for picture in pictures])
+    def content(self, images) -> torch.Tensor:
+        return torch.tensor([[image.getpixel((0, 0))[0] / 100] for image in images])
 
-    def style(self, pictures) -> torch.Tensor:
-        return torch.tensor([[picture.getpixel((0, 0))[1] / 100] for picture in pictures])
+    def style(self, images) -> torch.Tensor:
+        return torch.tensor([[image.getpixel((0, 0))[1] / 100] for image in images])
 
 
 def test_movements_compare_each_seed_with_its_own_references():
@@ -136,13 +136,13 @@ def test_images_of_a_pair_swap_one_word(tiny_base: Base):
     images = generate_pair(tiny_base, config, pair, blocks)
     assert {axis: [len(row) for row in rows] for axis, rows in images.items()} == {"content": [2] * 5, "style": [2] * 5}
 
-    def same(pictures: list[Image.Image], prompt: str, other: str, choice: list[str]) -> bool:
+    def same(images: list[Image.Image], prompt: str, other: str, choice: list[str]) -> bool:
         latents = swap(tiny_base, prompt, other, choice, [4, 5], Settings(steps=1, guidance=1.0))
         made = tiny_base.vae.decode(latents / tiny_base.vae.config.scaling_factor, return_dict=False)[0]
         wanted = tiny_base.pipe.image_processor.postprocess(made.detach(), output_type="pil")
         pairs = [
             (torch.tensor(list(one.tobytes())), torch.tensor(list(two.tobytes())))
-            for one, two in zip(pictures, wanted, strict=True)
+            for one, two in zip(images, wanted, strict=True)
         ]
         return all((one - two).abs().max() <= 1 for one, two in pairs)
 
@@ -197,9 +197,9 @@ class TestProbe:
         names = {path.name for path in config.out.iterdir()}
         assert names == {"blocks.toml", "probe.json", "probe.png", "pictures.png"}
         assert {Path(path).name for path in findings.files.values()} == names
-        with Image.open(config.out / "pictures.png") as picture:
-            assert picture.height > 14 * 192  # P, eleven blocks, all of them, Q
-            assert picture.width > 4 * 192  # two seeds of both swaps
+        with Image.open(config.out / "pictures.png") as image:
+            assert image.height > 14 * 192  # P, eleven blocks, all of them, Q
+            assert image.width > 4 * 192  # two seeds of both swaps
 
     def test_progress_counts_the_steps_of_all_images(self, finished):
         _, _, seen = finished
@@ -211,9 +211,9 @@ def test_custom_measure_replaces_the_configured_one(tiny_base: Base, tmp_path: P
     counts = []
 
     class Mine(Statistics):
-        def content(self, pictures) -> torch.Tensor:
-            counts.append(len(pictures))
-            return super().content(pictures)
+        def content(self, images) -> torch.Tensor:
+            counts.append(len(images))
+            return super().content(images)
 
     keys = {**QUICK, "pairs": 1, "seeds": [0], "content_blocks": 1, "style_blocks": 0}
     findings = find_blocks(ProbeConfig(**keys, out=tmp_path / "out"), tiny_base, Mine())
@@ -226,8 +226,8 @@ def test_custom_measure_replaces_the_configured_one(tiny_base: Base, tmp_path: P
 
 def test_unusable_base_device_size_and_folder_are_refused(tiny_base: Base, tmp_path: Path):
     class Blind:
-        def content(self, pictures) -> torch.Tensor:
-            return torch.ones(len(pictures), 1)
+        def content(self, images) -> torch.Tensor:
+            return torch.ones(len(images), 1)
 
         style = content
 
