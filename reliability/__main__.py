@@ -15,6 +15,7 @@ from reliability.disk import Fills
 from reliability.flips import Flips
 from reliability.fuzz import Fuzz
 from reliability.kills import Kills
+from reliability.queues import Queues
 from reliability.workshop import Workshop
 
 SHOWN = 20
@@ -28,7 +29,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
     parser.add_argument("--case", help="one case by its name, such as kills:17, with everything that it prints")
     parser.add_argument("--report", type=Path, help="file for the counts and all failures")
-    for name, count in {"kills": 500, "fuzz": 12_000, "flips": 240, "fills": 40}.items():
+    for name, count in {"kills": 500, "fuzz": 12_000, "flips": 240, "fills": 40, "queues": 60}.items():
         parser.add_argument(f"--{name}", type=int, default=count, metavar="N", help=f"number of cases ({count:,})")
     options = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
@@ -65,6 +66,7 @@ def make(shop: Workshop) -> dict[str, Callable[[], Campaign]]:
         "flips": lambda: Flips(shop, kills()),
         "fills": lambda: Fills(shop, kills()),
         "fuzz": lambda: Fuzz(shop),
+        "queues": Queues,
     }
 
 

@@ -74,9 +74,11 @@ def test_modules_and_scripts_exist() -> None:
     scripts = {words[0] for words in of("python") if words[0].endswith(".py")}
     assert {"recipes.base.evaluate", "unziplora.cli.reference"} <= modules
     assert "profiling/step.py" in scripts
-    files = {name: Path(*name.split(".")).with_suffix(".py") for name in modules}
+    places = {name: [ROOT.joinpath(*name.split(".")), ROOT.joinpath("src", *name.split("."))] for name in modules}
     missing = {
-        name for name, file in files.items() if not (ROOT / file).is_file() and not (ROOT / "src" / file).is_file()
+        name
+        for name, paths in places.items()
+        if not any(path.with_suffix(".py").is_file() or (path / "__main__.py").is_file() for path in paths)
     }
     assert missing | {name for name in scripts if not (ROOT / name).is_file()} == set()
 

@@ -13,6 +13,7 @@ from unziplora.jobs.batch import contact_sheet, run_batch
 from unziplora.jobs.claim import Claim
 from unziplora.jobs.rows import Row
 from unziplora.runs.folder import RunFolder
+from unziplora.utils.files import write_png
 from unziplora.utils.progress import Callback, Progress
 
 
@@ -39,7 +40,7 @@ def test_failures_are_listed_with_their_reasons_and_tried_again_by_the_next_batc
         if run.path.name == "bad":
             raise UserError("bad.png: damaged")
         train(run, progress)
-        run.save_image("samples", Image.new("RGB", (64, 32), "red"))
+        write_png(run.samples / "samples.png", Image.new("RGB", (64, 32), "red"))
 
     batch = rows(tmp_path, "good", "bad", "last")
     results = run_batch(batch, tmp_path, fail, silent)
@@ -100,6 +101,6 @@ def test_contact_sheet_is_a_square_of_labeled_cells(tmp_path: Path) -> None:
     for number in range(5):
         Image.new("RGB", (800, 400), (50 * number, 0, 0)).save(tmp_path / f"{number}.png")
     sheet = contact_sheet([(f"run {number}", tmp_path / f"{number}.png") for number in range(5)])
-    assert 3 * 384 < sheet.width < 3.2 * 384
-    assert 2 * 192 < sheet.height < 2 * 300
-    assert sheet.getpixel((400 + 200, 120))[0] == 50
+    assert 3 * 640 < sheet.width < 3.2 * 640
+    assert 2 * 320 < sheet.height < 2 * 420
+    assert sheet.getpixel((640 + 320, 200))[0] == 50

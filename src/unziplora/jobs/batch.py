@@ -24,7 +24,7 @@ from unziplora.utils.progress import Callback, Progress, duration
 from unziplora.utils.signals import STOP, caught
 
 REPORT, SHEET = "report.md", "contact-sheet.png"
-THUMBNAIL = 384
+THUMBNAIL = 640
 """Largest side of a run on the contact sheet, in pixels."""
 
 

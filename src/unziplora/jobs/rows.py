@@ -64,8 +64,8 @@ def read_rows(source: Path, out: Path, defaults: Mapping[str, Any]) -> list[Row]
     for entry in _read(source):
         try:
             row = _row(entry, folder, out, defaults, runs)
-            check(row.config)
-            _check_folder(row.config)
+            if not _is_finished(row.config):
+                check(row.config)
             _check_repeated(row, recipes)
             rows.append(row)
         except UserError as error:
@@ -206,17 +206,19 @@ def _folder_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", file_stem(Path(name))).strip(".-") or "image"
 
 
-def _check_folder(config: TrainingConfig) -> None:
-    """Refuse a run folder that contains something else, or a run with other settings."""
+def _is_finished(config: TrainingConfig) -> bool:
+    """Return True if a run is finished; refuse a folder that contains something else, or a run with other settings."""
     run = RunFolder(config.out)
     if run.is_free():
-        return
-    if not run.unfinished and state_of(run) != "finished":
+        return False
+    finished = state_of(run) == "finished"
+    if not run.unfinished and not finished:
         run.check_free()
     changes = set(changed_settings(run.config(type(config)), config)) & config.model_fields_set
     if changes:
         names = ", ".join(sorted(changes))
         raise UserError(f"{config.out} contains a run with other settings ({names}); give this row another name")
+    return finished
 
 
 def _check_repeated(row: Row, recipes: dict[str, str]) -> None:
