@@ -181,6 +181,9 @@ class TestWrongRequests:
             (["sample", "--prompts", "x", "--out", "cat.png", "--dry-run"], "cat.png is a file"),
             (["sample", "--prompts", "x", "--device", "cud", "--dry-run"], "device 'cud' is not available"),
             (["split", "--resume"], "--resume needs the run folder"),
+            (["split", "--extend", "5"], "--extend 5 needs the run folder: unziplora split --extend 5 --out runs/NAME"),
+            (["split", "--extend", "5", "--steps", "9", "--out", "r"], "leave --resume and --steps out"),
+            (["split", "--extend", "5", "--out", "nowhere"], "no run to extend here"),
             ([*SPLIT, "--resume", "--out", "nowhere"], "no run to resume here"),
             ([*SPLIT, "--config", "gone.toml"], "gone.toml: no such configuration file"),
             (["split", "gone.png", *SPLIT[2:]], "gone.png: no such image"),
@@ -338,6 +341,15 @@ class TestSplit:
         monkeypatch.setattr("unziplora.training.runner.run_training", run_training)
         assert call("split", "--resume", "--out", "r", "--device", "cpu").code == 0
         assert seen == {"rank": 5, "device": "cpu", "resume": True, "images": [Path("cat.png").resolve()]}
+        done = call("split", "--extend", "5", "--out", "r")
+        assert (done.code, "continue it with --resume, then extend it" in done.err) == (2, True)
+        RunFolder(Path("r")).card.touch()
+        monkeypatch.setattr(
+            "unziplora.training.runner.run_training",
+            lambda _, config, resume, progress: seen.update(steps=config.steps, resume=resume) or RunFolder(config.out),
+        )
+        assert call("split", "--extend", "5", "--out", "r").code == 0
+        assert seen["steps"] == config.steps + 5
 
 
 class TestTrain:
