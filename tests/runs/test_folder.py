@@ -60,6 +60,7 @@ def fill(folder: Path) -> None:
 def test_new_folder_contains_the_configuration_with_absolute_paths(run: RunFolder) -> None:
     saved = run.config(SplitConfig)
     assert saved.images == [Path("cat.jpg").resolve()]
+    assert saved.out == run.path.resolve()
     assert saved.content == "cat"
     assert run.samples.is_dir()
     assert run.checkpoints.is_dir()

@@ -435,11 +435,11 @@ def _shows(file: Path, image: Image.Image) -> bool:
 def located(config: Recipe) -> dict[str, Any]:
     """Return the settings that say where something is, by key, as absolute paths.
 
-    Not the run folder's own, and not names of bases and block maps, even if a file is called the same.
+    Names of bases and block maps are none, even if a file is called the same.
     """
     paths: dict[str, Any] = {}
     for name, value in config:
-        if isinstance(value, Path) and name != "out":
+        if isinstance(value, Path):
             paths[name] = absolute(value)
         elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
             paths[name] = [absolute(item) for item in value]
