@@ -12,6 +12,7 @@ from unziplora.errors import Interrupted, UserError
 from unziplora.jobs.batch import contact_sheet, run_batch
 from unziplora.jobs.claim import Claim
 from unziplora.jobs.rows import Row
+from unziplora.jobs.state import state_of
 from unziplora.runs.folder import RunFolder
 from unziplora.utils.files import write_png
 from unziplora.utils.progress import Callback, Progress
@@ -63,6 +64,7 @@ def test_run_of_another_process_is_left_alone(tmp_path: Path) -> None:
     claim = Claim(begin(tmp_path / "taken"))
     assert claim.acquire()
     results = run_batch(rows(tmp_path, "taken", "free"), tmp_path, train, silent)
+    assert state_of(claim.run) == "running"
     claim.release()
     assert [(result.outcome, result.reason) for result in results] == [
         ("failed", "another process is working on it"),

@@ -149,6 +149,7 @@ def test_running_job_is_canceled_by_its_worker(queue: Queue) -> None:
         assert taken is not None
         queue.cancel("a")
         assert queue.request(taken[0]) == "cancel"
+        assert queue.job("a").state == "running"
         assert taken[0].run.path.is_dir()
     assert queue.jobs() == []
 

@@ -35,27 +35,29 @@ def tensors(run: RunFolder) -> dict[str, torch.Tensor]:
 
 
 def test_jobs_of_one_base_load_it_once_and_give_what_a_single_run_gives(
-    tmp_path: Path, image: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, image: Path, tiny_folder: Path, fresh_base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = {"images": [image], "content": "cat", "style": "ink", "base": str(tiny_folder), "sample_seeds": []}
     tiny = {**words, **TINY, "column_periods": 1, "steps": 3, "phrase_steps": 0}
     small = {**words, "rank": 2, "steps": 1}
     loads = []
-    load_base = bases.load_base
-    monkeypatch.setattr(bases, "load_base", lambda *args: loads.append(args) or load_base(*args))
+    monkeypatch.setattr(bases, "load_base", lambda *args: loads.append(args) or fresh_base())
     queue = Queue(tmp_path / "runs")
     queue.submit(DreamBoothConfig(out=queue.folder / "first", **small))
     queue.submit(SplitConfig(out=queue.folder / "second", **tiny))
     result = work(queue, Trainer(), silent, until_empty=True)
     assert not result.failed
     assert len(loads) == 1
-    expected = tensors(split(SplitConfig(out=tmp_path / "single", **tiny)))
+    expected = tensors(split(SplitConfig(out=tmp_path / "single", **tiny), base=fresh_base()))
     actual = tensors(RunFolder(queue.folder / "second"))
     assert expected.keys() == actual.keys() != set()
     assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 
-def test_base_in_another_precision_is_loaded_again(tiny_folder: Path, image: Path, tmp_path: Path) -> None:
+def test_base_in_another_precision_is_loaded_again(
+    tiny_folder: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bases, "load_base", lambda *_: object())
     config = SplitConfig(images=[image], content="cat", style="ink", base=str(tiny_folder), out=tmp_path / "run")
     trainer = Trainer()
     first = trainer.load(config, silent)

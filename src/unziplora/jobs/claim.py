@@ -26,7 +26,7 @@ class Claim:
     """The claim of this process to a run. The system releases it if the process dies."""
 
     def __init__(self, run: RunFolder) -> None:
-        self.run, self.owner = run, run.path / OWNER
+        self.run, self.owner, self.held = run, run.path / OWNER, False
         self.lock = FileLock(run.path / LOCK, fallback_to_soft=False)
 
     def acquire(self) -> bool:
@@ -52,6 +52,7 @@ class Claim:
         except OSError as error:
             self.lock.release()
             raise explain(self.run.path, error) from None
+        self.held = True
         return True
 
     def beat(self) -> None:
@@ -60,10 +61,12 @@ class Claim:
             os.utime(self.owner)
 
     def release(self) -> None:
-        """Give the run back."""
-        with suppress(OSError):
-            self.owner.unlink(missing_ok=True)
-        self.lock.release()
+        """Give the run back, if this process has it."""
+        if self.held:
+            with suppress(OSError):
+                self.owner.unlink(missing_ok=True)
+            self.lock.release()
+            self.held = False
 
 
 def is_worked_on(run: RunFolder) -> bool:
