@@ -134,7 +134,6 @@ def test_failed_job_keeps_its_place_until_it_is_retried(queue: Queue) -> None:
 
 def test_canceled_job_takes_its_folder_along_only_if_nothing_was_learned(queue: Queue) -> None:
     submit(queue, "new", "begun")
-    (queue.folder / "begun" / "samples" / "1.png").write_text("a sample")
     queue.job("begun").run.log(step=1)
     queue.cancel("new")
     queue.cancel("begun")

@@ -128,9 +128,12 @@ def test_waiting_worker_takes_jobs_that_come_later_and_stops(tmp_path: Path) -> 
 
     thread = threading.Thread(target=later)
     thread.start()
-    result = work(queue, last, silent, poll=0.01)
+    events: list[Progress] = []
+    result = work(queue, last, events.append, poll=0.01)
     thread.join()
     assert [Path(path).name for path in result.finished] == ["late"]
+    waiting = f"waiting for jobs in {queue.folder}; Ctrl-C stops"
+    assert [event.message for event in events if event.message][::3] == [waiting, waiting]
     assert result.stopped
 
 

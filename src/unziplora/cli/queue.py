@@ -59,15 +59,22 @@ def _cell(row: dict[str, Any], head: str) -> str:
         return f"{row['steps_done']}/{row['steps'] or '?'}"
     if head == "changed":
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(row["changed"])) if row["changed"] else ""
+    if head == "run":
+        return _short(Path(row["run"]))
     if head == "state" and row.get("request"):
         return f"{row['state']} ({row['request']})"
     return str(row[head])
 
 
+def _short(path: Path) -> str:
+    """Return a path as it is typed here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def _report(jobs: Sequence[Job], done: str, as_json: bool) -> None:
     """Print the jobs that a command has changed."""
     data = {"jobs": [_figures(job) for job in jobs]} if as_json else {}
-    emit(data, "\n".join(f"job {job.number}  {job.run.path}  {done}" for job in jobs), as_json)
+    emit(data, "\n".join(f"job {job.number}  {_short(job.run.path)}  {done}" for job in jobs), as_json)
 
 
 def _add(what: tuple[str, ...], folder: Path, first: bool, unfinished: bool, as_json: bool) -> None:

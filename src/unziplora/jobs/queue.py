@@ -169,15 +169,15 @@ class Queue:
 
         The folder of a run that has begun stays; a folder that contains nothing but settings goes.
         """
-        job, claim = self.job(name), None
+        job = self.job(name)
+        claim = Claim(job.run)
         with self._changing() as db:
-            claim = Claim(job.run)
             try:
-                if job.state == "running" or (job.state in ("queued", "failed") and not claim.acquire()):
+                if job.run.path.is_dir() and not claim.acquire():
                     db.execute("UPDATE jobs SET request = 'cancel' WHERE number = ?", [job.number])
                     return job._replace(request="cancel")
                 db.execute("DELETE FROM jobs WHERE number = ?", [job.number])
-                if job.run.path.is_dir() and job.run.is_free():
+                if claim.held and not job.run.log_file.exists() and job.run.is_free():
                     shutil.rmtree(job.run.path, ignore_errors=True)
             finally:
                 claim.release()

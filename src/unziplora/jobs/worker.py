@@ -90,7 +90,7 @@ def work(queue: Queue, train: Train, progress: Callback, until_empty: bool = Fal
     """
     if threading.current_thread() is not threading.main_thread():
         raise UserError("a worker needs the main thread of a process: start `unziplora worker`")
-    result = Work()
+    result, idle = Work(), False
     with caught(signal.default_int_handler, *STOP):
         try:
             while True:
@@ -100,7 +100,10 @@ def work(queue: Queue, train: Train, progress: Callback, until_empty: bool = Fal
                 if taken is None and until_empty:
                     return result
                 if taken is None:
+                    if not idle:
+                        progress(Progress(0, 0, message=f"waiting for jobs in {queue.folder}; Ctrl-C stops"))
                     time.sleep(poll)
+                idle = taken is None
         except (Interrupted, KeyboardInterrupt):
             result.stopped = True
     return result
