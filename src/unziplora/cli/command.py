@@ -83,7 +83,7 @@ class RecipeCommand(click.Command):
                 ["--extend"],
                 type=click.IntRange(min=1),
                 metavar="N",
-                help="Train the finished run in the folder of --out on by N steps.",
+                help="Train the finished run of --out for N more steps.",
             ),
         ]
         params: list[click.Parameter] = [

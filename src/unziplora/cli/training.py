@@ -40,7 +40,7 @@ def training_command(
         method: module and class, such as "unziplora.methods.blora:BLora"; imported late, because it brings torch along.
         notes: remarks to show behind a key's help instead of its default.
     """
-    own = {"images": ["repeatable", "the same as IMAGE"], "out": ["default: runs/NAME, after the image"]}
+    own = {"images": ["repeatable", "the same as IMAGE"], "out": ["default: runs/NAME"]}
     return RecipeCommand(
         words.split()[-1],
         model,

@@ -196,7 +196,7 @@ class ImageConfig(TrainingConfig):
     )
     background_weight: float = expert(0.0, "Weight of the loss where the mask is black.", "Input", ge=0, le=1)
     crop: list[str] = key([], "Part to use, X,Y,W,H in pixels.", "Input")
-    fit: Fit | None = key(
+    fit: Fit | None = expert(
         None,
         "bucket: SDXL's nearest proportions; crop: a square; pad: all of it. Default: bucket; bundled: crop.",
         "Input",

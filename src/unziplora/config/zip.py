@@ -17,13 +17,13 @@ class ZipConfig(TrainingConfig):
 
     content_lora: Path = expert(..., "Run folder or LoRA file for the content.", "Input", private=True)
     style_lora: Path = expert(..., "Run folder or LoRA file for the style.", "Input", private=True)
-    content_images: list[Path] = key(
+    content_images: list[Path] = expert(
         [],
         "Images that the content LoRA learned; default: its run's; none: the LoRA generates some.",
         "Input",
         private=True,
     )
-    style_images: list[Path] = key(
+    style_images: list[Path] = expert(
         [],
         "Images that the style LoRA learned; default: its run's; none: the LoRA generates some.",
         "Input",
