@@ -83,7 +83,7 @@ def test_two_processes_give_what_one_gives(tiny_folder: Path, tmp_path: Path, tw
     demo.split_both(*configs(tiny_folder, tmp_path / "one"), lambda _: None)
     for name in ("first", "second"):
         for kind in ("content", "style"):
-            one, two = (tmp_path / folder / name / f"{kind}.safetensors" for folder in ("one", "two"))
+            one, two = (tmp_path / folder / name / f"{name}-{kind}.safetensors" for folder in ("one", "two"))
             torch.testing.assert_close(load_file(one), load_file(two), rtol=0, atol=0)
 
 

@@ -653,9 +653,10 @@ class TestPictures:
 
     def test_one_file_is_one_lora(self, call: Call, finished: Path) -> None:
         for kind, other in (("content", "style"), ("style", "content")):
-            told = call("sample", finished / f"{kind}.safetensors", "--dry-run", "--json").json
-            assert told["config"][kind] == str(finished / f"{kind}.safetensors")
-            assert told["config"][other] is None
+            file = finished / f"{finished.name}-{kind}.safetensors"
+            plan = call("sample", file, "--dry-run", "--json").json
+            assert plan["config"][kind] == str(file)
+            assert plan["config"][other] is None
 
 
 class TestFlags:

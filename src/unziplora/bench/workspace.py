@@ -25,6 +25,9 @@ WEIGHTS = "weights.txt"
 PATHS = {"out", "images", "masks", "content_lora", "style_lora", "content_images", "style_images"}
 """Keys of recipes that are locations of files and do not affect the result."""
 
+FRAMING = {"crop", "fit"}
+"""Keys that change nothing about the benchmark's images, which are squares of the base's size."""
+
 C = TypeVar("C", bound=TrainingConfig, contravariant=True)
 R = TypeVar("R", bound=TrainingConfig)
 
@@ -122,7 +125,7 @@ def training_settings(config: TrainingConfig) -> dict[str, Any]:
 
     Keys that were renamed or merged appear under their old names, so that results stored before remain valid.
     """
-    settings = config.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs", "save_every"})
+    settings = config.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs", "save_every", *FRAMING})
     settings["sample_steps"] = settings.pop("generated_steps")
     settings["sample_guidance"] = settings.pop("generated_guidance")
     if "official_code" in settings:

@@ -464,7 +464,7 @@ class TestDirect:
         torch.testing.assert_close(delta(read_lora(run.style).modules[FEED]), 2.0 * delta(style[FEED]))
         assert merged.metadata["unziplora.method"] == "direct addition, lora LoRA"
         assert "direct addition" in run.card.read_text()
-        assert not run.checkpoints.exists()
+        assert not run.steps()
         with pytest.raises(UserError, match="contains a finished run"):
             zip_loras(config(method="direct", **changes))
         with pytest.raises(UserError, match="finished"):
@@ -526,7 +526,7 @@ class TestTextEncoders:
     def test_teachers_use_their_own_text_encoders_and_the_merged_lora_both(
         self, own_base: Base, shared_base: Base, tiny_folder: Path, config: Make, pair: Pair
     ):
-        teachers = build(own_base, config()).teachers
+        teachers = build(own_base, config()).data
         plain, styled = shared_base, load_base(str(tiny_folder))
         with torch.no_grad():
             styled.text_encoders[0].get_submodule(TEXT.removeprefix("text_encoder.text_model.")).weight += delta(pair)
