@@ -9,6 +9,7 @@ from PIL import Image
 
 from unziplora.config.probe import ProbeConfig
 from unziplora.lora.blocks import read_blocks
+from unziplora.probe import probe
 from unziplora.utils.inputs import read_toml
 
 Call = Callable[..., tuple[int, str, str]]
@@ -32,7 +33,13 @@ def test_prints_the_table_and_split_takes_the_map(call: Call, tiny_folder: Path,
     assert Path(read_toml(tmp_path / "run" / "config.toml")["blocks"]).name == "blocks.toml"
 
 
-def test_json_is_one_document_with_scores_map_and_files(call: Call, tiny_folder: Path):
+def test_json_is_one_document_with_scores_map_and_files(call: Call, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def draw(base, config, pair, blocks, progress) -> probe.PairImages:
+        gray = Image.linear_gradient("L")
+        turned = [[Image.merge("RGB", (gray.rotate(9 * n), gray, gray))] for n in range(len(blocks) + 3)]
+        return {"content": turned, "style": turned}
+
+    monkeypatch.setattr(probe, "generate_pair", draw)
     code, out, _ = call("blocks", "--base", tiny_folder, *QUICK, "--json", "--quiet", "--contents", "cat",
                         "--contents", "dog")  # fmt: skip
     assert code == 0
