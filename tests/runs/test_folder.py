@@ -66,6 +66,13 @@ def test_new_folder_contains_the_configuration_with_absolute_paths(run: RunFolde
     assert run.checkpoints.is_dir()
 
 
+def test_damaged_setting_is_named_with_its_file(run: RunFolder) -> None:
+    text = run.config_file.read_text()
+    run.config_file.write_text(text.replace("masks", "iasks"))
+    with pytest.raises(UserError, match=r"config\.toml: unknown key 'iasks'.*'masks'"):
+        run.config(SplitConfig)
+
+
 def test_path_of_a_base_becomes_absolute_and_a_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny-xl").mkdir()

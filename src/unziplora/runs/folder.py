@@ -327,7 +327,11 @@ class RunFolder:
         """
         if not self.config_file.is_file():
             raise UserError(f"{self.path}: no run to resume here (it has no config.toml); leave --resume out")
-        return resolve(model, read_toml(self.config_file))
+        settings = read_toml(self.config_file)
+        try:
+            return resolve(model, settings)
+        except UserError as error:
+            raise UserError(f"{self.config_file}: {error}\nThe file was edited or is damaged; mend it") from None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
