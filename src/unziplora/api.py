@@ -7,7 +7,6 @@ errors.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ from unziplora.runs.folder import RunFolder
 from unziplora.sampling import grid as grids
 from unziplora.sampling import sample as samples
 from unziplora.sampling.sources import loras_of
-from unziplora.utils.files import file_stem, free_folder
+from unziplora.utils.files import file_stem, free_folder, safe_name
 from unziplora.utils.inputs import read_toml
 from unziplora.utils.logging import quiet
 from unziplora.utils.progress import Callback, counted, show
@@ -390,8 +389,7 @@ def _train(
 def _default_folder(images: Sequence[ImageSource], name: str) -> Path:
     """Choose a new folder in `runs`, named after the first image file, else after the words."""
     files = [file_stem(Path(image)) for image in images if not isinstance(image, Image.Image)]
-    name = re.sub(r"[^\w.-]+", "-", files[0] if files else name).strip(".-")
-    return free_folder(Path("runs") / (name or "image"))
+    return free_folder(Path("runs") / safe_name(files[0] if files else name, "image"))
 
 
 def _lora_path(source: LoraSource | None) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from unziplora.cli.options import ExpandedPath
 from unziplora.cli.output import memory_advice
 from unziplora.config.training import ImageConfig
 from unziplora.errors import UserError
-from unziplora.utils.files import file_stem
+from unziplora.utils.files import file_stem, safe_name
 from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import Callback
 
@@ -108,8 +107,8 @@ def run_layers(
     Raises:
         UserError: there is no run to resume, or no finished one to extend.
     """
-    folder = re.sub(r"[^\w.-]+", "-", name).strip(".-") if name else name
-    out = flags.get("out") or file.get("out") or (None if folder is None else str(Path("runs") / (folder or "image")))
+    named = None if name is None else str(Path("runs") / safe_name(name, "image"))
+    out = flags.get("out") or file.get("out") or named
     if extend and (resume or "steps" in flags):
         raise UserError("--extend says how many more steps: leave --resume and --steps out")
     if not resume and not extend:

@@ -18,7 +18,7 @@ from unziplora.errors import UserError
 from unziplora.jobs.state import state_of
 from unziplora.jobs.trainings import TRAININGS, check
 from unziplora.runs.folder import RunFolder, changed_settings
-from unziplora.utils.files import file_stem
+from unziplora.utils.files import file_stem, safe_name
 from unziplora.utils.inputs import parse_json, read_text, read_toml, tomllib
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
@@ -203,7 +203,7 @@ def _first_name(values: Mapping[str, Any]) -> str:
 
 
 def _folder_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", file_stem(Path(name))).strip(".-") or "image"
+    return safe_name(file_stem(Path(name)), "image")
 
 
 def _is_finished(config: TrainingConfig) -> bool:

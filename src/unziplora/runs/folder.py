@@ -26,6 +26,7 @@ from unziplora.utils.files import (
     atomic_write,
     explain,
     remove_leftovers,
+    safe_name,
     sync_folder,
     write_png,
 )
@@ -90,7 +91,7 @@ class RunFolder:
     @property
     def name(self) -> str:
         """Name of the folder, as the names of its files begin: without what prompts and shells read as a sign."""
-        return re.sub(r"[^\w.-]+", "-", absolute(self.path).name)[:50].strip(".-") or "run"
+        return safe_name(absolute(self.path).name, "run", longest=50)
 
     def lora(self, name: str, layout: str = "kohya") -> Path:
         """Return the path of a LoRA in a layout, such as `cat-content.safetensors` in `runs/cat`.

@@ -162,6 +162,11 @@ def file_stem(path: Path) -> str:
     return path.stem if path.suffix.lower() in _SUFFIXES else path.name
 
 
+def safe_name(text: str, default: str, longest: int | None = None) -> str:
+    """Return a text as the name of a file or folder, without what prompts and shells read as a sign."""
+    return re.sub(r"[^\w.-]+", "-", text)[:longest].strip(".-") or default
+
+
 def free_folder(folder: Path) -> Path:
     """Return the folder, or the first of folder-2, folder-3 … that does not exist yet."""
     folder = folder if folder.name else folder.resolve()
