@@ -49,7 +49,6 @@ from unziplora.sampling import grid as grids
 from unziplora.sampling import sample as samples
 from unziplora.sampling.sources import loras_of
 from unziplora.utils.files import file_stem, free_folder, safe_name
-from unziplora.utils.inputs import read_toml
 from unziplora.utils.logging import quiet
 from unziplora.utils.progress import Callback, counted, show
 
@@ -375,9 +374,9 @@ def _train(
         raise UserError(f"{'extend' if extend else 'resume'} needs the run folder: give out=")
     folder = Path(out) if out is not None else _default_folder(sources, name or str(settings.get("content") or ""))
     keys = {**_set(settings), "out": folder}
-    saved = read_toml(folder / "config.toml") if resume else {}
+    saved = RunFolder(folder).settings(model) if resume else {}
     if extend:
-        saved = RunFolder(folder).settings_to_extend(extend)
+        saved = RunFolder(folder).settings_to_extend(model, extend)
     in_memory = {number: image for number, image in enumerate(sources, 1) if isinstance(image, Image.Image)}
     with RunFolder(folder).stored(in_memory, resume or bool(extend)) as files:
         if sources:

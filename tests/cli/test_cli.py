@@ -351,6 +351,22 @@ class TestSplit:
         assert call("split", "--extend", "5", "--out", "r").code == 0
         assert seen["steps"] == config.steps + 5
 
+    @pytest.mark.parametrize("flag", [["--resume"], ["--extend", "5"]])
+    def test_damaged_settings_of_a_run_are_named_with_their_file(self, call: Call, flag: list[str]) -> None:
+        from unziplora.runs.folder import RunFolder
+
+        config = resolve(SplitConfig, {"images": ["cat.png"], "content": "cat", "style": "x", "out": "r", "rank": 5})
+        with RunFolder.created(Path("r"), config) as run:
+            if "--extend" in flag:
+                run.card.touch()
+        settings = run.config_file.read_text()
+        assert settings.count("rank =") == 1
+        run.config_file.write_text(settings.replace("rank =", "rink ="))
+        done = call("split", *flag, "--out", "r")
+        assert done.code == 2
+        assert f"{run.config_file}: " in done.err
+        assert "rink" in done.err
+
 
 class TestTrain:
     def test_dreambooth(self, call: Call, tiny_folder: Path) -> None:
@@ -704,7 +720,7 @@ def test_the_default_run_folder_is_named_after_the_picture() -> None:
     from unziplora.cli.training import run_layers
 
     def out(name: str | None) -> dict[str, Any]:
-        return run_layers("split", {}, {}, name, False)[-1]
+        return run_layers(SplitConfig, "split", {}, {}, name, False)[-1]
 
     assert out("My cat (1)") == {"out": "runs/My-cat-1"}
     assert out("…") == {"out": "runs/image"}

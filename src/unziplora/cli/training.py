@@ -13,10 +13,9 @@ import click
 from unziplora.cli.command import Keys, Output, Plan, RecipeCommand
 from unziplora.cli.options import ExpandedPath
 from unziplora.cli.output import memory_advice
-from unziplora.config.training import ImageConfig
+from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
 from unziplora.utils.files import file_stem, safe_name
-from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import Callback
 
 if TYPE_CHECKING:
@@ -49,13 +48,13 @@ def training_command(
         short_help=short_help,
         dry_run="estimate memory; draw what is learned",
         arguments=[click.Argument(["image"], nargs=-1, type=ExpandedPath())],
-        layers=partial(_layers, words),
+        layers=partial(_layers, model, words),
         resumable=True,
         notes={**own, **(notes or {})},
     )
 
 
-def _layers(words: str, params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
+def _layers(model: type[ImageConfig], words: str, params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
     """Combine the run to resume, the TOML file, the flags and the images named first."""
     if params["image"]:
         flags["images"] = [*params["image"], *flags.get("images", [])]
@@ -63,7 +62,7 @@ def _layers(words: str, params: Mapping[str, Any], file: Keys, flags: Keys) -> l
     if not images and not (params["resume"] or params["extend"]):
         raise UserError(f"no image to learn from: unziplora {words} IMAGE …; see unziplora {words} --help")
     name = file_stem(Path(str(images[0]))) if images and isinstance(images, list) else None
-    return run_layers(words, file, flags, name, params["resume"], params["extend"])
+    return run_layers(model, words, file, flags, name, params["resume"], params["extend"])
 
 
 def _run(method: str, config: ImageConfig, progress: Callback, resume: bool) -> Output:
@@ -96,7 +95,13 @@ def prompt_lines(prompts: Mapping[str, str]) -> list[str]:
 
 
 def run_layers(
-    words: str, file: Keys, flags: Keys, name: str | None, resume: bool, extend: int | None = None
+    model: type[TrainingConfig],
+    words: str,
+    file: Keys,
+    flags: Keys,
+    name: str | None,
+    resume: bool,
+    extend: int | None = None,
 ) -> list[Keys]:
     """Combine the run to resume or to extend, the TOML file and the flags, and choose a run folder.
 
@@ -116,14 +121,12 @@ def run_layers(
     flag = f"--extend {extend}" if extend else "--resume"
     if not out:
         raise UserError(f"{flag} needs the run folder: unziplora {words} {flag} --out runs/NAME")
-    run = Path(str(out)).expanduser()
-    if extend:
-        from unziplora.runs.folder import RunFolder
+    from unziplora.runs.folder import RunFolder
 
-        return [RunFolder(run).settings_to_extend(extend), flags, {"out": out}]
-    if not (run / "config.toml").is_file():
-        raise UserError(f"{out}: no run to resume here (it has no config.toml); leave --resume out")
-    return [read_toml(run / "config.toml"), file, flags, {"out": out}]
+    run = RunFolder(Path(str(out)).expanduser())
+    if extend:
+        return [run.settings_to_extend(model, extend), flags, {"out": out}]
+    return [run.settings(model), file, flags, {"out": out}]
 
 
 def run_output(run: RunFolder) -> Output:

@@ -26,7 +26,7 @@ def _layers(params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
     if not all(loras) and not (params["resume"] or params["extend"]):
         raise UserError("two LoRAs are needed: unziplora zip CONTENT STYLE; see unziplora zip --help")
     name = "-".join(_name(Path(str(lora))) for lora in loras) if all(loras) else None
-    return run_layers("zip", file, flags, name, params["resume"], params["extend"])
+    return run_layers(ZipConfig, "zip", file, flags, name, params["resume"], params["extend"])
 
 
 def _name(lora: Path) -> str:

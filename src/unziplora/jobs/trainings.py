@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
@@ -58,7 +57,7 @@ def training_of(settings: dict[str, Any]) -> Training:
     for training in TRAININGS.values():
         if settings.keys() <= training.recipe.model_fields.keys():
             return training
-    raise UserError("config.toml: belongs to no method of this version; start the run anew")
+    raise UserError("config.toml: belongs to no method of this version; start the run again")
 
 
 def check(config: TrainingConfig) -> None:
@@ -92,9 +91,8 @@ class Trainer:
         Raises:
             UserError, MachineError, Interrupted: as the training itself.
         """
-        settings = read_toml(run.config_file)
-        training = training_of(settings)
-        config = resolve(training.recipe, settings, {"out": run.path})
+        training = training_of(read_toml(run.config_file))
+        config = run.config(training.recipe).model_copy(update={"out": run.path})
         try:
             base = self.load(config, progress)
             resolve_name(training.function)(config, resume=True, progress=progress, base=base)

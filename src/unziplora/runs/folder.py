@@ -280,18 +280,18 @@ class RunFolder:
             run.checkpoints.mkdir(exist_ok=True)
             yield run
 
-    def settings_to_extend(self, steps: int) -> dict[str, Any]:
+    def settings_to_extend(self, model: type[R], steps: int) -> dict[str, Any]:
         """Return the settings of this finished run with so many more steps.
 
         Raises:
-            UserError: there is no finished run here.
+            UserError: there is no finished run here, or its configuration is damaged.
         """
         if self.unfinished:
             raise UserError(f"{self.path}: this run is not finished; continue it with --resume, then extend it")
         if not self.config_file.is_file():
             raise UserError(f"{self.path}: no run to extend here (it has no config.toml)")
-        saved = read_toml(self.config_file)
-        if not isinstance(saved.get("steps"), int):
+        saved = self.settings(model)
+        if "steps" not in saved:
             raise UserError(f"{self.config_file}: it has no number of steps, so this run cannot be extended")
         return {**saved, "steps": saved["steps"] + steps}
 
@@ -332,7 +332,13 @@ class RunFolder:
         try:
             return resolve(model, settings)
         except UserError as error:
-            raise UserError(f"{self.config_file}: {error}\nThe file was edited or is damaged; mend it") from None
+            raise UserError(
+                f"{self.config_file}: {error}\nThis is a run of another command, or the file was edited or is damaged"
+            ) from None
+
+    def settings(self, model: type[R]) -> dict[str, Any]:
+        """Read the keys that the run began with, as a layer for `resolve`. Errors as in `config`."""
+        return self.config(model).model_dump(exclude_unset=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
