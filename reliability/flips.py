@@ -14,10 +14,10 @@ from reliability.kills import Kills
 from reliability.processes import forked
 from reliability.workshop import METHODS, STEPS, Method, Workshop, check_equal, pick, use_cache
 from unziplora.errors import UnziploraError
-from unziplora.runs.folder import RunFolder
+from unziplora.runs.folder import LOCK, LOCK_OWNER, RunFolder
 from unziplora.utils.progress import Progress
 
-IRRELEVANT = {".lock", ".lock.pid"}
+IRRELEVANT = {LOCK, LOCK_OWNER}
 
 
 class Flips:

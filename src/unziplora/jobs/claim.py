@@ -1,4 +1,4 @@
-"""Who works on a run: the lock of a process, or on drives without locks its heartbeat."""
+"""The process that works on a run, known by its lock, or on drives without locks by its heartbeat."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from unziplora.runs.folder import RunFolder
-from unziplora.utils.files import UNSUPPORTED, explain
+from unziplora.runs.folder import LOCK, LOCK_OWNER, RunFolder, try_lock
+from unziplora.utils.files import explain
 
 HEARTBEAT = 60.0
 """Age in seconds at which a heartbeat counts as stopped."""
 
-LOCK, OWNER = ".claim", ".claim.json"
-_PAIRS = ((LOCK, OWNER), (".lock", ".lock.pid"))  # of a worker before and while it trains; of any training
+CLAIM, OWNER = ".claim", ".claim.json"
+_PAIRS = ((CLAIM, OWNER), (LOCK, LOCK_OWNER))  # of a worker before and while it trains; of any training
 
 
 class Claim:
@@ -27,7 +27,7 @@ class Claim:
 
     def __init__(self, run: RunFolder) -> None:
         self.run, self.owner, self.held = run, run.path / OWNER, False
-        self.lock = FileLock(run.path / LOCK, fallback_to_soft=False)
+        self.lock = FileLock(run.path / CLAIM, fallback_to_soft=False)
 
     def acquire(self) -> bool:
         """Claim the run; return False if another process works on it.
@@ -37,15 +37,8 @@ class Claim:
         """
         if not self.run.path.is_dir() or is_worked_on(self.run):
             return False
-        try:
-            self.lock.acquire(timeout=0.2, poll_interval=0.01)  # somebody may just be looking whether it is held
-        except Timeout:
+        if try_lock(self.lock, self.run.path) is False:  # on drives without locks, the heartbeat must do
             return False
-        except NotImplementedError:
-            pass  # no locks here; the heartbeat must do
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise explain(self.run.path, error) from None
         try:
             about = {"process": os.getpid(), "machine": socket.gethostname(), "since": time.time()}
             self.owner.write_text(json.dumps(about))

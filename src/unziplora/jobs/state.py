@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from unziplora.errors import UserError
 from unziplora.jobs.claim import OWNER, is_worked_on
-from unziplora.runs.folder import RunFolder
+from unziplora.runs.folder import LOCK_OWNER, RunFolder
 from unziplora.utils.files import atomic_write
 from unziplora.utils.inputs import read_json, read_toml
 
@@ -35,7 +35,7 @@ def state_of(run: RunFolder, queued: bool = False) -> State:
         return "missing"
     if run.card.name in names:
         return "finished"
-    if not names.isdisjoint((OWNER, ".lock.pid")) and is_worked_on(run):
+    if not names.isdisjoint((OWNER, LOCK_OWNER)) and is_worked_on(run):
         return "running"
     if ERROR in names and _is_last(run):
         return "failed"
@@ -58,7 +58,7 @@ def _is_last(run: RunFolder) -> bool:
 
 @dataclass(frozen=True)
 class Failure:
-    """What the last process of a run left when it failed.
+    """Error that the last process of a run left.
 
     Attributes:
         message: the fault and its remedy.

@@ -46,6 +46,9 @@ MERGED = "lora"
 LORAS = ("content", "style", MERGED)
 """Names of the LoRAs that a run may contain."""
 
+LOCK, LOCK_OWNER = ".lock", ".lock.pid"
+"""Names of the lock of a process that trains into the folder, and of the file with the number of the process."""
+
 CHECKPOINTS = 2
 """Checkpoints that are kept: if the newest one is damaged, a run goes on from the one before."""
 
@@ -186,7 +189,7 @@ class RunFolder:
     def _remove_traces(self) -> None:
         """Remove the files of a run that has learned nothing, and the folder if nothing else is in it."""
         with suppress(OSError):
-            for name in ("log.jsonl", "trackers", "config.toml", "samples", "checkpoints", ".lock.pid", ".lock"):
+            for name in ("log.jsonl", "trackers", "config.toml", "samples", "checkpoints", LOCK_OWNER, LOCK):
                 entry = self.path / name
                 if entry.is_dir():
                     shutil.rmtree(entry)
@@ -349,19 +352,16 @@ class RunFolder:
         Raises:
             UserError: another process is using it.
         """
-        owner = self.path / ".lock.pid"
-        lock = FileLock(self.path / ".lock", fallback_to_soft=False)
-        try:
-            lock.acquire(timeout=0.2, poll_interval=0.02)  # somebody may just be looking whether it is held
-        except Timeout:
+        owner = self.path / LOCK_OWNER
+        lock = FileLock(self.path / LOCK, fallback_to_soft=False)
+        held = try_lock(lock, self.path)
+        if held is False:
             number = owner.read_text(errors="replace").strip() if owner.is_file() else ""
             raise UserError(
                 f"{self.path}: process {number or 'unknown'} is training into this folder; "
                 "wait for it, or choose another --out"
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
-                raise explain(self.path, error) from None
+            )
+        if held is None:
             warnings.warn(f"{self.path}: this drive has no locks; let only one process train here", stacklevel=4)
         try:
             with suppress(OSError):  # only the message of other processes needs it
@@ -471,3 +471,22 @@ def changed_settings(saved: R, config: R) -> list[str]:
     one, two = with_absolute_paths(saved), with_absolute_paths(config)
     skipped = two.marked("may_change")
     return [name for name, value in two if name not in skipped and value != getattr(one, name)]
+
+
+def try_lock(lock: FileLock, folder: Path) -> bool | None:
+    """Return True if a lock in a folder is held from now on, False if another process holds it, None without locks.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    try:
+        lock.acquire(timeout=0.2, poll_interval=0.01)  # somebody may just be looking whether it is held
+    except Timeout:
+        return False
+    except NotImplementedError:
+        return None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise explain(folder, error) from None
+        return None
+    return True
