@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unziplora.errors import UserError
+from unziplora.formats.safetensors import DTYPE_NAMES
 
 _SCALE = re.compile(r"(.+\.)(?:scale_weight|weight_scale)\Z")
 # Scales of activations, which only a multiplication in fp8 needs, and marks of the format.
@@ -26,14 +27,7 @@ _OTHERS = {  # searched in the names of tensors
     r"weight[._]_?(data|qdata)\Z": "quanto or torchao",
     r"\.weight_(packed|zero_point|scale_inv)\Z": "compressed tensors",
 }
-_FLOATS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+_FLOATS = [name for dtype, name in DTYPE_NAMES.items() if dtype.is_floating_point]
 
 
 def find_scales(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> dict[str, str]:
@@ -55,7 +49,7 @@ def find_scales(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
             scales[weight] = name
         elif other := next((kind for pattern, kind in _OTHERS.items() if re.search(pattern, name)), None):
             raise _refusal(other, name)
-        elif name.endswith("weight") and dtypes[name] not in _FLOATS.values():
+        elif name.endswith("weight") and dtypes[name] not in _FLOATS:
             raise _refusal(dtypes[name], name)
         elif not _UNUSED.fullmatch(name) and (owner := _owner(name, shapes)):
             raise _refusal(f"{owner[:120]!r} has a companion", name)
@@ -69,7 +63,7 @@ def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         UserError: they are quantized in another way.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    dtypes = {name: _FLOATS.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}
+    dtypes = {name: DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}
     scales = find_scales(shapes, dtypes)
     values = {name: rescaled(tensors[name], tensors[scale]) for name, scale in scales.items()}
     ignored = {*scales.values(), *filter(_UNUSED.fullmatch, tensors)}

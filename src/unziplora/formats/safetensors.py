@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -19,6 +20,22 @@ from unziplora.errors import MachineError, UserError
 from unziplora.formats.identify import PICKLES, UNPICKLE, other_format
 from unziplora.utils.files import atomic_write
 from unziplora.utils.inputs import open_regular, parse_json
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Number formats by their names in headers."""
 
 HEADER_LIMIT = 100_000_000
 """Largest header in bytes; the limit of the safetensors library."""
@@ -133,6 +150,11 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[
         "__metadata__": {**metadata, "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest},
         **json.loads(bytes(plain[8 : 8 + length])),
     }
+    atomic_write(path, lambda file: [file.write(part) for part in (encode_header(header), body)])
+
+
+def encode_header(header: Mapping[str, Any]) -> bytes:
+    """Return the beginning of a safetensors file: its header with its length, filled up to a multiple of 8 bytes."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    atomic_write(path, lambda file: [file.write(part) for part in (len(text).to_bytes(8, "little"), text, body)])
+    return len(text).to_bytes(8, "little") + text

@@ -16,23 +16,11 @@ from torch import Tensor
 
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import MachineError
+from unziplora.formats.safetensors import DTYPE_NAMES, encode_header
 from unziplora.runs.folder import RunFolder, located
 from unziplora.training.method import Method
 
 C = TypeVar("C", bound=TrainingConfig)
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -61,13 +49,11 @@ class Checkpoint:
         for name in names:
             tensor, start, end = tensors[name], end, end + tensors[name].nbytes
             header[name] = {
-                "dtype": _DTYPES[tensor.dtype],
+                "dtype": DTYPE_NAMES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [start, end],
             }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(encode_header(header))
         for name in names:
             file.write(_bytes(tensors[name]))
 
