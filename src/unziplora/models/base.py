@@ -223,9 +223,9 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
         local_files_only=True,
         add_watermarker=False,
     )
-    for part, paths in files.items():
-        for weights in paths:
-            rescale(pipe, weights, part)
+    for part, headers in files.items():
+        for weights, header in headers.items():
+            rescale(pipe, weights, header, part)
     return pipe
 
 
@@ -238,7 +238,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     if folder == BUNDLED / "sdxl":
         parts.update(tokenizer=base_checkpoint.clip_tokenizer(), tokenizer_2=base_checkpoint.clip_tokenizer(pad="!"))
     pipe = StableDiffusionXLPipeline.from_single_file(str(path), dtype=dtype, add_watermarker=False, **options, **parts)
-    rescale(pipe, path)
+    rescale(pipe, path, header)
     if changes := base_checkpoint.marked_schedule(header):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     return pipe

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from unziplora.errors import MachineError, UserError, first_line
 from unziplora.formats.identify import PICKLES, UNPICKLE, pipeline_family
-from unziplora.formats.safetensors import read_header
+from unziplora.formats.safetensors import Header, read_header
 from unziplora.models.quantized import scaled_weights
 from unziplora.utils.inputs import check_regular, read_json
 
@@ -25,7 +25,7 @@ UNUSABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError),
     *(ArithmeticError, AssertionError, RuntimeError, StrictDataclassError),
 )
-"""What diffusers, transformers and torch raise on configurations with values of an unexpected type or size."""
+"""Exceptions of diffusers, transformers and torch on configurations with values of an unexpected type or size."""
 
 
 def check_suffix(path: Path) -> None:
@@ -65,8 +65,8 @@ def usable_config(source: str) -> Iterator[None]:
         raise UserError(f"base {source!r}: its configuration cannot be used ({first_line(error)})") from None
 
 
-def check_folder(folder: Path, half: bool) -> tuple[str | None, dict[str, list[Path]]]:
-    """Check a diffusers folder without loading it; return the weights' variant, 'fp16' or None, and each part's files.
+def check_folder(folder: Path, half: bool) -> tuple[str | None, dict[str, dict[Path, Header]]]:
+    """Check a diffusers folder without loading it; return its variant ('fp16' or None) and each part's headers.
 
     Args:
         half: half precision suffices, so fp16 files are preferred.
@@ -83,7 +83,7 @@ def check_folder(folder: Path, half: bool) -> tuple[str | None, dict[str, list[P
         return _check_parts(folder, half)
 
 
-def _check_parts(folder: Path, half: bool) -> tuple[str | None, dict[str, list[Path]]]:
+def _check_parts(folder: Path, half: bool) -> tuple[str | None, dict[str, dict[Path, Header]]]:
     for file in (*folder.glob("*.json"), *folder.glob("*/*")):
         if not file.is_dir():
             check_regular(file)
@@ -95,14 +95,15 @@ def _check_parts(folder: Path, half: bool) -> tuple[str | None, dict[str, list[P
     weights = {part: _weights(folder / part) for part in PARTS}
     plain = all("" in variants for variants in weights.values())
     choice = "" if plain and not (half and any("fp16" in variants for variants in weights.values())) else "fp16"
-    files = {part: variants.get(choice) or variants[""] for part, variants in weights.items()}
-    for part, paths in files.items():
+    files: dict[str, dict[Path, Header]] = {}
+    for part, variants in weights.items():
         config = folder / part / "config.json"
         if (method := read_config(config).get("quantization_config")) is not None:
             kind = method.get("quant_method") if isinstance(method, dict) else method
             raise UserError(f"{config}: the {part} is quantized ({kind}); take the folder in fp16, bf16 or fp32")
-        for path in paths:
-            scaled_weights(path, read_header(path), part)
+        files[part] = {path: read_header(path) for path in variants.get(choice) or variants[""]}
+        for path, header in files[part].items():
+            scaled_weights(path, header, part)
     return choice or None, files
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from unziplora.errors import UserError
 from unziplora.formats.names import parse_name
 from unziplora.formats.quantization import find_scales, rescaled
-from unziplora.formats.safetensors import Header, read_header
+from unziplora.formats.safetensors import Header
 from unziplora.formats.sdxl import LAYERS
 
 
@@ -46,9 +46,9 @@ def scaled_weights(
 
 
 @torch.no_grad()
-def rescale(pipe: StableDiffusionXLPipeline, path: Path, part: str | None = None) -> None:
+def rescale(pipe: StableDiffusionXLPipeline, path: Path, header: Header, part: str | None = None) -> None:
     """Multiply the weights that a pipeline has read from a file by their scales; most files have none."""
-    scales = scaled_weights(path, read_header(path), part, pipe.unet.config.layers_per_block)
+    scales = scaled_weights(path, header, part, pipe.unet.config.layers_per_block)
     with safe_open(path, "pt") as file:
         for (owner, name), scale in scales.items():
             weight = _weight(getattr(pipe, owner), name)
