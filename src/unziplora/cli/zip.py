@@ -44,15 +44,9 @@ def _run(config: ZipConfig, progress: Callback, resume: bool) -> Output:
 
 def _plan(config: ZipConfig) -> Plan:
     """List the prompts; LoRAs and images are opened."""
-    from unziplora.methods.ziplora.inputs import complete
-    from unziplora.methods.ziplora.method import ZipLora
-    from unziplora.training.preflight import check_run
+    from unziplora.jobs.trainings import check
 
-    config = complete(config)
-    if config.method == "zip":
-        check_run(ZipLora, config)
-    else:
-        ZipLora.check(config)
+    config = check(config)
     prompts = config.filled_prompts()
     return Plan(config, {"prompts": prompts}, prompt_lines(prompts))
 

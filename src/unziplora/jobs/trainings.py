@@ -6,7 +6,7 @@ import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
@@ -20,6 +20,8 @@ from unziplora.utils.progress import Callback
 
 if TYPE_CHECKING:
     from unziplora.models.base import Base
+
+C = TypeVar("C", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,33 @@ def training_of(settings: dict[str, Any]) -> Training:
     raise UserError("config.toml: belongs to no method of this version; start the run again")
 
 
-def check(config: TrainingConfig) -> None:
-    """Refuse a recipe that cannot be trained, before anything is loaded.
+def check(config: C) -> C:
+    """Return a recipe, completed; refuse one that cannot be trained, before anything is loaded.
 
     Raises:
         UserError: an image, a word, the base or a setting is not usable.
     """
-    from unziplora.methods.ziplora.inputs import complete
     from unziplora.training.preflight import check_run
 
     method = resolve_name(next(kind.method for kind in TRAININGS.values() if type(config) is kind.recipe))
-    if isinstance(config, ZipConfig):
-        config = complete(config)
-        if config.method == "direct":
-            method.check(config)
-            return
-    check_run(method, config)
+    config = completed(config)
+    if needs_base(config):
+        check_run(method, config)
+    else:
+        method.check(config)
+    return config
+
+
+def completed(config: C) -> C:
+    """Return a recipe with what it takes from the runs that it builds on."""
+    from unziplora.methods.ziplora.inputs import complete
+
+    return cast(C, complete(config)) if isinstance(config, ZipConfig) else config
+
+
+def needs_base(config: TrainingConfig) -> bool:
+    """Return True unless a recipe only adds files."""
+    return not (isinstance(config, ZipConfig) and config.method == "direct")
 
 
 @dataclass
@@ -102,15 +115,13 @@ class Trainer:
 
     def load(self, config: TrainingConfig, progress: Callback) -> Base | None:
         """Return the base of a recipe, which is loaded unless the last run had it; None if the recipe needs none."""
-        from unziplora.methods.ziplora.inputs import complete
         from unziplora.models.base import load_base
         from unziplora.models.device import pick_device, pick_dtype
         from unziplora.utils.progress import Progress
 
-        if isinstance(config, ZipConfig):
-            config = complete(config)
-            if config.method == "direct":
-                return None
+        config = completed(config)
+        if not needs_base(config):
+            return None
         device = pick_device(config.device)
         dtype, path = pick_dtype(config.precision, device), Path(config.base).expanduser()
         key = (config.base, path.stat().st_mtime_ns if path.exists() else 0, dtype, device)
