@@ -30,7 +30,7 @@ THUMBNAIL = 640
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a row: finished now, skipped because it was finished before, or failed for a reason."""
+    """Outcome of a row: finished now, skipped because it was finished before, or failed for a reason."""
 
     row: Row
     outcome: Literal["finished", "skipped", "failed"]

@@ -64,7 +64,7 @@ def execute(run: RunFolder, train: Train, progress: Callback) -> Exception | Non
 
 @dataclass
 class Work:
-    """What a worker has done.
+    """Result of a worker.
 
     Attributes:
         finished: run folders.

@@ -25,7 +25,7 @@ from unziplora.training.text_encoder_lora import TextLora
 
 
 class Data(Protocol):
-    """What a method learns from; of it, every method shows the images in the sample sheet."""
+    """Data that a method learns from; the sample sheet of every method shows the images."""
 
     @property
     def images(self) -> Sequence[Image.Image]: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -157,8 +156,7 @@ def _load_peft(base: Base, named: NamedLora) -> None:
         state[f"unet.{path}.lora_A.weight"] = down.clone()
         state[f"unet.{path}.lora_B.weight"] = up.clone()
     try:
-        with quiet(), base.forked_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two LoRAs in one encoder are intended
+        with quiet(), base.forked_rng():
             if state:
                 base.pipe.load_lora_weights(state, adapter_name=named.name)
             for name, encoder in zip(ENCODERS, base.text_encoders, strict=True):

@@ -78,7 +78,7 @@ class Memory(BaseModel):
         """The advice as the end of a sentence; empty if there is none."""
         return f"; needs less: {self.advice}" if self.advice else ""
 
-    def table(self, prefix: str = "") -> str:
+    def table(self) -> str:
         width = max(len(line.part) for line in self.lines)
         rows = [f"Memory on {self.device} ({self.precision}, {self.size[0]}×{self.size[1]} px), at the peak:"]
         rows += [
@@ -91,7 +91,7 @@ class Memory(BaseModel):
             rows.append(f"  {'free now':<{width}}  {size(self.available):>10}  ({verdict})")
         if self.assumed:
             rows.append(f"{self.base} is not on this machine: the sizes are SDXL's own.")
-        return "\n".join(prefix + row for row in rows)
+        return "\n".join(rows)
 
 
 def estimate(
