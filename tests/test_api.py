@@ -196,7 +196,7 @@ def test_loaded_runs_equal_dense_products_and_replace_each_other(tiny_folder: Pa
 def test_notebook_runs_on_the_bundled_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.DISTILLATION_STEPS", 1)
     parameters = {
-        "image": str(Path(unziplora.__file__).parent / "bundled" / "demo" / "first.png"),
+        "image": str(Path(unziplora.__file__).parent / "models" / "bundled" / "demo" / "first.png"),
         "content": "rocket",
         "style": "linocut",
         "base": "bundled",

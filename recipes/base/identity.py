@@ -23,7 +23,7 @@ from recipes.base.loop import Stage, Stop, adamw, train
 from unziplora.metrics.measures import WEIGHTS
 from unziplora.metrics.networks import ShapeNet, StyleNet
 
-VAE = Path("src/unziplora/bundled/emoji-xl/vae")
+VAE = Path("src/unziplora/models/bundled/emoji-xl/vae")
 
 
 class IdentitySettings(StageSettings):

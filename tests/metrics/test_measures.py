@@ -10,7 +10,7 @@ from unziplora.errors import UserError
 from unziplora.metrics.measures import WEIGHTS, Plain, Trained
 
 DATA = Path(__file__).parents[1] / "data" / "bench"
-DEMO = Path(__file__).parents[2] / "src" / "unziplora" / "bundled" / "demo"
+DEMO = Path(__file__).parents[2] / "src" / "unziplora" / "models" / "bundled" / "demo"
 FILES = sorted(DATA.glob("*.webp"))
 THINGS, HANDS, STYLES = zip(*(file.stem.split(".") for file in FILES), strict=True)
 IMAGES = [Image.open(file).convert("RGB") for file in FILES]

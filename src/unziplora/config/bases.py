@@ -11,7 +11,7 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """A model's name on the hub, owner/name."""
 
-BUNDLED_BASE = Path(__file__).parents[1] / "bundled" / "emoji-xl"
+BUNDLED_BASE = Path(__file__).parents[1] / "models" / "bundled" / "emoji-xl"
 """Folder of the base that ships with the package, called `bundled`."""
 
 

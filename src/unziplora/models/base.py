@@ -26,7 +26,7 @@ from unziplora.models.quantized import rescale
 from unziplora.utils.files import absolute, file_stem
 from unziplora.utils.logging import quiet
 
-BUNDLED = Path(__file__).parents[1] / "bundled"
+BUNDLED = Path(__file__).parent / "bundled"
 FINGERPRINTED = 16_384
 """Numbers of each tensor in a fingerprint. Tensors up to twice as large count in full, such as SDXL's first layer."""
 

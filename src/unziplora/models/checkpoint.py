@@ -75,7 +75,7 @@ def marked_schedule(header: Header) -> dict[str, Any]:
 
 def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
     """Build CLIP's tokenizer from its merges; SDXL pads with the end marker, and with '!' for the second encoder."""
-    path = Path(__file__).parents[1] / "bundled" / "sdxl" / "tokenizer" / "merges.txt.gz"
+    path = Path(__file__).parent / "bundled" / "sdxl" / "tokenizer" / "merges.txt.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         merges = file.read().splitlines()
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
