@@ -270,6 +270,9 @@ class TestMethods:
         torch.testing.assert_close(delta(direct.merged.modules[path]), total, rtol=1e-2, atol=1e-5)
         parts = delta(zipped.content.modules[path]) + delta(zipped.style.modules[path])
         torch.testing.assert_close(delta(zipped.merged.modules[path]), parts, rtol=1e-2, atol=1e-5)
+        projected = METHODS["null-space"].train(workspace, cat, 0)
+        torch.testing.assert_close(projected.style.modules[path], pair.style.modules[path], rtol=1e-2, atol=1e-5)
+        assert not torch.allclose(delta(projected.content.modules[path]), delta(pair.content.modules[path]), rtol=1e-2)
         METHODS["ziplora"].mix(workspace, cat, dog, 0)
         assert METHODS["ziplora"].train(workspace, cat, 0).merged.modules.keys() == zipped.merged.modules.keys()
         assert len(list(workspace.run_folder("ziplora", cat, 0).glob("zip-dog-*/*-lora.safetensors"))) == 1

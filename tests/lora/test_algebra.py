@@ -75,6 +75,24 @@ def test_resize_is_the_best_approximation(shapes, rank):
     torch.testing.assert_close(algebra.delta(small).flatten(1).double(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shapes", [LINEAR, CONV], ids=["linear", "conv"])
+def test_projection_away_from_all_directions_of_another_update_ignores_its_inputs(shapes):
+    both, other = pair(shapes), pair(shapes, seed=1, rank=2)
+    loose = {"atol": 1e-4, "rtol": 1e-4}
+    inputs = algebra.delta(other).flatten(1)  # its rows are all the input directions that it reads
+    blind = algebra.project(both, other, share=1.0, energy=1.0)
+    torch.testing.assert_close(algebra.delta(blind).flatten(1) @ inputs.T, torch.zeros(7, 7), **loose)
+    halves = (algebra.delta(both) + algebra.delta(blind)) / 2
+    torch.testing.assert_close(algebra.delta(algebra.project(both, other, 0.5, 1.0)), halves, **loose)
+    torch.testing.assert_close(algebra.delta(algebra.project(both, other, 0.0, 1.0)), algebra.delta(both), **loose)
+
+
+def test_projection_away_from_nothing_changes_nothing():
+    down, up = pair(seed=1)
+    kept = algebra.project(pair(), (down, torch.zeros_like(up)), share=1.0, energy=0.9)
+    torch.testing.assert_close(algebra.delta(kept), algebra.delta(pair()))
+
+
 def test_resize_to_the_own_rank_or_above_changes_nothing():
     for rank in (4, 9):
         small = algebra.resize(pair(), rank=rank)

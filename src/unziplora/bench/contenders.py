@@ -227,10 +227,10 @@ class Oracle(DreamBoothPair):
 
 @dataclass(frozen=True)
 class Zipped:
-    """Two DreamBooth LoRAs merged into one: with ZipLoRA's trained columns, or as their plain sum.
+    """Two DreamBooth LoRAs merged into one.
 
     Attributes:
-        method: "zip" or "direct", as in `ZipConfig`.
+        method: as in `ZipConfig`.
     """
 
     name: str
@@ -264,7 +264,7 @@ class Zipped:
         self.pair.lora_file(workspace, partner, seed, "style")
         run = workspace.train_once(zip_loras, complete(self.recipe(workspace, case, partner, seed)))
         content, style, merged = (read_lora(run.lora(name)) for name in ("content", "style", "lora"))
-        return Adapters(content, style, merged) if self.method == "zip" else Adapters(merged, merged, merged)
+        return Adapters(merged, merged, merged) if self.method == "direct" else Adapters(content, style, merged)
 
 
 JOINT: dict[str, Any] = {"content_alone": 0.0, "content_variants": False, "style_alone": 0.0}
@@ -291,6 +291,7 @@ METHODS: dict[str, Contender] = {
         DreamBoothPair("dreambooth"),
         BLoraHalves("blora"),
         Zipped("ziplora", "zip"),
+        Zipped("null-space", "null-space"),
         Zipped("direct", "direct"),
         Oracle("oracle"),
     )

@@ -128,6 +128,8 @@ def training_settings(config: TrainingConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs", "save_every", *FRAMING})
     settings["sample_steps"] = settings.pop("generated_steps")
     settings["sample_guidance"] = settings.pop("generated_guidance")
+    if settings.get("method") != "null-space":
+        settings.pop("projection", None)
     if "official_code" in settings:
         official = settings.pop("official_code")
         settings |= {"column_score": "threshold" if official else "importance", "score_scaled": official}

@@ -21,6 +21,7 @@ MethodName = Literal[
     "dreambooth",
     "blora",
     "ziplora",
+    "null-space",
     "direct",
     "oracle",
 ]
@@ -54,8 +55,8 @@ class BenchConfig(Recipe):
     methods: list[MethodName] = key(
         [name for name in get_args(MethodName) if name != "paper"],
         "base: no LoRA; unziplora: its preset; paper: as published; joint, prompt, column, block: no separation, then "
-        "one more of the paper's each; words: the preset without its steps alone; dreambooth; ziplora, direct: its "
-        "LoRAs merged or added; blora; oracle: trained on the truth. The scale needs base and oracle.",
+        "one more of the paper's each; words: the preset without its steps alone; dreambooth; ziplora, null-space, "
+        "direct: its LoRAs merged or added; blora; oracle: trained on the truth. The scale needs base and oracle.",
         "Method",
         min_length=1,
     )

@@ -13,7 +13,7 @@ from unziplora.errors import UserError
 
 
 class ZipConfig(TrainingConfig):
-    """Merge a content LoRA and a style LoRA into one, by trained column scales (ZipLoRA, arXiv 2311.13600) or a sum."""
+    """Merge a content LoRA and a style LoRA into one, by trained column scales (ZipLoRA) or without training."""
 
     content_lora: Path = expert(..., "Run folder or LoRA file for the content.", "Input", private=True)
     style_lora: Path = expert(..., "Run folder or LoRA file for the style.", "Input", private=True)
@@ -36,10 +36,14 @@ class ZipConfig(TrainingConfig):
         None, "Prompt of both together, for samples and the card; default: joined from the two.", "Prompts"
     )
 
-    method: Literal["zip", "direct"] = key(
+    method: Literal["zip", "null-space", "direct"] = key(
         "zip",
-        "zip: train column scales so that both work together; direct: add the LoRAs as they are, without a base.",
+        "zip: train column scales so that both work together; null-space: project the content away from the style's "
+        "directions, without training; direct: add the LoRAs as they are.",
         "Method",
+    )
+    projection: float = key(
+        0.5, "Null-space projection, a dial: 0 is the plain sum, 1 leaves most to the style.", "Method", ge=0, le=1
     )
     content_strength: float = key(1.0, "Strength of the content LoRA.", "Method", allow_inf_nan=False)
     style_strength: float = key(1.0, "Strength of the style LoRA.", "Method", allow_inf_nan=False)

@@ -88,7 +88,7 @@ def completed(config: C) -> C:
 
 def needs_base(config: TrainingConfig) -> bool:
     """Return True unless a recipe only adds files."""
-    return not (isinstance(config, ZipConfig) and config.method == "direct")
+    return not isinstance(config, ZipConfig) or config.method == "zip"
 
 
 @dataclass

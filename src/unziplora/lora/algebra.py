@@ -77,18 +77,41 @@ def resize(pair: Pair, rank: int | None = None, energy: float | None = None) -> 
         rank: highest rank of the result.
         energy: lowest share of ‖ΔW‖² to keep, 0 < energy ≤ 1. The result has the lowest rank that does, at least 1.
     """
+    u, s, vh = _svd(pair)
+    keep = len(s) if rank is None else min(rank, len(s))
+    if energy is not None:
+        keep = min(keep, _principal(s, energy))
+    root = s[:keep].sqrt()
+    return _shaped(root[:, None] * vh[:keep], u[:, :keep] * root, pair)
+
+
+def project(pair: Pair, away_from: Pair, share: float, energy: float) -> Pair:
+    """Return the pair of ΔW (I − share · V Vᵀ), V the principal input directions of another ΔW (arXiv 2511.11051).
+
+    Args:
+        share: 0 leaves the pair as it is; 1 makes it blind to these directions. The paper's μ is share / (1 − share).
+        energy: share of the other's ‖ΔW‖² that its principal directions hold, at least one direction.
+    """
+    down, up = _matrices(pair)
+    _, s, vh = _svd(away_from)
+    principal = vh[: _principal(s, energy)] * (s[: _principal(s, energy), None] > 0)  # an empty ΔW has no directions
+    return _shaped(down - share * (down @ principal.T) @ principal, up, pair)
+
+
+def _svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, s and Vᵀ of ΔW. Only a matrix [rank, rank] is decomposed, and ΔW is never formed."""
     down, up = _matrices(pair)
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.T)
     u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
-    u, vh = q_up @ u, vh @ q_down.T
-    keep = len(s) if rank is None else min(rank, len(s))
-    if energy is not None:
-        total = s.double().square().cumsum(0)
-        # A small tolerance keeps rounding errors from adding a useless direction.
-        keep = min(keep, int((total < energy * total[-1] * (1 - 1e-9)).sum()) + 1)
-    root = s[:keep].sqrt()
-    return _shaped(root[:, None] * vh[:keep], u[:, :keep] * root, pair)
+    return q_up @ u, s, vh @ q_down.T
+
+
+def _principal(s: Tensor, energy: float) -> int:
+    """Return how many of the largest singular values hold a share of Σ s², at least 1."""
+    total = s.double().square().cumsum(0)
+    # A small tolerance keeps rounding errors from adding a useless direction.
+    return min(len(s), int((total < energy * total[-1] * (1 - 1e-9)).sum()) + 1)
 
 
 def balance(pair: Pair) -> Pair:

@@ -470,6 +470,24 @@ class TestDirect:
         with pytest.raises(UserError, match="finished"):
             zip_loras(run.config(ZipConfig), resume=True)
 
+    @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+    def test_null_space_merge_projects_the_content_off_the_principal_inputs_of_the_style(
+        self, config: Make, loras: dict[str, Lora], share: float
+    ):
+        changes = {"base": "no/such/base", "content_images": ["gone.png"], "parts": True}
+        run = zip_loras(config(method="null-space", projection=share, **changes))
+        content, style = loras["content"].modules, loras["style"].modules
+        merged, projected = read_lora(run.lora("lora")).modules, read_lora(run.content).modules
+        for path, pair in content.items():
+            expected = delta(pair)
+            if path in style:
+                _, s, vh = torch.linalg.svd(delta(style[path]))
+                kept = next(k for k in range(1, len(s) + 1) if (s[:k] ** 2).sum() >= 0.9 * (s**2).sum())
+                expected = expected @ (torch.eye(len(vh)) - share * vh[:kept].T @ vh[:kept])
+                torch.testing.assert_close(delta(merged[path]), expected + delta(style[path]), rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(delta(projected[path]), expected, rtol=1e-2, atol=1e-3)
+        assert "null-space projection (arXiv 2511.11051)" in run.card.read_text()
+
     def test_trigger_words_and_base_from_headers_are_enough(
         self, config: Make, loras: dict[str, Lora], files: dict[str, Path]
     ):

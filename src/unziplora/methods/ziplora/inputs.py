@@ -17,7 +17,7 @@ from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
 from unziplora.images.preprocess import ImageFile
-from unziplora.lora.algebra import Pair, cat, scale, shape
+from unziplora.lora.algebra import Pair, cat, project, scale, shape
 from unziplora.lora.weights import Lora, format_shape
 from unziplora.methods.class_images import FIRST_SEED
 from unziplora.methods.data import conditioning_of, generation_settings, latents_of, sizes_of
@@ -28,6 +28,9 @@ from unziplora.sampling.pipeline import generate_latents
 from unziplora.sampling.sources import find_lora, require_available, training_base
 from unziplora.training.loss import Examples, to_device
 from unziplora.training.method import ImageGroup, Setup
+
+PRINCIPAL = 0.9
+"""Share of the style's ‖ΔW‖² that the input directions hold from which null-space projection keeps the content away."""
 
 
 def complete(config: ZipConfig, base: Base | None = None) -> ZipConfig:
@@ -47,7 +50,7 @@ def complete(config: ZipConfig, base: Base | None = None) -> ZipConfig:
         defaults["generated_guidance"] = run.get("generated_guidance", run["sample_guidance"])  # one key, in older runs
     for name, source in sources.items():
         # A sum needs a prompt for its card only, so a trigger word is enough; ZipLoRA trains with the prompt.
-        if prompt := source.filled_prompt(name) or (source.trigger if config.method == "direct" else None):
+        if prompt := source.filled_prompt(name) or (None if config.method == "zip" else source.trigger):
             defaults[f"{name}_prompt"] = prompt
         if config.method == "zip":
             images = [Path(path) for path in source.settings.get("images", [])]
@@ -55,7 +58,7 @@ def complete(config: ZipConfig, base: Base | None = None) -> ZipConfig:
     if base is not None:
         defaults["base"] = base.name
     elif "base" not in settings and (common := training_base(sources.values())):
-        defaults["base"] = common if config.method == "direct" else require_available(common, sources.values())
+        defaults["base"] = require_available(common, sources.values()) if config.method == "zip" else common
     values = {**defaults, **settings}
     if values.keys() >= {"content_prompt", "style_prompt"}:
         values.setdefault("full_prompt", joined_prompt(values["content_prompt"], values["style_prompt"]))
@@ -86,6 +89,21 @@ def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) 
                 f"{config.content_lora} and {format_shape(two)} in {config.style_lora}. Choose two of the same base"
             )
     return loras
+
+
+def separated(config: ZipConfig, loras: dict[str, Lora]) -> dict[str, Lora]:
+    """Return the LoRAs as the method adds them: for null-space, the content projected away from the style's directions.
+
+    Text encoders have no part in it, as in ZipLoRA.
+    """
+    if config.method != "null-space":
+        return loras
+    content, style = loras["content"], loras["style"].modules
+    modules = {
+        path: project(pair, style[path], config.projection, PRINCIPAL) if path in style else pair
+        for path, pair in content.modules.items()
+    }
+    return {**loras, "content": replace(content, modules=modules)}
 
 
 def merge(loras: Mapping[str, Lora]) -> Lora:

@@ -38,6 +38,7 @@ from unziplora.methods.ziplora.inputs import (
     learned_images,
     merge,
     read_loras,
+    separated,
     shared_layers,
 )
 from unziplora.models.base import Base
@@ -60,6 +61,13 @@ BASE_KEYS = (
     LAYERS_KEY,
 )
 """Header entries that describe the base; a plain sum copies them from its LoRAs, because it does not open the base."""
+
+METHODS = {
+    "zip": "ZipLoRA (arXiv 2311.13600)",
+    "null-space": "null-space projection (arXiv 2511.11051)",
+    "direct": "direct addition",
+}
+"""Names of the methods in cards and headers."""
 
 SCALES = "scales"
 """Name that switches the scales off, for the plain sum of both LoRAs."""
@@ -143,8 +151,9 @@ class ZipLora(AdapterMethod[ZipConfig, TeacherExamples]):
         if config.parts:
             triggers = {"content": prompts["content"], "style": style_words(prompts["style"])}
             files |= {name: LoraDescription(f"the {name} in it", trigger, hint) for name, trigger in triggers.items()}
-        method = "ZipLoRA (arXiv 2311.13600)" if config.method == "zip" else "direct addition"
-        return RunDescription(method, "A LoRA merged from a content and a style LoRA", prompts["full"], files)
+        return RunDescription(
+            METHODS[config.method], "A LoRA merged from a content and a style LoRA", prompts["full"], files
+        )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         params = [scale.columns for name in KINDS for scale in self.scales[name].values()]
@@ -238,7 +247,7 @@ def zip_loras(
 ) -> RunFolder:
     """Merge the configured content and style LoRA into one, in a run folder.
 
-    Base, prompts and images that the recipe leaves open come from the LoRAs' own runs. Method `direct` needs no base.
+    Base, prompts and images that the recipe leaves open come from the LoRAs' own runs. Only method `zip` needs a base.
     Arguments and errors are those of `run_training`.
     """
     config = complete(config, base)
@@ -248,14 +257,14 @@ def zip_loras(
 
 
 def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
-    """Write the plain sum into a run folder like that of a training."""
+    """Write a sum that needs no training into a run folder like that of a training."""
     ZipLora.check(config)
 
     def wrote(path: Path) -> None:
         progress(Progress(1, 1, message=f"wrote {path}"))
 
     def work(run: RunFolder) -> None:
-        parts = read_loras(config)
+        parts = separated(config, read_loras(config))
         loras = {"lora": merge(parts), **(parts if config.parts else {})}
         description = ZipLora.describe(config)
         provenance = Provenance(base_name(config), entries=_base_metadata(parts))
