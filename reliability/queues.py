@@ -19,6 +19,7 @@ from unziplora.runs.folder import RunFolder
 from unziplora.utils.progress import Callback
 
 JOBS, STEPS, WORKERS, ROUNDS = 8, 4, 2, 100
+KILLS = "kills of workers"
 KILLED = (signal.SIGKILL, signal.SIGALRM)
 
 
@@ -37,15 +38,19 @@ class Queues:
         words = {"images": [Path("cat.png")], "content": "cat", "style": "ink", "base": "bundled", "steps": STEPS}
         runs = [queue.submit(SplitConfig(out=queue.folder / str(job), **words)).run for job in range(JOBS)]
         while queue.jobs():
-            if len(counts) > ROUNDS * WORKERS:
+            if counts.count(KILLS) > ROUNDS * WORKERS:
                 states = [job.state for job in queue.jobs()]
-                raise Failure("hang", f"{len(states)} jobs are left after {len(counts)} kills: {states}")
+                raise Failure("hang", f"{len(states)} jobs are left after {counts.count(KILLS)} kills: {states}")
             for child in [serve(queue, violations, draw, folder) for _ in range(WORKERS)]:
                 _, status = os.waitpid(child, 0)
                 if os.WIFSIGNALED(status) and os.WTERMSIG(status) in KILLED:
-                    counts.append("kills of workers")
+                    counts.append(KILLS)
                 elif status:
                     raise Failure("fault", f"a worker ended with status {status}")
+            for job in queue.jobs():
+                if job.state == "failed":
+                    queue.retry(job.number)
+                    counts.append("jobs given up after three kills, and retried")
         if violations.exists():
             raise Failure("silently wrong", violations.read_text("utf-8"))
         for run in runs:

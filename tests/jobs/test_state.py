@@ -58,6 +58,13 @@ def test_finished_run_has_its_card(run: RunFolder) -> None:
     assert state_of(run) == "finished"
 
 
+def test_finished_run_that_is_trained_on_is_running(run: RunFolder) -> None:
+    train(run, lambda _: None)
+    with run.lock():
+        assert state_of(run) == "running"
+    assert state_of(run) == "finished"
+
+
 def test_failed_run_keeps_its_reason_and_the_end_of_its_log(run: RunFolder) -> None:
     (run.path / "worker.log").write_text("".join(f"line {number}\n" for number in range(50)))
     record_failure(run, UserError("cat.jpg: no such image"))

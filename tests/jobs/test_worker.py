@@ -177,6 +177,30 @@ def test_worker_outside_the_main_thread_is_refused(queue: Queue) -> None:
     assert "needs the main thread" in str(errors)
 
 
+def test_job_whose_process_is_killed_three_times_without_progress_fails(queue: Queue) -> None:
+    def killed(run: RunFolder, progress: Callback) -> None:
+        if run.path.name == "a" and (not run.log_file.exists() or steps_done(run) >= 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        train(run, progress)
+
+    def step(run: RunFolder, progress: Callback) -> None:
+        run.log(step=steps_done(run) + 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for attempt in (killed, killed, step, step, killed, killed, killed):
+        child = in_child(lambda attempt=attempt: work(queue, attempt, silent, until_empty=True))
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert queue.job("a").state == ("interrupted" if steps_done(queue.job("a").run) else "queued")
+    assert [Path(path).name for path in work(queue, killed, silent, until_empty=True).finished] == ["b", "c"]
+    failure = read_failure(queue.job("a").run)
+    assert queue.job("a").state == "failed"
+    assert failure is not None
+    assert "killed 3 times without a step of progress" in failure.message
+    queue.retry("a")
+    assert queue.job("a").state == "interrupted"
+    assert [Path(path).name for path in work(queue, train, silent, until_empty=True).finished] == ["a"]
+
+
 def test_random_kills_lose_no_job_and_do_none_twice(tmp_path: Path) -> None:
     """Two workers at a time are killed at random moments, until every job is done."""
     queue, violations = Queue(tmp_path / "runs"), tmp_path / "violations"
@@ -197,6 +221,9 @@ def test_random_kills_lose_no_job_and_do_none_twice(tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         kills += 2
+        for job in queue.jobs():
+            if job.state == "failed":  # killed three times at one step
+                queue.retry(job.number)
     assert not violations.exists(), violations.read_text()
     assert [state_of(RunFolder(queue.folder / name)) for name in names] == ["finished"] * len(names)
     assert all(steps_done(RunFolder(queue.folder / name)) == 4 for name in names)

@@ -81,7 +81,7 @@ def _train(row: Row, train: Train, progress: Callback) -> Result:
                 pass
         if not claim.acquire():
             return Result(row, "failed", "another process is working on it")
-        error = execute(run, train, progress)
+        error = execute(claim, train, progress)
     except UnziploraError as fault:
         if isinstance(fault, Interrupted):
             raise

@@ -9,24 +9,35 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from unziplora.errors import MachineError
 from unziplora.runs.folder import LOCK, LOCK_OWNER, RunFolder, try_lock
 from unziplora.utils.files import explain
 
 HEARTBEAT = 60.0
 """Age in seconds at which a heartbeat counts as stopped."""
 
+ATTEMPTS = 3
+"""Processes that may be killed on a run one after the other, each without a step of progress."""
+
 CLAIM, OWNER = ".claim", ".claim.json"
 _PAIRS = ((CLAIM, OWNER), (LOCK, LOCK_OWNER))  # of a worker before and while it trains; of any training
 
 
 class Claim:
-    """The claim of this process to a run. The system releases it if the process dies."""
+    """The claim of this process to a run. The system releases it if the process dies.
+
+    The file of a claim that was not given back stays, and counts the processes that were killed on the run.
+
+    Attributes:
+        attempts: number of the present attempt since the run last progressed.
+    """
 
     def __init__(self, run: RunFolder) -> None:
-        self.run, self.owner, self.held = run, run.path / OWNER, False
+        self.run, self.owner, self.held, self.attempts = run, run.path / OWNER, False, 0
         self.lock = FileLock(run.path / CLAIM, fallback_to_soft=False)
 
     def acquire(self) -> bool:
@@ -40,13 +51,42 @@ class Claim:
         if try_lock(self.lock, self.run.path) is False:  # on drives without locks, the heartbeat must do
             return False
         try:
-            about = {"process": os.getpid(), "machine": socket.gethostname(), "since": time.time()}
-            self.owner.write_text(json.dumps(about))
+            self.begin()
         except OSError as error:
             self.lock.release()
             raise explain(self.run.path, error) from None
         self.held = True
         return True
+
+    def begin(self) -> None:
+        """Record the beginning of an attempt."""
+        earlier, reached = self._read(), _reached(self.run)
+        before = earlier.get("reached", [-1, -1])
+        stuck = all(now <= then for now, then in zip(reached, before, strict=True))
+        self.attempts = earlier.get("attempts", 0) + 1 if stuck else 1
+        about = {"process": os.getpid(), "machine": socket.gethostname(), "since": time.time()}
+        about |= {"attempts": self.attempts, "reached": [*map(max, reached, before)]}
+        self.owner.write_text(json.dumps(about))
+
+    def check_attempts(self) -> None:
+        """Refuse an attempt at a run on which too many processes were killed.
+
+        Raises:
+            MachineError: they made no progress.
+        """
+        if self.attempts > ATTEMPTS:
+            raise MachineError(
+                f"its process was killed {ATTEMPTS} times without a step of progress, most likely because memory ran "
+                "out: choose smaller settings, or try it again on a machine with more memory"
+            )
+
+    def _read(self) -> dict[str, Any]:
+        """Read the claim that a killed process left; one that is damaged counts as none."""
+        try:
+            claim = json.loads(self.owner.read_text())
+            return claim if len(claim["reached"]) == 2 and claim["attempts"] > 0 else {}
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
 
     def beat(self) -> None:
         """Renew the heartbeat."""
@@ -60,6 +100,13 @@ class Claim:
                 self.owner.unlink(missing_ok=True)
             self.lock.release()
             self.held = False
+
+
+def _reached(run: RunFolder) -> tuple[int, int]:
+    """Return the last step in the log of a run, and the time of its newest checkpoint: phases log no steps."""
+    steps = [line["step"] for line in run.read_log()[-1:] if "step" in line]
+    times = [run.checkpoint_file(step).stat().st_mtime_ns for step in run.steps()[-1:]]
+    return max(steps, default=0), max(times, default=0)
 
 
 def is_worked_on(run: RunFolder) -> bool:

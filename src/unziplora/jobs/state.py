@@ -33,10 +33,11 @@ def state_of(run: RunFolder, queued: bool = False) -> State:
         names = set(os.listdir(run.path))
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
-    if run.card.name in names:
-        return "finished"
+    # first, because the card of a finished run stays until its extension has loaded the base
     if not names.isdisjoint((OWNER, LOCK_OWNER)) and is_worked_on(run):
         return "running"
+    if run.card.name in names:
+        return "finished"
     if ERROR in names and _is_last(run):
         return "failed"
     return "queued" if queued and run.log_file.name not in names else "interrupted"

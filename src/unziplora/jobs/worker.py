@@ -27,13 +27,14 @@ BEAT, POLL = 2.0, 2.0
 """Seconds between two heartbeats, and between two looks into an empty queue."""
 
 
-def execute(run: RunFolder, train: Train, progress: Callback) -> Exception | None:
-    """Train a run with a log in its folder; return the error that it failed with, after recording it there.
+def execute(claim: Claim, train: Train, progress: Callback) -> Exception | None:
+    """Train a claimed run with a log in its folder; return the error that it failed with, after recording it there.
 
     Raises:
         Interrupted, KeyboardInterrupt: asked to stop.
         MachineError: the error could not be recorded.
     """
+    run = claim.run
     clear_failure(run)
     try:
         stream = (run.path / LOG).open("a", encoding="utf-8")
@@ -47,6 +48,7 @@ def execute(run: RunFolder, train: Train, progress: Callback) -> Exception | Non
         progress(event)
 
     try:
+        claim.check_attempts()
         train(run, both)
     except Interrupted:
         raise
@@ -119,7 +121,7 @@ def _do(queue: Queue, job: Job, claim: Claim, train: Train, progress: Callback, 
     beat = Heartbeat(queue, job, claim)
     try:
         with beat:
-            error = execute(job.run, train, progress)
+            error = execute(claim, train, progress)
     except (Interrupted, KeyboardInterrupt):
         if not beat.request:
             tell("stopped")
