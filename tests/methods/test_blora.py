@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from trainings import SHORT
 
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import resolve
@@ -35,16 +36,9 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
             "base": str(tiny_folder),
             "out": tmp_path / "run",
             "rank": 2,
-            "steps": 4,
             "learning_rate": 1e-2,
-            "checkpoint_every": 2,
-            "sample_steps": 1,
-            "sample_guidance": 1,
-            "sample_seeds": [],
-            "save_precision": "fp32",
-            "device": "cpu",
         }
-        return resolve(BLoraConfig, {**keys, **changes})
+        return resolve(BLoraConfig, {**SHORT, **keys, **changes})
 
     return make
 

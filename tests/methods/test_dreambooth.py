@@ -3,16 +3,18 @@
 import os
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import trainings
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
+from trainings import GENERATED, SHORT
 
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.recipe import resolve
@@ -28,8 +30,6 @@ from unziplora.sampling.pipeline import Settings
 from unziplora.sampling.sample import sample
 from unziplora.training import text_encoder_lora as text_lora
 from unziplora.training.loss import Examples, denoising_loss, generator
-from unziplora.training.method import Setup
-from unziplora.training.preflight import open_images
 from unziplora.training.runner import run_training
 from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
@@ -55,29 +55,16 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
             "out": tmp_path / "run",
             "content": "cat",
             "rank": 2,
-            "steps": 4,
             "learning_rate": 1e-2,
             "text_learning_rate": 1e-2,
             "prior_images": 3,
-            "checkpoint_every": 2,
-            "sample_steps": 1,
-            "sample_guidance": 1,
-            "generated_steps": 1,
-            "generated_guidance": 1,
-            "sample_seeds": [],
-            "save_precision": "fp32",
-            "device": "cpu",
         }
-        return resolve(DreamBoothConfig, {**keys, **changes})
+        return resolve(DreamBoothConfig, {**SHORT, **GENERATED, **keys, **changes})
 
     return make
 
 
-def build(base: Base, config: DreamBoothConfig, messages: list[str] | None = None) -> DreamBooth:
-    messages = [] if messages is None else messages
-    return DreamBooth.build(
-        config, Setup(base, open_images(DreamBooth, config, base.scale), nullcontext, messages.append)
-    )
+build = partial(trainings.build, DreamBooth)
 
 
 def run(method: DreamBooth) -> None:

@@ -4,18 +4,20 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import trainings
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from trainings import GENERATED, SHORT
 
 from unziplora.config.recipe import resolve, to_toml
 from unziplora.config.sample import SampleConfig
@@ -40,8 +42,6 @@ from unziplora.sampling.sample import sample
 from unziplora.sampling.sources import find_lora, loras_of
 from unziplora.training import runner as job
 from unziplora.training.loss import generator
-from unziplora.training.method import Setup
-from unziplora.training.preflight import open_images
 from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
 
@@ -100,24 +100,13 @@ def config(files: dict[str, Path], picture: Path, tiny_folder: Path, tmp_path: P
             "style_prompt": "an image in ink style",
             "base": str(tiny_folder),
             "out": tmp_path / "run",
-            "steps": 4,
-            "checkpoint_every": 2,
-            "sample_steps": 1,
-            "sample_guidance": 1,
-            "generated_steps": 1,
-            "generated_guidance": 1,
-            "sample_seeds": [],
-            "save_precision": "fp32",
-            "device": "cpu",
         }
-        return resolve(ZipConfig, {**keys, **changes})
+        return resolve(ZipConfig, {**SHORT, **GENERATED, **keys, **changes})
 
     return make
 
 
-def build(base: Base, config: ZipConfig, messages: list[str] | None = None) -> ZipLora:
-    messages = [] if messages is None else messages
-    return ZipLora.build(config, Setup(base, open_images(ZipLora, config, base.scale), nullcontext, messages.append))
+build = partial(trainings.build, ZipLora)
 
 
 def trained(base: Base, config: ZipConfig) -> ZipLora:
