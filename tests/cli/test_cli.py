@@ -727,6 +727,17 @@ def test_the_default_run_folder_is_named_after_the_picture() -> None:
     assert out(None) == {}
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_do_not_keep_the_cores_while_they_wait(
+    call: Call, monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert call("--version").code == 0
+    assert os.environ["OMP_WAIT_POLICY"] == after
+
+
 def test_commands_are_what_the_help_lists() -> None:
     assert isinstance(split_command, click.Command)
     assert set(cli.COMMANDS) >= {"split", "sample", "grid", "inspect", "convert", "resize", "doctor", "demo"}
