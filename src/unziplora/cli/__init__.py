@@ -31,6 +31,7 @@ COMMANDS = {
     "queue": "unziplora.cli.queue",
     "worker": "unziplora.cli.queue",
     "runs": "unziplora.cli.queue",
+    "studio": "unziplora.cli.studio",
     "doctor": "unziplora.cli.doctor",
     "demo": "unziplora.cli.demo",
 }

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
-from unziplora.config.recipe import Recipe, group_of, has_mark
+from unziplora.config.recipe import Recipe, defaults, group_of, has_mark
 
 NONE = "none"
 """Value of a flag that empties a list, or leaves the choice to the run."""
@@ -122,29 +121,6 @@ def _option(model: type[Recipe], name: str, field: FieldInfo, own: list[str] | N
     text = f"{field.description}" + (f"  [{'; '.join(notes)}]" if notes else "")
     marks: dict[str, Any] = {"group": group_of(field), "expert": has_mark(field, "expert")}
     return KeyOption([flag, name], flag_type=form, help=text, show_default=False, **marks, **details)
-
-
-def defaults(model: type[Recipe], name: str, field: FieldInfo) -> list[str]:
-    """Describe the default of a key, and the values that presets give it, in short notes."""
-    if field.is_required():
-        return ["required"]
-    notes = []
-    if field.default is not PydanticUndefined and field.default not in (None, [], {}, ""):
-        notes.append(f"default: {format_value(field.default)}")
-    if "preset" in model.model_fields:
-        notes += [f"{preset}: {format_value(keys[name])}" for preset, keys in model.presets.items() if name in keys]
-    return notes
-
-
-def format_value(value: Any) -> str:
-    """Format a value as it is typed; the values of a repeated flag are separated by commas."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, list):
-        return ", ".join(format_value(item) for item in value)
-    if isinstance(value, tuple):
-        return " ".join(format_value(item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def typed_keys(ctx: click.Context) -> dict[str, Any]:

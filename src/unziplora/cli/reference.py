@@ -9,12 +9,11 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from unziplora.cli.options import format_value
 from unziplora.config.bench import BenchConfig
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.probe import ProbeConfig
-from unziplora.config.recipe import Recipe, group_of, has_mark
+from unziplora.config.recipe import Recipe, format_value, group_of, has_mark
 from unziplora.config.sample import GenerationConfig, GridConfig, SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import ImageConfig, TrainingConfig

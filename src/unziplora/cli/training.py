@@ -43,7 +43,7 @@ def training_command(
         words.split()[-1],
         model,
         partial(_run, method),
-        partial(_plan, method),
+        _plan,
         help=help,
         short_help=short_help,
         dry_run="estimate memory; draw what is learned",
@@ -72,20 +72,16 @@ def _run(method: str, config: ImageConfig, progress: Callback, resume: bool) -> 
         return run_output(run_training(resolve_name(method), config, resume=resume, progress=progress))
 
 
-def _plan(method: str, config: ImageConfig) -> Plan:
+def _plan(config: ImageConfig) -> Plan:
     """List the prompts, estimate the memory, and write what will be learned as an image next to the run folder."""
-    from unziplora.models.sizes import inspect_base
-    from unziplora.training.memory import estimate
-    from unziplora.training.preflight import check_run, preview
+    from unziplora.jobs.trainings import foresee
     from unziplora.utils.files import write_png
 
-    kind, sizes = resolve_name(method), inspect_base(config.base)
-    images = check_run(kind, config)
-    memory = estimate(config, sizes, kind.layers(config, sizes.names), images.size)
-    prompts, file = config.filled_prompts(), config.out.parent / f"{config.out.name or 'run'}-learned.png"
-    write_png(file, preview(images))
+    image, size, prompts, memory = foresee(config)
+    file = config.out.parent / f"{config.out.name or 'run'}-learned.png"
+    write_png(file, image)
     data = {"prompts": prompts, "memory": memory.model_dump(mode="json"), "image": str(file)}
-    shown = "What will be learned, {}×{} pixels: {}".format(*images.size, file)
+    shown = "What will be learned, {}×{} pixels: {}".format(*size, file)
     return Plan(config, data, [*prompt_lines(prompts), "", shown, "", *memory.table().splitlines()])
 
 

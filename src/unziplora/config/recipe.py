@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from unziplora.config.bases import is_bundled
 from unziplora.errors import UserError
@@ -131,6 +132,29 @@ def group_of(field: FieldInfo) -> str:
 def has_mark(field: FieldInfo, mark: str) -> bool:
     """Check whether a key was declared with a mark: `private`, `may_change` or `expert`."""
     return bool(_extra(field).get(mark))
+
+
+def defaults(model: type[Recipe], name: str, field: FieldInfo) -> list[str]:
+    """Describe the default of a key, and the values that presets give it, in short notes."""
+    if field.is_required():
+        return ["required"]
+    notes = []
+    if field.default is not PydanticUndefined and field.default not in (None, [], {}, ""):
+        notes.append(f"default: {format_value(field.default)}")
+    if "preset" in model.model_fields:
+        notes += [f"{preset}: {format_value(keys[name])}" for preset, keys in model.presets.items() if name in keys]
+    return notes
+
+
+def format_value(value: Any) -> str:
+    """Format a value as it is typed; the values of a repeated flag are separated by commas."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list):
+        return ", ".join(format_value(item) for item in value)
+    if isinstance(value, tuple):
+        return " ".join(format_value(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _extra(field: FieldInfo) -> dict[str, Any]:

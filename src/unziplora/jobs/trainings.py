@@ -6,12 +6,12 @@ import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig
-from unziplora.config.training import TrainingConfig
+from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.runs.folder import RunFolder
@@ -19,7 +19,10 @@ from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import Callback
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from unziplora.models.base import Base
+    from unziplora.training.memory import Memory
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -70,7 +73,7 @@ def check(config: C) -> C:
     """
     from unziplora.training.preflight import check_run
 
-    method = resolve_name(next(kind.method for kind in TRAININGS.values() if type(config) is kind.recipe))
+    method = _method_of(config)
     config = completed(config)
     if needs_base(config):
         check_run(method, config)
@@ -89,6 +92,38 @@ def completed(config: C) -> C:
 def needs_base(config: TrainingConfig) -> bool:
     """Return True unless a recipe only adds files."""
     return not isinstance(config, ZipConfig) or config.method == "zip"
+
+
+class Forecast(NamedTuple):
+    """What a training on images will learn, and what it needs.
+
+    Attributes:
+        image: the images at the training size, faded where a mask excludes them.
+        size: width and height of the training images.
+        prompts: filled prompts by name.
+        memory: at the peak.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+    prompts: dict[str, str]
+    memory: Memory
+
+
+def foresee(config: ImageConfig) -> Forecast:
+    """Check a recipe as `check` does, and forecast its training. Errors as in `check`."""
+    from unziplora.models.sizes import inspect_base
+    from unziplora.training.memory import estimate
+    from unziplora.training.preflight import check_run, preview
+
+    kind, sizes = _method_of(config), inspect_base(config.base)
+    images = check_run(kind, config)
+    memory = estimate(config, sizes, kind.layers(config, sizes.names), images.size)
+    return Forecast(preview(images), images.size, config.filled_prompts(), memory)
+
+
+def _method_of(config: TrainingConfig) -> Any:
+    return resolve_name(next(kind.method for kind in TRAININGS.values() if type(config) is kind.recipe))
 
 
 @dataclass

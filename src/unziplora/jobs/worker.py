@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 from unziplora.errors import Interrupted, UnziploraError, UserError
 from unziplora.jobs.claim import Claim
@@ -93,7 +98,7 @@ def work(queue: Queue, train: Train, progress: Callback, until_empty: bool = Fal
     if threading.current_thread() is not threading.main_thread():
         raise UserError("a worker needs the main thread of a process: start `unziplora worker`")
     result, idle = Work(), False
-    with caught(signal.default_int_handler, *STOP):
+    with caught(signal.default_int_handler, *STOP), _present(queue.folder):
         try:
             while True:
                 with queue.claimed() as taken:
@@ -109,6 +114,42 @@ def work(queue: Queue, train: Train, progress: Callback, until_empty: bool = Fal
         except (Interrupted, KeyboardInterrupt):
             result.stopped = True
     return result
+
+
+def workers(folder: Path) -> list[int]:
+    """Return the processes on this machine that work on the queue of a folder; the marks of dead ones are removed."""
+    numbers = []
+    for mark in folder.glob(f".worker-{socket.gethostname()}-*"):
+        number = mark.name.rpartition("-")[2]
+        with suppress(OSError):
+            if number.isdecimal() and _lives(int(number), mark.stat().st_mtime):
+                numbers.append(int(number))
+            else:
+                mark.unlink()
+    return numbers
+
+
+def _lives(number: int, since: float) -> bool:
+    """Return True if a process has been alive since a time; its number may belong to another one by now."""
+    try:
+        process = psutil.Process(number)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1
+    except psutil.Error:
+        return False
+
+
+@contextmanager
+def _present(folder: Path) -> Iterator[None]:
+    """Leave a mark in the runs folder while this process works on its queue."""
+    mark = folder / f".worker-{socket.gethostname()}-{os.getpid()}"
+    with suppress(OSError):  # where the queue cannot be written, the first job says so
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            mark.unlink()
 
 
 def _do(queue: Queue, job: Job, claim: Claim, train: Train, progress: Callback, result: Work) -> None:

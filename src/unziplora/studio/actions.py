@@ -1,0 +1,182 @@
+"""What the page does to runs: start, continue, extend, duplicate, rename, trash; by the queue and the run folders."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from PIL import Image
+
+from unziplora.config.recipe import resolve
+from unziplora.errors import UserError
+from unziplora.jobs.claim import is_worked_on
+from unziplora.jobs.queue import Job, Queue
+from unziplora.jobs.state import clear_failure, state_of
+from unziplora.jobs.trainings import TRAININGS, check, training_of
+from unziplora.runs.folder import IMAGES, RunFolder
+from unziplora.utils.files import absolute, atomic_write, explain, free_folder, safe_name
+from unziplora.utils.inputs import read_toml
+
+TRASH = ".trash"
+"""Folder in the runs folder that removed runs are moved into."""
+
+
+def start(
+    runs: Path,
+    method: str,
+    keys: dict[str, Any],
+    name: str,
+    images: Sequence[Image.Image] = (),
+    mask: Image.Image | None = None,
+) -> Job:
+    """Create a run in a new folder, with its images in it, and append it to the queue.
+
+    Args:
+        method: a key of `TRAININGS`.
+        name: for the folder; a number is appended if it is taken.
+        mask: of the first image.
+
+    Raises:
+        UserError: the settings or an image cannot be used; no folder is left.
+        MachineError: disk full, no permission.
+    """
+    run = RunFolder(free_folder(runs / safe_name(name, "run", longest=60)))
+    pictures = [*images, *([mask] if mask else [])]
+    with run.stored(dict(enumerate(pictures, 1))) as files:
+        paths = [absolute(files[number]) for number in range(1, len(images) + 1)]
+        stored: dict[str, Any] = {"images": paths} if paths else {}
+        if mask is not None:
+            stored["masks"] = [absolute(files[len(pictures)])]
+        config = resolve(TRAININGS[method].recipe, keys, stored, {"out": run.path})
+        check(config)
+        return Queue(runs).submit(config)
+
+
+def go_on(runs: Path, run: RunFolder) -> Job:
+    """Let an unfinished run train on, as a new job or as the one that waits or failed.
+
+    Raises:
+        UserError: it is finished.
+    """
+    queue = Queue(runs)
+    clear_failure(run)
+    return queue.retry(job.number) if (job := waiting(runs, run)) else queue.add(run.path)[0]
+
+
+def extend(runs: Path, run: RunFolder, steps: int) -> Job:
+    """Let a finished run train on by so many steps; its LoRAs are kept as those of an earlier step.
+
+    Raises:
+        UserError: it is not finished, or has no checkpoint.
+    """
+    if steps < 1:
+        raise UserError("the number of more steps must be 1 or more")
+    model = training_of(read_toml(run.config_file)).recipe
+    settings = run.settings_to_extend(model, steps)
+    if not run.steps():
+        raise UserError(f"{run.path.name}: no checkpoint to extend this run from; start a new one from its settings")
+    for name, file in run.loras.items():
+        kept = run.kept_lora(name, settings["steps"] - steps)
+        kept.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, kept)
+    run.reopen(resolve(model, settings))
+    return Queue(runs).add(run.path)[0]
+
+
+def duplicate(runs: Path, run: RunFolder) -> Job:
+    """Append a run with the settings and the images of another one to the queue."""
+    copy = RunFolder(free_folder(run.path))
+    if (run.path / IMAGES).is_dir():
+        shutil.copytree(run.path / IMAGES, copy.path / IMAGES)
+    settings = _moved(read_toml(run.config_file), run.path, copy.path)
+    try:
+        return Queue(runs).submit(resolve(training_of(settings).recipe, settings, {"out": copy.path}))
+    except BaseException:
+        if not copy.config_file.exists():
+            shutil.rmtree(copy.path, ignore_errors=True)
+        raise
+
+
+def rename(runs: Path, run: RunFolder, name: str) -> RunFolder:
+    """Rename the folder of a run; paths in its configuration that lead into the folder are changed with it.
+
+    Raises:
+        UserError: the name is taken or empty, or the run is being worked on or waits in the queue.
+    """
+    new = run.path.with_name(safe_name(name, "", longest=60) or run.path.name)
+    if new == run.path:
+        raise UserError("give a new name of letters and digits")
+    if new.exists():
+        raise UserError(f"{new.name}: there is such a folder already; choose another name")
+    if is_worked_on(run) or waiting(runs, run):
+        raise UserError(f"{run.path.name}: wait until this run is finished, or cancel it first")
+    settings = _moved(read_toml(run.config_file), run.path, new)
+    _move(run.path, new)
+    atomic_write(new / "config.toml", tomli_w.dumps(settings))
+    return RunFolder(new)
+
+
+def trash(runs: Path, run: RunFolder) -> Path:
+    """Move a run into the trash; a waiting job is canceled.
+
+    Raises:
+        UserError: the run is being worked on.
+    """
+    if is_worked_on(run):
+        raise UserError(f"{run.path.name}: this run is being worked on; cancel it first")
+    if job := waiting(runs, run):
+        Queue(runs).cancel(job.number)
+    target = free_folder(runs / TRASH / run.path.relative_to(runs))
+    if run.path.exists():  # canceling removes a run that has learned nothing
+        _move(run.path, target)
+    return target
+
+
+def restore(runs: Path, run: RunFolder) -> RunFolder:
+    """Move a run out of the trash to where it was, with a number if that name is taken."""
+    target = free_folder(runs / run.path.relative_to(runs / TRASH))
+    settings = _moved(read_toml(run.config_file), runs / run.path.relative_to(runs / TRASH), target)
+    _move(run.path, target)
+    atomic_write(target / "config.toml", tomli_w.dumps(settings))
+    return RunFolder(target)
+
+
+def waiting(runs: Path, run: RunFolder) -> Job | None:
+    """Return the job of a run; None if it is not in the queue."""
+    if not (runs / "queue.sqlite").is_file():
+        return None
+    return next((job for job in Queue(runs).jobs() if absolute(job.run.path) == absolute(run.path)), None)
+
+
+def state(runs: Path, run: RunFolder) -> str:
+    """Return the state of a run, with what the queue asks of it."""
+    job = waiting(runs, run)
+    now = state_of(run, queued=job is not None)
+    if job is not None and job.request == "pause" and now != "running":
+        return "paused"
+    return {"pause": "pausing", "cancel": "canceling"}.get(job.request, now) if job is not None else now
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+    except OSError as error:
+        raise explain(target, error) from None
+
+
+def _moved(settings: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
+    """Return settings in which the paths inside one folder lead into another."""
+    before, after = absolute(old), absolute(new)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(before):
+            return str(after / Path(value).relative_to(before))
+        return value
+
+    return {name: moved(value) for name, value in settings.items()}

@@ -1,0 +1,216 @@
+"""Tab Split: a picture and two words, what will be learned of it, and the run as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import gradio as gr
+from PIL import Image, ImageChops
+
+from unziplora.config.bases import SDXL
+from unziplora.config.recipe import resolve
+from unziplora.config.split import BUNDLED, SplitConfig
+from unziplora.config.training import ImageConfig
+from unziplora.errors import UnziploraError, UserError
+from unziplora.jobs.state import find_runs
+from unziplora.studio import actions, live, look
+from unziplora.studio.events import shown
+from unziplora.studio.forms import Form, copy_panel
+from unziplora.studio.spelling import spell
+from unziplora.studio.watch import watch
+from unziplora.studio.workers import Workers
+from unziplora.utils.progress import duration, size
+
+SUBJECTS = ("cat", "dog", "fox", "bird", "house", "tree", "flower", "car", "rocket", "guitar", "robot", "teapot")
+"""Suggestions for the subject: short nouns that every base knows."""
+
+MODELS = (("Practice model (included)", "bundled"), ("SDXL (needs a graphics card)", SDXL))
+RECIPES = (
+    ("Recommended", "auto"),
+    ("For SDXL", "default"),
+    ("For the practice model", "bundled"),
+    ("As published", "paper"),
+)
+SHAPES = (("As the picture", ""), ("Square", "crop"), ("All of it, on white", "pad"))
+
+NOTHING = ("Nothing yet", "Drop a picture, and name what is in it and how it is made.")
+
+SHEETS = 4
+"""Sample sheets of a run unless its recipe says otherwise."""
+
+_PAGE = ("images", "masks", "out", "content", "style", "base", "preset", "fit")
+_SIMPLE = 5  # components of the simple form
+
+
+def tab(runs: Path, cache: Path, workers: Workers) -> dict[str, Any]:
+    """Make the tab; return the components that other tabs fill."""
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            picture = gr.ImageEditor(
+                label="1 · Picture",
+                type="pil",
+                image_mode="RGBA",
+                sources=("upload", "clipboard"),
+                transforms=("crop",),
+                layers=False,
+                brush=gr.Brush(colors=["#14b8a6"], color_mode="fixed", default_size=24),
+                height=460,
+                elem_id="picture",
+                placeholder="Drop a picture here\nor press the upload button on the left",
+            )
+            gr.HTML(look.hint("Crop it with the first tool. Paint over the subject if only that should be learned."))
+        with gr.Column(scale=2, min_width=320):
+            content = gr.Dropdown(
+                list(SUBJECTS),
+                value=None,
+                allow_custom_value=True,
+                label="2 · What is in it?",
+                info="One word for the subject, such as cat",
+                elem_id="content",
+            )
+            style = gr.Dropdown(
+                list(BUNDLED["phrase_words"]),
+                value=None,
+                allow_custom_value=True,
+                label="3 · How is it made?",
+                info="A phrase for the style, such as pencil sketch",
+                elem_id="style",
+            )
+            base = gr.Dropdown(list(MODELS), value="bundled", allow_custom_value=True, label="Model", elem_id="base")
+            with gr.Row():
+                preset = gr.Dropdown(list(RECIPES), value="auto", label="Recipe", min_width=140)
+                fit = gr.Dropdown(list(SHAPES), value="", label="Shape", min_width=140)
+            begin = gr.Button("Start", variant="primary", elem_id="start")
+    gr.HTML("<h2>What will be learned</h2>")
+    with gr.Row():
+        learned = gr.Image(
+            label="The picture as it is learned",
+            interactive=False,
+            height=220,
+            buttons=[],
+            visible=False,
+            min_width=220,
+            elem_id="learned",
+        )
+        forecast = gr.HTML(look.empty(*NOTHING), elem_id="forecast")
+    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+        gr.HTML(look.hint("Empty fields stay as the recipe has them. Separate several values by semicolons."))
+        form = Form(SplitConfig, "split", _PAGE)
+    spelling, text = copy_panel()
+    gr.HTML("<h2>Now</h2>")
+    now = watch(runs, workers)
+
+    simple = [content, style, base, preset, fit]
+    fields = [*simple, *form.components]
+
+    def keys(values: Sequence[Any]) -> dict[str, Any]:
+        named = dict(zip(("content", "style", "base", "preset", "fit"), values[:_SIMPLE], strict=True))
+        return {**{name: value for name, value in named.items() if value}, **form.keys(values[_SIMPLE:])}
+
+    def preview(edited: Any, *values: Any) -> tuple[Any, str]:
+        image, mask = opened(edited)
+        if image is None:
+            return gr.update(visible=False), look.empty(
+                "Nothing to learn yet", "Drop a picture and name what is in it."
+            )
+        try:
+            drawn, about = foreseen(runs, cache, keys(values), image, mask)
+        except UnziploraError as error:
+            return gr.update(visible=False), look.empty("Not ready yet", _clean(error))
+        return gr.update(value=drawn, visible=True), about
+
+    def submit(edited: Any, *values: Any) -> Any:
+        image, mask = opened(edited)
+        if image is None:
+            raise UserError("there is no picture yet: drop one first")
+        job = actions.start(runs, "split", with_sheets(keys(values)), str(values[0] or "image"), [image], mask)
+        workers.ensure()
+        return now.choose(job.run.path.relative_to(runs).as_posix())
+
+    def copied(kind: Any, *values: Any) -> str:
+        chosen = keys(values)
+        name = str(runs / actions.safe_name(str(chosen.get("content", "image")), "image"))
+        return spell("split", {"images": [Path("picture.png")], **chosen, "out": name}, kind)
+
+    changes = [picture.change, *(field.change for field in fields)]
+    gr.on(changes, preview, [picture, *fields], [learned, forecast], trigger_mode="always_last", show_progress="hidden")
+    gr.on([spelling.change, *changes[1:]], copied, [spelling, *fields], text, trigger_mode="always_last",
+          show_progress="hidden")  # fmt: skip
+    begin.click(shown(submit), [picture, *fields], now.outputs, trigger_mode="once")
+    return {"picture": picture, "simple": simple, "form": form, "now": now}
+
+
+def opened(edited: Any) -> tuple[Image.Image | None, Image.Image | None]:
+    """Return the picture of an editor, without transparency, and the mask that was painted on it, if any."""
+    background = (edited or {}).get("background")
+    if background is None or not background.getbbox():
+        return None, None
+    image = Image.new("RGBA", background.size, "white")
+    image.alpha_composite(background.convert("RGBA"))
+    mask = Image.new("L", background.size, 0)
+    for layer in edited.get("layers") or []:
+        painted = layer.convert("RGBA").getchannel("A").point(lambda level: 255 * (level > 32))
+        mask = ImageChops.lighter(mask, painted.resize(mask.size, Image.Resampling.NEAREST))
+    return image.convert("RGB"), mask if mask.getbbox() else None
+
+
+def with_sheets(keys: dict[str, Any]) -> dict[str, Any]:
+    """Let a run show sample sheets while it goes, unless its settings say something of them."""
+    if "sample_every" in keys or "base" not in keys:
+        return keys
+    placeholder = {"images": ["picture"], "out": "run"}
+    steps = resolve(SplitConfig, placeholder, keys).steps
+    return {**keys, "sample_every": max(1, steps // SHEETS)}
+
+
+def foreseen(
+    runs: Path, cache: Path, keys: dict[str, Any], image: Image.Image, mask: Image.Image | None
+) -> tuple[Image.Image, str]:
+    """Return what will be learned as an image, and prompts, memory and time as HTML.
+
+    Raises:
+        UserError: the settings or the picture cannot be used.
+    """
+    missing = [what for what, key in (("what is in it", "content"), ("how it is made", "style")) if key not in keys]
+    if missing:
+        raise UserError(f"Name {' and '.join(missing)}.")
+    from unziplora.jobs.trainings import foresee
+
+    with TemporaryDirectory(dir=cache) as folder:
+        files: dict[str, Any] = {"images": [Path(folder, "picture.png")]}
+        image.save(files["images"][0])
+        if mask is not None:
+            files["masks"] = [Path(folder, "mask.png")]
+            mask.save(files["masks"][0])
+        config = resolve(SplitConfig, keys, files, {"out": Path(folder, "run")})
+        forecast = foresee(config)
+    memory, prompts = forecast.memory, forecast.prompts
+    fits = {True: "fits", False: f"does not fit{memory.needs_less}", None: "free memory is unknown"}[memory.fits]
+    about = [
+        ("together", f"“{prompts['full']}”"),
+        ("content", f"“{prompts['content']}”"),
+        ("style", f"“{prompts['style']}”"),
+        ("size", "{} × {} pixels".format(*forecast.size)),
+        ("memory", f"about {size(memory.total)} on the {memory.device} ({fits})"),
+        ("time", predicted(runs, config)),
+    ]
+    return forecast.image, look.facts(about)
+
+
+def predicted(runs: Path, config: ImageConfig) -> str:
+    """Return the time that a run will take, as the steps of the last one with the same model and size took."""
+    for summary in find_runs(runs):
+        same = ("base", "resolution", "batch_size", "gradient_checkpointing")
+        alike = all(summary.settings.get(name) == getattr(config, name) for name in same)
+        if alike and (speed := live.seconds_per_step(summary.run, 200)):
+            steps = config.steps + getattr(config, "phase_steps", getattr(config, "phrase_steps", 0))
+            return f"about {duration(steps * speed)} (as fast as “{summary.run.path.name}”)"
+    return "known after the first run on this computer"
+
+
+def _clean(error: UnziploraError) -> str:
+    """Return an error's message without the path of the temporary picture."""
+    return " ".join(word for word in str(error).split(" ") if "/.studio/" not in word)

@@ -1,0 +1,151 @@
+"""What the page does to runs, on runs that no one trains."""
+
+from pathlib import Path
+
+import pytest
+from fake_jobs import begin, recipe, train
+from PIL import Image
+
+from unziplora.errors import UserError
+from unziplora.jobs.queue import Queue
+from unziplora.jobs.state import find_runs, record_failure
+from unziplora.runs.folder import RunFolder
+from unziplora.studio import actions
+from unziplora.utils.inputs import read_toml
+
+WORDS = {"content": "rocket", "style": "linocut", "base": "bundled"}
+
+
+def finished(path: Path) -> RunFolder:
+    run = begin(path)
+    train(run, lambda _: None)
+    return run
+
+
+def image() -> Image.Image:
+    return Image.linear_gradient("L").convert("RGB").resize((128, 128))
+
+
+def test_start_stores_picture_and_mask_in_a_run_that_waits(tmp_path: Path) -> None:
+    mask = Image.new("L", (128, 128), 255)
+    job = actions.start(tmp_path, "split", WORDS, "a rocket", [image()], mask)
+    settings = read_toml(job.run.config_file)
+    assert (job.name, job.state) == ("a-rocket", "queued")
+    assert settings["images"] == [str(tmp_path / "a-rocket" / "images" / "1.png")]
+    assert settings["masks"] == [str(tmp_path / "a-rocket" / "images" / "2.png")]
+    assert Image.open(settings["images"][0]).tobytes() == image().tobytes()
+
+
+def test_second_run_of_a_name_gets_a_number(tmp_path: Path) -> None:
+    names = [actions.start(tmp_path, "split", WORDS, "rocket", [image()]).name for _ in range(2)]
+    assert names == ["rocket", "rocket-2"]
+
+
+@pytest.mark.parametrize("keys", [{"rank": "0"}, {"content": ""}, {"resolution": "1000"}])
+def test_faulty_settings_leave_nothing(tmp_path: Path, keys: dict[str, str]) -> None:
+    with pytest.raises(UserError):
+        actions.start(tmp_path / "runs", "split", {**WORDS, **keys}, "rocket", [image()])
+    assert find_runs(tmp_path / "runs") == []
+    assert not (tmp_path / "runs" / "rocket").exists()
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "..", "a\0b", "<script>", "con: aux", "ü" * 300])
+def test_odd_names_stay_in_the_runs_folder(tmp_path: Path, name: str) -> None:
+    job = actions.start(tmp_path / "runs", "split", WORDS, name, [image()])
+    assert job.run.path.parent == tmp_path / "runs"
+    assert not job.run.path.name.startswith(".")
+
+
+def test_failed_run_goes_on_as_the_job_that_it_was(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    job = queue.submit(recipe(tmp_path / "cat"))
+    record_failure(job.run, UserError("no"))
+    assert actions.state(tmp_path, job.run) == "failed"
+    assert actions.go_on(tmp_path, job.run).number == job.number
+    assert actions.state(tmp_path, job.run) == "queued"
+
+
+def test_interrupted_run_goes_on_as_a_new_job(tmp_path: Path) -> None:
+    run = begin(tmp_path / "cat")
+    run.log(step=1)
+    assert actions.state(tmp_path, run) == "interrupted"
+    actions.go_on(tmp_path, run)
+    assert [job.name for job in Queue(tmp_path).jobs()] == ["cat"]
+
+
+def test_paused_job_is_called_so(tmp_path: Path) -> None:
+    job = Queue(tmp_path).submit(recipe(tmp_path / "cat"))
+    Queue(tmp_path).pause(job.number)
+    assert actions.state(tmp_path, job.run) == "paused"
+
+
+def test_extended_run_waits_with_more_steps_and_keeps_its_loras(tmp_path: Path) -> None:
+    run = finished(tmp_path / "cat")
+    run.content.write_bytes(b"content after 4 steps")
+    run.checkpoint(4, b"checkpoint")
+    actions.extend(tmp_path, run, 6)
+    assert read_toml(run.config_file)["steps"] == 10
+    assert run.kept_lora("content", 4).read_bytes() == b"content after 4 steps"
+    assert actions.state(tmp_path, run) in ("queued", "interrupted")
+    assert actions.waiting(tmp_path, run)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_run_is_extended_by_at_least_a_step(tmp_path: Path, steps: int) -> None:
+    with pytest.raises(UserError, match="1 or more"):
+        actions.extend(tmp_path, finished(tmp_path / "cat"), steps)
+
+
+def test_duplicate_has_images_of_its_own(tmp_path: Path) -> None:
+    job = actions.start(tmp_path, "split", WORDS, "rocket", [image()])
+    copy = actions.duplicate(tmp_path, job.run)
+    assert copy.name == "rocket-2"
+    assert read_toml(copy.run.config_file)["images"] == [str(tmp_path / "rocket-2" / "images" / "1.png")]
+    assert (tmp_path / "rocket-2" / "images" / "1.png").is_file()
+
+
+def test_renamed_run_finds_its_images(tmp_path: Path) -> None:
+    job = actions.start(tmp_path, "split", WORDS, "rocket", [image()])
+    with pytest.raises(UserError, match="cancel it first"):
+        actions.rename(tmp_path, job.run, "moon")
+    train(job.run, lambda _: None)
+    with Queue(tmp_path).claimed():
+        pass  # a finished job leaves the queue
+    run = actions.rename(tmp_path, job.run, "moon rocket")
+    assert run.path == tmp_path / "moon-rocket"
+    assert read_toml(run.config_file)["images"] == [str(tmp_path / "moon-rocket" / "images" / "1.png")]
+
+
+@pytest.mark.parametrize("name", ["", "..", "///", "cat"])
+def test_run_is_not_renamed_to_nothing_or_itself(tmp_path: Path, name: str) -> None:
+    run = finished(tmp_path / "cat")
+    with pytest.raises(UserError):
+        actions.rename(tmp_path, run, name)
+    assert run.path.is_dir()
+
+
+def test_trashed_run_comes_back_where_it_was(tmp_path: Path) -> None:
+    run = finished(tmp_path / "demo" / "cat")
+    target = actions.trash(tmp_path, run)
+    assert target == tmp_path / ".trash" / "demo" / "cat"
+    assert find_runs(tmp_path) == []
+    finished(tmp_path / "demo" / "cat")
+    back = actions.restore(tmp_path, RunFolder(target))
+    assert back.path == tmp_path / "demo" / "cat-2"
+    assert back.card.exists()
+
+
+def test_trashing_a_waiting_run_cancels_its_job(tmp_path: Path) -> None:
+    job = Queue(tmp_path).submit(recipe(tmp_path / "cat"))
+    actions.trash(tmp_path, job.run)
+    assert Queue(tmp_path).jobs() == []
+    assert find_runs(tmp_path) == []
+
+
+def test_run_in_work_is_neither_renamed_nor_trashed(tmp_path: Path) -> None:
+    job = Queue(tmp_path).submit(recipe(tmp_path / "cat"))
+    with Queue(tmp_path).claimed():
+        for action in (lambda: actions.trash(tmp_path, job.run), lambda: actions.rename(tmp_path, job.run, "fox")):
+            with pytest.raises(UserError):
+                action()
+    assert job.run.path.is_dir()
