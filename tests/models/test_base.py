@@ -236,6 +236,16 @@ def test_incomplete_folder_is_refused(folder: Path, part: str):
         load_base(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("version", "1"), ("padding", 0), ("pre_tokenizer", {"type": "x"}), ("decoder", [1])]
+)
+def test_folder_with_a_damaged_tokenizer_is_refused(folder: Path, key: str, value: object):
+    path = folder / "tokenizer_2" / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=r"cannot be loaded: .*Download it again"):
+        load_base(str(folder))
+
+
 def test_checkpoint_with_weights_missing_is_refused(tiny_checkpoint: Path, tiny_folder: Path, tmp_path: Path):
     tensors = load_file(tiny_checkpoint)
     del tensors["model.diffusion_model.middle_block.0.in_layers.2.weight"]

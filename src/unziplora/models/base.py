@@ -313,7 +313,9 @@ def _failures(source: str) -> Iterator[None]:
         raise UserError(f"base {source!r}: weights are missing from the file; download it again") from error
     except PermissionError as error:
         raise MachineError(f"base {source!r}: no permission to read {error.filename or 'it'}") from error
-    except (*base_files.UNUSABLE, SafetensorError, MemoryError) as error:
+    except Exception as error:
+        if not (base_files.is_unusable(error) or isinstance(error, SafetensorError | MemoryError)):
+            raise
         if out_of_memory(error):
             raise MachineError(
                 f"base {source!r}: not enough memory to load it ({first_line(error)}). Close other programs, "

@@ -21,11 +21,15 @@ WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLES)
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # model.safetensors, diffusion_pytorch_model.fp16.safetensors, model-00001-of-00002.safetensors …
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
-UNUSABLE = (
+_UNUSABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ImportError),
     *(ArithmeticError, AssertionError, RuntimeError, StrictDataclassError),
 )
-"""Exceptions of diffusers, transformers and torch on configurations with values of an unexpected type or size."""
+
+
+def is_unusable(error: Exception) -> bool:
+    """Return True for what diffusers, transformers and torch raise on values of an unexpected type or size."""
+    return isinstance(error, _UNUSABLE) or type(error) is Exception  # the only type that tokenizers raises
 
 
 def check_suffix(path: Path) -> None:
@@ -61,7 +65,9 @@ def usable_config(source: str) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise MachineError(f"base {source!r}: no permission to read {error.filename or 'it'}") from None
-    except UNUSABLE as error:
+    except Exception as error:
+        if not is_unusable(error):
+            raise
         raise UserError(f"base {source!r}: its configuration cannot be used ({first_line(error)})") from None
 
 
