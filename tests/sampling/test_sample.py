@@ -213,6 +213,7 @@ def test_images_are_named_by_seed_and_contain_their_settings(tiny_base: Base, ca
     digest = read_lora(cat / "content.safetensors").metadata["sshs_model_hash"]
     assert f'Lora hashes: "{cat.name}-content: {digest[:12]}"' in lines[2]
     assert settings["loras"] == {f"{cat.name}-content": digest}
+    assert (settings["content"], "style" in settings) == (f"{cat.name}-content", False)
     assert str(cat.parent) not in json.dumps([settings, lines])
 
 

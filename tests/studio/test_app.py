@@ -131,7 +131,7 @@ def test_queue_file_and_settings_are_not_served(client: TestClient, runs: Path) 
 def test_script_in_words_is_escaped_in_the_live_view(client: TestClient, runs: Path) -> None:
     Queue(runs).submit(recipe(runs / "script", content=SCRIPT), first=True)
     blocks = app.page(runs, runs / ".studio" / "cache", Workers(runs, allowed=False))
-    handlers = [one.fn for one in blocks.fns.values() if getattr(one.fn, "__name__", "") == "refresh"]
+    handlers = [one.fn for one in blocks.fns.values() if getattr(one.fn, "__qualname__", "") == "Watch.refresh"]
     html = handlers[0]("script", None)[2]
     assert SCRIPT not in html
     assert "&lt;script&gt;" in html

@@ -101,6 +101,7 @@ def describe(
     )
     settings = config.model_dump(mode="json", exclude={"out", "seeds", "prompts", "device", "batch_size", *KINDS})
     settings.update(
+        session.kinds,
         seed=seed,
         guidance=guidance,
         base=base.name,

@@ -42,6 +42,7 @@ class SamplingSession:
 
     Attributes:
         hashes: hash of each LoRA's file, by a name that reveals nothing of the machine.
+        kinds: these names by kind, content or style.
     """
 
     base: Base
@@ -49,6 +50,7 @@ class SamplingSession:
     prompts: list[Prompts]
     settings: Settings
     hashes: dict[str, str]
+    kinds: dict[str, str]
 
 
 @contextmanager
@@ -64,10 +66,11 @@ def open_session(config: GenerationConfig, base: Base | None = None) -> Iterator
         base = load_base(plan.base, pick_dtype(config.precision, device), device)
     files = {Path(named.source): named.lora.metadata.get("sshs_model_hash") for named in plan.loras}
     hashes = {shared_name(file): recorded or body_hash(file) for file, recorded in files.items()}
+    kinds = {named.name: shared_name(Path(named.source)) for named in plan.loras}
     separate = plan.prompts[0].separate
     with computing_on(base.device), AttachedLoras(base, plan.loras, separate) as loras:
         loras.set_strengths(**{name: getattr(config, f"{name}_strength") for name in loras.names})
-        yield SamplingSession(base, loras, plan.prompts, plan.settings, hashes)
+        yield SamplingSession(base, loras, plan.prompts, plan.settings, hashes, kinds)
 
 
 def plan_sampling(config: GenerationConfig, base: Base | None = None) -> SamplingPlan:

@@ -17,7 +17,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from unziplora.errors import UserError
-from unziplora.studio import look, split
+from unziplora.jobs.state import RunSummary
+from unziplora.studio import look, play, split
+from unziplora.studio import runs as all_runs
 from unziplora.studio.events import shown
 from unziplora.studio.safety import LOOPBACK, UPLOAD_LIMIT, Guard
 from unziplora.studio.workers import Workers
@@ -40,13 +42,30 @@ def page(runs: Path, cache: Path, workers: Workers) -> gr.Blocks:
     ) as blocks:
         gr.HTML(TITLE)
         timer = gr.Timer(POLL)
-        with gr.Tabs(), gr.Tab("Split", id="split"):
-            parts = split.tab(runs, cache, workers)
-        now = parts["now"]
+        with gr.Tabs() as tabs:
+            with gr.Tab("Split", id="split"):
+                first = split.tab(runs, cache, workers)
+            with gr.Tab("Runs", id="runs"):
+                chosen = all_runs.tab(runs, cache, workers, timer, _reusing(first, tabs))
+            with gr.Tab("Play", id="play"):
+                play.tab(runs, timer)
         blocks.load(_warm_up, None, None, show_progress="hidden")
-        blocks.load(shown(now.choose), now.choice, now.outputs, show_progress="hidden")
-        timer.tick(shown(now.refresh), [now.choice, now.seen], now.outputs, show_progress="hidden")
+        for view in (first.now, chosen):
+            blocks.load(shown(view.choose), view.choice, view.outputs, show_progress="hidden")
+            timer.tick(shown(view.refresh), [view.choice, view.seen], view.outputs, show_progress="hidden")
     return blocks
+
+
+def _reusing(first: split.Split, tabs: Any) -> Callable[[Callable[[str], RunSummary]], tuple[Any, list[Any]]]:
+    """Return what the tab Runs calls to fill the form of the tab Split and to open it."""
+
+    def reuse(find: Callable[[str], RunSummary]) -> tuple[Any, list[Any]]:
+        def fill(name: str) -> tuple[Any, ...]:
+            return (gr.Tabs(selected="split"), *first.reuse(find(name)))
+
+        return fill, [tabs, *first.fields]
+
+    return reuse
 
 
 def _warm_up() -> None:

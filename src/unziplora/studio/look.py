@@ -47,6 +47,8 @@ h3.step { font-size: 1rem; margin: 0; }
 .fault { border-left: 3px solid #b91c1c; padding: .2rem .8rem; margin: .6rem 0; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 pre.log { max-height: 16rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
+.sheets .thumbnail-lg, .sheets .thumbnail-item { aspect-ratio: 2.2 !important; }
+.caption-label { white-space: normal !important; }
 table.jobs { width: 100%; border-collapse: collapse; }
 table.jobs th, table.jobs td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid
   var(--border-color-primary); overflow-wrap: anywhere; }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image, ImageChops
@@ -15,12 +15,13 @@ from unziplora.config.recipe import resolve
 from unziplora.config.split import BUNDLED, SplitConfig
 from unziplora.config.training import ImageConfig
 from unziplora.errors import UnziploraError, UserError
-from unziplora.jobs.state import find_runs
+from unziplora.images.files import open_upright
+from unziplora.jobs.state import RunSummary, find_runs
 from unziplora.studio import actions, live, look
 from unziplora.studio.events import shown
 from unziplora.studio.forms import Form, copy_panel
 from unziplora.studio.spelling import spell
-from unziplora.studio.watch import watch
+from unziplora.studio.watch import Watch, watch
 from unziplora.studio.workers import Workers
 from unziplora.utils.progress import duration, size
 
@@ -45,8 +46,29 @@ _PAGE = ("images", "masks", "out", "content", "style", "base", "preset", "fit")
 _SIMPLE = 5  # components of the simple form
 
 
-def tab(runs: Path, cache: Path, workers: Workers) -> dict[str, Any]:
-    """Make the tab; return the components that other tabs fill."""
+EDITED = 2048
+"""Shorter side in pixels to which a picture may be reduced when it comes back into the editor."""
+
+BRUSH = (20, 184, 166)
+"""Color of the brush that paints the mask."""
+
+
+class Split(NamedTuple):
+    """What other tabs use of this one.
+
+    Attributes:
+        now: view of the current run.
+        reuse: returns the values of the form for the settings of a run.
+        fields: components of the form, the picture first.
+    """
+
+    now: Watch
+    reuse: Callable[[RunSummary], list[Any]]
+    fields: list[Any]
+
+
+def tab(runs: Path, cache: Path, workers: Workers) -> Split:
+    """Make the tab; return what other tabs use of it."""
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             picture = gr.ImageEditor(
@@ -56,7 +78,7 @@ def tab(runs: Path, cache: Path, workers: Workers) -> dict[str, Any]:
                 sources=("upload", "clipboard"),
                 transforms=("crop",),
                 layers=False,
-                brush=gr.Brush(colors=["#14b8a6"], color_mode="fixed", default_size=24),
+                brush=gr.Brush(colors=["#{:02x}{:02x}{:02x}".format(*BRUSH)], color_mode="fixed", default_size=24),
                 height=460,
                 elem_id="picture",
                 placeholder="Drop a picture here\nor press the upload button on the left",
@@ -101,7 +123,7 @@ def tab(runs: Path, cache: Path, workers: Workers) -> dict[str, Any]:
         form = Form(SplitConfig, "split", _PAGE)
     spelling, text = copy_panel()
     gr.HTML("<h2>Now</h2>")
-    now = watch(runs, workers)
+    now = watch(runs, workers, "now")
 
     simple = [content, style, base, preset, fit]
     fields = [*simple, *form.components]
@@ -140,7 +162,28 @@ def tab(runs: Path, cache: Path, workers: Workers) -> dict[str, Any]:
     gr.on([spelling.change, *changes[1:]], copied, [spelling, *fields], text, trigger_mode="always_last",
           show_progress="hidden")  # fmt: skip
     begin.click(shown(submit), [picture, *fields], now.outputs, trigger_mode="once")
-    return {"picture": picture, "simple": simple, "form": form, "now": now}
+
+    def reuse(summary: RunSummary) -> list[Any]:
+        method, chosen = live.set_keys(summary)
+        if method != "split":
+            raise UserError(f"{summary.run.path.name}: this is no split; copy its settings as a command instead")
+        named = [chosen.get(name) for name in ("content", "style", "base")]
+        return [edited_again(chosen), *named, chosen.get("preset", "auto"), chosen.get("fit", ""), *form.values(chosen)]
+
+    return Split(now, reuse, [picture, *fields])
+
+
+def edited_again(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the value of the editor for the picture and the mask of a run; None if they are gone."""
+    images, masks = settings.get("images") or [], settings.get("masks") or []
+    if not images or not Path(str(images[0])).is_file():
+        return None
+    background = open_upright(Path(str(images[0])), EDITED)[0].convert("RGBA")
+    layers = []
+    if masks and Path(str(masks[0])).is_file():
+        mask = open_upright(Path(str(masks[0])), EDITED)[0].convert("L").resize(background.size)
+        layers = [Image.merge("RGBA", [mask.point(lambda _, level=level: level) for level in BRUSH] + [mask])]
+    return {"background": background, "layers": layers, "composite": None}
 
 
 def opened(edited: Any) -> tuple[Image.Image | None, Image.Image | None]:

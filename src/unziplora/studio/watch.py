@@ -79,17 +79,22 @@ class Watch:
         )
 
 
-def watch(runs: Path, workers: Workers) -> Watch:
-    """Make the view of the current run, which follows its folder."""
+def watch(runs: Path, workers: Workers, id: str) -> Watch:
+    """Make a view of the current run, which follows its folder.
+
+    Args:
+        id: begins the components' ids in the page.
+    """
     with gr.Row():
-        choice = gr.Dropdown([], label="Run", visible=False, scale=3, min_width=200, elem_id="run")
+        choice = gr.Dropdown([], label="Run", visible=False, scale=3, min_width=200, elem_id=f"{id}-run")
         pause = gr.Button("Pause", visible=False, min_width=90)
-        cancel = gr.Button("Stop and keep", visible=False, min_width=90, elem_id="cancel")
-        proceed = gr.Button("Continue", visible=False, variant="primary", min_width=90, elem_id="continue")
-    html = gr.HTML(_NOTHING, elem_id="live")
+        cancel = gr.Button("Stop and keep", visible=False, min_width=90, elem_id=f"{id}-cancel")
+        proceed = gr.Button("Continue", visible=False, variant="primary", min_width=90, elem_id=f"{id}-continue")
+    html = gr.HTML(_NOTHING, elem_id=f"{id}-live")
     samples = gr.Gallery(
         label="Samples, step by step", columns=2, height="auto", visible=False,
-        object_fit="contain", buttons=["download", "fullscreen"], interactive=False, elem_id="samples",
+        object_fit="contain", buttons=["download", "fullscreen"], interactive=False,
+        elem_id=f"{id}-samples", elem_classes="sheets",
     )  # fmt: skip
     made = Watch(runs, workers, choice, gr.State(None), html, samples, pause, cancel, proceed)
 
