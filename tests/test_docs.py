@@ -17,7 +17,7 @@ from unziplora.errors import UserError
 from unziplora.utils.inputs import read_toml
 
 ROOT = Path(__file__).parent.parent
-PATTERNS = ("*.md", "docs/*.md", "experiments/*.md", "recipes/**/README.md")
+PATTERNS = ("*.md", "docs/*.md", "experiments/*.md", "recipes/**/README.md", "integrations/*/README.md")
 PAGES = sorted(page for pattern in PATTERNS for page in ROOT.glob(pattern))
 FENCED = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -87,16 +87,37 @@ def check_out(config: GenerationConfig) -> None:
 def describe(
     config: GenerationConfig, session: SamplingSession, prompts: Prompts, image: Image.Image, seed: int
 ) -> dict[str, str]:
-    """Return an image's settings as PNG text entries: `parameters` as A1111 reads them, and `unziplora` as JSON."""
-    base, guidance = session.base, session.settings.guidance
+    """Return the settings of an image of a session as PNG text entries (`settings_text`)."""
+    return settings_text(
+        config, session.base.name, session.settings.guidance, session.hashes, prompts, image.size, seed
+    )
+
+
+def settings_text(
+    config: GenerationConfig,
+    base: str,
+    guidance: float,
+    hashes: Mapping[str, str],
+    prompts: Prompts,
+    size: tuple[int, int],
+    seed: int,
+) -> dict[str, str]:
+    """Return an image's settings as PNG text entries: `parameters` as A1111 reads them, and `unziplora` as JSON.
+
+    Args:
+        base: name of the base.
+        guidance: the one that was used, whatever the configuration leaves open.
+        hashes: hash of each LoRA's file by its name.
+        size: width and height in pixels.
+    """
     lines = [prompts.full]
     if config.negative:
         lines.append(f"Negative prompt: {config.negative}")
-    hashes = ", ".join(f"{name}: {hash[:12]}" for name, hash in session.hashes.items())
+    short = ", ".join(f"{name}: {hash[:12]}" for name, hash in hashes.items())
     lines.append(
         f"Steps: {config.steps}, Sampler: {config.scheduler}, CFG scale: {guidance:g}, Seed: {seed}, "
-        f"Size: {image.width}x{image.height}, Model: {base.name}, "
-        + (f'Lora hashes: "{hashes}", ' if hashes else "")
+        f"Size: {size[0]}x{size[1]}, Model: {base}, "
+        + (f'Lora hashes: "{short}", ' if short else "")
         + f"Version: unziplora {version('unziplora')}"
     )
     settings = config.model_dump(mode="json", exclude={"out", "seeds", "prompts", "device", "batch_size", *KINDS})
@@ -104,13 +125,13 @@ def describe(
         session.kinds,
         seed=seed,
         guidance=guidance,
-        base=base.name,
-        loras=session.hashes,
+        base=base,
+        loras=dict(hashes),
         prompt=prompts.full,
         content_prompt=prompts.content,
         style_prompt=prompts.style,
-        width=image.width,
-        height=image.height,
+        width=size[0],
+        height=size[1],
         version=version("unziplora"),
     )
     return {"parameters": "\n".join(lines), "unziplora": json.dumps(settings, sort_keys=True, ensure_ascii=False)}

@@ -1,0 +1,83 @@
+"""Node 4: PNG text as `unziplora sample` writes it, and ComfyUI's own."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pack import run_pair as run
+from PIL import Image
+
+from unziplora.config.sample import SampleConfig
+from unziplora.errors import UserError
+from unziplora.models.text import Prompts
+from unziplora.sampling.pipeline import Settings
+from unziplora.sampling.sample import describe
+from unziplora.sampling.session import SamplingSession, plan_sampling, shared_name
+
+GRAPH = {"1": {"inputs": {"ckpt_name": "xl/sd_xl_base_1.0.safetensors"}}, "2": {"inputs": {"steps": 5}}}
+VALUES = {"seed": 3, "steps": 5, "cfg": 4.0, "filename_prefix": "cat", "sampler": "euler", "negative": "blurry"}
+PROMPTS = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
+
+
+def save(nodes, monkeypatch, model, **more):
+    node = nodes.nodes.UnziploraSaveRecipe
+    monkeypatch.setattr(node, "hidden", SimpleNamespace(prompt=GRAPH, extra_pnginfo={"workflow": {"id": 1}}))
+    texts = {"prompt": PROMPTS.full, "content_prompt": PROMPTS.content, "style_prompt": PROMPTS.style}
+    (saved,) = node.execute(torch.zeros(1, 16, 8, 3), model, **{**texts, **VALUES, **more}).ui["images"]
+    return saved["filename"]
+
+
+def test_text_is_that_of_unziplora_sample(nodes, monkeypatch, model, clip, files, state):
+    pair = run(nodes, model, clip, dials=(0.8, 1.2), content_blocks="mid_block=0.5")[0]
+    name = save(nodes, monkeypatch, nodes.patches.separate_prompts(pair))
+    config = SampleConfig(
+        **files,
+        prompts=[PROMPTS.full],
+        mode="separate",
+        negative="blurry",
+        content_strength=0.8,
+        style_strength=1.2,
+        content_blocks=["mid_block=0.5"],
+        steps=5,
+        guidance=4.0,
+        scheduler="euler",
+        width=8,
+        height=16,
+    )
+    hashes = {
+        shared_name(part.source.file): part.source.header["sshs_model_hash"]
+        for part in nodes.patches.pair_of(pair).parts.values()
+    }
+    session = SamplingSession(SimpleNamespace(name="sd_xl_base_1.0"), None, [PROMPTS], Settings(guidance=4.0), hashes)
+    with Image.open(state.root / "output" / name) as image:
+        text = dict(image.text)
+        assert image.size == (8, 16)
+    assert text.pop("prompt") == json.dumps(GRAPH)
+    assert text.pop("workflow") == '{"id": 1}'
+    assert text == describe(config, session, PROMPTS, Image.new("RGB", (8, 16)), 3)
+    assert plan_sampling(config, SimpleNamespace(name="b", unet=SimpleNamespace(config={}), scale=None)).prompts == [
+        PROMPTS
+    ]
+
+
+def test_one_prompt_for_both_is_mode_direct(nodes, monkeypatch, model, clip, files, state):
+    name = save(nodes, monkeypatch, run(nodes, model, clip, projection=0.5)[0])
+    with Image.open(state.root / "output" / name) as image:
+        settings = json.loads(image.text["unziplora"])
+    assert (settings["mode"], settings["content_prompt"], settings["projection"]) == ("direct", None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"prompt": " "}, "prompt is empty: connect the text"), ({"style_prompt": ""}, "the style prompt is empty")],
+)
+def test_missing_prompts_are_refused(nodes, monkeypatch, model, clip, files, more, message):
+    patched = nodes.patches.separate_prompts(run(nodes, model, clip)[0])
+    with pytest.raises(UserError, match=message):
+        save(nodes, monkeypatch, patched, **more)
+
+
+def test_graph_with_two_checkpoints_names_none(nodes):
+    assert nodes.recipe.model_name({**GRAPH, "3": {"inputs": {"ckpt_name": "other.ckpt"}}}) == ""
+    assert nodes.recipe.model_name(None) == ""
