@@ -34,11 +34,12 @@ def recipe(pair: Pair, image: Image.Image, base: str, prompts: Prompts, seed: in
     for kind, part in pair.parts.items():
         keys |= {kind: part.source.file, f"{kind}_strength": part.strength, f"{kind}_blocks": list(part.blocks)}
     config = resolve(SampleConfig, keys)
+    sources = {kind: part.source for kind, part in pair.parts.items()}
+    kinds = {kind: shared_name(source.file) for kind, source in sources.items()}
     hashes = {
-        shared_name(part.source.file): part.source.header.get("sshs_model_hash") or body_hash(part.source.file)
-        for part in pair.parts.values()
+        kinds[kind]: source.header.get("sshs_model_hash") or body_hash(source.file) for kind, source in sources.items()
     }
-    text = settings_text(config, base, settings["guidance"], hashes, prompts, image.size, seed)
+    text = settings_text(config, base, settings["guidance"], hashes, kinds, prompts, image.size, seed)
     if pair.projection:
         own = {**json.loads(text["unziplora"]), "projection": pair.projection}
         text["unziplora"] = json.dumps(own, sort_keys=True, ensure_ascii=False)

@@ -45,11 +45,11 @@ def test_text_is_that_of_unziplora_sample(nodes, monkeypatch, model, clip, files
         width=8,
         height=16,
     )
-    hashes = {
-        shared_name(part.source.file): part.source.header["sshs_model_hash"]
-        for part in nodes.patches.pair_of(pair).parts.values()
-    }
-    session = SamplingSession(SimpleNamespace(name="sd_xl_base_1.0"), None, [PROMPTS], Settings(guidance=4.0), hashes)
+    sources = {kind: part.source for kind, part in nodes.patches.pair_of(pair).parts.items()}
+    kinds = {kind: shared_name(source.file) for kind, source in sources.items()}
+    hashes = {kinds[kind]: source.header["sshs_model_hash"] for kind, source in sources.items()}
+    base = SimpleNamespace(name="sd_xl_base_1.0")
+    session = SamplingSession(base, None, [PROMPTS], Settings(guidance=4.0), hashes, kinds)
     with Image.open(state.root / "output" / name) as image:
         text = dict(image.text)
         assert image.size == (8, 16)

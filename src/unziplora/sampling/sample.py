@@ -88,9 +88,8 @@ def describe(
     config: GenerationConfig, session: SamplingSession, prompts: Prompts, image: Image.Image, seed: int
 ) -> dict[str, str]:
     """Return the settings of an image of a session as PNG text entries (`settings_text`)."""
-    return settings_text(
-        config, session.base.name, session.settings.guidance, session.hashes, prompts, image.size, seed
-    )
+    guidance, hashes, kinds = session.settings.guidance, session.hashes, session.kinds
+    return settings_text(config, session.base.name, guidance, hashes, kinds, prompts, image.size, seed)
 
 
 def settings_text(
@@ -98,6 +97,7 @@ def settings_text(
     base: str,
     guidance: float,
     hashes: Mapping[str, str],
+    kinds: Mapping[str, str],
     prompts: Prompts,
     size: tuple[int, int],
     seed: int,
@@ -108,6 +108,7 @@ def settings_text(
         base: name of the base.
         guidance: the one that was used, whatever the configuration leaves open.
         hashes: hash of each LoRA's file by its name.
+        kinds: these names by kind, content or style.
         size: width and height in pixels.
     """
     lines = [prompts.full]
@@ -122,7 +123,7 @@ def settings_text(
     )
     settings = config.model_dump(mode="json", exclude={"out", "seeds", "prompts", "device", "batch_size", *KINDS})
     settings.update(
-        session.kinds,
+        kinds,
         seed=seed,
         guidance=guidance,
         base=base,
