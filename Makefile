@@ -1,6 +1,7 @@
 # make demo     set up everything and split the two pictures that ship with the repository
 # make studio   set up everything and open the web page
-# make test     set up everything and run lint, type check and tests
+# make test     set up everything and run lint, type check and the quick tests
+# make test-slow     the tests that take more than five seconds each
 # make test-studio   the tests of the web page, in a headless Chromium where there is one
 # make setup    only the environment in .venv, without what the tests need
 # make torture  half an hour of kills, damaged inputs, flipped bits and full disks (docs/reliability.md)
@@ -15,7 +16,7 @@ PIP    := $(BIN)/python -m pip install --quiet -c constraints.txt
 # gigabytes of CUDA libraries.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup tools demo studio test test-studio torture gpu lint clean
+.PHONY: setup tools demo studio test test-slow test-studio torture gpu lint clean
 
 setup: $(VENV)/.ready
 
@@ -48,14 +49,18 @@ lint: tools
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-slow: tools
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
 # Chromium is Debian's package; where it is not installed and cannot be, the tests in a browser are skipped.
 test-studio: tools
 	$(PIP) -e '.[studio]' playwright
 	command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -y -q chromium >/dev/null 2>&1; } || true
 	$(BIN)/python -m pytest tests/studio -m 'browser or not slow' --maxfail 3
 
-torture: setup
+torture: tools
 	$(BIN)/python -m reliability
+	$(BIN)/python -m pytest -m torture
 
 gpu: tools
 	$(BIN)/python -m pytest -m gpu

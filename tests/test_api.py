@@ -68,6 +68,7 @@ def test_run_folders_are_named_after_the_file_and_numbered(tiny_folder: Path, im
     assert [run.path for run in runs] == [Path("runs/My-cat"), Path("runs/My-cat-2")]
 
 
+@pytest.mark.slow
 def test_image_in_memory_gives_what_its_file_gives(tiny_folder: Path, image: Image.Image) -> None:
     image.save("cat.png")
     settings = {"content": "cat", "style": "ink", "base": tiny_folder, **TINY, "sample_seeds": []}
@@ -78,6 +79,7 @@ def test_image_in_memory_gives_what_its_file_gives(tiny_folder: Path, image: Ima
         assert all(torch.equal(a, b) for path in first for a, b in zip(first[path], second[path], strict=True))
 
 
+@pytest.mark.slow
 def test_interrupted_run_is_resumed_from_its_folder(tiny_folder: Path, image: Image.Image) -> None:
     def stop_at_the_first_step(event: object) -> None:
         if event.step == 1:
@@ -106,6 +108,7 @@ def equal(one: object, two: object) -> bool:
     return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_pipeline_in_memory_is_left_as_it_was(tiny_folder: Path, image: Image.Image, training: bool) -> None:
     base = load_base(str(tiny_folder))
@@ -179,6 +182,7 @@ def dense(pipe: object, loras: dict[str, float], run: unziplora.Run) -> object:
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_loaded_runs_equal_dense_products_and_replace_each_other(tiny_folder: Path, run: unziplora.Run) -> None:
     pipe, plain = load_base(str(tiny_folder)).pipe, load_base(str(tiny_folder)).pipe
@@ -193,6 +197,7 @@ def test_loaded_runs_equal_dense_products_and_replace_each_other(tiny_folder: Pa
     torch.testing.assert_close(prediction(pipe), prediction(half), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_notebook_runs_on_the_bundled_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.DISTILLATION_STEPS", 1)
     parameters = {

@@ -48,6 +48,7 @@ def two_threads() -> object:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_demo_writes_both_pairs_and_a_strip(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(base: Base, config: SplitConfig, sample: SampleConfig) -> Image.Image:
         return draw_slowly(base, config.model_copy(update={"sample_steps": 1}), sample)
@@ -74,6 +75,7 @@ def test_images_ship_with_their_words() -> None:
         assert load_image(config.images[0], 64).size == (64, 64)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tiny_folder: Path, tmp_path: Path, two_threads: None) -> None:
     events: list[Progress] = []
     demo.split_both(*configs(tiny_folder, tmp_path / "two"), events.append)
@@ -102,6 +104,7 @@ def test_second_process_reports_its_fault(
         demo.split_both(first, second, lambda _: None)
 
 
+@pytest.mark.slow
 def test_stop_saves_the_step_of_the_second_process(tiny_folder: Path, tmp_path: Path, two_threads: None) -> None:
     first, second = configs(tiny_folder, tmp_path, steps=100_000)
     log = second.out / "log.jsonl"

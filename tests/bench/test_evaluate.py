@@ -249,6 +249,7 @@ class TestMethods:
         assert style.text_learning_rate == style.learning_rate == plain.learning_rate
         assert [path.is_file() for path in style.images] == [True, True]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["unziplora", "blora", "dreambooth", "oracle"])
     def test_training_runs_once_and_makes_two_loras(self, workspace: Workspace, cases: Cases, name: str):
         made = METHODS[name].train(workspace, cases["cat"], 0)
@@ -261,6 +262,7 @@ class TestMethods:
         assert made.content.modules.keys() == again.content.modules.keys()
         assert not list(workspace.folder.rglob("samples/*.png"))
 
+    @pytest.mark.slow
     def test_zip_and_sum_merge_the_same_dreambooth_loras(self, workspace: Workspace, cases: Cases):
         cat, dog = cases["cat"], cases["dog"]
         pair = METHODS["dreambooth"].train(workspace, cat, 0)
@@ -284,6 +286,7 @@ class TestMethods:
         assert before.out != after.out
         assert METHODS["ziplora"].recipes(workspace, cases["cat"], 0)[-1].out == before.out
 
+    @pytest.mark.slow
     def test_mix_combines_content_of_one_case_with_style_of_the_other(self, workspace: Workspace, cases: Cases):
         cat, dog = cases["cat"], cases["dog"]
         mixed = METHODS["unziplora"].mix(workspace, cat, dog, 0)

@@ -16,6 +16,7 @@ Call = Callable[..., tuple[int, str, str]]
 QUICK = ["--pairs", "1", "--seeds", "0", "--steps", "1", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_prints_the_table_and_split_takes_the_map(call: Call, tiny_folder: Path, tmp_path: Path):
     code, out, err = call("blocks", "--base", tiny_folder, *QUICK, "--out", "found")
     assert code == 0, err

@@ -34,6 +34,7 @@ def zip_call(call: Call, shared_base: Base, tiny_folder: Path) -> Call:
     return partial(call, "zip")
 
 
+@pytest.mark.slow
 def test_two_files_become_one_with_samples_and_a_card(call: Call):
     code, out, err = call(
         *FILES, *PROMPTS, "--config", "quick.toml", "--content-images", "cat.png", "--out", "runs/zip"
@@ -101,6 +102,7 @@ def test_every_key_is_a_flag_and_the_help_shows_an_example(call: Call):
     assert "unziplora zip runs/cat runs/fox" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -219,6 +219,7 @@ def expected(trained):
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [None, 1.0])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_diffusers_loads_our_file_as_if_folded_into_the_weights(tmp_path, trained, expected, layout, alpha):

@@ -107,6 +107,7 @@ def check(pipe, path, lora):
     assert verdict.answer == outcome(pipe, path, lora), verdict.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("part", UNET)
 def test_verdict_on_a_part_of_the_unet_is_that_of_diffusers(pipe, tmp_path, layout, part):
@@ -115,6 +116,7 @@ def test_verdict_on_a_part_of_the_unet_is_that_of_diffusers(pipe, tmp_path, layo
     check(pipe, tmp_path / "a.safetensors", lora)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS[::2])
 @pytest.mark.parametrize("encoders", ENCODERS)
 @pytest.mark.parametrize("part", TEXT)
@@ -126,6 +128,7 @@ def test_verdict_on_a_part_of_the_text_encoders_is_that_of_diffusers(pipe, tmp_p
         check(pipe, tmp_path / "a.safetensors", lora)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_converted_file_loads_in_diffusers(pipe, tmp_path, source, target):

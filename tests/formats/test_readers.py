@@ -187,7 +187,7 @@ INT8, ONES = torch.ones(4, 16, dtype=torch.int8), torch.ones(4)
     ("kind", "change"),
     [
         ("bitsandbytes int8", {"lora_down.SCB": ONES}),
-        ("int8", {"lora_down.weight": INT8}),
+        ("I8", {"lora_down.weight": INT8}),
         ("integers", {"lora_down.weight": None, "lora_down": INT8}),
         ("bitsandbytes 4-bit", {"lora_down.weight.absmax": ONES}),
         ("a scale that does not fit", {"lora_down.weight_scale": ONES}),

@@ -81,6 +81,7 @@ def test_layers_have_factors_during_a_pass_and_none_after_it(unet):
     assert layer.factors is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["weights", "strength", "layers"])
 def test_changes_between_passes_take_effect_in_the_next(unet, alone, change):
     before = predict(unet).detach()

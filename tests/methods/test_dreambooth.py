@@ -165,6 +165,7 @@ class TestPrior:
         assert torch.equal(first, same)
         assert not torch.allclose(first, other, atol=1e-3)
 
+    @pytest.mark.slow
     def test_prior_loss_rises_less_with_prior_preservation(self, fresh_base: Callable[[], Base], config: Make):
         """With class images in the loss, a LoRA changes the prediction for the class prompt less."""
         moved = {}
@@ -224,6 +225,7 @@ class TestPrior:
 
 
 class TestTextEncoders:
+    @pytest.mark.slow
     def test_only_adapters_train_and_the_file_reproduces_the_trained_embedding(
         self, tiny_folder: Path, config: Make, tmp_path: Path
     ):
@@ -270,6 +272,7 @@ class TestTextEncoders:
         assert len(read) == 6
         assert set(read) == set(prompts)
 
+    @pytest.mark.slow
     def test_run_writes_text_encoder_keys_and_samples_with_them(self, config: Make, tmp_path: Path):
         run = run_training(DreamBooth, config(text_encoders=True))
         names = set(load_file(run.content))
@@ -298,6 +301,7 @@ class TestRun:
         assert "unziplora sample --style" in text
         assert run.sheet(4).is_file()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("text", [False, True])
     def test_resumed_run_equals_an_uninterrupted_one(self, config: Make, tmp_path: Path, text: bool):
         keys = {"text_encoders": text, "prior": 1.0}

@@ -120,6 +120,7 @@ def check_same(before: dict[str, Any], after: dict[str, Any]) -> None:
         assert all(torch.equal(after[name][key], value) for key, value in before[name].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_base_is_unchanged_after_a_run(name: str, base: Base, configured: Callable[..., Any]):
     train, before = METHODS[name][1], state(base)
@@ -128,6 +129,7 @@ def test_base_is_unchanged_after_a_run(name: str, base: Base, configured: Callab
     check_same(before, state(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_wide_image_is_opened_once_and_learned_in_its_proportions(
     name: str, base: Base, configured: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,6 +159,7 @@ def test_a_wide_image_is_opened_once_and_learned_in_its_proportions(
     assert {read_header(path).metadata["modelspec.resolution"] for path in files} == {"160x96"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("when", ["in a step", "before the first step"])
 def test_base_is_unchanged_after_a_failure(name: str, when: str, base: Base, configured: Callable[..., Any]):
@@ -181,6 +184,7 @@ def test_modes_and_checkpointing_are_restored(base: Base, configured: Callable[.
     assert not base.text_encoders[1].training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_result_is_that_of_the_base_loaded_by_the_run(
     name: str, base: Base, tiny_folder: Path, tmp_path: Path, configured: Callable[..., Any]
@@ -194,6 +198,7 @@ def test_result_is_that_of_the_base_loaded_by_the_run(
         check_equal(file, two.lora(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_loras_kept_from_earlier_steps_and_extended_runs_are_exact(
     name: str, base: Base, tmp_path: Path, configured: Callable[..., Any], recwarn: pytest.WarningsRecorder
@@ -219,6 +224,7 @@ def test_loras_kept_from_earlier_steps_and_extended_runs_are_exact(
         check_equal(run.kept_lora(lora, 2), long.kept_lora(lora, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [{"schedule": "cosine"}, {"column_separation": True}])
 def test_extending_what_is_spread_over_all_steps_is_said(
     base: Base, configured: Callable[..., Any], setting: dict[str, Any]
@@ -250,6 +256,7 @@ def test_run_that_cannot_be_extended_stays_finished(base: Base, configured: Call
     refused("no checkpoint to extend this run from", steps=3)
 
 
+@pytest.mark.slow
 def test_stopped_extension_goes_on_as_any_run(base: Base, configured: Callable[..., Any], tmp_path: Path):
     changes = {"sample_seeds": [], "save_precision": "fp32"}
     long = train_blora(configured("blora", out=tmp_path / "long", steps=4, **changes), base=base)
@@ -312,6 +319,7 @@ def perturb(base: Base, method: AdapterMethod, name: str) -> None:
             part += torch.rand(part.shape, generator=torch.Generator().manual_seed(7)) / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_switching_a_lora_off_switches_off_all_its_parts(name: str, base: Base, configured: Callable[..., Any]):
     plain = computed(base)

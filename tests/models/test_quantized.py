@@ -62,6 +62,7 @@ def weights(folder: Path, part: str) -> Path:
     return next((folder / part).glob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "per_output"), [("scale_weight", False), ("weight_scale", False), ("weight_scale", True)]
 )
@@ -135,6 +136,7 @@ def test_quantized_folders_are_refused(folder: Path):
         load_base(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
 def test_nan_and_infinity_in_any_part_are_named(folder: Path, part: str, value: float):

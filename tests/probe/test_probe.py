@@ -130,6 +130,7 @@ def test_movements_compare_each_seed_with_its_own_references():
     torch.testing.assert_close(movements(Gray(), "style", rows), torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
 
 
+@pytest.mark.slow
 def test_images_of_a_pair_swap_one_word(tiny_base: Base):
     config = ProbeConfig(**QUICK, seeds=[4, 5])
     pair, blocks = config.word_pairs()[0], ["mid_block.attentions.0", "up_blocks.0.attentions.1"]
@@ -166,6 +167,7 @@ def finished(shared_base: Base, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 class TestProbe:
+    @pytest.mark.slow
     def test_every_block_has_scores(self, finished):
         config, findings, _ = finished
         assert list(findings.blocks) == BLOCKS
@@ -207,6 +209,7 @@ class TestProbe:
         assert seen == [(done, total) for done in range(2, total + 1, 2)]  # two seeds at once
 
 
+@pytest.mark.slow
 def test_custom_measure_replaces_the_configured_one(tiny_base: Base, tmp_path: Path):
     counts = []
 
@@ -224,6 +227,7 @@ def test_custom_measure_replaces_the_configured_one(tiny_base: Base, tmp_path: P
     assert findings.together.content.error is None
 
 
+@pytest.mark.slow
 def test_unusable_base_device_size_and_folder_are_refused(tiny_base: Base, tmp_path: Path):
     class Blind:
         def content(self, images) -> torch.Tensor:

@@ -67,6 +67,7 @@ def losses(pipe: StableDiffusionXLPipeline, pixels: np.ndarray, prompts: list[st
     return total
 
 
+@pytest.mark.slow
 def test_right_prompt_has_lower_loss_than_prompts_of_another_content_or_style(pipe: StableDiffusionXLPipeline) -> None:
     cases = [(path, style) for path in DRAWINGS for style in STYLES]
     size = pipe.default_sample_size * pipe.vae_scale_factor

@@ -64,6 +64,7 @@ def test_unet_stage_writes_sheet_and_finite_losses(trained: Recipe) -> None:
     assert np.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_trained_recipe_is_judged_exported_and_loaded(
     trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

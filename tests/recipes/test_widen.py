@@ -43,6 +43,7 @@ def wide(trained: Recipe, tmp_path: Path) -> Recipe:
     return trained.model_copy(update={"output": tmp_path / "wide", "vae": vae})
 
 
+@pytest.mark.slow
 def test_wider_autoencoder_keeps_latents_and_reconstructions(folder: Path) -> None:
     vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     more = widen_vae(vae, MORE)
@@ -67,6 +68,7 @@ def test_wider_unet_keeps_predictions_and_predicts_zero_for_new_channels(folder:
     assert torch.equal(new[:, 16:], torch.zeros_like(new[:, 16:]))
 
 
+@pytest.mark.slow
 def test_wider_base_trains_and_exports(folder: Path, wide: Recipe, tmp_path: Path) -> None:
     before = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     stage = VaeStage(wide, folder)

@@ -112,11 +112,13 @@ def check_fills(method: str, share: int, files: dict[str, Any], base: Base, fold
         check(train_on(method, files, out, base), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["split", "dreambooth"])
 def test_killed_run_goes_on(method: str, files: dict[str, Any], tiny_base: Base, tmp_path: Path) -> None:
     check_kills(method, 12, {**files, "sample_seeds": []}, tiny_base, tmp_path)
 
 
+@pytest.mark.slow
 def test_run_goes_on_after_the_disk_was_full(files: dict[str, Any], tiny_base: Base, tmp_path: Path) -> None:
     check_fills("split", 30, {**files, "sample_seeds": []}, tiny_base, tmp_path)
 
@@ -133,6 +135,7 @@ def test_process_that_is_killed_leaves_the_same_as_a_snapshot(
     check(train_on("direct", files, tmp_path / "killed" / "run", tiny_base), dict(tensors(whole)))
 
 
+@pytest.mark.slow
 def test_changes_are_noticed_and_damage_is_survived(
     files: dict[str, Any], tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +177,7 @@ def test_changes_are_noticed_and_damage_is_survived(
         check(train("dreambooth", files, cut, tiny_base, resume=True), dict(tensors(whole)))
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 @pytest.mark.parametrize("check_crashes", [check_kills, check_fills])
 @pytest.mark.parametrize("method", METHODS)
 def test_run_goes_on_after_a_crash_at_any_operation(

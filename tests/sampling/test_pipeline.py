@@ -118,6 +118,7 @@ def test_image_depends_only_on_its_seed(shared_base: Base):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", *SCHEDULERS])
 def test_every_scheduler_is_reproducible_also_in_batches(shared_base: Base, name: str):
     settings = Settings(steps=3, scheduler=name)

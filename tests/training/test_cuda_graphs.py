@@ -79,6 +79,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_recorded_steps_give_the_same_results(fresh_base, replays, recipe):
     eager, recorded = (trained(build(fresh_base(), **recipe), recipe["steps"], flag) for flag in (False, True))
@@ -91,6 +92,7 @@ def test_unchanged_pass_is_recorded_once(fresh_base, replays):
     assert (replays.recorded, replays.replayed) == (1, 8 - FIRST)
 
 
+@pytest.mark.slow
 def test_change_of_trained_parameters_needs_a_new_recording(fresh_base, replays):
     method = build(fresh_base(), steps=16, column_periods=2, column_warmup=4)
     trained(method, 16, recorded=True)

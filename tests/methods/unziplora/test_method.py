@@ -31,6 +31,7 @@ def run(method: UnZipLora, start: int = 0, stop: int | None = None) -> Trainer:
 SWITCHES = list(itertools.product([True, False], repeat=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "column", "block"), SWITCHES)
 def test_every_combination_of_switches_trains_both_loras_and_never_the_base(tiny_base, prompt, column, block):
     frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
@@ -64,6 +65,7 @@ def test_untrained_loras_do_not_change_the_loss(tiny_base):
     assert before.item() == after.item(), "ΔW = 0 at step 0"
 
 
+@pytest.mark.slow
 def test_columns_grow_by_a_tenth_and_closed_ones_stay_zero(tiny_base):
     method = build(tiny_base)
     trainer = Trainer(method, method.config)
@@ -90,6 +92,7 @@ def test_columns_grow_by_a_tenth_and_closed_ones_stay_zero(tiny_base):
         assert owned == set(method.branches[name]) - set(method.columns.held[name])
 
 
+@pytest.mark.slow
 def test_columns_are_chosen_by_the_gradient_of_the_dense_update(tiny_base):
     """The scores equal those of an explicit ΔW in every masked layer, summed over the same noisy latents."""
     method = build(tiny_base)
@@ -216,6 +219,7 @@ def test_export_is_what_the_run_computes(fresh_base):
     torch.testing.assert_close(*outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 4, 5, 8])  # 1: before a choice; 4: inside the second warm-up's choice
 def test_resume_equals_uninterrupted(fresh_base, tmp_path, stop):
     changes = {"column_warmup": 2, "steps": 11, "schedule": "cosine", "schedule_warmup": 3}
@@ -236,6 +240,7 @@ def test_resume_equals_uninterrupted(fresh_base, tmp_path, stop):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_results_depend_on_the_seed_alone(fresh_base):
     states = []
     for seed in (0, 0, 1):
@@ -246,6 +251,7 @@ def test_results_depend_on_the_seed_alone(fresh_base):
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(fresh_base):
     states = []
     for checkpointing in (False, True):

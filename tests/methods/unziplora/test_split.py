@@ -113,6 +113,7 @@ def test_finished_run_is_not_overwritten(config):
     assert run.content.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_resumed_run_equals_an_uninterrupted_one(config, tmp_path, stop):
     whole = split(config(out=tmp_path / "whole", sample_seeds=[]))
@@ -131,6 +132,7 @@ def test_resumed_run_equals_an_uninterrupted_one(config, tmp_path, stop):
     assert [json.loads(line)["step"] for line in cut.log_file.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_killed_run_continues_from_its_last_whole_checkpoint(config, tmp_path):
     """A killed run saves nothing: it ends between checkpoints, with a half-written one next to them."""
     whole = split(config(out=tmp_path / "whole", sample_seeds=[]))
@@ -151,6 +153,7 @@ def test_killed_run_continues_from_its_last_whole_checkpoint(config, tmp_path):
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("when", "number"), [("loading base", signal.SIGHUP), ("wrote ", signal.SIGTERM)])
 def test_run_stopped_outside_its_steps_can_be_resumed(config, tmp_path, when, number):
     whole = split(config(out=tmp_path / "whole", sample_seeds=[]))
@@ -183,6 +186,7 @@ def test_running_out_of_memory_in_samples_does_not_fail_the_run(config, monkeypa
     assert not any(run.samples.iterdir())
 
 
+@pytest.mark.slow
 def test_checkpoint_without_a_loss_scaler_is_resumed_with_one(config, monkeypatch):
     """A run may be resumed in another number format: `auto` depends on the device."""
 
@@ -207,6 +211,7 @@ def test_resuming_with_another_recipe_is_refused(config):
         split(config(content_learning_rate=0.5), resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", ["prompt_separation", "column_separation", "block_separation"])
 def test_switches_masks_and_priors_run_through(config, picture, tmp_path, switch):
     mask = tmp_path / "mask.png"
@@ -217,6 +222,7 @@ def test_switches_masks_and_priors_run_through(config, picture, tmp_path, switch
     assert all(up.isfinite().all() for _, up in read_lora(run.style).modules.values())
 
 
+@pytest.mark.slow
 def test_mask_of_ones_and_gradient_checkpointing_change_nothing(config, tmp_path):
     mask = tmp_path / "mask.png"
     Image.new("L", (96, 80), 255).save(mask)

@@ -143,6 +143,7 @@ class TestOffsets:
         # Adam moves a number by about the rate in every step: the sums of eight rates.
         assert moved["cosine"] < 1.1 * 4.5e-3 < moved["constant"] < 1.1 * 8e-3
 
+    @pytest.mark.slow
     def test_fitting_lowers_the_loss_and_changes_nothing_else(self, base: Base, config: Make):
         scheduler, examples = DDPMScheduler.from_config(base.scheduler.config), picture(base)
         phrase = PhraseOffsets(base, "ink wash")
@@ -177,6 +178,7 @@ def test_no_prompt_of_distillation_is_to_be_embedded_both_ways(base: Base, confi
     assert not any(style in prompt for prompt in without_phrase)
 
 
+@pytest.mark.slow
 def test_distillation_changes_prompts_with_the_phrase_only(config: Make):
     style = "pencil sketch"
     base, prompts = load_base("bundled"), [f"a sks cat in {style} style", "a tree", "a zebra in neon sign style"]
@@ -211,6 +213,7 @@ class TestSplit:
         assert not read_lora(run.content).text
         assert any(name.startswith("text_encoder_2.") for name in read_lora(run.style).text)
 
+    @pytest.mark.slow
     def test_each_variant_has_its_own_conditioning(self, tiny_folder: Path, config: Make):
         recipe = config(content_variants=True, content_alone=0.9, phrase_steps=32, batch_size=8)
         setup = setup_of(recipe)
@@ -225,6 +228,7 @@ class TestSplit:
         assert len({tuple(rows.flatten().tolist()) for rows in tokens}) == len(tokens)
         assert torch.equal(tokens[..., : tokens.shape[-1] // 3], tokens[..., -(tokens.shape[-1] // 3) :])
 
+    @pytest.mark.slow
     def test_phrase_is_learned_with_gradient_checkpointing_if_configured(
         self, tiny_folder: Path, config: Make, monkeypatch: pytest.MonkeyPatch
     ):
@@ -257,6 +261,7 @@ class TestSplit:
             latents.append(method.data.priors["content"].latents)
         assert torch.equal(*latents)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("killed", "stops"), [(False, [3, 5]), (True, [3, 9])])
     def test_resumed_run_equals_an_uninterrupted_one_wherever_it_stopped(
         self, config: Make, tmp_path: Path, killed: bool, stops: list[int]
@@ -294,6 +299,7 @@ class TestSplit:
             with pytest.raises(UserError, match="set content_alone and phrase_steps above 0"):
                 config(content_variants=True, **lacking)
 
+    @pytest.mark.slow
     def test_both_files_work_together_alone_and_with_separate_prompts(self, config: Make, tmp_path: Path):
         run = split(config(sample_seeds=[0], sample_steps=1, content_learning_rate=0.1, style_learning_rate=0.1))
         images = {}

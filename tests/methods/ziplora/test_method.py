@@ -269,6 +269,7 @@ class TestLoss:
         assert len(set(losses)) == 4
         assert losses[1] < losses[0]
 
+    @pytest.mark.slow
     def test_training_lowers_the_distance_to_both_loras(self, tiny_base: Base, config: Make):
         @torch.no_grad()
         def distance() -> float:
@@ -381,6 +382,7 @@ def test_joined_prompt_contains_both():
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_run_writes_one_lora_with_its_prompts_that_can_be_sampled(self, config: Make, tmp_path: Path):
         run = zip_loras(config(sample_seeds=[0], formats=["kohya", "diffusers"], parts=True))
         files = {p.name for p in run.path.rglob("*") if p.is_file() and not p.name.startswith(".")}
@@ -407,6 +409,7 @@ class TestRun:
         (path,) = sample(SampleConfig(content=run.lora("lora"), steps=1, device="cpu", out=tmp_path / "samples"))
         assert path.is_file()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stop", [1, 3])
     def test_resumed_run_equals_an_uninterrupted_one(self, config: Make, tmp_path: Path, stop: int):
         """One LoRA generates its images, and generates them again in the resumed run."""
@@ -558,6 +561,7 @@ class TestTextEncoders:
         assert not torch.allclose(both, plain, atol=1e-3)
         assert torch.equal(embed(own_base, prompt).tokens, both)
 
+    @pytest.mark.slow
     def test_merged_file_contains_text_encoder_parts_at_their_strength(self, config: Make, pair: Pair):
         run = zip_loras(config(style_strength=0.5, parts=True, sample_seeds=[1]))
         for name in ("lora", "style"):
