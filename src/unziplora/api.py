@@ -32,6 +32,7 @@ from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.inspect import inspect
 from unziplora.jobs.batch import Result, default_folder, run_batch
 from unziplora.jobs.queue import Queue
+from unziplora.jobs.remote import EngineName, pick_engine
 from unziplora.jobs.rows import read_rows
 from unziplora.jobs.state import find_runs
 from unziplora.jobs.trainings import Trainer
@@ -295,7 +296,13 @@ def find_blocks(
 
 
 def batch(
-    source: Location, *, out: Location | None = None, progress: bool | Callback = True, **settings: Any
+    source: Location,
+    *,
+    out: Location | None = None,
+    engine: EngineName = "local",
+    address: str | None = None,
+    progress: bool | Callback = True,
+    **settings: Any,
 ) -> list[Result]:
     """Train on many images, one run each, while the base stays loaded; the same call continues an interrupted batch.
 
@@ -303,17 +310,22 @@ def batch(
         source: a folder of images, or a .toml, .csv or .jsonl file whose rows contain image, content, style and any
             other key of `SplitConfig`, or `method` and the keys of that method.
         out: folder for the runs, `report.md` and `contact-sheet.png`; default: `runs/NAME` after the source.
+        engine: "local" trains one run after the other in this process, "ray" many at once on a Ray cluster.
+        address: Ray cluster, "host:port", or "auto" for the one that runs on this machine; default: a running one,
+            else this machine alone.
         progress: see `split`.
         settings: keys of rows that do not set them.
 
     Raises:
-        UserError: rows are faulty; all faults are listed, and nothing was started.
+        UserError: rows are faulty; all faults are listed, and nothing was started. Or Ray is not installed.
+        MachineError: the Ray cluster does not answer.
         Interrupted: stopped on request after saving.
     """
+    trained = pick_engine(engine, address)
     folder = default_folder(Path(source)) if out is None else Path(out)
     rows = read_rows(Path(source), folder, settings)
     with _view(progress) as report:
-        return run_batch(rows, folder, Trainer(), report)
+        return run_batch(rows, folder, trained, report)
 
 
 def work(folder: Location = "runs", *, until_empty: bool = True, progress: bool | Callback = True) -> Work:

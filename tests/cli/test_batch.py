@@ -1,18 +1,19 @@
 """`batch` as a command, with a training that only writes files."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from fake_jobs import FakeTrainer, train
 
-from unziplora.jobs import rows, trainings
+from unziplora.jobs import remote, rows
 
 
 @pytest.fixture
 def table(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rows, "check", lambda config: None)
-    monkeypatch.setattr(trainings, "Trainer", FakeTrainer)
+    monkeypatch.setattr(remote, "Trainer", FakeTrainer)
     (tmp_path / "animals.csv").write_text("image,content\ncat.png,cat\nowl.png,owl\nfox.png,fox\n")
     return call
 
@@ -27,7 +28,7 @@ def test_batch_trains_all_rows_and_fails_if_one_failed(table, tmp_path: Path, mo
     ]
     assert err.endswith("Report: runs/animals/report.md\n")
     assert (tmp_path / "runs" / "animals" / "report.md").is_file()
-    monkeypatch.setattr(trainings, "Trainer", lambda: train)
+    monkeypatch.setattr(remote, "Trainer", lambda: train)
     code, out, _ = table("batch", "animals.csv", "--style", "ink", "--base", "bundled", "--json")
     assert code == 0
     assert [run["result"] for run in json.loads(out)["runs"]] == ["skipped", "finished", "skipped"]
@@ -52,3 +53,11 @@ def test_settings_of_a_file_are_for_all_rows(table, tmp_path: Path) -> None:
     code, out, _ = table("batch", "animals.csv", "--config", "all.toml", "--rank", "8", "--dry-run", "--json")
     assert code == 0
     assert {(row["style"], row["rank"]) for row in json.loads(out)["rows"]} == {("oil", 8)}
+
+
+def test_missing_ray_and_an_address_without_it_are_named(table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = table("batch", "animals.csv", "--engine", "ray")
+    assert (code, err) == (2, "error: --engine ray needs Ray: pip install 'unziplora[ray]'\n")
+    code, _, err = table("batch", "animals.csv", "--address", "auto")
+    assert (code, err) == (2, "error: an address is that of a Ray cluster: choose the engine ray too\n")

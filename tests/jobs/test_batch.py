@@ -9,7 +9,7 @@ from fake_jobs import begin, recipe, steps_done, train
 from PIL import Image
 
 from unziplora.errors import Interrupted, UserError
-from unziplora.jobs.batch import contact_sheet, run_batch
+from unziplora.jobs.batch import contact_sheet, in_this_process, run_batch
 from unziplora.jobs.claim import Claim
 from unziplora.jobs.rows import Row
 from unziplora.jobs.state import state_of
@@ -31,7 +31,7 @@ def test_finished_runs_are_skipped_and_others_go_on_from_their_step(tmp_path: Pa
     begun = begin(tmp_path / "begun")
     begun.log(step=1)
     begun.checkpoint(1, lambda file: file.write(b"state"))
-    results = run_batch(rows(tmp_path, "done", "begun", "new"), tmp_path, train, silent)
+    results = run_batch(rows(tmp_path, "done", "begun", "new"), tmp_path, in_this_process(train), silent)
     assert [result.outcome for result in results] == ["skipped", "finished", "finished"]
     assert all(steps_done(result.run) == 4 for result in results)
 
@@ -44,7 +44,7 @@ def test_failures_are_listed_with_their_reasons_and_tried_again_by_the_next_batc
         write_png(run.samples / "samples.png", Image.new("RGB", (64, 32), "red"))
 
     batch = rows(tmp_path, "good", "bad", "last")
-    results = run_batch(batch, tmp_path, fail, silent)
+    results = run_batch(batch, tmp_path, in_this_process(fail), silent)
     assert [(result.outcome, result.reason) for result in results] == [
         ("finished", ""),
         ("failed", "bad.png: damaged"),
@@ -56,14 +56,14 @@ def test_failures_are_listed_with_their_reasons_and_tried_again_by_the_next_batc
     assert "## bad failed\n\nbad.png: damaged" in report
     assert "![Contact sheet](contact-sheet.png)" in report
     assert (tmp_path / "contact-sheet.png").is_file()
-    again = run_batch(batch, tmp_path, train, silent)
+    again = run_batch(batch, tmp_path, in_this_process(train), silent)
     assert [result.outcome for result in again] == ["skipped", "finished", "skipped"]
 
 
 def test_run_of_another_process_is_left_alone(tmp_path: Path) -> None:
     claim = Claim(begin(tmp_path / "taken"))
     assert claim.acquire()
-    results = run_batch(rows(tmp_path, "taken", "free"), tmp_path, train, silent)
+    results = run_batch(rows(tmp_path, "taken", "free"), tmp_path, in_this_process(train), silent)
     assert state_of(claim.run) == "running"
     claim.release()
     assert [(result.outcome, result.reason) for result in results] == [
@@ -75,7 +75,7 @@ def test_run_of_another_process_is_left_alone(tmp_path: Path) -> None:
 def test_folder_that_was_taken_meanwhile_fails_alone(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
-    results = run_batch(rows(tmp_path, "taken", "free"), tmp_path, train, silent)
+    results = run_batch(rows(tmp_path, "taken", "free"), tmp_path, in_this_process(train), silent)
     assert [result.outcome for result in results] == ["failed", "finished"]
     assert os.listdir(tmp_path / "taken") == ["thesis.txt"]
 
@@ -90,9 +90,9 @@ def test_interrupted_batch_reports_and_continues(tmp_path: Path) -> None:
 
     batch = rows(tmp_path, "a", "b", "c")
     with pytest.raises(Interrupted, match="stopped after 1 of 3 runs; the same command continues"):
-        run_batch(batch, tmp_path, stop, silent)
+        run_batch(batch, tmp_path, in_this_process(stop), silent)
     assert "1 finished, 2 not begun" in (tmp_path / "report.md").read_text()
-    assert [result.outcome for result in run_batch(batch, tmp_path, train, silent)] == [
+    assert [result.outcome for result in run_batch(batch, tmp_path, in_this_process(train), silent)] == [
         "skipped",
         "finished",
         "finished",

@@ -43,6 +43,30 @@ def test_lines_are_few_and_include_the_last_step() -> None:
     ]
 
 
+def test_lines_of_several_jobs_begin_with_their_names() -> None:
+    stream = io.StringIO()
+    with Lines(stream, seconds=1000) as view:
+        for step in (1, 2):
+            view(Progress(step, 9, 0.5, job="cat"))
+            view(Progress(step, 9, 0.25, job="fox"))
+        view(Progress(1, 1, message="finished, 1 of 2", job="cat"))
+    assert stream.getvalue().splitlines() == [
+        "cat  step 1/9  loss 0.5000",
+        "fox  step 1/9  loss 0.2500",
+        "cat: finished, 1 of 2",
+    ]
+
+
+def test_terminal_has_a_bar_for_each_job_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    with Rich(Terminal()) as view:
+        for job in ("cat", "fox"):
+            view(Progress(1, 9, 0.5, job=job))
+        assert [task.description for task in view.bar.tasks] == ["cat", "fox"]
+        view(Progress(1, 1, message="finished, 1 of 2", job="cat"))
+        assert [task.description for task in view.bar.tasks] == ["fox"]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from unziplora.bench.cases import Case
 from unziplora.bench.contenders import Contender
-from unziplora.bench.parallel import evaluate_in_parallel
 from unziplora.bench.photos import summarize_photos, write_photo_report
 from unziplora.bench.report import Report, summarize, write_report
 from unziplora.bench.session import Session, open_session
+from unziplora.bench.workers import evaluate_on_workers
 from unziplora.config.bench import BenchConfig
 from unziplora.errors import Interrupted
 from unziplora.metrics.measures import CaseMeasure
@@ -85,7 +84,7 @@ def evaluate_methods(session: Session, names: Sequence[str]) -> list[dict[str, A
         units += [(name, case.slug, seed) for case in session.selection for seed in seeds]
     if config.workers > 1:
         with base_on_cpu(session.base):
-            evaluate_in_parallel(partial(open_session, config), session, units, config.workers)
+            evaluate_on_workers(session, units, config.workers)
     results: list[dict[str, Any]] = []
     start = time.monotonic()
     for done, (name, case, seed) in enumerate(units):

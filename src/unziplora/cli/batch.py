@@ -15,7 +15,7 @@ from unziplora.config.split import SplitConfig
 from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import show
 
-HELP = """Train on many images, one run each, in one process that keeps the base loaded.
+HELP = """Train on many images, one run each, while the base stays loaded.
 
 SOURCE is a folder of images, or a .toml, .csv or .jsonl file whose rows contain `image`, `content`,
 `style` and any other key of `unziplora split`, or `method` and the keys of that method. Flags are for
@@ -25,7 +25,8 @@ rows that do not set the key.
   unziplora batch photos --content dog --style "oil painting"
   unziplora batch animals.csv --out runs/animals --base bundled
 
-All rows are checked before anything starts. The same command continues an interrupted batch: finished
+With --engine ray, as many runs are trained at once as there are GPUs, or else cores, on this machine or on a Ray
+cluster. All rows are checked before anything starts. The same command continues an interrupted batch: finished
 runs are skipped. The folder of --out then contains the runs, report.md and contact-sheet.png. The exit
 code is 1 if a run failed.
 """
@@ -37,10 +38,11 @@ class BatchCommand(RecipeCommand):
     def invoke(self, ctx: click.Context) -> int:
         """Check the rows, then show or train them; return 1 if one failed."""
         from unziplora.jobs.batch import REPORT, default_folder, run_batch
+        from unziplora.jobs.remote import pick_engine
         from unziplora.jobs.rows import read_rows
-        from unziplora.jobs.trainings import Trainer
 
         params, source = ctx.params, ctx.params["source"]
+        engine = pick_engine(params["engine"], params["address"])
         path: Path | None = params["config_file"]
         keys = {**(with_paths_from(path.parent, read_toml(path), SplitConfig) if path else {}), **typed_keys(ctx)}
         out = Path(keys.pop("out", None) or default_folder(source))
@@ -51,7 +53,7 @@ class BatchCommand(RecipeCommand):
             emit(data, "\n".join(f"{row.place}: {row.config.out}" for row in rows), params["as_json"])
             return 0
         with stdout_to_stderr(), show(params["quiet"]) as progress:
-            results = run_batch(rows, out, Trainer(), progress)
+            results = run_batch(rows, out, engine, progress)
         runs = [
             {
                 "run": str(result.run.path),
@@ -89,4 +91,17 @@ batch_command = BatchCommand(
         "style": ["for rows without a phrase of their own"],
     },
 )
-batch_command.params = [param for param in batch_command.params if param.name not in ("images", "masks")]
+batch_command.params = [
+    click.Option(
+        ["--engine"],
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        help="local: one run after the other in this process; ray: many at once on a Ray cluster.  [default: local]",
+    ),
+    click.Option(
+        ["--address"],
+        metavar="HOST:PORT",
+        help="Ray cluster; auto: the one that runs on this machine.  [default: a running one, else this machine alone]",
+    ),
+    *(param for param in batch_command.params if param.name not in ("images", "masks")),
+]

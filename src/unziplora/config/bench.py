@@ -79,7 +79,7 @@ class BenchConfig(Recipe):
     )
     precision: Precision = expert("auto", "Number format of the base.", "Training")
     device: str = key("auto", "Device: auto, cpu, cuda, mps.", "Training")
-    workers: int = key(1, "Processes that share the work.", "Training", ge=1)
+    workers: int = key(1, "Processes that share the work; more than one need Ray.", "Training", ge=1)
 
     samples: int = expert(2, "Images per prompt.", "Sampling", ge=1)
     sample_steps: int = expert(20, "Denoising steps.", "Sampling", ge=1)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image, ImageOps
 
-from unziplora.errors import Interrupted, UnziploraError
+from unziplora.errors import Interrupted, MachineError, UserError
 from unziplora.images.sheet import sheet
 from unziplora.jobs.claim import Claim
 from unziplora.jobs.rows import Row
@@ -42,54 +44,81 @@ class Result:
         return RunFolder(self.row.config.out)
 
 
+Results = Generator[Result, None, None]
+Engine = Callable[[Sequence[Row], Callback], Results]
+"""Trains rows, and yields the result of each when it has ended.
+
+A KeyboardInterrupt lets it save what it has in hand, and is raised again."""
+
+
 def default_folder(source: Path) -> Path:
     """Return the folder of a batch for which none is named: that of its source's name in `runs`."""
     whole = absolute(source)
     return Path("runs") / (whole.stem if whole.is_file() else whole.name)
 
 
-def run_batch(rows: Sequence[Row], out: Path, train: Train, progress: Callback) -> list[Result]:
-    """Train the rows one after the other; write a report and a contact sheet into a folder, also when stopped.
+def run_batch(rows: Sequence[Row], out: Path, engine: Engine, progress: Callback) -> list[Result]:
+    """Train the rows; write a report and a contact sheet into a folder, also when stopped.
 
     Raises:
         Interrupted: asked to stop; the same batch continues.
         MachineError: the reason of a failure, or the report, cannot be written.
     """
     results: list[Result] = []
+    order = {id(row): number for number, row in enumerate(rows)}
     try:
-        with caught(signal.default_int_handler, *STOP):
-            for number, row in enumerate(rows, 1):
-                progress(Progress(0, 0, message=f"run {number} of {len(rows)}: {row.config.out}"))
-                results.append(_train(row, train, progress))
-                if results[-1].reason:
-                    progress(Progress(0, 0, message=f"failed: {results[-1].reason}"))
+        with caught(signal.default_int_handler, *STOP), closing(engine(rows, progress)) as ended:
+            for number, result in enumerate(ended, 1):
+                results.append(result)
+                end = f"{result.outcome}: {result.reason}" if result.reason else result.outcome
+                progress(Progress(1, 1, message=f"{end}, {number} of {len(rows)}", job=result.run.path.name))
     except (Interrupted, KeyboardInterrupt):
-        write_report(results, len(rows), out)
         raise Interrupted(f"stopped after {len(results)} of {len(rows)} runs; the same command continues") from None
-    write_report(results, len(rows), out)
+    finally:
+        results.sort(key=lambda result: order[id(result.row)])
+        write_report(results, len(rows), out)
     return results
 
 
+def in_this_process(train: Train) -> Engine:
+    """Return the engine that trains the rows of a batch one after the other."""
+    return partial(_train_rows, train)
+
+
+def _train_rows(train: Train, rows: Sequence[Row], progress: Callback) -> Results:
+    for number, row in enumerate(rows, 1):
+        progress(Progress(0, 0, message=f"run {number} of {len(rows)}: {row.config.out}"))
+        yield _train(row, train, progress)
+
+
 def _train(row: Row, train: Train, progress: Callback) -> Result:
-    run, start = RunFolder(row.config.out), time.monotonic()
-    if state_of(run) == "finished":
-        return Result(row, "skipped")
-    claim = Claim(run)
+    start = time.monotonic()
+    claim = claim_row(row)
+    if isinstance(claim, Result):
+        return claim
     try:
-        if state_of(run) != "running" and (run.is_free() or not run.unfinished):
-            with RunFolder.created(run.path, row.config):
-                pass
-        if not claim.acquire():
-            return Result(row, "failed", "another process is working on it")
         error = execute(claim, train, progress)
-    except UnziploraError as fault:
-        if isinstance(fault, Interrupted):
-            raise
+    except MachineError as fault:
         error = fault
     finally:
         claim.release()
     outcome: Literal["finished", "failed"] = "finished" if error is None else "failed"
     return Result(row, outcome, "" if error is None else str(error), time.monotonic() - start)
+
+
+def claim_row(row: Row) -> Claim | Result:
+    """Create the run folder of a row, unless it has begun, and claim it; return a result if there is nothing to do."""
+    run = RunFolder(row.config.out)
+    if state_of(run) == "finished":
+        return Result(row, "skipped")
+    try:
+        if state_of(run) != "running" and (run.is_free() or not run.unfinished):
+            with RunFolder.created(run.path, row.config):
+                pass
+        claim = Claim(run)
+        return claim if claim.acquire() else Result(row, "failed", "another process is working on it")
+    except (UserError, MachineError) as fault:
+        return Result(row, "failed", str(fault))
 
 
 def write_report(results: Sequence[Result], planned: int, out: Path) -> None:

@@ -27,6 +27,7 @@ class Progress:
         seconds_per_step: mean over the last steps.
         memory_bytes: peak memory of the device (GPU) or of the process (CPU).
         message: text with a line of its own, such as a sample sheet's path.
+        job: name of the job, where several run at once.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Progress:
     seconds_per_step: float = 0.0
     memory_bytes: int | None = None
     message: str | None = None
+    job: str = ""
 
     @property
     def seconds_left(self) -> float:
@@ -78,6 +80,11 @@ def describe(event: Progress) -> str:
     return "  ".join(parts)
 
 
+def message_of(event: Progress) -> str:
+    """Return the message of a report, after the name of its job if it has one."""
+    return printable(f"{event.job}: {event.message}" if event.job else event.message or "")
+
+
 class View:
     """A context manager and the callback of a job; shows nothing by itself, for `--quiet`."""
 
@@ -97,21 +104,21 @@ class Lines(View):
     def __init__(self, stream: TextIO | None = None, seconds: float = 10.0) -> None:
         self.stream = stream or sys.stderr
         self.seconds = seconds
-        self.last = float("-inf")
+        self.last: dict[str, float] = {}  # by job
 
     def __call__(self, event: Progress) -> None:
         if event.message:
-            print(printable(event.message), file=self.stream, flush=True)
-        now = time.monotonic()
+            print(message_of(event), file=self.stream, flush=True)
+        now, last = time.monotonic(), self.last.get(event.job, float("-inf"))
         final = 0 < event.steps == event.step
         # Step 0 has no figures yet; the last step is always shown.
-        if (event.steps and event.step and now - self.last >= self.seconds) or (final and not event.message):
-            self.last = now
-            print(describe(event), file=self.stream, flush=True)
+        if (event.steps and event.step and now - last >= self.seconds) or (final and not event.message):
+            self.last[event.job] = now
+            print(f"{event.job}  {describe(event)}".strip(), file=self.stream, flush=True)
 
 
 class Rich(View):
-    """View for terminals: a bar with step, loss, speed, time left and memory."""
+    """View for terminals: a bar with step, loss, speed, time left and memory, for each job that is running."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
@@ -119,13 +126,13 @@ class Rich(View):
         from rich.progress import Progress as RichProgress
 
         self.bar: Bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             console=Console(file=stream or sys.stderr),
         )
-        self.task: Any = None
+        self.tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Rich:
         self.bar.start()
@@ -136,24 +143,28 @@ class Rich(View):
 
     def __call__(self, event: Progress) -> None:
         if event.message:
-            self.bar.console.print(printable(event.message), markup=False, highlight=False, soft_wrap=True)
+            self.bar.console.print(message_of(event), markup=False, highlight=False, soft_wrap=True)
         if not event.steps:
             return
-        if self.task is None:
-            self.task = self.bar.add_task("", total=event.steps, figures="")
+        if event.job and event.step == event.steps:
+            if event.job in self.tasks:
+                self.bar.remove_task(self.tasks.pop(event.job))
+            return
+        if event.job not in self.tasks:
+            self.tasks[event.job] = self.bar.add_task(event.job, total=event.steps, figures="")
         # a message has no figures; the last ones stay
         fields: dict[str, Any] = {}
         if event.loss == event.loss or event.seconds_per_step:
             fields["figures"] = "  ".join(describe(event).split("  ")[1:])
-        self.bar.update(self.task, completed=event.step, total=event.steps, **fields)
+        self.bar.update(self.tasks[event.job], completed=event.step, total=event.steps, **fields)
 
 
 class Notebook(View):
-    """View for notebooks: every message, and below them a bar with its figures, updated in place."""
+    """View for notebooks: every message, and below them a bar for each running job, updated in place."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
-        self.bar = ""
+        self.bars: dict[str, str] = {}
         self.area: Any = None
 
     def __enter__(self) -> Notebook:
@@ -166,10 +177,13 @@ class Notebook(View):
         from IPython.display import HTML
 
         if event.message:
-            self.messages.append(escape(event.message))
-        if event.steps:
-            self.bar = f'<progress value="{event.step}" max="{event.steps}"></progress> {escape(describe(event))}'
-        self.area.update(HTML("<br>".join([*self.messages, self.bar])))
+            self.messages.append(escape(message_of(event)))
+        if event.job and 0 < event.steps == event.step:
+            self.bars.pop(event.job, None)
+        elif event.steps:
+            figures = escape(f"{event.job} {describe(event)}".strip())
+            self.bars[event.job] = f'<progress value="{event.step}" max="{event.steps}"></progress> {figures}'
+        self.area.update(HTML("<br>".join([*self.messages, *self.bars.values()])))
 
 
 def show(quiet: bool = False, stream: TextIO | None = None) -> View:

@@ -1,0 +1,104 @@
+"""Run folders as bytes, for nodes that do not share the disk: inputs on the way out, results on the way back."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from unziplora.config.recipe import to_toml
+from unziplora.config.training import TrainingConfig
+from unziplora.jobs.state import ERROR
+from unziplora.jobs.trainings import training_of
+from unziplora.runs.folder import RunFolder, located
+from unziplora.utils.files import atomic_write
+from unziplora.utils.inputs import read_toml
+
+_PATHS = "paths.json"
+_LEFT_BEHIND = {"samples", "trackers", "steps"}
+"""Parts of a run that its continuation does not read."""
+
+
+def pack_run(run: RunFolder) -> bytes:
+    """Pack what a training reads: settings, log and checkpoints of its run, and the files that the settings name.
+
+    The base is not among them: it has to be on each node.
+
+    Raises:
+        UserError: the settings are damaged.
+    """
+    config = run.config(training_of(read_toml(run.config_file)).recipe)
+    paths: dict[str, Any] = {"run": run.path.name}
+    members = [(Path("run", path), run.path / path) for path in _files(run.path, _LEFT_BEHIND)]
+    for number, (key, source) in enumerate(inputs(config)):
+        place = Path("inputs", str(number), source.name)
+        inner = _files(source, {"checkpoints", *_LEFT_BEHIND}) if source.is_dir() else [Path()]
+        members += [(place / path, source / path) for path in inner]
+        paths.setdefault(key, []).append(place.as_posix())
+    return _zip(members, {_PATHS: json.dumps(paths)})
+
+
+def inputs(config: TrainingConfig) -> Iterator[tuple[str, Path]]:
+    """Yield the files and folders that a recipe names, by key, except the base."""
+    for key, value in located(config).items():
+        if key not in ("out", "base"):
+            yield from ((key, Path(path)) for path in (value if isinstance(value, list) else [value]))
+
+
+def unpack_run(data: bytes, folder: Path) -> RunFolder:
+    """Lay out a packed run in an empty folder, with settings that name the files there."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        archive.extractall(folder)
+        paths = json.loads(archive.read(_PATHS))
+    run = RunFolder((folder / "run").rename(folder / paths.pop("run")))
+    run.checkpoints.mkdir(exist_ok=True)
+    run.samples.mkdir(exist_ok=True)
+    config = run.config(training_of(read_toml(run.config_file)).recipe)
+    moved: dict[str, Any] = {"out": run.path}
+    for key, places in paths.items():
+        kind = type(getattr(config, key))  # a list, a path, or the name of a file
+        moved[key] = [folder / place for place in places] if kind is list else kind(folder / places[0])
+    atomic_write(run.config_file, to_toml(config.model_copy(update=moved)))
+    return run
+
+
+def pack_results(run: RunFolder, names: Iterable[Path] | None = None) -> bytes:
+    """Pack the files of a run, or some of them; its settings stay those of the machine where it began."""
+    paths = [*_files(run.path, set()), Path(ERROR)] if names is None else names
+    return _zip((path, run.path / path) for path in paths if path != Path(run.config_file.name))
+
+
+def unpack_results(data: bytes, run: RunFolder) -> None:
+    """Write packed files into a run, the card last.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for name in sorted(archive.namelist(), key=lambda name: name == run.card.name):
+            atomic_write(run.path / name, archive.read(name))
+    if run.card.exists():
+        run.drop_checkpoints()
+
+
+def _files(folder: Path, without: set[str]) -> Iterator[Path]:
+    """Yield the paths of a folder's files relative to it, except hidden ones and some of its subfolders."""
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        if path.is_file() and inner.parts[0] not in without and not any(part.startswith(".") for part in inner.parts):
+            yield inner
+
+
+def _zip(members: Iterable[tuple[Path, Path]], texts: dict[str, str] | None = None) -> bytes:
+    """Return an archive of the files that exist, by their names in it. Their numbers hardly compress."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, path in members:
+            if path.is_file():
+                archive.write(path, name.as_posix())
+        for title, text in (texts or {}).items():
+            archive.writestr(title, text)
+    return buffer.getvalue()
