@@ -67,6 +67,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_killed_workers_run_ends_with_the_tensors_of_an_uninterrupted_one_with_and_without_a_shared_disk(
     kill_node, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
