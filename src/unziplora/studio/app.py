@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from unziplora.errors import UserError
 from unziplora.jobs.state import RunSummary
-from unziplora.studio import look, play, split
+from unziplora.studio import files, look, play, split, train
 from unziplora.studio import runs as all_runs
 from unziplora.studio.events import shown
 from unziplora.studio.safety import LOOPBACK, UPLOAD_LIMIT, Guard
@@ -49,6 +49,10 @@ def page(runs: Path, cache: Path, workers: Workers) -> gr.Blocks:
                 chosen = all_runs.tab(runs, cache, workers, timer, _reusing(first, tabs))
             with gr.Tab("Play", id="play"):
                 play.tab(runs, timer)
+            with gr.Tab("Merge and train", id="train"):
+                train.tab(runs, workers, timer, tabs, chosen)
+            with gr.Tab("Files", id="files"):
+                files.tab(runs, timer)
         blocks.load(_warm_up, None, None, show_progress="hidden")
         for view in (first.now, chosen):
             blocks.load(shown(view.choose), view.choice, view.outputs, show_progress="hidden")

@@ -61,6 +61,11 @@ def _component(model: type[Recipe], name: str, field: FieldInfo, id: str) -> Any
     return gr.Textbox(label=title, info=about, placeholder="as the recipe", min_width=260, max_lines=1, elem_id=id)
 
 
+def settled(component: Any) -> Any:
+    """Return the event of a component at the end of an entry: not of every letter that is typed."""
+    return component.blur if isinstance(component, gr.Textbox) else component.change
+
+
 def copy_panel() -> tuple[Any, Any]:
     """Make the panel that shows a form as command, TOML or Python; return its choice and its text."""
     with gr.Accordion("Copy as command, TOML or Python", open=False):

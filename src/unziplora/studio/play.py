@@ -18,7 +18,7 @@ from unziplora.errors import UserError
 from unziplora.jobs.state import find_runs
 from unziplora.studio import live, look
 from unziplora.studio.events import shown
-from unziplora.studio.forms import Form, copy_panel
+from unziplora.studio.forms import Form, copy_panel, settled
 from unziplora.studio.spelling import spell, write
 from unziplora.utils.files import file_stem, free_folder, safe_name
 from unziplora.utils.inputs import parse_json
@@ -75,7 +75,7 @@ def tab(runs: Path, timer: Any) -> None:
             content = gr.Dropdown([NONE], value=NONE, label="Content from", elem_id="play-content")
             content_strength = gr.Slider(0, 2, 1, step=0.05, label="How much of the content")
             style = gr.Dropdown([NONE], value=NONE, label="Style from", elem_id="play-style")
-            style_strength = gr.Slider(0, 2, 1, step=0.05, label="How much of the style")
+            style_strength = gr.Slider(0, 2, 1, step=0.05, label="How much of the style", elem_id="style-strength")
             upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], elem_id="play-upload")
             prompt = gr.Textbox(
                 value="", label="Prompt", info="Empty: the words of the runs", lines=2, elem_id="prompt"
@@ -92,8 +92,8 @@ def tab(runs: Path, timer: Any) -> None:
                 buttons=["download", "fullscreen"], elem_id="picture-now",
             )  # fmt: skip
             with gr.Accordion("Grid of both dials", open=False):
-                down = gr.Textbox("0; 0.5; 1", label="Content, row by row")
-                across = gr.Textbox("0; 0.5; 1", label="Style, column by column")
+                down = gr.Textbox("0; 0.5; 1", label="Content, row by row", elem_id="down")
+                across = gr.Textbox("0; 0.5; 1", label="Style, column by column", elem_id="across")
                 draw = gr.Button("Make the grid", elem_id="draw")
                 sheet = gr.Image(label="Grid", type="filepath", interactive=False, elem_id="grid",
                                  buttons=["download", "fullscreen"])  # fmt: skip
@@ -167,7 +167,7 @@ def tab(runs: Path, timer: Any) -> None:
     make.click(shown(sample), [locked, *fields], [slider, seed, recent], concurrency_limit=1)
     draw.click(shown(grid), [down, across, *fields], [sheet, recent], concurrency_limit=1)
     dropped.change(shown(restore), dropped, fields)
-    gr.on([spelling.change, *(field.change for field in fields)], shown(copied), [spelling, *fields], text,
+    gr.on([spelling.change, *(settled(field) for field in fields)], shown(copied), [spelling, *fields], text,
           trigger_mode="always_last", show_progress="hidden")  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from unziplora.images.files import open_upright
 from unziplora.jobs.state import RunSummary, find_runs
 from unziplora.studio import actions, live, look
 from unziplora.studio.events import shown
-from unziplora.studio.forms import Form, copy_panel
+from unziplora.studio.forms import Form, copy_panel, settled
 from unziplora.studio.spelling import spell
 from unziplora.studio.watch import Watch, watch
 from unziplora.studio.workers import Workers
@@ -135,9 +135,7 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
     def preview(edited: Any, *values: Any) -> tuple[Any, str]:
         image, mask = opened(edited)
         if image is None:
-            return gr.update(visible=False), look.empty(
-                "Nothing to learn yet", "Drop a picture and name what is in it."
-            )
+            return gr.update(visible=False), look.empty(*NOTHING)
         try:
             drawn, about = foreseen(runs, cache, keys(values), image, mask)
         except UnziploraError as error:
@@ -157,7 +155,7 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
         name = str(runs / actions.safe_name(str(chosen.get("content", "image")), "image"))
         return spell("split", {"images": [Path("picture.png")], **chosen, "out": name}, kind)
 
-    changes = [picture.change, *(field.change for field in fields)]
+    changes = [picture.change, *(settled(field) for field in fields)]
     gr.on(changes, preview, [picture, *fields], [learned, forecast], trigger_mode="always_last", show_progress="hidden")
     gr.on([spelling.change, *changes[1:]], copied, [spelling, *fields], text, trigger_mode="always_last",
           show_progress="hidden")  # fmt: skip
