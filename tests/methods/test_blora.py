@@ -117,3 +117,13 @@ def test_empty_prompt_is_refused_before_a_folder_is_made(config: Make, tmp_path:
     with pytest.raises(UserError, match=f"the {name} prompt is empty"):
         run_training(BLora, config(out=tmp_path / "new", **{f"{name}_prompt": text}))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [{"images": ["gone.png"]}, {"device": "cxu"}])
+def test_unusable_setting_of_a_resumed_run_is_named_with_its_file(config: Make, change: dict[str, object]):
+    broken = config(**change)
+    with pytest.raises(UserError, match=r"(gone\.png|cxu)(.|\n)*settings in .*run/config\.toml"):
+        run_training(BLora, broken, resume=True)
+    with pytest.raises(UserError) as error:
+        run_training(BLora, broken)
+    assert "config.toml" not in str(error.value)

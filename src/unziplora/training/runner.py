@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import signal
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -66,17 +66,29 @@ def run_training(
     def work(run: RunFolder) -> None:
         training = TrainingRun(kind, config, progress or (lambda _: None), run, images, base)
         try:
-            with computing_on(pick_device(config.device)):
+            with computing_on(device):
                 training.execute()
         except KeyboardInterrupt:  # outside the loop, which finishes its step
             if not training.finished:
                 raise training.stopped("stopped; what is not saved yet will be done again") from None
 
     with nullcontext() if base is None else restored(base):
-        images = check_run(kind, config, base)
+        with named_settings(config, resume):
+            images, device = check_run(kind, config, base), pick_device(config.device)
         if base is None:
             warn_of_memory(kind, config, images.size)
         return in_run_folder(config, resume, work, extendable=True)
+
+
+@contextmanager
+def named_settings(config: TrainingConfig, resume: bool) -> Iterator[None]:
+    """Name the file that a resumed run has its settings from, if one of them turns out to be unusable."""
+    try:
+        yield
+    except UserError as error:
+        if not resume:
+            raise
+        raise UserError(f"{error}\nThis run goes on with the settings in {RunFolder(config.out).config_file}") from None
 
 
 def in_run_folder(

@@ -480,6 +480,10 @@ class TestDirect:
             torch.testing.assert_close(delta(projected[path]), expected, rtol=1e-2, atol=1e-3)
         assert "null-space projection (arXiv 2511.11051)" in run.card.read_text()
 
+    def test_missing_lora_of_a_resumed_merge_is_named_with_the_file_of_its_settings(self, config: Make):
+        with pytest.raises(UserError, match=r"gone: no such(.|\n)*settings in .*run/config\.toml"):
+            zip_loras(config(method="direct", content_lora="gone"), resume=True)
+
     def test_trigger_words_and_base_from_headers_are_enough(
         self, config: Make, loras: dict[str, Lora], files: dict[str, Path]
     ):

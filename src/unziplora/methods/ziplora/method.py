@@ -50,7 +50,7 @@ from unziplora.sampling.sources import find_lora
 from unziplora.training.export import Provenance, write_card, write_loras
 from unziplora.training.loss import generator, noised, orthogonality, snr_weights
 from unziplora.training.method import ImageGroup, Setup, View
-from unziplora.training.runner import in_run_folder, run_training
+from unziplora.training.runner import in_run_folder, named_settings, run_training
 from unziplora.utils.progress import Callback, Progress
 
 BASE_KEYS = (
@@ -250,7 +250,8 @@ def zip_loras(
     Base, prompts and images that the recipe leaves open come from the LoRAs' own runs. Only method `zip` needs a base.
     Arguments and errors are those of `run_training`.
     """
-    config = complete(config, base)
+    with named_settings(config, resume):
+        config = complete(config, base)
     if config.method == "zip":
         return run_training(ZipLora, config, resume, progress, base)
     return _add(config, resume, progress or (lambda _: None))
@@ -258,7 +259,8 @@ def zip_loras(
 
 def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
     """Write a sum that needs no training into a run folder like that of a training."""
-    ZipLora.check(config)
+    with named_settings(config, resume):
+        ZipLora.check(config)
 
     def wrote(path: Path) -> None:
         progress(Progress(1, 1, message=f"wrote {path}"))
