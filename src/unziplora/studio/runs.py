@@ -42,8 +42,8 @@ def tab(runs: Path, cache: Path, workers: Workers, timer: Any, reuse: Callable[[
     search = gr.Textbox(label="Find", placeholder="words of the name, the subject, the style or the prompts")
     nothing = gr.HTML(_EMPTY)
     gallery = gr.Gallery(
-        label="Runs, the newest first", columns=5, height="auto", allow_preview=False, object_fit="cover",
-        buttons=[], interactive=False, visible=False, elem_id="runs",
+        label="Runs, the newest first", columns=5, fit_columns=False, height="auto", allow_preview=False,
+        object_fit="cover", buttons=[], interactive=False, visible=False, elem_id="runs",
     )  # fmt: skip
     chosen = watch(runs, workers, "chosen")
     about = gr.HTML()
