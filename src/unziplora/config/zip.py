@@ -38,13 +38,10 @@ class ZipConfig(TrainingConfig):
 
     method: Literal["zip", "null-space", "direct"] = key(
         "zip",
-        "zip: train column scales so that both work together; null-space: project the content away from the style's "
-        "directions, without training; direct: add the LoRAs as they are.",
+        "zip: trained column scales; null-space: untrained; direct: a plain sum.",
         "Method",
     )
-    projection: float = key(
-        0.5, "Null-space projection, a dial: 0 is the plain sum, 1 leaves most to the style.", "Method", ge=0, le=1
-    )
+    projection: float = key(0.5, "Dial of null-space; 0: plain sum.", "Method", ge=0, le=1)
     content_strength: float = key(1.0, "Strength of the content LoRA.", "Method", allow_inf_nan=False)
     style_strength: float = key(1.0, "Strength of the style LoRA.", "Method", allow_inf_nan=False)
     orthogonality: float = expert(0.01, "Weight of the mean |m_c · m_s| of the column scales.", "Method", ge=0)
