@@ -1,7 +1,7 @@
 # make demo     set up everything and split the two pictures that ship with the repository
 # make studio   set up everything and open the web page
 # make test     set up everything and run lint, type check and the quick tests
-# make test-slow     the tests that take more than five seconds each
+# make test-slow     the tests that take more than three seconds each
 # make test-studio   the tests of the web page
 # make setup    only the environment in .venv, without what the tests need
 # make torture  half an hour of kills, damaged inputs, flipped bits and full disks (docs/reliability.md)

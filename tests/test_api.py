@@ -55,12 +55,14 @@ def test_every_public_name_loads() -> None:
         _ = unziplora.splitt
 
 
+@pytest.mark.slow
 def test_split_writes_both_loras_and_their_sheet(run: unziplora.Run) -> None:
     assert set(run.loras) == {"content", "style"}
     assert run._repr_png_().startswith(b"\x89PNG")
     assert run.card.is_file()
 
 
+@pytest.mark.slow
 def test_run_folders_are_named_after_the_file_and_numbered(tiny_folder: Path, image: Image.Image) -> None:
     image.save("My cat.png")
     settings = {"content": "cat", "style": "ink", "base": tiny_folder, **TINY, "sample_seeds": []}
@@ -121,6 +123,7 @@ def test_pipeline_in_memory_is_left_as_it_was(tiny_folder: Path, image: Image.Im
     assert all(equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.slow
 def test_run_on_a_loaded_base_finds_it_again(tiny_folder: Path, image: Image.Image) -> None:
     settings = {"content": "cat", "style": "ink", **TINY, "sample_seeds": []}
     run = unziplora.split(image, base=load_base(str(tiny_folder)), **settings)
@@ -146,6 +149,7 @@ def test_samples_contain_their_settings_and_are_saved_where_asked(run: unziplora
         assert file.text["unziplora"] == saved.info["unziplora"]
 
 
+@pytest.mark.slow
 def test_grid_is_a_labeled_sheet(run: unziplora.Run, tiny_base: Base) -> None:
     sheet = unziplora.grid(run, base=tiny_base, steps=1, style_strengths=[0, 1], out="grid.png", progress=False)
     assert sheet.width > 2 * 64

@@ -162,6 +162,7 @@ class TestEvaluate:
         assert self.run(workspace, tiny_base, fake, cases, Colors("two")) == both
         assert fake.trained == trained
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("change", ["steps", "sampling", "picture"])
     def test_other_settings_are_evaluated_again(
         self, workspace: Workspace, tiny_base: Base, fake: Fake, cases: Cases, change: str
@@ -295,12 +296,14 @@ class TestMethods:
         assert torch.equal(mixed.content.modules[path][0], mine.content.modules[path][0])
         assert torch.equal(mixed.style.modules[path][1], other.style.modules[path][1])
 
+    @pytest.mark.slow
     def test_run_with_other_settings_is_refused(self, workspace: Workspace, cases: Cases):
         METHODS["unziplora"].train(workspace, cases["cat"], 0)
         other = replace(workspace, overrides={"unziplora": {**SMALL, "rank": 4}})
         with pytest.raises(UserError, match="this run was made with rank 2, not 4"):
             METHODS["unziplora"].train(other, cases["cat"], 0)
 
+    @pytest.mark.slow
     def test_run_of_another_image_is_refused(self, workspace: Workspace, cases: Cases):
         METHODS["unziplora"].train(workspace, cases["cat"], 0)
         changed = replace(cases["cat"], image=solid(1, 2))

@@ -106,6 +106,7 @@ def test_contradictory_settings_are_refused(keys: dict[str, object], message: st
         resolve(BenchConfig, keys)
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_per_method_without_the_oracle(config: BenchConfig, tiny_base: Base, photos: Path):
     keys = {"pictures": photos, "csd": "a", "clip": "b", "dino": "c", "methods": ["base", "oracle"]}
     both = [Redness("dino-clip: c, b"), Redness("csd: a", channel=2)]
@@ -131,6 +132,7 @@ def test_dino_compares_contents_clip_styles_and_csd_both(config: BenchConfig, mo
     assert (second.contents, second.styles) == (("csd", "a"), ("csd", "a"))
 
 
+@pytest.mark.slow
 def test_named_model_measures(config: BenchConfig, tiny_base: Base, photos: Path, csd: Path):
     given = config.model_copy(update={"pictures": photos, "csd": str(csd), "methods": ["base"]})
     (row,) = run_benchmark(given, base=tiny_base).rows

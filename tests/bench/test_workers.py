@@ -86,7 +86,8 @@ def test_workers_without_ray_are_refused(config: BenchConfig, monkeypatch: pytes
         run_benchmark(config.model_copy(update={"workers": 2, "measures": ["plain"]}))
 
 
-@pytest.mark.parametrize("sampling", [pytest.param("real", marks=pytest.mark.slow), "quick"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", ["real", "quick"])
 def test_two_processes_get_the_results_of_one(
     two_processes,
     config: BenchConfig,

@@ -25,6 +25,7 @@ QUICK = [
 QUICK += ["--device", "cpu", "--precision", "fp32"]
 
 
+@pytest.mark.slow
 def test_prints_the_headline_and_writes_the_report(call: Call, tiny_folder: Path):
     code, out, err = call("bench", "--base", tiny_folder, *QUICK, "--out", "found")
     assert code == 0, err
@@ -34,6 +35,7 @@ def test_prints_the_headline_and_writes_the_report(call: Call, tiny_folder: Path
     assert Path("found/sheets/rocket-linocut.png").is_file()
 
 
+@pytest.mark.slow
 def test_json_is_one_document(call: Call, tiny_folder: Path):
     code, out, _ = call("bench", "--base", tiny_folder, *QUICK, "--json", "--quiet")
     assert code == 0

@@ -51,6 +51,7 @@ def test_json_is_one_document_with_scores_map_and_files(call: Call, tiny_folder:
     assert json.loads(Path("blocks/probe.json").read_text())["pairs"][0]["other_content"] == "dog"
 
 
+@pytest.mark.slow
 def test_dry_run_shows_settings_and_pairs_and_makes_nothing(call: Call, tmp_path: Path):
     Path("words.toml").write_text('contents = ["cat", "dog"]\nstyles = ["ink", "oil"]\npairs = 2\n')
     code, out, _ = call("blocks", "--config", "words.toml", "--steps", "7", "--dry-run")

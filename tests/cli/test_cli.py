@@ -438,6 +438,7 @@ class TestFaultsOfTheMachine:
     def test_a_second_ctrl_c(self, failing: Callable[..., Done]) -> None:
         assert failing(KeyboardInterrupt()).code == 130
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "error",
         [

@@ -140,6 +140,7 @@ def test_address_that_does_not_answer_is_named(kill_node, tmp_path: Path, monkey
         run_batch([], tmp_path, pick_engine("ray", "127.0.0.1:1"), silent)
 
 
+@pytest.mark.slow
 def test_run_of_a_killed_node_goes_on_elsewhere_from_its_last_checkpoint(
     kill_node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

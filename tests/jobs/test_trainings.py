@@ -34,6 +34,7 @@ def tensors(run: RunFolder) -> dict[str, torch.Tensor]:
     return {f"{name} {key}": value for name, file in run.loras.items() for key, value in load_file(file).items()}
 
 
+@pytest.mark.slow
 def test_jobs_of_one_base_load_it_once_and_give_what_a_single_run_gives(
     tmp_path: Path, image: Path, tiny_folder: Path, fresh_base, monkeypatch: pytest.MonkeyPatch
 ) -> None:

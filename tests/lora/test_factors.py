@@ -61,6 +61,7 @@ def alone(unet) -> nn.Module:
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 3])
 def test_outputs_and_gradients_equal_those_of_separate_layers(unet, alone, streams):
     predict(unet, streams)  # the first pass finds out how many prompts there are

@@ -43,6 +43,7 @@ def config(tiny_folder: Path, tmp_path: Path) -> Make:
     return make
 
 
+@pytest.mark.slow
 def test_each_half_trains_in_its_own_block_and_nowhere_else(config: Make):
     run = run_training(BLora, config())
     for file, own in ((run.content, BLORA_BLOCKS.content), (run.style, BLORA_BLOCKS.style)):
@@ -51,6 +52,7 @@ def test_each_half_trains_in_its_own_block_and_nowhere_else(config: Make):
         assert all(up.abs().max() > 0 for _, up in lora.modules.values())
 
 
+@pytest.mark.slow
 def test_block_map_file_sets_the_blocks(config: Make, tmp_path: Path):
     (tmp_path / "map.toml").write_text('content = ["mid_block.attentions.0"]\nstyle = ["down_blocks.1"]\n')
     run = run_training(BLora, config(blocks=str(tmp_path / "map.toml")))
@@ -83,6 +85,7 @@ def test_default_map_is_the_published_one():
     assert (BLORA_BLOCKS.content, BLORA_BLOCKS.style) == (("up_blocks.0.attentions.0",), ("up_blocks.0.attentions.1",))
 
 
+@pytest.mark.slow
 def test_card_header_and_sampling_use_its_prompts(config: Make, tmp_path: Path):
     assert BLora.describe(config(style_prompt="a drawing by {token}")).files["style"].trigger == "a drawing by sks"
     run = run_training(BLora, config(sample_seeds=[0], token="v7", sample_guidance=2))
@@ -96,6 +99,7 @@ def test_card_header_and_sampling_use_its_prompts(config: Make, tmp_path: Path):
     assert both[0].full == "A v7"
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(config: Make, tmp_path: Path):
     whole = run_training(BLora, config(out=tmp_path / "whole"))
 

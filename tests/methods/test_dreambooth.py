@@ -246,6 +246,7 @@ class TestTextEncoders:
         fresh.pipe.load_lora_weights(writers.diffusers(lora.text, None)[0])
         torch.testing.assert_close(embed(fresh, ["a sks cat"]).tokens, trained.tokens, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_step_encodes_only_the_prompts_that_it_draws(
         self, tiny_folder: Path, config: Make, monkeypatch: pytest.MonkeyPatch
     ):
@@ -285,6 +286,7 @@ class TestTextEncoders:
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_run_writes_one_lora_a_card_and_samples(self, config: Make):
         run = run_training(
             DreamBooth, config(content=None, style="ink", sample_seeds=[0], formats=["kohya", "diffusers"])

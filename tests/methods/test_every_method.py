@@ -174,6 +174,7 @@ def test_base_is_unchanged_after_a_failure(name: str, when: str, base: Base, con
     check_same(before, state(base))
 
 
+@pytest.mark.slow
 def test_modes_and_checkpointing_are_restored(base: Base, configured: Callable[..., Any]):
     base.unet.train()
     base.unet.enable_gradient_checkpointing()
@@ -239,6 +240,7 @@ def test_extending_what_is_spread_over_all_steps_is_said(
     assert run.config(SplitConfig).steps == 3
 
 
+@pytest.mark.slow
 def test_run_that_cannot_be_extended_stays_finished(base: Base, configured: Callable[..., Any], tmp_path: Path):
     run = train_blora(configured("blora", sample_seeds=[]), base=base)
     files = {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()}

@@ -73,6 +73,7 @@ def test_scaled_fp8_checkpoint_is_read_with_its_scales(checkpoint, tiny_checkpoi
     assert_equal(checkpoint("scaled", stored), checkpoint("plain", expected))
 
 
+@pytest.mark.slow
 def test_scales_are_applied_before_the_weights_are_rounded(checkpoint, tiny_checkpoint: Path):
     stored, expected = scaled(load_file(tiny_checkpoint), LINEAR)
     one = checkpoint("scaled", stored, torch.bfloat16)
@@ -115,6 +116,7 @@ QUANTIZED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tensors"), QUANTIZED)
 def test_other_quantized_checkpoints_are_refused(checkpoint, tiny_checkpoint: Path, kind: str, tensors: dict):
     with pytest.raises(UserError, match=kind):

@@ -38,6 +38,7 @@ def test_resumed_vae_equals_uninterrupted(recipe: Recipe, tmp_path: Path) -> Non
     assert (recipe.output / "vae" / "vae" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_vae_of_a_base_keeps_its_latents(trained: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     export(trained, folder)

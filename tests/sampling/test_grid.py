@@ -76,6 +76,7 @@ def test_empty_and_oversized_sheets_are_refused():
         sheet([[tile(1, 1000)] * 20])
 
 
+@pytest.mark.slow
 def test_strength_grid_shows_every_pair(fresh_base, loras: dict[str, Path], tmp_path: Path):
     base = fresh_base()
     config = GridConfig(

@@ -461,6 +461,7 @@ def test_shared_name_is_that_of_the_link_and_keeps_other_dots(tmp_path: Path):
     assert shared_name(tmp_path / "ink-v1.5") == "ink-v1.5"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", [True, False])
 def test_every_lora_file_is_read_once(
     tiny_base: Base, cat: Path, dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool

@@ -101,6 +101,7 @@ def test_change_of_trained_parameters_needs_a_new_recording(fresh_base, replays)
     assert len(method.predict.passes) == 1  # the others are not needed again
 
 
+@pytest.mark.slow
 def test_second_loss_of_a_step_has_its_own_gradients(fresh_base, replays):
     def method(base):
         recipe = resolve(

@@ -129,6 +129,7 @@ def test_columns_are_chosen_by_the_gradient_of_the_dense_update(tiny_base):
         torch.testing.assert_close(scores[name][path].total, score, rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_column_choice_does_not_depend_on_loss_scaling(fresh_base):
     held = []
     for scale in (1.0, 4096.0):
@@ -139,6 +140,7 @@ def test_column_choice_does_not_depend_on_loss_scaling(fresh_base):
     assert held[0] == held[1]
 
 
+@pytest.mark.slow
 def test_official_code_scores_gradients_as_fp16_scales_them_in_every_precision(fresh_base):
     """An entry counts above 1e-5 of gradients times 2^16; without that factor hardly one does."""
     held = {}
@@ -151,6 +153,7 @@ def test_official_code_scores_gradients_as_fp16_scales_them_in_every_precision(f
     assert held[1.0] != held[2.0**10]
 
 
+@pytest.mark.slow
 def test_each_lora_is_blind_to_the_others_prompt(tiny_base):
     method = build(tiny_base)
     run(method)
@@ -172,6 +175,7 @@ def test_each_lora_is_blind_to_the_others_prompt(tiny_base):
         assert not torch.equal(predict(full, content, style), predict(full, content, other))
 
 
+@pytest.mark.slow
 def test_scales_train_only_where_both_hold_a_column_and_stay_within_bounds(tiny_base):
     method = build(tiny_base, scale_learning_rate=0.9)
     run(method)
@@ -202,6 +206,7 @@ def test_paper_preset_reproduces_the_published_start(tiny_base):
     assert ups.std().item() == pytest.approx(1 / 4, rel=0.05)
 
 
+@pytest.mark.slow
 def test_export_is_what_the_run_computes(fresh_base):
     from unziplora.lora.inject import add_lora
 

@@ -64,6 +64,7 @@ def tensors(path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_run_writes_loras_card_log_and_samples(config, tmp_path):
     events: list[Progress] = []
     run = split(config(formats=["kohya", "diffusers"], sample_every=4), progress=events.append)
@@ -174,6 +175,7 @@ def test_run_stopped_outside_its_steps_can_be_resumed(config, tmp_path, when, nu
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_in_samples_does_not_fail_the_run(config, monkeypatch):
     def full(*_: object) -> None:
         raise OutOfMemory("out of memory (decoding a picture)")
@@ -239,6 +241,7 @@ def test_low_precision_trains_both_loras(config):
         assert any(up.abs().max() > 0 for _, up in read_lora(path).modules.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "passes"), [(1, 12), (4, 8), (8, 4)])
 def test_samples_use_batches_no_larger_than_the_training(config, shared_base, batch_size, passes):
     """With guidance each sample counts twice: a batch of 4 computes two of three seeds at once, a batch of 8 all.
@@ -320,6 +323,7 @@ def test_failed_download_of_a_base_leaves_no_folder(config, monkeypatch):
     assert not recipe.out.exists()
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_checkpoint(config, monkeypatch):
     """The disk fills up while the files are written: the error is the machine's, and resuming finishes the run."""
     opened = Path.open
@@ -356,6 +360,7 @@ def test_prodigy_refuses_fp16(config, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_tensorboard_receives_the_losses(config):
     run = split(config(steps=4, trackers=["tensorboard"], sample_seeds=[]))
     files = list((run.path / "trackers").rglob("events.out.tfevents*"))

@@ -123,6 +123,7 @@ class TestOffsets:
         with phrase.applied(torch.tensor([2])):
             torch.testing.assert_close(rows[:1], embed(base, [PROMPT]).tokens)
 
+    @pytest.mark.slow
     def test_each_variant_learns_from_its_own_images_only(self, base: Base, config: Make):
         phrase = PhraseOffsets(base, "ink wash", variants=2)
         examples = Examples(torch.randn(4, 4, 8, 8), image_conditioning(base, Prompts(PROMPT), time_ids(64, 64, 4)))
@@ -133,6 +134,7 @@ class TestOffsets:
         fit(phrase, examples, config(phrase_steps=8, batch_size=2))
         assert all(offsets.abs().min() > 0 for offsets in phrase.free)
 
+    @pytest.mark.slow
     def test_schedule_applies_to_the_phrase_too(self, base: Base, config: Make):
         moved = {}
         for schedule in ("constant", "cosine"):
@@ -208,6 +210,7 @@ class TestSplit:
     def _short(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("unziplora.methods.unziplora.style_phrase.DISTILLATION_STEPS", 2)
 
+    @pytest.mark.slow
     def test_only_the_style_file_has_a_part_for_text_encoders(self, config: Make):
         run = split(config())
         assert not read_lora(run.content).text
@@ -249,6 +252,7 @@ class TestSplit:
         assert checkpointed == [True, False]
         torch.testing.assert_close(*tokens)
 
+    @pytest.mark.slow
     def test_class_images_do_not_depend_on_the_learned_phrase(
         self, config: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ):

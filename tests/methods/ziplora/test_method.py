@@ -261,6 +261,7 @@ class TestLoss:
         assert terms[0] < 1e-10  # the merged LoRA is the content LoRA
         assert terms[1] > 1e-6
 
+    @pytest.mark.slow
     def test_min_snr_noise_offset_and_shift_change_the_loss(self, tiny_base: Base, config: Make):
         losses = []
         for change in ({}, {"min_snr_gamma": 0.01}, {"noise_offset": 1.0}, {"timestep_shift": 4.0}):
@@ -283,6 +284,7 @@ class TestLoss:
         assert distance() < 0.9 * before
 
 
+@pytest.mark.slow
 def test_only_the_scales_train(tiny_base: Base, loras: dict[str, Lora], config: Make):
     frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
     method = build(tiny_base, config())
@@ -309,6 +311,7 @@ def test_only_the_scales_train(tiny_base: Base, loras: dict[str, Lora], config: 
     assert all(torch.equal(after[name], value) for name, value in frozen.items())
 
 
+@pytest.mark.slow
 def test_default_learning_rate_moves_scales_and_5e_5_hardly_does(tiny_base: Base, config: Make):
     moved = {}
     for rate in (1e-2, 5e-5):
@@ -427,6 +430,7 @@ class TestRun:
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
 
+    @pytest.mark.slow
     def test_scales_train_in_low_precision(self, config: Make):
         run = zip_loras(config(precision="bf16", learning_rate=0.1, gradient_checkpointing=True))
         plain = merge(read_loras(config()))
@@ -607,6 +611,7 @@ class TestRefusals:
             zip_loras(config(base=str(tmp_path / "other")))
         assert not list((tmp_path / "run").rglob("*.safetensors"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("change", "message"),
         [
