@@ -11,9 +11,8 @@ from unziplora.config.recipe import KINDS, resolve
 from unziplora.config.sample import SampleConfig, read_blocks
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
-from unziplora.lora.algebra import project
 from unziplora.lora.weights import Lora, scale_blocks
-from unziplora.methods.ziplora.inputs import PRINCIPAL
+from unziplora.methods.ziplora.inputs import project_content
 from unziplora.sampling.prompts import plan_prompts
 from unziplora.sampling.sources import LoraSource, find_lora
 
@@ -89,12 +88,8 @@ def read_pair(
         lora = scale_blocks(read_lora(file, unet_config), factors, str(file))
         parts[kind] = Part(find_lora(file, kind), lora, strengths[kind], entries)
     if projection:
-        style = parts["style"].lora.modules
-        modules = {
-            path: project(factors, style[path], projection, PRINCIPAL) if path in style else factors
-            for path, factors in parts["content"].lora.modules.items()
-        }
-        parts["content"] = replace(parts["content"], lora=replace(parts["content"].lora, modules=modules))
+        lora = project_content(parts["content"].lora, parts["style"].lora, projection)
+        parts["content"] = replace(parts["content"], lora=lora)
     return Pair(parts, projection)
 
 

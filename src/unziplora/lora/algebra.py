@@ -94,7 +94,7 @@ def project(pair: Pair, away_from: Pair, share: float, energy: float) -> Pair:
     """
     down, up = _matrices(pair)
     _, s, vh = _svd(away_from)
-    principal = vh[: _principal(s, energy)] * (s[: _principal(s, energy), None] > 0)  # an empty ΔW has no directions
+    principal = vh[: _principal(s, energy)] if s.any() else vh[:0]  # an empty ΔW has no directions
     return _shaped(down - share * (down @ principal.T) @ principal, up, pair)
 
 

@@ -91,19 +91,19 @@ def read_loras(config: ZipConfig, unet_config: Mapping[str, Any] | None = None) 
     return loras
 
 
-def separated(config: ZipConfig, loras: dict[str, Lora]) -> dict[str, Lora]:
-    """Return the LoRAs as the method adds them: for null-space, the content projected away from the style's directions.
+def project_content(content: Lora, style: Lora, share: float) -> Lora:
+    """Return the content LoRA projected away from the style's principal input directions (arXiv 2511.11051).
 
     Text encoders have no part in it, as in ZipLoRA.
+
+    Args:
+        share: see `project`.
     """
-    if config.method != "null-space":
-        return loras
-    content, style = loras["content"], loras["style"].modules
     modules = {
-        path: project(pair, style[path], config.projection, PRINCIPAL) if path in style else pair
+        path: project(pair, style.modules[path], share, PRINCIPAL) if path in style.modules else pair
         for path, pair in content.modules.items()
     }
-    return {**loras, "content": replace(content, modules=modules)}
+    return replace(content, modules=modules)
 
 
 def merge(loras: Mapping[str, Lora]) -> Lora:

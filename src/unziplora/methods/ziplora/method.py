@@ -37,8 +37,8 @@ from unziplora.methods.ziplora.inputs import (
     encode_teachers,
     learned_images,
     merge,
+    project_content,
     read_loras,
-    separated,
     shared_layers,
 )
 from unziplora.models.base import Base
@@ -266,7 +266,9 @@ def _add(config: ZipConfig, resume: bool, progress: Callback) -> RunFolder:
         progress(Progress(1, 1, message=f"wrote {path}"))
 
     def work(run: RunFolder) -> None:
-        parts = separated(config, read_loras(config))
+        parts = read_loras(config)
+        if config.method == "null-space":
+            parts["content"] = project_content(parts["content"], parts["style"], config.projection)
         loras = {"lora": merge(parts), **(parts if config.parts else {})}
         description = ZipLora.describe(config)
         provenance = Provenance(base_name(config), entries=_base_metadata(parts))
