@@ -12,10 +12,9 @@ from typing import Any
 from unziplora.config.recipe import to_toml
 from unziplora.config.training import TrainingConfig
 from unziplora.jobs.state import ERROR
-from unziplora.jobs.trainings import training_of
+from unziplora.jobs.trainings import config_of
 from unziplora.runs.folder import RunFolder, located
 from unziplora.utils.files import atomic_write
-from unziplora.utils.inputs import read_toml
 
 _PATHS = "paths.json"
 _LEFT_BEHIND = {"samples", "trackers", "steps"}
@@ -30,7 +29,7 @@ def pack_run(run: RunFolder) -> bytes:
     Raises:
         UserError: the settings are damaged.
     """
-    config = run.config(training_of(read_toml(run.config_file)).recipe)
+    config = config_of(run)
     paths: dict[str, Any] = {"run": run.path.name}
     members = [(Path("run", path), run.path / path) for path in _files(run.path, _LEFT_BEHIND)]
     for number, (key, source) in enumerate(inputs(config)):
@@ -56,7 +55,7 @@ def unpack_run(data: bytes, folder: Path) -> RunFolder:
     run = RunFolder((folder / "run").rename(folder / paths.pop("run")))
     run.checkpoints.mkdir(exist_ok=True)
     run.samples.mkdir(exist_ok=True)
-    config = run.config(training_of(read_toml(run.config_file)).recipe)
+    config = config_of(run)
     moved: dict[str, Any] = {"out": run.path}
     for key, places in paths.items():
         kind = type(getattr(config, key))  # a list, a path, or the name of a file

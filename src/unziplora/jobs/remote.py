@@ -24,10 +24,9 @@ from unziplora.jobs.cluster import Cluster, Lost, Outcome, Reporter, Task, impor
 from unziplora.jobs.parcel import inputs, pack_results, pack_run, unpack_results, unpack_run
 from unziplora.jobs.rows import Row
 from unziplora.jobs.state import record_failure
-from unziplora.jobs.trainings import Trainer, needs_base, training_of
+from unziplora.jobs.trainings import Trainer, config_of, needs_base
 from unziplora.jobs.worker import Train, execute
 from unziplora.runs.folder import RunFolder
-from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import Callback, Progress
 from unziplora.utils.signals import STOP, caught
 
@@ -121,12 +120,12 @@ def _is_here(parcel: Parcel) -> bool:
     """Return True if this node sees the run folder of the driver and all files that its settings name."""
     with suppress(OSError):
         if (parcel.run / MARK).read_text() == parcel.mark:
-            return all(path.exists() for _, path in inputs(_config(RunFolder(parcel.run))))
+            return all(path.exists() for _, path in inputs(config_of(RunFolder(parcel.run))))
     return False
 
 
 def _train(run: RunFolder, progress: Callback) -> Report:
-    config = _config(run)
+    config = config_of(run)
     if needs_base(config) and Path(config.base).is_absolute() and not Path(config.base).exists():
         import ray
 
@@ -136,10 +135,6 @@ def _train(run: RunFolder, progress: Callback) -> Report:
     except (Interrupted, KeyboardInterrupt):
         return Report("interrupted")
     return Report("finished") if error is None else Report("failed", reason=str(error))
-
-
-def _config(run: RunFolder) -> TrainingConfig:
-    return run.config(training_of(read_toml(run.config_file)).recipe)
 
 
 class NewCheckpoint:

@@ -65,6 +65,15 @@ def training_of(settings: dict[str, Any]) -> Training:
     raise UserError("config.toml: belongs to no method of this version; start the run again")
 
 
+def config_of(run: RunFolder) -> TrainingConfig:
+    """Read the configuration of a run of any kind.
+
+    Raises:
+        UserError: it is missing or damaged, or belongs to no kind of training.
+    """
+    return run.config(training_of(read_toml(run.config_file)).recipe)
+
+
 def check(config: C) -> C:
     """Return a recipe, completed; refuse one that cannot be trained, before anything is loaded.
 
@@ -73,7 +82,7 @@ def check(config: C) -> C:
     """
     from unziplora.training.preflight import check_run
 
-    method = _method_of(config)
+    method = resolve_name(_kind_of(config).method)
     config = completed(config)
     if needs_base(config):
         check_run(method, config)
@@ -95,7 +104,7 @@ def needs_base(config: TrainingConfig) -> bool:
 
 
 class Forecast(NamedTuple):
-    """What a training on images will learn, and what it needs.
+    """Forecast of a training on images: what it will learn, and what it needs.
 
     Attributes:
         image: the images at the training size, faded where a mask excludes them.
@@ -116,14 +125,14 @@ def foresee(config: ImageConfig) -> Forecast:
     from unziplora.training.memory import estimate
     from unziplora.training.preflight import check_run, preview
 
-    kind, sizes = _method_of(config), inspect_base(config.base)
+    kind, sizes = resolve_name(_kind_of(config).method), inspect_base(config.base)
     images = check_run(kind, config)
     memory = estimate(config, sizes, kind.layers(config, sizes.names), images.size)
     return Forecast(preview(images), images.size, config.filled_prompts(), memory)
 
 
-def _method_of(config: TrainingConfig) -> Any:
-    return resolve_name(next(kind.method for kind in TRAININGS.values() if type(config) is kind.recipe))
+def _kind_of(config: TrainingConfig) -> Training:
+    return next(kind for kind in TRAININGS.values() if type(config) is kind.recipe)
 
 
 @dataclass
@@ -139,11 +148,10 @@ class Trainer:
         Raises:
             UserError, MachineError, Interrupted: as the training itself.
         """
-        training = training_of(read_toml(run.config_file))
-        config = run.config(training.recipe).model_copy(update={"out": run.path})
+        config = config_of(run).model_copy(update={"out": run.path})
         try:
             base = self.load(config, progress)
-            resolve_name(training.function)(config, resume=True, progress=progress, base=base)
+            resolve_name(_kind_of(config).function)(config, resume=True, progress=progress, base=base)
         except (MachineError, MemoryError, RuntimeError):  # the memory may be needed, and the state is uncertain
             self.drop()
             raise
