@@ -27,7 +27,9 @@ Ctrl-C stops both, after the job in hand has saved its step.
 def _studio(folder: Path, host: str, port: int, password_file: Path | None, worker: bool, browser: bool) -> None:
     if find_spec("gradio") is None:
         raise UserError("the studio needs Gradio: pip install 'unziplora[studio]'")
-    local = host in ("127.0.0.1", "localhost", "::1", "[::1]")
+    from unziplora.studio.safety import is_local
+
+    local = is_local(host)
     password = _read_password(password_file) if password_file else None
     if not local and password is None:
         password = click.prompt("Password for the page", hide_input=True, confirmation_prompt=True, err=True)

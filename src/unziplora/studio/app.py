@@ -21,7 +21,7 @@ from unziplora.jobs.state import RunSummary
 from unziplora.studio import files, look, play, split, train
 from unziplora.studio import runs as all_runs
 from unziplora.studio.events import shown
-from unziplora.studio.safety import LOOPBACK, UPLOAD_LIMIT, Guard
+from unziplora.studio.safety import UPLOAD_LIMIT, Guard, is_local
 from unziplora.studio.workers import Workers
 from unziplora.utils.files import explain
 
@@ -139,7 +139,7 @@ def serve(runs: Path, host: str, port: int, password: str | None, worker: bool, 
         UserError: the host is not this machine alone and there is no password, or the port is taken.
         MachineError: the runs folder cannot be written.
     """
-    if host not in (*LOOPBACK, "::1") and not password:
+    if not is_local(host) and not password:
         raise UserError(f"--host {host} opens the studio to other machines: give it a password by --password-file")
     prepare(runs)
     listener = _listen(host, port)

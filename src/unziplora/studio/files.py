@@ -12,7 +12,7 @@ from unziplora.jobs.state import find_runs
 from unziplora.studio import live, look, play
 from unziplora.studio.events import shown
 from unziplora.studio.runs import LAYOUTS
-from unziplora.utils.files import file_stem, safe_name
+from unziplora.utils.files import file_stem, free_file, safe_name
 
 DTYPES = (("as it is", ""), ("fp16", "fp16"), ("bf16", "bf16"), ("fp32", "fp32"))
 
@@ -95,10 +95,7 @@ def rewrite(
     source = file_of(runs, name)
     ending = f"rank{rank}" if rank else f"{energy:g}" if energy else layout
     stem = safe_name(f"{file_stem(source)}-{ending}", "lora", longest=90)
-    target, number = runs / play.LORAS / f"{stem}.safetensors", 1
-    while target.exists():
-        number += 1
-        target = target.with_name(f"{stem}-{number}.safetensors")
+    target = free_file(runs / play.LORAS / f"{stem}.safetensors")
     if rank or energy:
         kept = resize(source, target, rank, energy, layout, dtype).energy
         return target, f"{kept:.1%} of the change to the model is left."

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from unziplora.studio import live, look
 from unziplora.studio.events import shown
 from unziplora.studio.forms import Form, copy_panel, settled
 from unziplora.studio.spelling import spell, write
-from unziplora.utils.files import file_stem, free_folder, safe_name
+from unziplora.utils.files import atomic_write, file_stem, free_file, safe_name
 from unziplora.utils.inputs import parse_json
 from unziplora.utils.progress import Progress
 
@@ -216,15 +217,9 @@ def keep(runs: Path, file: Path) -> str:
 
     read_lora(file)
     stem = safe_name(file_stem(file), "lora", longest=80)
-    target = runs / LORAS / f"{stem}.safetensors"
-    number = 1
-    while target.exists():
-        number += 1
-        target = target.with_stem(f"{stem}-{number}")
-    target.parent.mkdir(exist_ok=True)
-    temporary = free_folder(runs / LORAS / f".{target.name}")
-    shutil.copyfile(file, temporary)
-    temporary.replace(target)
+    target = free_file(runs / LORAS / f"{stem}.safetensors")
+    with file.open("rb") as source:
+        atomic_write(target, partial(shutil.copyfileobj, source))
     return f"{LORAS}/{target.name}"
 
 

@@ -24,6 +24,7 @@ SERVED = (".png", ".safetensors")
 """Endings of the files in the runs folder that are served."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+"""Names of this machine alone, as browsers send them."""
 
 _FILES, _UPLOAD = ("/gradio_api/file=", "/gradio_api/file/"), "/gradio_api/upload"
 _CLOSED = ("/gradio_api/proxy=", "/gradio_api/stream", "/monitoring", "/gradio_api/runs", "/gradio_api/run-history")
@@ -143,6 +144,11 @@ class Guard:
             for path in paths:
                 names = names.replace(str(path), path.name)
             raise UserError(names) from None
+
+
+def is_local(host: str) -> bool:
+    """Return True for an address that only this machine can reach."""
+    return host in (*LOOPBACK, "::1")
 
 
 def check_file(path: Path) -> None:

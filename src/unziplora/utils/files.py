@@ -167,6 +167,15 @@ def safe_name(text: str, default: str, longest: int | None = None) -> str:
     return re.sub(r"[^\w.-]+", "-", text)[:longest].strip(".-") or default
 
 
+def free_file(path: Path) -> Path:
+    """Return the path, or the first of name-2, name-3 … that does not exist yet."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
+
+
 def free_folder(folder: Path) -> Path:
     """Return the folder, or the first of folder-2, folder-3 … that does not exist yet."""
     folder = folder if folder.name else folder.resolve()
