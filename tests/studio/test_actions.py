@@ -22,6 +22,10 @@ def finished(path: Path) -> RunFolder:
     return run
 
 
+def state(runs: Path, run: RunFolder) -> str:
+    return actions.state(run, actions.waiting(runs, run))
+
+
 def image() -> Image.Image:
     return Image.linear_gradient("L").convert("RGB").resize((128, 128))
 
@@ -60,15 +64,15 @@ def test_failed_run_goes_on_as_the_job_that_it_was(tmp_path: Path) -> None:
     queue = Queue(tmp_path)
     job = queue.submit(recipe(tmp_path / "cat"))
     record_failure(job.run, UserError("no"))
-    assert actions.state(tmp_path, job.run) == "failed"
+    assert state(tmp_path, job.run) == "failed"
     assert actions.go_on(tmp_path, job.run).number == job.number
-    assert actions.state(tmp_path, job.run) == "queued"
+    assert state(tmp_path, job.run) == "queued"
 
 
 def test_interrupted_run_goes_on_as_a_new_job(tmp_path: Path) -> None:
     run = begin(tmp_path / "cat")
     run.log(step=1)
-    assert actions.state(tmp_path, run) == "interrupted"
+    assert state(tmp_path, run) == "interrupted"
     actions.go_on(tmp_path, run)
     assert [job.name for job in Queue(tmp_path).jobs()] == ["cat"]
 
@@ -76,7 +80,7 @@ def test_interrupted_run_goes_on_as_a_new_job(tmp_path: Path) -> None:
 def test_paused_job_is_called_so(tmp_path: Path) -> None:
     job = Queue(tmp_path).submit(recipe(tmp_path / "cat"))
     Queue(tmp_path).pause(job.number)
-    assert actions.state(tmp_path, job.run) == "paused"
+    assert state(tmp_path, job.run) == "paused"
 
 
 def test_extended_run_waits_with_more_steps_and_keeps_its_loras(tmp_path: Path) -> None:
@@ -86,7 +90,7 @@ def test_extended_run_waits_with_more_steps_and_keeps_its_loras(tmp_path: Path) 
     actions.extend(tmp_path, run, 6)
     assert read_toml(run.config_file)["steps"] == 10
     assert run.kept_lora("content", 4).read_bytes() == b"content after 4 steps"
-    assert actions.state(tmp_path, run) in ("queued", "interrupted")
+    assert state(tmp_path, run) in ("queued", "interrupted")
     assert actions.waiting(tmp_path, run)
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from unziplora.errors import UserError
 from unziplora.jobs.queue import Queue
-from unziplora.jobs.state import RunSummary, record_failure
+from unziplora.jobs.state import RunSummary, find_runs, record_failure
 from unziplora.studio import live, look
 
 SCRIPT = "<script>alert(1)</script>"
@@ -68,14 +68,20 @@ def test_run_is_found_by_its_name(tmp_path: Path) -> None:
     assert summary.run.path == run.path
 
 
+def name_of_current(runs: Path) -> str:
+    summary = live.current(find_runs(runs))
+    assert summary is not None
+    return live.name_of(runs, summary)
+
+
 def test_current_run_is_the_running_one_before_the_newest(tmp_path: Path) -> None:
-    assert live.current(tmp_path) is None
+    assert live.current(find_runs(tmp_path)) is None
     queue = Queue(tmp_path)
     queue.submit(recipe(tmp_path / "cat"))
     with queue.claimed():
         train(begin(tmp_path / "fox"), lambda _: None)
-        assert live.current(tmp_path) == "cat"
-    assert live.current(tmp_path) == "fox"
+        assert name_of_current(tmp_path) == "cat"
+    assert name_of_current(tmp_path) == "fox"
 
 
 def test_sheets_are_named_after_their_steps(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from unziplora.studio import runs as tab
 
 
 def test_caption_begins_with_the_name_and_has_state_and_words(tmp_path: Path) -> None:
-    parts = tab.caption(tmp_path, RunSummary(begin(tmp_path / "demo" / "cat"))).split(" · ")
+    parts = tab.caption(tmp_path, RunSummary(begin(tmp_path / "demo" / "cat")), None).split(" · ")
     assert parts == ["demo/cat", "interrupted", "cat", "ink", "just now"]
 
 

@@ -20,7 +20,7 @@ State = Literal["queued", "running", "interrupted", "failed", "finished", "missi
 
 ERROR, LOG = ".error.json", "worker.log"
 LOG_LINES = 30
-"""Lines of a log that are shown of a failed run."""
+"""Lines of a log that are shown."""
 
 
 def state_of(run: RunFolder, queued: bool = False) -> State:
@@ -93,9 +93,13 @@ def read_failure(run: RunFolder) -> Failure | None:
         return None
     except (OSError, UserError, KeyError):
         message = "its error cannot be read"
+    return Failure(str(message), log_tail(run))
+
+
+def log_tail(run: RunFolder) -> list[str]:
+    """Return the last lines of the log that the processes of a run left."""
     log = run.path / LOG
-    lines = log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else []
-    return Failure(str(message), lines[-LOG_LINES:])
+    return log.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:] if log.is_file() else []
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the page does to runs: start, continue, extend, duplicate, rename, trash; by the queue and the run folders."""
+"""Actions of the page on runs: start, continue, extend, duplicate, rename, trash."""
 
 from __future__ import annotations
 
@@ -144,16 +144,24 @@ def restore(runs: Path, run: RunFolder) -> RunFolder:
     return RunFolder(target)
 
 
+def jobs(runs: Path) -> dict[Path, Job]:
+    """Return the jobs of the queue in their order, by the absolute paths of their runs."""
+    if not (runs / "queue.sqlite").is_file():
+        return {}
+    return {absolute(job.run.path): job for job in Queue(runs).jobs()}
+
+
 def waiting(runs: Path, run: RunFolder) -> Job | None:
     """Return the job of a run; None if it is not in the queue."""
-    if not (runs / "queue.sqlite").is_file():
-        return None
-    return next((job for job in Queue(runs).jobs() if absolute(job.run.path) == absolute(run.path)), None)
+    return jobs(runs).get(absolute(run.path))
 
 
-def state(runs: Path, run: RunFolder) -> str:
-    """Return the state of a run, with what the queue asks of it."""
-    job = waiting(runs, run)
+def state(run: RunFolder, job: Job | None) -> str:
+    """Return the state of a run, with what the queue asks of it.
+
+    Args:
+        job: of the run; None if it is not in the queue.
+    """
     now = state_of(run, queued=job is not None)
     if job is not None and job.request == "pause" and now != "running":
         return "paused"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from unziplora.config.recipe import Recipe, resolve
-from unziplora.jobs.queue import Queue
-from unziplora.jobs.state import LOG, RunSummary, State, find_runs, read_failure, state_of
+from unziplora.jobs.state import LOG, RunSummary, find_runs, log_tail, read_failure
 from unziplora.jobs.trainings import TRAININGS, training_of
 from unziplora.runs.folder import RunFolder
 from unziplora.studio import look
@@ -36,19 +36,10 @@ def name_of(runs: Path, summary: RunSummary) -> str:
     return summary.run.path.relative_to(runs).as_posix()
 
 
-def states(runs: Path) -> dict[Path, State]:
-    """Return the states of the runs in the queue; a queue that cannot be read counts as empty."""
-    if not (runs / "queue.sqlite").is_file():
-        return {}
-    return {job.run.path: state_of(job.run, queued=True) for job in Queue(runs).jobs()}
-
-
-def current(runs: Path) -> str | None:
-    """Return the name of the run that is of most interest: one that is running, else the newest."""
-    summaries = find_runs(runs)
+def current(summaries: Sequence[RunSummary]) -> RunSummary | None:
+    """Return the run that is of most interest: one that is running, else the first."""
     running = (summary for summary in summaries if summary.state == "running")
-    first = next(running, summaries[0] if summaries else None)
-    return name_of(runs, first) if first else None
+    return next(running, summaries[0] if summaries else None)
 
 
 def losses(run: RunFolder) -> list[float]:
@@ -61,12 +52,6 @@ def seconds_per_step(run: RunFolder, last: int = 20) -> float | None:
     lines = run.read_log()[-last:]
     seconds = [float(line["seconds"]) for line in lines if isinstance(line.get("seconds"), (int, float))]
     return sum(seconds) / len(seconds) if seconds else None
-
-
-def log_tail(run: RunFolder, lines: int = 30) -> list[str]:
-    """Return the last lines of the worker's log of a run."""
-    file = run.path / LOG
-    return file.read_text("utf-8", errors="replace").splitlines()[-lines:] if file.is_file() else []
 
 
 def signature(summary: RunSummary, state: str) -> tuple[object, ...]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from unziplora.errors import UnziploraError, UserError
 from unziplora.images.files import open_upright
-from unziplora.jobs.queue import Queue
+from unziplora.jobs.queue import Job, Queue
 from unziplora.jobs.state import RunSummary, find_runs
 from unziplora.studio import actions, live, look
 from unziplora.studio.events import shown
@@ -21,7 +21,7 @@ from unziplora.studio.forms import copy_panel
 from unziplora.studio.spelling import spell
 from unziplora.studio.watch import Watch, watch
 from unziplora.studio.workers import Workers
-from unziplora.utils.files import write_png
+from unziplora.utils.files import absolute, write_png
 
 LAYOUTS = (("ComfyUI, Forge, A1111, InvokeAI (kohya)", "kohya"), ("diffusers", "diffusers"),
            ("kohya names, diffusers blocks", "kohya-diffusers"))  # fmt: skip
@@ -55,7 +55,8 @@ def tab(runs: Path, cache: Path, workers: Workers, timer: Any, reuse: Callable[[
     _queue(runs, workers, timer)
 
     def list_runs(words: str | None, seen: Any) -> tuple[Any, Any, Any]:
-        tiles = [(thumbnail(cache, one), caption(runs, one)) for one in find_runs(runs, (words or "").split())[:SHOWN]]
+        jobs, found = actions.jobs(runs), find_runs(runs, (words or "").split())[:SHOWN]
+        tiles = [(thumbnail(cache, one), caption(runs, one, jobs.get(absolute(one.run.path)))) for one in found]
         sign = [list(tile) for tile in tiles]
         if sign == seen:
             return gr.skip(), gr.skip(), gr.skip()
@@ -77,9 +78,9 @@ def tab(runs: Path, cache: Path, workers: Workers, timer: Any, reuse: Callable[[
     return chosen
 
 
-def caption(runs: Path, summary: RunSummary) -> str:
+def caption(runs: Path, summary: RunSummary, job: Job | None) -> str:
     """Return the caption of a run in the gallery; it begins with the run's name."""
-    state = actions.state(runs, summary.run)
+    state = actions.state(summary.run, job)
     return " · ".join([live.name_of(runs, summary), state, *summary.words.values(), live.age(summary.changed)])
 
 
@@ -106,9 +107,9 @@ def description(summary: RunSummary | None) -> str:
         return ""
     run, settings = summary.run, summary.settings
     files = [
-        live.link(file, f"{name} LoRA ({'kohya' if layout == 'kohya' else layout})")
+        live.link(file, f"{name} LoRA ({layout})")
         for name in ("content", "style", "lora")
-        for layout in ("kohya", "diffusers", "kohya-diffusers")
+        for _, layout in LAYOUTS
         if (file := run.lora(name, layout)).is_file()
     ]
     names = ("base", "preset", "rank", "steps", "seed", "resolution")
@@ -253,8 +254,7 @@ def _queue(runs: Path, workers: Workers, timer: Any) -> None:
         )
 
     def refresh(known: Any) -> tuple[Any, ...]:
-        jobs = Queue(runs).jobs() if (runs / "queue.sqlite").is_file() else []
-        rows = [(one.number, one.name, actions.state(runs, one.run)) for one in jobs]
+        rows = [(job.number, job.name, actions.state(job.run, job)) for job in actions.jobs(runs).values()]
         sign = [list(one) for one in rows]
         if sign == known:
             return (gr.skip(),) * 4

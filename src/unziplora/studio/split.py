@@ -54,7 +54,7 @@ BRUSH = (20, 184, 166)
 
 
 class Split(NamedTuple):
-    """What other tabs use of this one.
+    """Parts of this tab that other tabs use.
 
     Attributes:
         now: view of the current run.

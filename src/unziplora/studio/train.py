@@ -34,7 +34,7 @@ ABOUT = {
 
 @dataclass
 class _Tab:
-    """What the parts of the tab share."""
+    """Objects that the parts of the tab share."""
 
     runs: Path
     workers: Workers

@@ -51,22 +51,21 @@ class Watch:
         Args:
             seen: signature of the view in the page, and the number of sheets; None if there is none.
         """
-        name = name or live.current(self.runs)
-        summary = live.run_in(self.runs, name) or live.run_in(self.runs, live.current(self.runs))
-        names = [live.name_of(self.runs, other) for other in find_runs(self.runs)]
+        summaries = {live.name_of(self.runs, one): one for one in find_runs(self.runs)}
+        summary = summaries.get(name or "") or live.current([*summaries.values()])
+        names = list(summaries)
         if summary is None:
             sign: Any = [[], names, 0]
             hidden = gr.update(visible=False)
             empty = (gr.update(choices=[], value=None, visible=False), sign, _NOTHING, hidden, hidden, hidden, hidden)
             return (gr.skip(),) * 7 if sign == seen else empty
-        state, idle = actions.state(self.runs, summary.run), False
-        if state in ("queued", "interrupted") and actions.waiting(self.runs, summary.run):
-            idle = not self.workers.present()
-        sign = [[str(part) for part in (*live.signature(summary, state), idle)], names, len(live.sheets(summary.run))]
+        job, pictures = actions.waiting(self.runs, summary.run), live.sheets(summary.run)
+        state = actions.state(summary.run, job)
+        idle = job is not None and state in ("queued", "interrupted") and not self.workers.present()
+        sign = [[str(part) for part in (*live.signature(summary, state), idle)], names, len(pictures)]
         if sign == seen:
             return (gr.skip(),) * 7
         banner = f'<div class="fault" role="alert">{look.text(_IDLE)}</div>' if idle else ""
-        pictures = live.sheets(summary.run)
         gallery = gr.update(value=pictures, visible=bool(pictures))
         return (
             gr.update(choices=names, value=live.name_of(self.runs, summary), visible=True),
