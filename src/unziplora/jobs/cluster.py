@@ -6,15 +6,15 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError
 from unziplora.utils.progress import Callback, Progress
+from unziplora.utils.threads import Periodic
 
 ANSWER = 20.0
 """Seconds in which a cluster must answer."""
@@ -101,42 +101,30 @@ class Board:
         return news
 
 
-@dataclass
-class Reporter:
+class Reporter(Periodic):
     """Progress callback inside a task: a thread sends the latest event every second.
 
     Attributes:
         new_files: returns files to send along.
     """
 
-    board: Any
-    name: str
-    new_files: Callable[[], bytes | None] = lambda: None
-    latest: Progress | None = None
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def __enter__(self) -> Reporter:
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.ended.set()
-        self.thread.join()
+    def __init__(self, board: Any, name: str) -> None:
+        super().__init__(INTERVAL)
+        self.board, self.name = board, name
+        self.new_files: Callable[[], bytes | None] = lambda: None
+        self.latest: Progress | None = None
+        self.sent: Progress | None = None
 
     def __call__(self, event: Progress) -> None:
         if event.steps:  # messages are in the log of the run
             self.latest = event
 
-    def _run(self) -> None:
-        sent = None
-        while not self.ended.wait(INTERVAL):
-            latest, files = self.latest, self.new_files()
-            if files is not None or latest is not sent:
-                self.board.put.remote(self.name, latest and replace(latest, message=None), files)
-                sent = latest
+    def tick(self) -> bool:
+        latest, files = self.latest, self.new_files()
+        if files is not None or latest is not self.sent:
+            self.board.put.remote(self.name, latest and replace(latest, message=None), files)
+            self.sent = latest
+        return True
 
 
 def perform(board: Any, name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

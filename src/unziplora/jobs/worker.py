@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 
@@ -24,6 +23,7 @@ from unziplora.runs.folder import RunFolder
 from unziplora.utils.files import explain
 from unziplora.utils.progress import Callback, Lines, Progress
 from unziplora.utils.signals import STOP, caught
+from unziplora.utils.threads import Periodic
 
 Train = Callable[[RunFolder, Callback], object]
 """Trains a run to its end, from the step that it has reached."""
@@ -177,31 +177,19 @@ def _do(queue: Queue, job: Job, claim: Claim, train: Train, progress: Callback, 
         tell(f"failed: {error}")
 
 
-class Heartbeat:
+class Heartbeat(Periodic):
     """A thread that renews the claim to a job, and stops the job as Ctrl-C does when the queue asks for it."""
 
     def __init__(self, queue: Queue, job: Job, claim: Claim) -> None:
+        super().__init__(BEAT)
         self.queue, self.job, self.claim, self.request = queue, job, claim, ""
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Heartbeat:
-        self.thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.ended.set()
-        self.thread.join()
-
-    def _run(self) -> None:
-        while not self.ended.wait(BEAT):
-            self.claim.beat()
-            try:
-                self.request = self.queue.request(self.job)
-            except UnziploraError:
-                continue  # the worker meets the fault when it takes the next job
-            if self.request:
-                signal.raise_signal(signal.SIGTERM)
-                return
+    def tick(self) -> bool:
+        self.claim.beat()
+        try:
+            self.request = self.queue.request(self.job)
+        except UnziploraError:
+            return True  # the worker meets the fault when it takes the next job
+        if self.request:
+            signal.raise_signal(signal.SIGTERM)
+        return not self.request
