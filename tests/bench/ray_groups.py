@@ -12,8 +12,8 @@ def slow(config: BenchConfig, fields: Mapping[str, Any], units: Sequence[Any], t
     """Take no time for seed 0, and very long for every other seed."""
     ((_, case, seed),) = units
     file = fields["folder"] / f"{case}-{seed}"
-    file.write_text("begun")
     try:
+        file.write_text("begun")
         for _ in range(0 if seed == 0 else 6000):
             time.sleep(0.1)  # the interruption waits for the end of a call
     except KeyboardInterrupt:
