@@ -15,10 +15,11 @@ from PIL import Image
 
 from unziplora.bench.cases import Case
 from unziplora.bench.contenders import Adapters, Contender
-from unziplora.bench.scores import geometric_mean, leak, similarity
+from unziplora.bench.scores import leak
 from unziplora.bench.workspace import Workspace, json_hash, training_settings
 from unziplora.lora.weights import Lora
 from unziplora.metrics.measures import CaseMeasure
+from unziplora.metrics.similarity import geometric_mean, similarity
 from unziplora.models.base import Base
 from unziplora.models.offload import base_on_cpu
 from unziplora.models.text import Prompts

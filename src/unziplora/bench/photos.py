@@ -7,12 +7,10 @@ section 4).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unziplora.bench.cases import Case, Example
 from unziplora.bench.report import Report, markdown_table, summarize
@@ -20,8 +18,7 @@ from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import KINDS
 from unziplora.errors import UserError
 from unziplora.images.preprocess import load_image
-from unziplora.metrics.embedders import ImageModel
-from unziplora.metrics.statistics import Images
+from unziplora.metrics.embedders import ImageModel, ModelMeasure
 from unziplora.utils.files import atomic_write
 from unziplora.utils.inputs import read_toml
 
@@ -33,25 +30,6 @@ CONTENTS = ("house", "guitar", "rocket", "penguin")
 """Contents to show a style on; the photo's own content is left out."""
 
 EXAMPLE = '["cat.jpg"] with content = "cat" and style = "pencil sketch" below it'
-
-
-@dataclass
-class ModelMeasure:
-    """Two image models as a measure; the name contains theirs, so that other models score again."""
-
-    name: str
-    contents: ImageModel
-    styles: ImageModel
-
-    def content(self, images: Images) -> Tensor:
-        """Embed the content, [N, D], rows of unit length."""
-        return self.contents.embed(images)
-
-    concept = content
-
-    def style(self, images: Images) -> Tensor:
-        """Embed the style, [N, D], rows of unit length."""
-        return self.styles.embed(images)
 
 
 def load_photos(folder: Path, side: int) -> dict[str, Case]:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 
 from torch import Tensor
+
+from unziplora.metrics.similarity import harmonic_mean, similarity
 
 Figures = dict[str, float]
 """Figures by name, `task.quantity`, such as `content.score`."""
 
 CONTENT, STYLE = "content.score", "style.score"
 """The two figures on the scale: content alone in other styles, style alone on other contents."""
-
-
-def similarity(features: Tensor, truths: Tensor) -> list[float]:
-    """Return the mean cosine of each image [N, D] to its truths [M, D], rows of unit length; N values."""
-    return [float(value) for value in (features @ truths.T).mean(1)]
-
-
-def geometric_mean(first: float, second: float) -> float:
-    """Return the geometric mean of two similarities, each clipped at 0.
-
-    It is a product, so that neither copying the image (right content, wrong style) nor ignoring the LoRA pays.
-    """
-    return math.sqrt(max(first, 0.0) * max(second, 0.0))
 
 
 def leak(features: Tensor, truths: Tensor, image: Tensor) -> list[float]:
@@ -47,12 +35,6 @@ def mean_figures(rows: Iterable[Mapping[str, float]]) -> Figures:
 def scale(value: float, base: float, oracle: float) -> float | None:
     """Scale a score: 0 is the base without LoRA, 1 the oracle; None if the oracle is no better than the base."""
     return (value - base) / (oracle - base) if oracle > base else None
-
-
-def harmonic_mean(content: float, style: float) -> float:
-    """Return the harmonic mean of two scaled scores; it is 0 if one of them is negative."""
-    content, style = max(content, 0.0), max(style, 0.0)
-    return 2 * content * style / (content + style) if content + style > 0 else 0.0
 
 
 def headline(figures: Mapping[str, float], base: Mapping[str, float], oracle: Mapping[str, float]) -> Figures:

@@ -8,6 +8,7 @@ token of DINO (arXiv 2104.14294, 2304.07193), and the style embedding of CSD (ar
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -65,3 +66,22 @@ class ImageModel:
             pixels = self._processor(images=batch, return_tensors="pt")["pixel_values"]
             rows.append(self._embed(pixels.to(self._device)).float().cpu())
         return F.normalize(torch.cat(rows), dim=1)
+
+
+@dataclass
+class ModelMeasure:
+    """Two image models as a measure; the name contains theirs, so that other models score again."""
+
+    name: str
+    contents: ImageModel
+    styles: ImageModel
+
+    def content(self, images: Images) -> Tensor:
+        """Embed the content, [N, D], rows of unit length."""
+        return self.contents.embed(images)
+
+    concept = content
+
+    def style(self, images: Images) -> Tensor:
+        """Embed the style, [N, D], rows of unit length."""
+        return self.styles.embed(images)
