@@ -28,6 +28,9 @@ PATHS = {"out", "images", "masks", "content_lora", "style_lora", "content_images
 FRAMING = {"crop", "fit"}
 """Keys that change nothing about the benchmark's images, which are squares of the base's size."""
 
+CHOICE = {"seeds", "dino", "clip"}
+"""Keys that choose between finished runs; the benchmark measures each."""
+
 C = TypeVar("C", bound=TrainingConfig, contravariant=True)
 R = TypeVar("R", bound=TrainingConfig)
 
@@ -125,7 +128,8 @@ def training_settings(config: TrainingConfig) -> dict[str, Any]:
 
     Keys that were renamed or merged appear under their old names, so that results stored before remain valid.
     """
-    settings = config.model_dump(mode="json", exclude=PATHS | {"device", "cuda_graphs", "save_every", *FRAMING})
+    without = PATHS | CHOICE | FRAMING | {"device", "cuda_graphs", "save_every"}
+    settings = config.model_dump(mode="json", exclude=without)
     settings["sample_steps"] = settings.pop("generated_steps")
     settings["sample_guidance"] = settings.pop("generated_guidance")
     if settings.get("method") != "null-space":

@@ -16,6 +16,7 @@ from unziplora.cli.output import memory_advice
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
 from unziplora.utils.files import file_stem, safe_name
+from unziplora.utils.inputs import read_json
 from unziplora.utils.progress import Callback
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def training_command(
     words: str,
     model: type[ImageConfig],
-    method: str,
+    function: str,
     *,
     help: str,
     short_help: str,
@@ -35,14 +36,14 @@ def training_command(
 
     Args:
         words: the command's words after `unziplora`.
-        method: module and class, such as "unziplora.methods.blora:BLora"; imported late, because it brings torch along.
+        function: trains; 'module:name', imported late, because it brings torch along.
         notes: remarks to show behind a key's help instead of its default.
     """
     own = {"images": ["repeatable", "the same as IMAGE"], "out": ["default: runs/NAME"]}
     return RecipeCommand(
         words.split()[-1],
         model,
-        partial(_run, method),
+        partial(_run, function),
         _plan,
         help=help,
         short_help=short_help,
@@ -65,11 +66,9 @@ def _layers(model: type[ImageConfig], words: str, params: Mapping[str, Any], fil
     return run_layers(model, words, file, flags, name, params["resume"], params["extend"])
 
 
-def _run(method: str, config: ImageConfig, progress: Callback, resume: bool) -> Output:
+def _run(function: str, config: ImageConfig, progress: Callback, resume: bool) -> Output:
     with memory_advice(config):
-        from unziplora.training.runner import run_training
-
-        return run_output(run_training(resolve_name(method), config, resume=resume, progress=progress))
+        return run_output(resolve_name(function)(config, resume=resume, progress=progress))
 
 
 def _plan(config: ImageConfig) -> Plan:
@@ -129,6 +128,9 @@ def run_output(run: RunFolder) -> Output:
     """List the files of a finished run."""
     loras = {name: str(path) for name, path in run.loras.items()}
     samples = [str(path) for path in run.sheets]
-    data = {"run": str(run.path), **loras, "samples": samples, "card": str(run.card)}
+    check = read_json(run.check_file) if run.check_file.is_file() else {}
+    data: dict[str, Any] = {"run": str(run.path), **loras, "samples": samples, "card": str(run.card)}
     lines = [f"{name:<8} {path}" for name, path in loras.items()] + [f"sample   {path}" for path in samples[-1:]]
+    lines += [f"check    {line}" for line in check.get("findings", [])]
+    data |= {"check": check} if check else {}
     return Output(data, "\n".join(lines), f"How to use it: {run.card}")

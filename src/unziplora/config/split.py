@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
+from unziplora.config.bases import is_bundled
 from unziplora.config.recipe import expert, key
 from unziplora.config.training import SMALL, ImageConfig
 
@@ -138,6 +139,27 @@ class SplitConfig(ImageConfig):
     content_class_prompt: str = expert("a {content}", "Class prompt of the content prior.", "Method")
     style_class_prompt: str = expert("an image", "Class prompt of the style prior.", "Method")
 
+    seeds: int = key(
+        1, "Trainings, from seed on; the one whose content and style came apart best is kept.", "Training", ge=1, le=100
+    )
+    dino: str | None = expert(
+        None,
+        "With clip: DINO model that compares subjects, to check after the training whether content and style came "
+        "apart; folder or hub id. The bundled base is checked without.",
+        "Output",
+        min_length=1,
+        private=True,
+        may_change=True,
+    )
+    clip: str | None = expert(
+        None,
+        "With dino: CLIP model that compares styles; folder or hub id.",
+        "Output",
+        min_length=1,
+        private=True,
+        may_change=True,
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> SplitConfig:
         if self.content.lower() == self.style.lower():
@@ -158,8 +180,19 @@ class SplitConfig(ImageConfig):
                 f"{self.column_warmup}: raise steps, lower column_warmup or column_periods, "
                 "or switch column_separation off"
             )
+        if (self.dino is None) != (self.clip is None):
+            raise ValueError("the check takes two models, dino for the subject, clip for the style: set both or none")
+        if self.seeds > 1 and not self.is_checked():
+            raise ValueError(
+                f"of {self.seeds} seeds the best is found by a check of the samples: set dino and clip to two models "
+                "that see (the bundled base needs none), and leave some sample_seeds"
+            )
         self.check_rates(content_learning_rate=self.content_learning_rate, style_learning_rate=self.style_learning_rate)
         return self
+
+    def is_checked(self) -> bool:
+        """Return True if the finished LoRAs are checked on their samples."""
+        return bool(self.sample_seeds) and (self.dino is not None or is_bundled(self.base))
 
     def filled_prompts(self) -> dict[str, str]:
         """Return the three prompts."""

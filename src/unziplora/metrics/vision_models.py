@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,22 @@ CLIP = VisionModelSpec(
 )
 
 
+def check_vision_model(spec: VisionModelSpec, source: str) -> str:
+    """Refuse a model that does not exist or is of another type, without reading its weights; return its type.
+
+    Raises:
+        UserError: there is no such model here or on the hub, or it is of another type.
+    """
+    import transformers
+
+    location, local = _locate(source)
+    with _explained(spec, source):
+        model_type = str(transformers.AutoConfig.from_pretrained(location, **local).model_type)
+        if model_type not in spec.types:
+            raise UserError(f"{spec.flag} {source}: this is a {model_type} model; give {spec.description}")
+    return model_type
+
+
 def load_vision_model(spec: VisionModelSpec, source: str) -> tuple[Any, Any]:
     """Load a complete, frozen model of an accepted type, and its processor.
 
@@ -43,30 +61,38 @@ def load_vision_model(spec: VisionModelSpec, source: str) -> tuple[Any, Any]:
     """
     import transformers
 
+    model_type = check_vision_model(spec, source)
+    location, local = _locate(source)
+    extra = {"add_pooling_layer": False} if model_type == "vit" else {}  # DINO has no pooling layer
+    with _explained(spec, source):
+        model, info = getattr(transformers, spec.model).from_pretrained(
+            location, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra, **local
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(
+                f"{spec.flag} {source}: {missing[0]} is not in its weights, so its embeddings would be random; "
+                f"give {spec.description}"
+            )
+        processor = getattr(transformers, spec.processor).from_pretrained(location, **local)
+    return model.eval().requires_grad_(False), processor
+
+
+def _locate(source: str) -> tuple[str, dict[str, Any]]:
+    """Return a folder, or a name on the hub, with the keywords that keep transformers from looking elsewhere."""
     path = Path(source).expanduser()
-    local: dict[str, Any] = {"local_files_only": True} if path.is_dir() else {}
-    location = str(path) if path.is_dir() else source
-    label = f"{spec.flag} {source}"
+    return (str(path), {"local_files_only": True}) if path.is_dir() else (source, {})
+
+
+@contextmanager
+def _explained(spec: VisionModelSpec, source: str) -> Iterator[None]:
+    """Say what was given and what is needed if a model cannot be loaded."""
     try:
         with quiet():
-            model_type = transformers.AutoConfig.from_pretrained(location, **local).model_type
-            if model_type not in spec.types:
-                raise UserError(f"{label}: this is a {model_type} model; give {spec.description}")
-            extra = {"add_pooling_layer": False} if model_type == "vit" else {}  # DINO has no pooling layer
-            model, info = getattr(transformers, spec.model).from_pretrained(
-                location, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra, **local
-            )
-            if missing := sorted(info["missing_keys"]):
-                raise UserError(
-                    f"{label}: {missing[0]} is not in its weights, so its embeddings would be random; "
-                    f"give {spec.description}"
-                )
-            processor = getattr(transformers, spec.processor).from_pretrained(location, **local)
+            yield
     except UserError:
         raise
     except Exception as error:  # each of the libraries involved has errors of its own
         raise UserError(
-            f"{label}: no model can be loaded from here ({first_line(error)}). Give the folder, or while online the "
-            f"hub id, of {spec.description}; or leave {spec.flag} out"
+            f"{spec.flag} {source}: no model can be loaded from here ({first_line(error)}). Give the folder, or while "
+            f"online the hub id, of {spec.description}; or leave {spec.flag} out"
         ) from error
-    return model.eval().requires_grad_(False), processor

@@ -139,6 +139,11 @@ class RunFolder:
         return self.path / "README.md"
 
     @property
+    def check_file(self) -> Path:
+        """Path of the figures of the check of the finished LoRAs; not every run has them."""
+        return self.path / "check.json"
+
+    @property
     def unfinished(self) -> bool:
         """True if a run began here and has not written its last file, the card."""
         return self._begun() and not self.card.exists()
@@ -454,7 +459,7 @@ def located(config: Recipe) -> dict[str, Any]:
             paths[name] = absolute(value)
         elif isinstance(value, list) and value and all(isinstance(item, Path) for item in value):
             paths[name] = [absolute(item) for item in value]
-    for name in ("base", "blocks"):
+    for name in ("base", "blocks", "dino", "clip"):
         value = getattr(config, name, None)
         if value is not None and value not in BLOCK_MAPS and Path(value).expanduser().exists():
             paths[name] = str(absolute(Path(value).expanduser()))

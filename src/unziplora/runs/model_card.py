@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import version
@@ -54,15 +55,29 @@ class RunDescription:
     separate_prompts: bool = False
 
 
-def card(run: RunFolder, config: TrainingConfig, description: RunDescription, full_size: bool) -> str:
+def card(
+    run: RunFolder,
+    config: TrainingConfig,
+    description: RunDescription,
+    full_size: bool,
+    findings: Sequence[str] = (),
+) -> str:
     """Return the card as Markdown, with the front matter that model hubs read: first the use, at the end the settings.
 
     Args:
         run: the card names the LoRA files and samples that exist in it.
         full_size: the base has SDXL's own size, so that other programs can load the files.
+        findings: sentences of a check of the LoRAs.
     """
     use = _programs(run, config, description) if full_size else _small(run, config, description)
-    parts = [_head(config, description), _title(config, description), _files(run, description), use, _samples(run)]
+    parts = [
+        _head(config, description),
+        _title(config, description),
+        _files(run, description),
+        use,
+        _samples(run),
+        _check(findings),
+    ]
     origin = f"{description.origin} by unziplora {version('unziplora')} ({description.method}).\n"
     return "\n".join(part for part in (*parts, origin, _settings(config)) if part)
 
@@ -145,6 +160,11 @@ def _place(run: RunFolder) -> Path:
 
 def _samples(run: RunFolder) -> str:
     return f"![samples]({run.sheets[-1].relative_to(run.path).as_posix()})\n" if run.sheets else ""
+
+
+def _check(findings: Sequence[str]) -> str:
+    lines = "".join(f"- {_plain(line)}\n" for line in findings)
+    return f"## Check\n\n{lines}" if findings else ""
 
 
 def _small(run: RunFolder, config: TrainingConfig, description: RunDescription) -> str:

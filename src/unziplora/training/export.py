@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,11 +89,20 @@ def write_loras(
             report(path)
 
 
-def write_card(run: RunFolder, config: TrainingConfig, description: RunDescription, loras: Mapping[str, Lora]) -> None:
+def write_card(
+    run: RunFolder,
+    config: TrainingConfig,
+    description: RunDescription,
+    loras: Mapping[str, Lora],
+    findings: Sequence[str] = (),
+) -> None:
     """Write the card, the last file of a run.
+
+    Args:
+        findings: sentences of a check of the LoRAs.
 
     Raises:
         MachineError: disk full, no permission.
     """
     shapes = {path: shape(pair)[:2] for lora in loras.values() for path, pair in lora.modules.items()}
-    atomic_write(run.card, card(run, config, description, has_sdxl_widths(shapes)))
+    atomic_write(run.card, card(run, config, description, has_sdxl_widths(shapes), findings))

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
@@ -23,6 +23,9 @@ from unziplora.runs.folder import located
 from unziplora.runs.model_card import RunDescription
 from unziplora.training.cuda_graphs import Predict
 from unziplora.training.phases import Phases
+
+if TYPE_CHECKING:
+    from unziplora.training.sample_sheet import Samples
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -141,9 +144,31 @@ class Method(Trainable, Generic[C]):
     def views(self) -> list[View]:
         """Return the columns of the sample sheet."""
 
+    def check_samples(self, base: Base, samples: Samples) -> Findings | None:
+        """Check the finished LoRAs on the samples of the last sheet; None if the recipe asks for no check.
+
+        Raises:
+            UserError: a model that the check needs cannot be loaded.
+            OutOfMemory: memory does not suffice.
+        """
+        return None
+
     @abstractmethod
     def off(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
         """Temporarily switch off the LoRAs of these names."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Findings of a check of the finished LoRAs.
+
+    Attributes:
+        figures: for programs, as JSON types; `score` is 0…1, the best run of several has the highest.
+        lines: sentences for people.
+    """
+
+    figures: dict[str, Any]
+    lines: list[str]
 
 
 @dataclass(frozen=True)

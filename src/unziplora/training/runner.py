@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,13 +27,13 @@ from unziplora.runs.model_card import base_name, folder_argument, shared_setting
 from unziplora.training.checkpoint import Checkpoint, changes, newest_checkpoint, run_facts
 from unziplora.training.cuda_graphs import Recorder, recording
 from unziplora.training.export import Provenance, write_card, write_loras
-from unziplora.training.method import Method, OpenedImages, Setup
+from unziplora.training.method import Findings, Method, OpenedImages, Setup
 from unziplora.training.phases import Phases
 from unziplora.training.preflight import check_run, open_images, warn_of_memory
 from unziplora.training.sample_sheet import Samples, generate_samples
 from unziplora.training.trackers import Tracker, trackers
 from unziplora.training.trainer import NonFiniteLoss, StepReport, Trainer, is_due, train
-from unziplora.utils.files import explain, write_png
+from unziplora.utils.files import atomic_write, explain, write_png
 from unziplora.utils.progress import Callback, Progress
 from unziplora.utils.signals import STOP, caught
 
@@ -224,11 +225,13 @@ class TrainingRun(Generic[C]):
         gc.collect()  # optimizer states; samples need the room
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if config.sample_seeds and (samples := self.last_sample(base, method)):
+        samples = self.last_sample(base, method) if config.sample_seeds else None
+        if samples:
             # Again, with images for galleries: nothing that a sheet takes may lose the LoRAs.
             provenance = replace(provenance, thumbnails={**provenance.thumbnails, **samples.thumbnails()})
             write_loras(run, config, description, provenance, loras, lambda _: None)
-        write_card(run, config, description, loras)
+        findings = self.check(base, method, samples) if samples else None
+        write_card(run, config, description, loras, findings.lines if findings else ())
 
     def stopped(self, where: str) -> Interrupted:
         """Return the exception for a run that was asked to stop."""
@@ -325,6 +328,19 @@ class TrainingRun(Generic[C]):
             command = f"unziplora sample {folder_argument(self.run.path)}"
             warnings.warn(f"no samples: {error}. The LoRAs are complete; try `{command}`", stacklevel=2)
             return None
+
+    def check(self, base: Base, method: Method[C], samples: Samples) -> Findings | None:
+        """Check the finished LoRAs and write the figures; a check that is not possible must not fail their run."""
+        try:
+            findings = method.check_samples(base, samples)
+        except (UserError, OutOfMemory) as error:
+            warnings.warn(f"no check of the LoRAs, which are complete: {error}", stacklevel=2)
+            return None
+        if findings is None:
+            self.run.check_file.unlink(missing_ok=True)  # of the run that was extended
+            return None
+        atomic_write(self.run.check_file, json.dumps({**findings.figures, "findings": findings.lines}, indent=1) + "\n")
+        return findings
 
     def after_step(self, done: int, loss: float, seconds: float) -> None:
         """Report a step, of a phase or of the training, with the mean speed of the last twenty."""

@@ -61,10 +61,17 @@ def generate_samples(
     Args:
         earlier: samples of the same run, in which the base's images are the same.
     """
+    views = method.views()
+    plain = View("without LoRA", views[0].prompts, off=EVERY_LORA)
+    known = {plain: earlier.images[plain]} if earlier else {}
+    return Samples({view: known.get(view) or generate_view(base, method, config, view) for view in (plain, *views)})
+
+
+def generate_view(base: Base, method: Method[Any], config: TrainingConfig, view: View) -> list[Image.Image]:
+    """Generate the images of a view, one for each seed of the samples."""
     width, height = (config.resolution or base.resolution,) * 2
     if method.images:
         width, height = method.images[0].size
-    views = method.views()
     settings = Settings(
         steps=config.sample_steps,
         guidance=config.sample_guidance,
@@ -72,14 +79,8 @@ def generate_samples(
         height=height,
         batch_size=config.samples_at_once(),
     )
-    plain = View("without LoRA", views[0].prompts, off=EVERY_LORA)
-    images = {plain: earlier.images[plain]} if earlier else {}
-    with _without_checkpointing(base):
-        for view in (plain, *views):
-            if view not in images:
-                with method.off(view.off):
-                    images[view] = generate(base, view.prompts, config.sample_seeds, settings)
-    return Samples(images)
+    with _without_checkpointing(base), method.off(view.off):
+        return generate(base, view.prompts, config.sample_seeds, settings)
 
 
 def _scaled(image: Image.Image, room: int) -> Image.Image:

@@ -13,7 +13,6 @@ adds the LoRAs to the UNet, computes the loss, moves through the phases of the c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,14 +24,19 @@ from unziplora.lora.blocks import check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, filter_targets
 from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches, pair_views
 from unziplora.methods.unziplora import style_phrase
+from unziplora.methods.unziplora.check import check_models, check_samples
 from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
 from unziplora.methods.unziplora.data import check_prompts, encode_training_data
+from unziplora.methods.unziplora.seeds import best_of_seeds
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
+from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import LoraDescription, RunDescription, image_count
 from unziplora.training.loss import generator
-from unziplora.training.method import Setup, View
+from unziplora.training.method import Findings, Setup, View
 from unziplora.training.runner import run_training
+from unziplora.training.sample_sheet import Samples
+from unziplora.utils.progress import Callback
 
 
 class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
@@ -69,6 +73,7 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
     def check(cls, config: SplitConfig, base: Base | None = None) -> None:
         read_blocks(config.blocks)
         check_prompts(config)
+        check_models(config)
 
     @classmethod
     def phase_steps(cls, config: SplitConfig) -> int:
@@ -197,11 +202,21 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
         self.settled = None
         self.data = self.data.restored(state)
 
+    def check_samples(self, base: Base, samples: Samples) -> Findings | None:
+        return check_samples(self, self.config, base, samples) if self.config.is_checked() else None
+
     def views(self) -> list[View]:
         prompts = self.config.prompts()
         together = Prompts(**prompts) if self.config.prompt_separation else Prompts(prompts["full"])
         return pair_views(self.config, together, prompts["content"], "{style}")
 
 
-split = partial(run_training, UnZipLora)
-"""Train a content and a style LoRA on the configured images and write them into a run folder (`run_training`)."""
+def split(
+    config: SplitConfig, resume: bool = False, progress: Callback | None = None, base: Base | None = None
+) -> RunFolder:
+    """Train a content and a style LoRA on the configured images and write them into a run folder.
+
+    Arguments and errors are those of `run_training`.
+    """
+    train = best_of_seeds if config.seeds > 1 else run_training
+    return train(UnZipLora, config, resume, progress, base)

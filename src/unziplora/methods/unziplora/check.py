@@ -1,0 +1,109 @@
+"""Check of a finished split on its samples: did content and style come apart?
+
+The sample sheet shows each LoRA alone. With the images that the base draws for the same words and seeds, this is what
+`metrics.separation` compares. On the bundled base the benchmark's networks see; on another base the two models do that
+the recipe names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from unziplora.config.bases import is_bundled
+from unziplora.config.recipe import KINDS
+from unziplora.config.split import SplitConfig
+from unziplora.metrics.embedders import DINO, ImageModel, ModelMeasure
+from unziplora.metrics.measures import CaseMeasure, Trained
+from unziplora.metrics.separation import Alone, Separation, measure_separation
+from unziplora.metrics.vision_models import CLIP, check_vision_model
+from unziplora.models.base import Base
+from unziplora.models.text import Prompts
+from unziplora.training.method import Findings, Method, View
+from unziplora.training.sample_sheet import Samples, generate_view
+
+if TYPE_CHECKING:
+    import torch
+
+GAIN, LEAK = 0.1, 0.15
+"""A LoRA has learned something if it adds at least this share of what the base lacks; more than the second share of
+what belongs to the other LoRA is too much (docs/method.md, "The check")."""
+
+
+def check_models(config: SplitConfig) -> None:
+    """Refuse models that the check cannot use, before anything is trained.
+
+    Raises:
+        UserError: one of them cannot be found, or is of another type.
+    """
+    if config.dino and config.clip:
+        check_vision_model(DINO, config.dino)
+        check_vision_model(CLIP, config.clip)
+
+
+def check_samples(method: Method[SplitConfig], config: SplitConfig, base: Base, samples: Samples) -> Findings:
+    """Check both LoRAs of a finished split, from the samples of its last sheet and as many images of the base.
+
+    Raises:
+        UserError: a model that the recipe names cannot be loaded.
+        OutOfMemory: memory does not suffice.
+    """
+    _, content, style = method.views()
+    plain = {
+        view: View(view.title, Prompts(_without_token(view.prompts.full, config)), off=KINDS)
+        for view in (content, style)
+    }
+    alone = [Alone(samples.images[view], generate_view(base, method, config, plain[view])) for view in plain]
+    found = measure_separation(_measure(config, base.device), method.images, *alone)
+    return Findings(_figures(found), [_headline(found), *_sentences(found, config)])
+
+
+def _without_token(prompt: str, config: SplitConfig) -> str:
+    """Return a prompt for the base, to which the rare word means nothing."""
+    return " ".join(prompt.replace(config.token, "").split())
+
+
+def _measure(config: SplitConfig, device: torch.device) -> CaseMeasure:
+    if config.dino and config.clip:
+        contents, styles = ImageModel("dino", config.dino, device), ImageModel("clip", config.clip, device)
+        return ModelMeasure("dino-clip", contents, styles)
+    assert is_bundled(config.base), "SplitConfig.is_checked"
+    return Trained()
+
+
+def _figures(found: Separation) -> dict[str, Any]:
+    parts = {name: getattr(found, name) for name in KINDS}
+    figures = {name: {**asdict(part), "score": part.score} for name, part in parts.items()}
+    rounded = {name: {key: round(value, 4) for key, value in part.items()} for name, part in figures.items()}
+    return {"score": round(found.score, 4), **rounded}
+
+
+def _headline(found: Separation) -> str:
+    return (
+        f"Content and style came apart to {found.score:.2f} of 1 "
+        f"(content alone {found.content.score:.2f}, style alone {found.style.score:.2f})."
+    )
+
+
+def _sentences(found: Separation, config: SplitConfig) -> list[str]:
+    """Describe what is wrong, each with the setting that changes it."""
+    content, style, lines = found.content, found.style, []
+    if content.gain < GAIN:
+        lines.append(
+            f"The content LoRA alone draws this {config.content} hardly better than the base: raise "
+            f"content_learning_rate ({config.content_learning_rate:g}) or steps ({config.steps})."
+        )
+    if content.leak > LEAK:
+        lines.append(
+            f"The content carries the style along: lower content_learning_rate ({config.content_learning_rate:g})."
+        )
+    if style.gain < GAIN:
+        lines.append(
+            f"The style LoRA alone hardly brings the style: raise style_learning_rate "
+            f"({config.style_learning_rate:g}) or steps ({config.steps})."
+        )
+    if style.leak > LEAK:
+        lines.append(
+            f"The style carries the subject along: lower style_learning_rate ({config.style_learning_rate:g})."
+        )
+    return lines

@@ -1,0 +1,139 @@
+"""The best of several trainings that differ in their seed alone.
+
+Each seed has a run folder of its own inside that of the whole, `seeds/NUMBER/NAME`, so a stopped seed continues from
+its checkpoint. In the end the whole folder is that of the best seed, with its settings; the others keep their LoRAs
+and samples in theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from unziplora.config.recipe import to_toml
+from unziplora.config.split import SplitConfig
+from unziplora.errors import Interrupted, MachineError
+from unziplora.formats.files import read_lora
+from unziplora.models.base import Base, load_base
+from unziplora.models.device import pick_device, pick_dtype
+from unziplora.runs.folder import RunFolder, with_absolute_paths
+from unziplora.runs.model_card import folder_argument
+from unziplora.training.export import write_card
+from unziplora.training.method import Method
+from unziplora.training.preflight import check_run
+from unziplora.training.runner import in_run_folder, named_settings, run_training
+from unziplora.utils.files import atomic_write, explain
+from unziplora.utils.inputs import read_json
+from unziplora.utils.progress import Callback, Progress
+
+SEEDS = "seeds"
+"""Subfolder of a run for those of its seeds."""
+
+
+def best_of_seeds(
+    kind: type[Method[SplitConfig]],
+    config: SplitConfig,
+    resume: bool = False,
+    progress: Callback | None = None,
+    base: Base | None = None,
+) -> RunFolder:
+    """Train with `config.seeds` seeds, from `config.seed` on, and keep the run with the best check.
+
+    Arguments and errors are those of `run_training`.
+    """
+    report = progress or (lambda _: None)
+    with named_settings(config, resume):
+        check_run(kind, config, base)
+
+    def work(run: RunFolder) -> None:
+        device = pick_device(config.device)
+        loaded = base or load_base(config.base, pick_dtype(config.precision, device), device)
+        trained = [_train(kind, one, loaded, report, config) for one in seed_configs(config)]
+        scores = {one.seed: score for one in seed_configs(config) if (score := _score(one)) is not None}
+        if not scores:
+            raise MachineError(f"{run.path / SEEDS}: no seed could be checked; choose the best one by its samples")
+        best = max(scores, key=lambda seed: scores[seed])
+        chosen = next(other for other in seed_configs(config) if other.seed == best)
+        _adopt(kind, run, chosen.model_copy(update={"out": config.out}), RunFolder(chosen.out), scores)
+        shutil.rmtree(chosen.out.parent, ignore_errors=True)
+        for other in trained:
+            other.drop_checkpoints(keep=0)
+        report(Progress(0, 0, message=f"seed {best} is the best of {len(trained)}"))
+
+    return in_run_folder(config, resume, work)
+
+
+def seed_configs(config: SplitConfig) -> list[SplitConfig]:
+    """Return the recipe of each seed."""
+    whole = RunFolder(config.out)
+    return [
+        config.model_copy(update={"seed": seed, "seeds": 1, "out": whole.path / SEEDS / str(seed) / whole.path.name})
+        for seed in range(config.seed, config.seed + config.seeds)
+    ]
+
+
+def _train(
+    kind: type[Method[SplitConfig]], config: SplitConfig, base: Base, report: Callback, whole: SplitConfig
+) -> RunFolder:
+    """Train one seed to its end, from the step that it has reached."""
+    run, number = RunFolder(config.out), config.seed - whole.seed
+    if run.card.exists():
+        return run
+
+    def shifted(event: Progress) -> None:
+        message = f"seed {config.seed}: {event.message}" if event.message else None
+        done, steps = event.step + number * event.steps, event.steps * whole.seeds
+        report(replace(event, step=done, steps=steps, message=message))
+
+    try:
+        return run_training(kind, config, run.unfinished and not run.is_free(), shifted, base)
+    except Interrupted:
+        command = f"unziplora {kind.command} --resume --out {folder_argument(whole.out)}"
+        raise Interrupted(f"stopped in seed {config.seed}, checkpoint saved; continue with:\n  {command}") from None
+
+
+def _score(config: SplitConfig) -> float | None:
+    """Return the score of a seed's check; None if there was none."""
+    file = RunFolder(config.out).check_file
+    return float(read_json(file)["score"]) if file.is_file() else None
+
+
+def _adopt(
+    kind: type[Method[SplitConfig]], run: RunFolder, config: SplitConfig, best: RunFolder, scores: dict[int, float]
+) -> None:
+    """Make a run what its best seed is: copy the files, then the settings, then the card.
+
+    After a kill in between, the same is done again: all that is read stays until the card is there.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    run.drop_checkpoints(keep=0)
+    for path in _files(best.path):
+        target = run.path / path.relative_to(best.path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as source:
+                atomic_write(target, partial(shutil.copyfileobj, source))
+        except OSError as error:
+            raise explain(target, error) from None
+    found = read_json(best.check_file)
+    ranked = ", ".join(f"seed {seed} {score:.2f}" for seed, score in sorted(scores.items(), key=lambda item: -item[1]))
+    lines = [*found["findings"], f"Best of {len(scores)} by this check: {ranked}."]
+    figures = {**found, "findings": lines, SEEDS: {str(seed): score for seed, score in scores.items()}}
+    atomic_write(run.check_file, json.dumps(figures, indent=1) + "\n")
+    atomic_write(run.config_file, to_toml(with_absolute_paths(config)))
+    loras = {name: read_lora(file) for name, file in run.loras.items()}
+    write_card(run, config, kind.describe(config), loras, lines)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a finished run that its copy takes over; settings and card are written anew."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path.name not in ("config.toml", "README.md"):
+            yield path
