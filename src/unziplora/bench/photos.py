@@ -18,17 +18,12 @@ from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import KINDS
 from unziplora.errors import UserError
 from unziplora.images.preprocess import load_image
+from unziplora.methods.unziplora.check import CONTENTS, STYLES
 from unziplora.metrics.embedders import ImageModel, ModelMeasure
 from unziplora.utils.files import atomic_write
 from unziplora.utils.inputs import read_toml
 
 WORDS = "words.toml"
-STYLES = ("watercolor painting", "pencil sketch", "oil painting", "neon sign")
-"""Styles to show a content in; the photo's own style is left out."""
-
-CONTENTS = ("house", "guitar", "rocket", "penguin")
-"""Contents to show a style on; the photo's own content is left out."""
-
 EXAMPLE = '["cat.jpg"] with content = "cat" and style = "pencil sketch" below it'
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
@@ -23,9 +23,6 @@ from unziplora.runs.folder import located
 from unziplora.runs.model_card import RunDescription
 from unziplora.training.cuda_graphs import Predict
 from unziplora.training.phases import Phases
-
-if TYPE_CHECKING:
-    from unziplora.training.sample_sheet import Samples
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -144,8 +141,8 @@ class Method(Trainable, Generic[C]):
     def views(self) -> list[View]:
         """Return the columns of the sample sheet."""
 
-    def check_samples(self, base: Base, samples: Samples) -> Findings | None:
-        """Check the finished LoRAs on the samples of the last sheet; None if the recipe asks for no check.
+    def check_loras(self, base: Base) -> Findings | None:
+        """Check the finished LoRAs on images that they draw; None if the recipe asks for no check.
 
         Raises:
             UserError: a model that the check needs cannot be loaded.

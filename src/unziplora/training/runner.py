@@ -225,12 +225,11 @@ class TrainingRun(Generic[C]):
         gc.collect()  # optimizer states; samples need the room
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        samples = self.last_sample(base, method) if config.sample_seeds else None
-        if samples:
+        if config.sample_seeds and (samples := self.last_sample(base, method)):
             # Again, with images for galleries: nothing that a sheet takes may lose the LoRAs.
             provenance = replace(provenance, thumbnails={**provenance.thumbnails, **samples.thumbnails()})
             write_loras(run, config, description, provenance, loras, lambda _: None)
-        findings = self.check(base, method, samples) if samples else None
+        findings = self.check(base, method)
         write_card(run, config, description, loras, findings.lines if findings else ())
 
     def stopped(self, where: str) -> Interrupted:
@@ -329,10 +328,10 @@ class TrainingRun(Generic[C]):
             warnings.warn(f"no samples: {error}. The LoRAs are complete; try `{command}`", stacklevel=2)
             return None
 
-    def check(self, base: Base, method: Method[C], samples: Samples) -> Findings | None:
+    def check(self, base: Base, method: Method[C]) -> Findings | None:
         """Check the finished LoRAs and write the figures; a check that is not possible must not fail their run."""
         try:
-            findings = method.check_samples(base, samples)
+            findings = method.check_loras(base)
         except (UserError, OutOfMemory) as error:
             warnings.warn(f"no check of the LoRAs, which are complete: {error}", stacklevel=2)
             return None

@@ -32,10 +32,10 @@ def config(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
     Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(tmp_path / "cat.png")
     monkeypatch.setattr(unzip, "check_models", lambda config: None)
 
-    def score(method: object, config: SplitConfig, base: object, samples: object) -> Findings:
+    def score(method: object, config: SplitConfig, base: object) -> Findings:
         return Findings({"score": SCORES[config.seed]}, [f"checked seed {config.seed}"])
 
-    monkeypatch.setattr(unzip, "check_samples", score)
+    monkeypatch.setattr(unzip, "check_loras", score)
 
     def make(**changes: object) -> SplitConfig:
         own = {"images": [tmp_path / "cat.png"], "base": str(tiny_folder), "out": tmp_path / "runs" / "cat"}
@@ -131,7 +131,7 @@ def test_seeds_need_a_check(config, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.slow
 def test_runs_that_could_not_be_checked_are_left_to_choose_from(config, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(unzip, "check_samples", lambda *_: (_ for _ in ()).throw(UserError("no model")))
+    monkeypatch.setattr(unzip, "check_loras", lambda *_: (_ for _ in ()).throw(UserError("no model")))
     with pytest.warns(UserWarning, match="no check"), pytest.raises(MachineError, match="no seed could be checked"):
         split(config(seeds=2))
     assert RunFolder(config().out / "seeds" / "4" / "cat").card.is_file()

@@ -1,12 +1,13 @@
-"""Check of a finished split on its samples: did content and style come apart?
+"""Check of a finished split: did content and style come apart?
 
-The sample sheet shows each LoRA alone. With the images that the base draws for the same words and seeds, this is what
-`metrics.separation` compares. On the bundled base the benchmark's networks see; on another base the two models do that
-the recipe names.
+The content LoRA alone draws in four styles, the style LoRA alone draws four subjects. `metrics.separation` compares
+these images with those that the base draws for the same words and seeds, and with the learned ones. On the bundled base
+the benchmark's networks see them, on another base the two models that the recipe names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,18 @@ from unziplora.metrics.vision_models import CLIP, check_vision_model
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.training.method import Findings, Method, View
-from unziplora.training.sample_sheet import Samples, generate_view
+from unziplora.training.sample_sheet import generate_view
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
+
+STYLES = ("watercolor painting", "pencil sketch", "oil painting", "neon sign")
+CONTENTS = ("house", "guitar", "rocket", "penguin")
+"""Styles to draw the content in, and subjects to draw in the style; every base knows them."""
+
+SEEDS, STEPS = [0, 1], 20
+"""Seeds and denoising steps of each of these images."""
 
 GAIN, LEAK = 0.1, 0.15
 """A LoRA has learned something if it adds at least this share of what the base lacks; more than the second share of
@@ -41,21 +50,38 @@ def check_models(config: SplitConfig) -> None:
         check_vision_model(CLIP, config.clip)
 
 
-def check_samples(method: Method[SplitConfig], config: SplitConfig, base: Base, samples: Samples) -> Findings:
-    """Check both LoRAs of a finished split, from the samples of its last sheet and as many images of the base.
+def check_loras(method: Method[SplitConfig], config: SplitConfig, base: Base) -> Findings:
+    """Draw with both LoRAs of a finished split alone, and compare.
 
     Raises:
         UserError: a model that the recipe names cannot be loaded.
         OutOfMemory: memory does not suffice.
     """
-    _, content, style = method.views()
-    plain = {
-        view: View(view.title, Prompts(_without_token(view.prompts.full, config)), off=KINDS)
-        for view in (content, style)
-    }
-    alone = [Alone(samples.images[view], generate_view(base, method, config, plain[view])) for view in plain]
-    found = measure_separation(_measure(config, base.device), method.images, *alone)
+    measure = _measure(config, base.device)
+    drawing = config.model_copy(update={"sample_seeds": SEEDS, "sample_steps": STEPS})
+
+    def draw(prompts: Iterable[str], off: tuple[str, ...]) -> list[Image.Image]:
+        views = [View("", Prompts(prompt), off) for prompt in prompts]
+        return [image for view in views for image in generate_view(base, method, drawing, view)]
+
+    content, style = prompts_alone(config)
+    found = measure_separation(
+        measure,
+        method.images,
+        content=Alone(draw(content, ("style",)), draw((_without_token(text, config) for text in content), KINDS)),
+        style=Alone(draw(style, ("content",)), draw(style, KINDS)),
+    )
     return Findings(_figures(found), [_headline(found), *_sentences(found, config)])
+
+
+def prompts_alone(config: SplitConfig) -> tuple[list[str], list[str]]:
+    """Return the prompts of the content LoRA and of the style LoRA, without those that name what was learned."""
+    words = config.prompts()["content"]
+    styles = [style for style in STYLES if style != config.style]
+    contents = [content for content in CONTENTS if content != config.content]
+    return [f"{words} in {style} style" for style in styles], [
+        config.fill(f"a {x} in {{style}} style") for x in contents
+    ]
 
 
 def _without_token(prompt: str, config: SplitConfig) -> str:

@@ -24,7 +24,7 @@ from unziplora.lora.blocks import check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, filter_targets
 from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches, pair_views
 from unziplora.methods.unziplora import style_phrase
-from unziplora.methods.unziplora.check import check_models, check_samples
+from unziplora.methods.unziplora.check import check_loras, check_models
 from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
 from unziplora.methods.unziplora.data import check_prompts, encode_training_data
 from unziplora.methods.unziplora.seeds import best_of_seeds
@@ -35,7 +35,6 @@ from unziplora.runs.model_card import LoraDescription, RunDescription, image_cou
 from unziplora.training.loss import generator
 from unziplora.training.method import Findings, Setup, View
 from unziplora.training.runner import run_training
-from unziplora.training.sample_sheet import Samples
 from unziplora.utils.progress import Callback
 
 
@@ -202,8 +201,8 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
         self.settled = None
         self.data = self.data.restored(state)
 
-    def check_samples(self, base: Base, samples: Samples) -> Findings | None:
-        return check_samples(self, self.config, base, samples) if self.config.is_checked() else None
+    def check_loras(self, base: Base) -> Findings | None:
+        return check_loras(self, self.config, base) if self.config.is_checked() else None
 
     def views(self) -> list[View]:
         prompts = self.config.prompts()
