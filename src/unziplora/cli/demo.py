@@ -14,7 +14,7 @@ from unziplora.utils.progress import show
 def run_demo(out: Path, base: str, steps: int | None, as_json: bool, quiet: bool) -> None:
     """Carry out `demo`."""
     with stdout_to_stderr(), show(quiet) as view:
-        from unziplora.demo import demo
+        from unziplora.methods.unziplora.demo import demo
 
         result = demo(out, base=base, steps=steps, progress=view)
     emit(result, str(result), as_json)

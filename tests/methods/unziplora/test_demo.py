@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from unziplora import demo
 from unziplora.config.recipe import resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, UserError
 from unziplora.images.preprocess import load_image
+from unziplora.methods.unziplora import demo
 from unziplora.models.base import Base
 from unziplora.utils.files import free_folder
 from unziplora.utils.inputs import read_toml
