@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,11 @@ from unziplora.errors import Interrupted, MachineError
 from unziplora.jobs import cluster as clusters
 from unziplora.jobs import remote
 from unziplora.jobs.batch import run_batch
+from unziplora.jobs.parcel import unpack_results
 from unziplora.jobs.remote import pick_engine
 from unziplora.jobs.rows import Row
 from unziplora.jobs.state import state_of
-from unziplora.runs.folder import RunFolder
+from unziplora.runs.folder import LOCK, RunFolder
 from unziplora.utils.progress import Progress
 
 ray = pytest.importorskip("ray")
@@ -166,5 +168,40 @@ def test_run_of_a_killed_node_goes_on_elsewhere_from_its_last_checkpoint(
     assert [node for run, node in nodes if run == victim][1:] == [node for run, node in nodes if run != victim]
     for run in runs:
         assert [line["step"] for line in run.read_log()] == list(range(1, steps_done(run) + 1))
-        begun = (run.path / "worker.log").read_text().splitlines()[0]
-        assert (begun == "begun at step 0") == (run.path.name != victim)
+        begun = [line for line in (run.path / "worker.log").read_text().splitlines() if line.startswith("begun")]
+        assert (begun[-1] == "begun at step 0") == (run.path.name != victim)
+
+
+def test_folders_of_killed_processes_are_removed_and_those_in_use_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, foreign = tmp_path / "unziplora-killed", tmp_path / "unziplora-foreign"
+    for folder in (killed, foreign):
+        (folder / "run").mkdir(parents=True)
+    (killed / LOCK).touch()
+    with remote.scratch_folder("first") as first, remote.scratch_folder("second") as second:
+        assert first.is_dir()
+        assert second.is_dir()
+        assert not killed.exists()
+        assert foreign.is_dir()  # without a lock, it may be somebody else's
+    assert not first.exists()
+    assert not second.exists()
+
+
+def test_every_new_file_of_a_run_of_several_seeds_comes_back_with_its_next_checkpoint(tmp_path: Path) -> None:
+    there, here = RunFolder(tmp_path / "there"), RunFolder(tmp_path / "here")
+    for run in (there, here):
+        run.checkpoints.mkdir(parents=True)
+    new_files = remote.NewCheckpoint(there)
+    seed = RunFolder(there.path / "seeds" / "3" / "cat")
+    seed.checkpoints.mkdir(parents=True)
+    seed.log_file.write_text('{"step": 1}\n')
+    assert new_files() is None  # no checkpoint yet
+    seed.checkpoint_file(1).write_bytes(b"state")
+    files = new_files()
+    assert files is not None
+    unpack_results(files, here)
+    assert RunFolder(here.path / "seeds" / "3" / "cat").steps() == [1]
+    assert RunFolder(here.path / "seeds" / "3" / "cat").read_log() == [{"step": 1}]
+    assert new_files() is None

@@ -105,7 +105,8 @@ class Claim:
 def _reached(run: RunFolder) -> tuple[int, int]:
     """Return the last step in the log of a run, and the time of its newest checkpoint: phases log no steps."""
     steps = [line["step"] for line in run.read_log()[-1:] if "step" in line]
-    times = [run.checkpoint_file(step).stat().st_mtime_ns for step in run.steps()[-1:]]
+    checkpoints = run.path.rglob(f"{run.checkpoints.name}/step-*")  # each of several seeds has its own
+    times = [path.stat().st_mtime_ns for path in checkpoints]
     return max(steps, default=0), max(times, default=0)
 
 

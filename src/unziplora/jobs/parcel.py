@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ def pack_run(run: RunFolder) -> bytes:
     """
     config = config_of(run)
     paths: dict[str, Any] = {"run": run.path.name}
-    members = [(Path("run", path), run.path / path) for path in _files(run.path, _LEFT_BEHIND)]
+    members = [(Path("run", path), run.path / path) for path in run_files(run.path, _LEFT_BEHIND)]
     for number, (key, source) in enumerate(inputs(config)):
         place = Path("inputs", str(number), source.name)
-        inner = _files(source, {"checkpoints", *_LEFT_BEHIND}) if source.is_dir() else [Path()]
+        inner = run_files(source, {"checkpoints", *_LEFT_BEHIND}) if source.is_dir() else [Path()]
         members += [(place / path, source / path) for path in inner]
         paths.setdefault(key, []).append(place.as_posix())
     return _zip(members, {_PATHS: json.dumps(paths)})
@@ -66,24 +66,28 @@ def unpack_run(data: bytes, folder: Path) -> RunFolder:
 
 def pack_results(run: RunFolder, names: Iterable[Path] | None = None) -> bytes:
     """Pack the files of a run, or some of them; its settings stay those of the machine where it began."""
-    paths = [*_files(run.path, set()), Path(ERROR)] if names is None else names
+    paths = [*run_files(run.path), Path(ERROR)] if names is None else names
     return _zip((path, run.path / path) for path in paths if path != Path(run.config_file.name))
 
 
 def unpack_results(data: bytes, run: RunFolder) -> None:
-    """Write packed files into a run, the card last.
+    """Write packed files into a run, the card last. Of several seeds it is the run of the best from then on.
 
     Raises:
         MachineError: disk full, no permission.
     """
+    from unziplora.methods.unziplora.seeds import settle_seed
+
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for name in sorted(archive.namelist(), key=lambda name: name == run.card.name):
+        for name in sorted(archive.namelist(), key=lambda name: Path(name).name == run.card.name):
+            if name == run.card.name:
+                settle_seed(run)
             atomic_write(run.path / name, archive.read(name))
     if run.card.exists():
         run.drop_checkpoints()
 
 
-def _files(folder: Path, without: set[str]) -> Iterator[Path]:
+def run_files(folder: Path, without: Collection[str] = ()) -> Iterator[Path]:
     """Yield the paths of a folder's files relative to it, except hidden ones and some of its subfolders."""
     for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)

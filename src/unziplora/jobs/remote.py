@@ -8,12 +8,14 @@ import signal
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from unziplora.config.bases import is_bundled
 from unziplora.config.training import TrainingConfig
@@ -21,12 +23,12 @@ from unziplora.errors import Interrupted, MachineError, UnziploraError, UserErro
 from unziplora.jobs.batch import Engine, Result, Results, claim_row, in_this_process
 from unziplora.jobs.claim import HEARTBEAT, Claim
 from unziplora.jobs.cluster import Cluster, Lost, Outcome, Reporter, Task, import_ray
-from unziplora.jobs.parcel import inputs, pack_results, pack_run, unpack_results, unpack_run
+from unziplora.jobs.parcel import inputs, pack_results, pack_run, run_files, unpack_results, unpack_run
 from unziplora.jobs.rows import Row
 from unziplora.jobs.state import record_failure
 from unziplora.jobs.trainings import Trainer, config_of, needs_base
 from unziplora.jobs.worker import Train, execute
-from unziplora.runs.folder import RunFolder
+from unziplora.runs.folder import LOCK, RunFolder
 from unziplora.utils.progress import Callback, Progress
 from unziplora.utils.signals import STOP, caught
 
@@ -34,6 +36,9 @@ EngineName = Literal["local", "ray"]
 
 MARK = ".here"
 """File in a run folder by which a node recognizes a shared disk."""
+
+SCRATCH = "unziplora-"
+"""Beginning of the names of temporary folders on nodes that do not share the disk."""
 
 AHEAD = 8
 """Runs that wait in the cluster beyond twice those that it has room for."""
@@ -105,15 +110,27 @@ def train_run(parcel: Parcel, progress: Reporter) -> Report:
         return _train(RunFolder(parcel.run), progress)
     import ray
 
-    scratch = Path(tempfile.gettempdir()) / f"unziplora-{parcel.mark}"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
-    try:
+    with scratch_folder(parcel.mark) as scratch:
         run = unpack_run(ray.get(parcel.files[0]), scratch)
         progress.new_files = NewCheckpoint(run)
         report = _train(run, progress)
         return replace(report, files=pack_results(run))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """Make a temporary folder, and remove those that processes left when they were killed: nobody locks them now."""
+    parent = Path(tempfile.gettempdir())
+    for lock in parent.glob(f"{SCRATCH}*/{LOCK}"):
+        with suppress(OSError, Timeout), FileLock(lock, blocking=False):
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    folder = parent / f"{SCRATCH}{name}"
+    folder.mkdir()
+    with FileLock(folder / LOCK):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_here(parcel: Parcel) -> bool:
@@ -138,7 +155,7 @@ def _train(run: RunFolder, progress: Callback) -> Report:
 
 
 class NewCheckpoint:
-    """The newest checkpoint of a run and its log, packed once."""
+    """The files of a run that are new since the last call, packed, whenever there is a checkpoint among them."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
@@ -146,18 +163,19 @@ class NewCheckpoint:
 
     def __call__(self) -> bytes | None:
         state = self._state()
-        if state == self.seen:
+        new = [path for path, changed in state.items() if self.seen.get(path) != changed]
+        if not any(path.parent.name == self.run.checkpoints.name for path in new):
             return None
         self.seen = state
-        with suppress(OSError):  # a newer one has replaced it
-            files = [self.run.checkpoint_file(step) for step in self.run.steps()[-1:]]
-            return pack_results(self.run, [path.relative_to(self.run.path) for path in (*files, self.run.log_file)])
-        return None
+        return pack_results(self.run, new)
 
-    def _state(self) -> object:
-        with suppress(OSError):
-            return [(step, self.run.checkpoint_file(step).stat().st_mtime_ns) for step in self.run.steps()[-1:]]
-        return []
+    def _state(self) -> dict[Path, int]:
+        """Return the times at which the files changed, by path in the run."""
+        state = {}
+        for path in run_files(self.run.path):
+            with suppress(OSError):  # a newer one has replaced it
+                state[path] = (self.run.path / path).stat().st_mtime_ns
+        return state
 
 
 @dataclass(frozen=True)

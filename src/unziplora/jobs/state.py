@@ -126,6 +126,12 @@ class RunSummary:
         return {name: str(self.settings[name]) for name in ("content", "style") if self.settings.get(name)}
 
     @property
+    def steps(self) -> int | None:
+        """Steps of the whole run, those of all seeds; None if its configuration is damaged."""
+        steps, seeds = self.settings.get("steps"), self.settings.get("seeds", 1)
+        return steps * seeds if isinstance(steps, int) and isinstance(seeds, int) else None
+
+    @property
     def changed(self) -> float:
         """Time of the last sign of life, in seconds since 1970."""
         files = (self.run.config_file, self.run.log_file, self.run.card)
@@ -140,7 +146,7 @@ class RunSummary:
             "state": self.state,
             **self.words,
             "steps_done": steps[0] if steps else 0,
-            "steps": self.settings.get("steps"),
+            "steps": self.steps,
             "changed": self.changed,
             **({"error": failure.message} if failure else {}),
         }

@@ -81,9 +81,9 @@ def view(summary: RunSummary, state: str) -> str:
 
 def progress_of(summary: RunSummary) -> tuple[int, int]:
     """Return the steps done and all steps; those that learn the words of the style count while the log names them."""
-    settings, lines = summary.settings, summary.run.read_log()
+    lines = summary.run.read_log()
     done = next((int(line["step"]) for line in reversed(lines) if "step" in line), 0)
-    steps = settings["steps"] if isinstance(settings.get("steps"), int) else 0
+    steps = summary.steps or 0
     counts = (match for line in reversed(log_tail(summary.run)) if (match := _STEP.match(line)))
     if (count := next(counts, None)) and int(count[2]) > steps:
         phase = int(count[2]) - steps

@@ -16,6 +16,7 @@ from trainings import SHORT
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, UserError
+from unziplora.jobs.state import RunSummary
 from unziplora.methods.unziplora import method as unzip
 from unziplora.methods.unziplora import seeds
 from unziplora.methods.unziplora.method import split
@@ -78,6 +79,7 @@ def test_the_run_is_that_of_its_best_seed_and_can_be_extended(config, alone: Run
     check(run, alone)
     assert sorted(path.name for path in (run.path / "seeds").iterdir()) == ["3", "5"]
     assert RunFolder(run.path / "seeds" / "3" / "cat").loras.keys() == {"content", "style"}
+    assert [line["step"] for line in run.read_log()] == [1, 2]  # the log is that of the best
     steps = [event.step for event in events if event.loss == event.loss]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert {event.steps for event in events if event.loss == event.loss} == {6}
@@ -96,6 +98,8 @@ def test_stopped_seed_goes_on_where_it_was(config, alone: RunFolder):
         split(config(), progress=stop)
     run = RunFolder(config().out)
     assert run.unfinished
+    assert [line["step"] for line in run.read_log()] == [1, 2, 3]
+    assert (RunSummary(run).as_dict()["steps_done"], RunSummary(run).steps) == (3, 6)
     first = run.path / "seeds" / "3" / "cat" / "README.md"
     written = first.stat().st_mtime_ns
     split(run.config(SplitConfig), resume=True)

@@ -52,7 +52,7 @@ def best_of_seeds(
     def work(run: RunFolder) -> None:
         device = pick_device(config.device)
         loaded = base or load_base(config.base, pick_dtype(config.precision, device), device)
-        trained = [_train(kind, one, loaded, report, config) for one in seed_configs(config)]
+        trained = [_train(kind, one, loaded, report, run, config) for one in seed_configs(config)]
         scores = {one.seed: score for one in seed_configs(config) if (score := _score(one)) is not None}
         if not scores:
             raise MachineError(f"{run.path / SEEDS}: no seed could be checked; choose the best one by its samples")
@@ -77,22 +77,32 @@ def seed_configs(config: SplitConfig) -> list[SplitConfig]:
 
 
 def _train(
-    kind: type[Method[SplitConfig]], config: SplitConfig, base: Base, report: Callback, whole: SplitConfig
+    kind: type[Method[SplitConfig]],
+    config: SplitConfig,
+    base: Base,
+    report: Callback,
+    whole: RunFolder,
+    recipe: SplitConfig,
 ) -> RunFolder:
-    """Train one seed to its end, from the step that it has reached."""
-    run, number = RunFolder(config.out), config.seed - whole.seed
+    """Train one seed to its end, from the step that it has reached; the log of the whole run has its steps too."""
+    run, number = RunFolder(config.out), config.seed - recipe.seed
     if run.card.exists():
         return run
+    whole.rewind_log(number * config.steps + max(run.steps(), default=0))
 
     def shifted(event: Progress) -> None:
+        trained = event.step - (event.steps - config.steps)  # without the steps of earlier phases
+        if event.loss == event.loss and trained > 0:
+            seconds = round(event.seconds_per_step, 4)
+            whole.log(step=number * config.steps + trained, loss=event.loss, seconds=seconds)
         message = f"seed {config.seed}: {event.message}" if event.message else None
-        done, steps = event.step + number * event.steps, event.steps * whole.seeds
+        done, steps = event.step + number * event.steps, event.steps * recipe.seeds
         report(replace(event, step=done, steps=steps, message=message))
 
     try:
         return run_training(kind, config, run.unfinished and not run.is_free(), shifted, base)
     except Interrupted:
-        command = f"unziplora {kind.command} --resume --out {folder_argument(whole.out)}"
+        command = f"unziplora {kind.command} --resume --out {folder_argument(recipe.out)}"
         raise Interrupted(f"stopped in seed {config.seed}, checkpoint saved; continue with:\n  {command}") from None
 
 
@@ -124,11 +134,23 @@ def _adopt(
     found = read_json(best.check_file)
     ranked = ", ".join(f"seed {seed} {score:.2f}" for seed, score in sorted(scores.items(), key=lambda item: -item[1]))
     lines = [*found["findings"], f"Best of {len(scores)} by this check: {ranked}."]
-    figures = {**found, "findings": lines, SEEDS: {str(seed): score for seed, score in scores.items()}}
+    figures = {**found, "findings": lines, "seed": config.seed, SEEDS: {str(seed): scores[seed] for seed in scores}}
     atomic_write(run.check_file, json.dumps(figures, indent=1) + "\n")
-    atomic_write(run.config_file, to_toml(with_absolute_paths(config)))
+    settle_seed(run)
     loras = {name: read_lora(file) for name, file in run.loras.items()}
     write_card(run, config, kind.describe(config), loras, lines)
+
+
+def settle_seed(run: RunFolder) -> None:
+    """Make the settings of a run of several seeds those of the best one, once that is known.
+
+    Raises:
+        MachineError: disk full, no permission.
+    """
+    best = read_json(run.check_file).get("seed") if run.check_file.is_file() else None
+    if best is not None:
+        config = run.config(SplitConfig).model_copy(update={"seed": best, "seeds": 1})
+        atomic_write(run.config_file, to_toml(with_absolute_paths(config)))
 
 
 def _files(folder: Path) -> Iterator[Path]:
