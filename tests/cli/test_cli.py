@@ -334,19 +334,19 @@ class TestSplit:
             pass
         seen = {}
 
-        def run_training(kind: object, config: SplitConfig, resume: bool, progress: object) -> RunFolder:
+        def split(config: SplitConfig, resume: bool, progress: object) -> RunFolder:
             seen.update(rank=config.rank, device=config.device, resume=resume, images=config.images)
             return RunFolder(config.out)
 
-        monkeypatch.setattr("unziplora.training.runner.run_training", run_training)
+        monkeypatch.setattr("unziplora.methods.unziplora.method.split", split)
         assert call("split", "--resume", "--out", "r", "--device", "cpu").code == 0
         assert seen == {"rank": 5, "device": "cpu", "resume": True, "images": [Path("cat.png").resolve()]}
         done = call("split", "--extend", "5", "--out", "r")
         assert (done.code, "continue it with --resume, then extend it" in done.err) == (2, True)
         RunFolder(Path("r")).card.touch()
         monkeypatch.setattr(
-            "unziplora.training.runner.run_training",
-            lambda _, config, resume, progress: seen.update(steps=config.steps, resume=resume) or RunFolder(config.out),
+            "unziplora.methods.unziplora.method.split",
+            lambda config, resume, progress: seen.update(steps=config.steps, resume=resume) or RunFolder(config.out),
         )
         assert call("split", "--extend", "5", "--out", "r").code == 0
         assert seen["steps"] == config.steps + 5
@@ -418,10 +418,10 @@ class TestFaultsOfTheMachine:
     @pytest.fixture
     def failing(self, call: Call, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
         def run(error: BaseException, *args: object) -> Done:
-            def run_training(*_: object, **__: object) -> None:
+            def split(*_: object, **__: object) -> None:
                 raise error
 
-            monkeypatch.setattr("unziplora.training.runner.run_training", run_training)
+            monkeypatch.setattr("unziplora.methods.unziplora.method.split", split)
             return call(*SPLIT, *args)
 
         return run

@@ -43,7 +43,7 @@ class TrainingConfig(Recipe):
     steps: int = key(600, "Optimizer steps.", "Training", ge=1)
     batch_size: int = expert(1, "Noisy latents per step.", "Training", ge=1)
     optimizer: Literal["adamw", "adamw8bit", "prodigy"] = key(
-        "adamw", "adamw8bit saves memory; prodigy adapts the step size (set learning rates to 1).", "Training"
+        "adamw", "adamw8bit saves memory; prodigy finds the rate itself.", "Training"
     )
     betas: tuple[float, float] = expert((0.9, 0.999), "Adam's betas.", "Training")
     schedule: Literal["constant", "cosine"] = expert(
