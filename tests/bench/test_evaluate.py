@@ -46,6 +46,11 @@ class TestTasks:
         assert found["mix-dog"].loras == {"content": content, "style": other}
         assert found["mix-dog"].truths == (cat.mix,)
 
+    def test_case_that_is_its_own_partner_is_not_mixed(self, cases: Cases):
+        alone = Adapters(Lora({}), Lora({}))
+        made = make_tasks(cases["cat"], cases["cat"], alone, alone, "sks")
+        assert [task.kind for task in made] == ["content", "content", "style", "both"]
+
     def test_merged_lora_has_one_prompt_and_the_base_no_rare_word(self, cases: Cases):
         part, merged = Lora({}), Lora({})
         made = make_tasks(cases["cat"], cases["dog"], Adapters(part, part, merged), Adapters(part, part, merged), "sks")
@@ -79,6 +84,16 @@ class TestScore:
         assert row["content"] == pytest.approx(kind, abs=1e-5)
         assert row["score"] == pytest.approx(kind**0.5, abs=1e-5)
         assert row["leak"] == pytest.approx(1 - np.cos(200 / 255 * np.pi / 2), abs=1e-5)  # the cat came along
+
+    def test_measure_may_compare_in_its_own_way(self, cases: Cases):
+        class Halved(Colors):
+            def compare(self, features: torch.Tensor, truths: torch.Tensor) -> list[float]:
+                return [float(value) / 2 for value in (features @ truths.T).mean(1)]
+
+        cat = cases["cat"]
+        task = Task("content", "oil", Prompts("x"), {}, (cat.targets[1].images[0],))
+        (plain,), (halved,) = (score_images(measure, cat, task, [cat.image]) for measure in (Colors(), Halved()))
+        assert halved == pytest.approx({name: value / 2 for name, value in plain.items()}, abs=1e-6)
 
     def test_both_together_have_no_leak(self, cases: Cases):
         task = Task("both", "cat", Prompts("x"), {}, (cases["cat"].image,))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 from unziplora.bench.cases import Case
 from unziplora.bench.contenders import Adapters, Contender
-from unziplora.bench.scores import leak
+from unziplora.bench.scores import Comparison, leak
 from unziplora.bench.workspace import Workspace, json_hash, training_settings
 from unziplora.lora.weights import Lora
 from unziplora.metrics.measures import CaseMeasure
@@ -23,6 +24,7 @@ from unziplora.metrics.similarity import geometric_mean, similarity
 from unziplora.models.base import Base
 from unziplora.models.offload import base_on_cpu
 from unziplora.models.text import Prompts
+from unziplora.runs.folder import RunFolder
 from unziplora.sampling.adapters import AttachedLoras, NamedLora
 from unziplora.sampling.pipeline import Settings, generate
 from unziplora.utils.files import atomic_write, write_png
@@ -53,7 +55,7 @@ class Task:
 
 
 def make_tasks(case: Case, partner: Case, alone: Adapters, mixed: Adapters, token: str) -> list[Task]:
-    """List all tasks of a case for the LoRAs of a method."""
+    """List all tasks of a case for the LoRAs of a method; a case that is its own partner is not mixed."""
     words = {"token": token, **case.words}
     content, style = alone.content_phrase.format(**words), alone.style_phrase.format(**words)
     tasks = [
@@ -64,8 +66,10 @@ def make_tasks(case: Case, partner: Case, alone: Adapters, mixed: Adapters, toke
         Task("style", e.word, Prompts(f"a {e.word} in {style} style"), _present(style=alone.style), e.images)
         for e in case.others
     ]
-    both = _combined_task("both", case, case, alone, case.image, token)
-    return [*tasks, both, _combined_task("mix", case, partner, mixed, case.mix, token)]
+    tasks.append(_combined_task("both", case, case, alone, case.image, token))
+    if partner.slug == case.slug:
+        return tasks
+    return [*tasks, _combined_task("mix", case, partner, mixed, case.mix, token)]
 
 
 def _combined_task(
@@ -96,18 +100,19 @@ def score_images(measure: CaseMeasure, case: Case, task: Task, images: Sequence[
     For the style alone, "content" is the kind of thing and not the drawing.
     """
     truths, style_alone = list(task.truths), task.kind == "style"
+    compare: Comparison = getattr(measure, "compare", similarity)
     identity = measure.concept if style_alone else measure.content
-    contents = similarity(identity(images), identity(truths))
+    contents = compare(identity(images), identity(truths))
     image_styles, truth_styles = measure.style(images), measure.style(truths)
-    styles = similarity(image_styles, truth_styles)
+    styles = compare(image_styles, truth_styles)
     rows = [
         {"content": content, "style": style, "score": geometric_mean(content, style)}
         for content, style in zip(contents, styles, strict=True)
     ]
     if style_alone:
-        leaks = leak(measure.content(images), measure.content(truths), measure.content([case.image]))
+        leaks = leak(measure.content(images), measure.content(truths), measure.content([case.image]), compare)
     elif task.kind == "content":
-        leaks = leak(image_styles, truth_styles, measure.style([case.image]))
+        leaks = leak(image_styles, truth_styles, measure.style([case.image]), compare)
     else:
         return rows
     return [{**row, "leak": value} for row, value in zip(rows, leaks, strict=True)]
@@ -164,10 +169,12 @@ def _train_and_sample(
     case, partner = pair
     folder, config = workspace.run_folder(method.name, case, seed), workspace.config
     start = time.monotonic()
-    with base_on_cpu(base):
+    recipes = [recipe for one in pair for recipe in method.recipes(workspace, one, seed)]
+    trained = all(RunFolder(recipe.out).card.exists() for recipe in recipes)
+    with nullcontext() if trained else base_on_cpu(base):
         alone = method.train(workspace, case, seed)
-        mixed = method.mix(workspace, case, partner, seed)
-    trained = time.monotonic()
+        mixed = alone if partner.slug == case.slug else method.mix(workspace, case, partner, seed)
+    ready = time.monotonic()
     seeds = list(range(config.samples))
     files = [
         (task, [folder / "samples" / f"{task.slug}-{number}.png" for number in seeds])
@@ -181,7 +188,7 @@ def _train_and_sample(
         images = sample_task(base, task, seeds, config.sample_steps, config.guidance)
         for image, path in zip(images, paths, strict=True):
             write_png(path, image)
-    seconds = {"training": round(trained - start, 2), "sampling": round(time.monotonic() - trained, 2)}
+    seconds = {"training": round(ready - start, 2), "sampling": round(time.monotonic() - ready, 2)}
     samples = {"settings": settings, "seconds": seconds}
     atomic_write(folder / SAMPLES, json.dumps(samples) + "\n")
     return samples, files

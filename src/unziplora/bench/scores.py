@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean, stdev
 
 from torch import Tensor
@@ -12,17 +12,20 @@ from unziplora.metrics.similarity import harmonic_mean, similarity
 Figures = dict[str, float]
 """Figures by name, `task.quantity`, such as `content.score`."""
 
+Comparison = Callable[[Tensor, Tensor], list[float]]
+"""Function that returns the likeness of each image [N, D] to its truths [M, D], such as `similarity`."""
+
 CONTENT, STYLE = "content.score", "style.score"
 """The two figures on the scale: content alone in other styles, style alone on other contents."""
 
 
-def leak(features: Tensor, truths: Tensor, image: Tensor) -> list[float]:
+def leak(features: Tensor, truths: Tensor, image: Tensor, compare: Comparison = similarity) -> list[float]:
     """Return by how much images [N, D] resemble the training image [1, D] more than their truths [M, D] do; N values.
 
     The features are those of style for the content alone, and those of content for the style alone.
     """
-    expected = float((truths @ image.T).mean())
-    return [value - expected for value in similarity(features, image)]
+    expected = mean(compare(truths, image))
+    return [value - expected for value in compare(features, image)]
 
 
 def mean_figures(rows: Iterable[Mapping[str, float]]) -> Figures:

@@ -32,7 +32,11 @@ class Measure(Protocol):
 
 
 class CaseMeasure(Measure, Protocol):
-    """Measure of the benchmark, with a third embedding for kinds of things and an optional `weights_hash`."""
+    """Measure of the benchmark, with a third embedding for kinds of things.
+
+    Optional: `weights_hash`, without which scores are reused by the measure's name alone; and `compare`, which takes
+    embeddings of images [N, D] and of their truths [M, D] and returns N values, instead of the mean cosine.
+    """
 
     name: str
 
