@@ -49,6 +49,21 @@ def test_jobs_are_done_one_after_the_other(queue: Queue) -> None:
     assert "step 4/4" in (queue.folder / "a" / "worker.log").read_text()
 
 
+def test_function_is_called_after_each_job_when_it_is_free(queue: Queue) -> None:
+    seen: list[list[str]] = []
+    work(queue, train, silent, until_empty=True, after=lambda: seen.append([job.run.path.name for job in queue.jobs()]))
+    assert seen == [["b", "c"], ["c"], []]
+
+
+def test_error_of_that_function_ends_the_work(queue: Queue) -> None:
+    def broken() -> None:
+        raise MachineError("the disk is full")
+
+    with pytest.raises(MachineError, match="the disk is full"):
+        work(queue, train, silent, until_empty=True, after=broken)
+    assert [job.run.path.name for job in queue.jobs()] == ["b", "c"]
+
+
 def test_failed_job_does_not_stop_the_worker(queue: Queue) -> None:
     def fail(run: RunFolder, progress: Callback) -> None:
         progress(Progress(0, 4, message="loading"))

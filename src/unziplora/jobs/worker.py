@@ -84,12 +84,20 @@ class Work:
     stopped: bool = False
 
 
-def work(queue: Queue, train: Train, progress: Callback, until_empty: bool = False, poll: float = POLL) -> Work:
+def work(
+    queue: Queue,
+    train: Train,
+    progress: Callback,
+    until_empty: bool = False,
+    poll: float = POLL,
+    after: Callable[[], None] = lambda: None,
+) -> Work:
     """Take jobs and train them until the process is asked to stop; the job in hand then saves its step.
 
     Args:
         until_empty: stop when no job is left that nobody works on.
         poll: seconds between two looks into an empty queue.
+        after: called after each job, which is no longer claimed then; its errors end the work.
 
     Raises:
         UserError: this is not the main thread, which alone can stop a training.
@@ -104,6 +112,8 @@ def work(queue: Queue, train: Train, progress: Callback, until_empty: bool = Fal
                 with queue.claimed() as taken:
                     if taken is not None:
                         _do(queue, *taken, train, progress, result)
+                if taken is not None:
+                    after()
                 if taken is None and until_empty:
                     return result
                 if taken is None:
