@@ -54,6 +54,15 @@ class TestCsd:
         expected = pooled @ model.visual_projection.weight.T
         torch.testing.assert_close(rows, expected.detach() / expected.detach().norm(dim=1, keepdim=True))
 
+    def test_fingerprint_is_of_the_type_and_the_weights(self, csd, tmp_path):
+        first = ImageModel("csd", str(csd)).fingerprint()
+        assert first == ImageModel("csd", str(csd)).fingerprint()
+        assert first.startswith("clip_vision_model ")
+        other = CLIPVisionModelWithProjection(CLIPVisionConfig(**SMALL, intermediate_size=32, projection_dim=12))
+        other.save_pretrained(tmp_path / "other")
+        clip_processor().save_pretrained(tmp_path / "other")
+        assert ImageModel("csd", str(tmp_path / "other")).fingerprint() != first
+
     def test_model_without_projection_is_refused(self, tmp_path):
         CLIPVisionModel(CLIPVisionConfig(**SMALL, intermediate_size=32)).save_pretrained(tmp_path)
         clip_processor().save_pretrained(tmp_path)

@@ -7,6 +7,7 @@ token of DINO (arXiv 2104.14294, 2304.07193), and the style embedding of CSD (ar
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -42,7 +43,7 @@ class ImageModel:
 
     def __init__(self, kind: Kind, source: str, device: torch.device | str = "cpu") -> None:
         """Load a model from a folder or the hub. Raises as `load_vision_model`."""
-        self._device = device
+        self.kind, self._device = kind, device
         if kind == "clip":
             model, processor = load_vision_model(CLIP, source)
             self._processor = processor.image_processor
@@ -55,7 +56,19 @@ class ImageModel:
         else:
             model, self._processor = load_vision_model(DINO, source)
             self._embed = lambda pixels: model(pixel_values=pixels).last_hidden_state[:, 0]
-        model.to(device)
+        self._model = model.to(device)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the model."""
+        self._model.to(device)
+        self._device = device
+
+    def fingerprint(self) -> str:
+        """Return the type of the model and 16 hex digits of a hash of its weights."""
+        digest = hashlib.sha256()
+        for name, tensor in self._model.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+        return f"{self._model.config.model_type} {digest.hexdigest()[:16]}"
 
     @torch.no_grad()
     def embed(self, images: Images) -> Tensor:
