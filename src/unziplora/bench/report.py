@@ -117,10 +117,11 @@ def image_means(result: Mapping[str, Any], measure: str) -> Figures:
 
 def markdown_table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """Format methods × figures as a Markdown table."""
-    return _table(("method", *columns.values()), [(row.method, *map(row.formatted, columns)) for row in rows])
+    return table(("method", *columns.values()), [(row.method, *map(row.formatted, columns)) for row in rows])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format cells as a Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
@@ -153,7 +154,7 @@ def _case_table(rows: Sequence[Row]) -> str:
 
     cases = dict.fromkeys(case for row in rows for case in row.cases)
     lines = [(case, *(cell(row.cases.get(case)) for row in rows)) for case in cases]
-    return _table(("case", *(row.method for row in rows)), lines)
+    return table(("case", *(row.method for row in rows)), lines)
 
 
 def write_report(report: Report, results: Sequence[Mapping[str, Any]], cases: Sequence[Case], folder: Path) -> None:

@@ -61,7 +61,7 @@ def run_benchmark(
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
+def resumable() -> Iterator[None]:
     """Report an interruption as one of the benchmark, not of the training that was running."""
     try:
         yield
@@ -69,7 +69,7 @@ def _resumable() -> Iterator[None]:
         raise Interrupted("stopped; all finished work is saved, and the same command continues") from None
 
 
-@_resumable()
+@resumable()
 def evaluate_methods(session: Session, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the scores of every method, case and seed; a method without training has the first seed only.
 

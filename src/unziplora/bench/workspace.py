@@ -77,6 +77,10 @@ class Workspace:
         """Return the folder of one method's trainings on a case."""
         return self.method_folders.get(method, self.folder) / "runs" / method / case.slug / f"seed-{seed}"
 
+    def training_folder(self, method: str, case: Case, seed: int, training: str) -> Path:
+        """Return the run folder of one of a method's trainings on a case."""
+        return self.run_folder(method, case, seed) / training
+
     def settings(self, method: str) -> dict[str, Any]:
         """Return the overrides of a method."""
         return dict(self.overrides.get(method, {}))
@@ -92,7 +96,7 @@ class Workspace:
     ) -> R:
         """Resolve the recipe of one training of a method; later settings win."""
         shared = {name: value for name, value in self.shared_settings(case, seed).items() if name in model.model_fields}
-        out = self.run_folder(method, case, seed) / training
+        out = self.training_folder(method, case, seed, training)
         return resolve(model, shared, *map(dict, settings), {"out": out})
 
     def image_files(self, case: Case, name: str, examples: Sequence[Example]) -> list[Path]:
@@ -115,7 +119,7 @@ class Workspace:
         """
         run = RunFolder(config.out)
         if run.config_file.is_file() and (run.card.exists() or run.steps()):
-            _check_settings(run, config)
+            check_settings(run, config)
         if run.card.exists():
             return run
         run = train(config, run.unfinished and not run.is_free())
@@ -147,8 +151,12 @@ def json_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _check_settings(run: RunFolder, config: TrainingConfig) -> None:
-    """Refuse a run with other settings. Of images only the file names count, because folders can move."""
+def check_settings(run: RunFolder, config: TrainingConfig) -> None:
+    """Refuse a run with other settings. Of images only the file names count, because folders can move.
+
+    Raises:
+        UserError: the settings differ.
+    """
     saved = run.config(type(config))
     for name in changed_settings(saved, config):
         old, new = getattr(saved, name), getattr(config, name)

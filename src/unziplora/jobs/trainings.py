@@ -82,7 +82,7 @@ def check(config: C) -> C:
     """
     from unziplora.training.preflight import check_run
 
-    method = resolve_name(_kind_of(config).method)
+    method = resolve_name(kind_of(config).method)
     config = completed(config)
     if needs_base(config):
         check_run(method, config)
@@ -125,13 +125,13 @@ def foresee(config: ImageConfig) -> Forecast:
     from unziplora.training.memory import estimate
     from unziplora.training.preflight import check_run, preview
 
-    kind, sizes = resolve_name(_kind_of(config).method), inspect_base(config.base)
+    kind, sizes = resolve_name(kind_of(config).method), inspect_base(config.base)
     images = check_run(kind, config)
     memory = estimate(config, sizes, kind.layers(config, sizes.names), images.size)
     return Forecast(preview(images), images.size, config.filled_prompts(), memory)
 
 
-def _kind_of(config: TrainingConfig) -> Training:
+def kind_of(config: TrainingConfig) -> Training:
     return next(kind for kind in TRAININGS.values() if type(config) is kind.recipe)
 
 
@@ -151,7 +151,7 @@ class Trainer:
         config = config_of(run).model_copy(update={"out": run.path})
         try:
             base = self.load(config, progress)
-            resolve_name(_kind_of(config).function)(config, resume=True, progress=progress, base=base)
+            resolve_name(kind_of(config).function)(config, resume=True, progress=progress, base=base)
         except (MachineError, MemoryError, RuntimeError):  # the memory may be needed, and the state is uncertain
             self.drop()
             raise
