@@ -122,7 +122,10 @@ class TestHelp:
 
     @pytest.mark.parametrize(
         "name",
-        [["split"], ["train", "dreambooth"], ["train", "blora"], ["zip"], ["sample"], ["grid"], ["blocks"], ["bench"]],
+        [
+            *(["train", method] for method in ("dreambooth", "blora")),
+            *([name] for name in ("split", "zip", "sample", "grid", "blocks", "bench", "trial")),
+        ],
         ids=" ".join,
     )
     def test_help_is_short_and_has_no_expert_flags(self, call: Call, name: list[str]) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "grid": "unziplora.cli.sample",
     "blocks": "unziplora.cli.blocks",
     "bench": "unziplora.cli.bench",
+    "trial": "unziplora.cli.trial",
     "inspect": "unziplora.cli.inspect",
     "convert": "unziplora.cli.inspect",
     "resize": "unziplora.cli.inspect",

@@ -17,6 +17,7 @@ from unziplora.config.recipe import Recipe, format_value, group_of, has_mark
 from unziplora.config.sample import GenerationConfig, GridConfig, SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import ImageConfig, TrainingConfig
+from unziplora.config.trial import TrialConfig
 from unziplora.config.zip import ZipConfig
 
 HEAD = """# Configuration
@@ -58,6 +59,7 @@ def reference() -> str:
             _section("`unziplora grid`", GridConfig, GenerationConfig, generated),
             _section("`unziplora blocks`", ProbeConfig),
             _section("`unziplora bench`", BenchConfig),
+            _section("`unziplora trial`", TrialConfig),
         ]
     )
 

@@ -1,0 +1,225 @@
+"""Run of a trial: forecast, queue of trainings, scores and report after each, and what failed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
+
+from unziplora.bench.contenders import Contender
+from unziplora.bench.cost import Metered
+from unziplora.bench.run import resumable
+from unziplora.bench.trial import Trial, open_trial
+from unziplora.bench.trial_report import TrialReport, write_trial
+from unziplora.bench.workspace import check_settings
+from unziplora.config.recipe import to_toml
+from unziplora.config.training import ImageConfig
+from unziplora.config.trial import TrialConfig
+from unziplora.errors import Interrupted, MachineError, UserError
+from unziplora.jobs.queue import Queue
+from unziplora.jobs.state import read_failure, state_of
+from unziplora.jobs.trainings import kind_of
+from unziplora.jobs.worker import POLL, work
+from unziplora.models.sizes import inspect_base
+from unziplora.runs.folder import RunFolder
+from unziplora.training.memory import estimate
+from unziplora.training.preflight import check_run
+from unziplora.utils.files import atomic_write
+from unziplora.utils.progress import Callback, Progress, duration, size
+
+IMAGE_BYTES = 1.6
+"""Bytes per pixel of a generated image as PNG, roughly."""
+
+
+class Forecast(NamedTuple):
+    """What a trial will do and need.
+
+    Attributes:
+        disk: bytes of LoRAs and images, and of the checkpoints of one run.
+        free: bytes free on the disk.
+        memory: peak bytes of a training, by arm.
+        fits: arms whose training fits into the memory that is free now.
+    """
+
+    images: int
+    arms: list[str]
+    trainings: int
+    samples: int
+    disk: int
+    free: int
+    memory: dict[str, int]
+    fits: list[str]
+
+    def lines(self) -> list[str]:
+        """Return the forecast for people."""
+        most = max(self.memory.values(), default=0)
+        return [
+            f"{self.images} images, {len(self.arms)} arms ({', '.join(self.arms)})",
+            f"{self.trainings} trainings, then {self.samples} images to sample and score",
+            f"about {size(self.disk)} on the disk, where {size(self.free)} are free",
+            *([f"up to about {size(most)} of memory for a training"] if most else []),
+            "the time is estimated as soon as the first trainings are scored",
+        ]
+
+
+def foresee(trial: Trial) -> Forecast:
+    """Forecast disk and memory from the first image, and check what can be checked without loading the base.
+
+    Raises:
+        UserError: a setting of an arm cannot be trained.
+    """
+    sizes, slug, seed = inspect_base(trial.config.base), next(iter(trial.cases)), trial.config.seeds[0]
+    loras, largest, fits = dict.fromkeys(trial.arms, 0), 0, list[str]()
+    memory: dict[str, int] = {}
+    for name in trial.arms:
+        for recipe in trial.recipes((name, slug, seed)):
+            assert isinstance(recipe, ImageConfig)
+            method = resolve_name(kind_of(recipe).method)
+            with named_arm(name):
+                shape, layers = check_run(method, recipe).size, method.layers(recipe, sizes.names)
+            numbers = sum(sizes.adapter(recipe.rank, paths) for paths in layers.values())
+            loras[name] += 2 * numbers  # fp16
+            largest = max(largest, 3 * 12 * numbers)  # with two moments in fp32; three files exist while one is written
+            forecast = estimate(recipe, sizes, layers, shape)
+            memory[name] = max(memory.get(name, 0), forecast.total)
+            fits += [name] if forecast.fits is not False else []
+    units, config = trial.units, trial.config
+    prompts = sum(len(trial.cases[slug].targets) + len(trial.cases[slug].others) + 1 for _, slug, _ in units)
+    images = prompts * config.samples
+    disk = sum(loras[name] for name, _, _ in units) + largest + round(images * IMAGE_BYTES * sizes.resolution**2)
+    trainings = sum(len(trial.recipes(unit)) for unit in units)
+    free = shutil.disk_usage(_existing(trial.config.out)).free
+    return Forecast(
+        len(trial.cases), list(trial.arms), trainings, images, disk, free, memory, list(dict.fromkeys(fits))
+    )
+
+
+@contextmanager
+def named_arm(name: str) -> Iterator[None]:
+    """Name the arm whose settings are not usable."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"arm {name}: {error}") from None
+
+
+def _existing(path: Path) -> Path:
+    """Return the first of a path and its parents that exists."""
+    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+
+
+@resumable()
+def run_trial(
+    config: TrialConfig,
+    progress: Callback | None = None,
+    *,
+    arms: Mapping[str, Contender] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> TrialReport:
+    """Train, sample and score all units; write sheets and report after each, as far as they go.
+
+    Everything that an earlier call finished is reused. Trainings wait in the queue of `out/runs`, so that
+    `unziplora worker` on another GPU can take some.
+
+    Arguments and errors are those of `open_trial`, and:
+
+    Raises:
+        UserError: `out` contains runs with other settings, or of another base.
+        MachineError: trainings failed, after everything else was done; disk full, no permission.
+        Interrupted: stopped on request; the same call continues.
+    """
+    trial = open_trial(config, progress, arms, overrides)
+    announce(trial, foresee(trial))
+    trial.workspace.claim(trial.base())
+    atomic_write(trial.workspace.folder / "trial.toml", to_toml(config))
+
+    def score() -> None:
+        before = len(trial.results)
+        if trial.score_ready():
+            write_trial(trial)
+        if len(trial.results) > before:
+            tell_time(trial)
+
+    queue = submit(trial)
+    score()  # the base without LoRA: what does not work becomes evident before the first training
+    while True:
+        if work(queue, Metered(trial.trainer), trial.progress, until_empty=True, after=score).stopped:
+            raise Interrupted
+        score()
+        if not any(state_of(job.run) == "running" for job in queue.jobs()):
+            break
+        time.sleep(POLL)  # another worker has the last ones in hand
+    report = write_trial(trial)
+    check_complete(trial)
+    return report
+
+
+def announce(trial: Trial, forecast: Forecast) -> None:
+    """Report a forecast, and warn of what does not fit."""
+    for line in forecast.lines():
+        trial.progress(Progress(0, 0, message=line))
+    if forecast.disk > forecast.free:
+        warnings.warn(
+            f"the disk of --out may become full: {size(forecast.disk)} are needed and {size(forecast.free)} are free",
+            stacklevel=2,
+        )
+    if tight := [name for name in forecast.memory if name not in forecast.fits]:
+        warnings.warn(f"memory may not suffice for {', '.join(tight)}; close other programs", stacklevel=2)
+
+
+def tell_time(trial: Trial) -> None:
+    """Report how much is scored, and about how long the rest takes."""
+    left, units = trial.seconds_left(), trial.units
+    rest = f", about {duration(left)} left" if left else ""
+    trial.progress(Progress(0, 0, message=f"{len(trial.results)} of {len(units)} results{rest}"))
+
+
+def submit(trial: Trial) -> Queue:
+    """Put all trainings that are not finished into the queue of the trial; failed ones are tried again.
+
+    Raises:
+        UserError: a run folder contains a run with other settings.
+    """
+    queue = Queue(trial.workspace.runs)
+    trial.workspace.runs.mkdir(parents=True, exist_ok=True)
+    waiting = {job.run.path: job for job in queue.jobs()}
+    for recipe in (recipe for unit in trial.units for recipe in trial.recipes(unit)):
+        run = RunFolder(recipe.out)
+        if run.config_file.is_file():
+            check_settings(run, recipe)
+        if run.card.exists():
+            continue
+        if job := waiting.get(run.path):
+            if job.state == "failed":
+                queue.retry(job.number)
+        elif run.unfinished:
+            queue.add(run.path)
+        else:
+            queue.submit(recipe)
+    return queue
+
+
+def check_complete(trial: Trial) -> None:
+    """Raise an error if a training failed or a result could not be sampled.
+
+    Raises:
+        MachineError: the first reason, and where the report is.
+    """
+    reasons = [
+        f"{run.path}: {failure.message}"
+        for unit in trial.units
+        if unit not in trial.results
+        for run in trial.trainings(unit)
+        if state_of(run) == "failed" and (failure := read_failure(run))
+    ]
+    reasons += [f"{name}, {slug}, seed {seed}: {reason}" for (name, slug, seed), reason in trial.faults.items()]
+    if reasons:
+        raise MachineError(
+            f"{len(reasons)} of the trial's trainings and results failed, the first because of\n  {reasons[0]}\n"
+            f"The report {trial.config.out / 'report.md'} contains the others; the same command tries these again"
+        )
