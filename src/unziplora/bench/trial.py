@@ -31,7 +31,7 @@ from unziplora.metrics.embedders import ImageModel
 from unziplora.models.base import Base
 from unziplora.models.device import computing_on, pick_device
 from unziplora.models.sizes import inspect_base
-from unziplora.runs.folder import RunFolder
+from unziplora.runs.folder import RunFolder, with_absolute_paths
 from unziplora.utils.progress import Callback
 
 FEWEST = 4
@@ -143,7 +143,9 @@ class Trial:
     def base(self) -> Base:
         """Return the base, which stays loaded between trainings and samples."""
         keys = self.workspace.config.model_dump(include={"base", "precision", "device"})
-        base = self.trainer.load(TrainingConfig(out=self.workspace.folder, **keys), self.progress)
+        # The path is absolute in run folders too; another spelling would load the base again for each training.
+        recipe = with_absolute_paths(TrainingConfig(out=self.workspace.folder, **keys))
+        base = self.trainer.load(recipe, self.progress)
         assert base is not None  # only sums of LoRAs need none
         return base
 

@@ -208,8 +208,8 @@ def format_trial(report: TrialReport) -> str:
             "# Trial",
             f"{_pairs(report.versions)}; {card}, {report.precision}.",
             f"Base: {report.base} ({report.base_fingerprint}). Measured by {models}.",
-            f"{report.images} images, training seeds {seeds}, {report.samples} samples per prompt, "
-            f"{report.sample_steps} steps, guidance {report.guidance:g}.",
+            f"Images: {report.images}; training seeds: {seeds}; samples per prompt: {report.samples}, with "
+            f"{report.sample_steps} steps and guidance {report.guidance:g}.",
             "## Means over images",
             report.table(),
             LEGEND + "\n" + scaled,

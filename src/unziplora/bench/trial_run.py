@@ -59,8 +59,8 @@ class Forecast(NamedTuple):
         """Return the forecast for people."""
         most = max(self.memory.values(), default=0)
         return [
-            f"{self.images} images, {len(self.arms)} arms ({', '.join(self.arms)})",
-            f"{self.trainings} trainings, then {self.samples} images to sample and score",
+            f"images: {self.images}; arms: {', '.join(self.arms)}",
+            f"trainings: {self.trainings}; images to sample and score: {self.samples}",
             f"about {size(self.disk)} on the disk, where {size(self.free)} are free",
             *([f"up to about {size(most)} of memory for a training"] if most else []),
             "the time is estimated as soon as the first trainings are scored",
