@@ -27,8 +27,9 @@ from transformers import (
 
 from unziplora.bench import trial_run
 from unziplora.bench.cost import COST, Cost, read_cost
-from unziplora.bench.trial import ARMS, LocalScaling, Trial, load_images, open_trial
-from unziplora.bench.trial_run import foresee, run_trial, submit
+from unziplora.bench.photos import ModelMeasure
+from unziplora.bench.trial import ARMS, LocalScaling, Trial, load_images, moved, open_trial
+from unziplora.bench.trial_run import Forecast, announce, foresee, run_trial, submit
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import resolve
 from unziplora.config.split import BUNDLED, PAPER, SplitConfig
@@ -241,6 +242,20 @@ class TestOpening:
             resolve(TrialConfig, {**make().model_dump(), **keys})
 
 
+def test_models_are_on_the_gpu_only_while_they_measure():
+    class Model:
+        def __init__(self) -> None:
+            self.places: list[str] = []
+
+        def to(self, device: torch.device | str) -> None:
+            self.places.append(str(device))
+
+    model = Model()
+    with moved([ModelMeasure("x", model, model)], torch.device("cuda")):  # type: ignore[arg-type]
+        assert set(model.places) == {"cuda"}
+    assert model.places[-1] == "cpu"
+
+
 class TestForecast:
     def test_trainings_images_and_disk_are_counted(self, make: Make):
         config = make(arms=["base", "default", "dreambooth"], seeds=[0, 1, 2], samples=2)
@@ -265,6 +280,14 @@ class TestForecast:
         tensors = [tensor for path in (run.content, run.style) for tensor in load_file(path).values()]
         factors = sum(tensor.numel() for tensor in tensors if tensor.ndim == 2)
         assert more == (2 + 36) * factors // 2  # of half the rank: the files in fp16, three checkpoints in fp32
+
+    def test_too_little_disk_or_memory_is_a_warning(self, make: Make):
+        forecast = Forecast(1, ["paper"], 1, 1, 2**31, 2**30, {"paper": 2**34}, ["paper"])
+        trial = open_trial(make())
+        with pytest.warns(UserWarning, match=r"2\.0 GiB are needed and 1\.0 GiB are free"):
+            announce(trial, forecast)
+        with pytest.warns(UserWarning, match="memory may not suffice for paper"):
+            announce(trial, forecast)
 
     def test_arm_whose_settings_cannot_be_trained_is_named(self, make: Make):
         trial = open_trial(make(arms=["default"]), overrides={"default": {**TINY, "resolution": 17}})
@@ -342,6 +365,23 @@ def test_all_arms_are_trained_scored_and_reported_without_a_trace_of_the_user(
 
 
 @pytest.mark.slow
+def test_csls_of_each_image_is_that_of_its_samples_among_the_other_images(make: Make, models: dict[str, str]):
+    config = make(arms=["base"])
+    report = run_trial(config)
+    csd = ImageModel("csd", models["csd"])
+    photos = csd.embed([case.image for case in load_images(config.pictures, 64).values()])
+    for score in report.scores:
+        own = score["image"] - 1
+        samples = sorted((config.out / "results" / list(IMAGES)[own] / "base-0" / "samples").glob("style-*.png"))
+        features, truth = csd.embed([Image.open(path) for path in samples]), photos[own]
+        others = torch.cat([photos[:own], photos[own + 1 :]])
+        expected = 2 * features @ truth - (features @ others.T).mean(1) - (others @ truth).mean()
+        assert score["figures"]["style CSLS"] == pytest.approx(float(expected.mean()), abs=1e-4)
+        assert score["figures"]["style CSD"] == pytest.approx(float((features @ truth).mean()), abs=1e-4)
+    assert len(report.scores) == 4
+
+
+@pytest.mark.slow
 def test_interrupted_trial_goes_on_from_the_checkpoint_with_the_same_result(make: Make, photos: Path, tmp_path: Path):
     only(photos, "okapi-photo")
     six = {"default": {**TINY, "steps": 6, "checkpoint_every": 2}}
@@ -408,6 +448,30 @@ class TestFailures:
         )()
         assert [arm.scored for arm in run_trial(trial.config).arms] == [4, 4]
 
+    def test_memory_that_does_not_suffice_for_sampling_stops_nothing_else(
+        self, trial: Trial, monkeypatch: pytest.MonkeyPatch
+    ):
+        def exhausted(*args: Any) -> Any:
+            if args[3].name == "base" and args[5].slug == "numbat-photo":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self.evaluate(*args)
+
+        monkeypatch.setattr("unziplora.bench.trial.evaluate", exhausted)
+        trial.trainer = FakeTrainer(failing="")
+        with pytest.raises(MachineError, match="base, numbat-photo, seed 0: CUDA out of memory"):
+            run_trial(trial.config)
+        assert len(trial.results) == 7
+        assert trial.seconds_left() == 0
+
+    def test_run_in_the_hands_of_another_worker_is_waited_for(self, trial: Trial, monkeypatch: pytest.MonkeyPatch):
+        waited: list[float] = []
+        monkeypatch.setattr(trial_run.time, "sleep", waited.append)
+        real = trial_run.state_of
+        monkeypatch.setattr(trial_run, "state_of", lambda run: real(run) if waited else "running")
+        with pytest.raises(MachineError, match="secret reason"):
+            run_trial(trial.config)
+        assert waited == [trial_run.POLL]
+
     def test_canceled_training_is_queued_again_and_a_waiting_one_only_once(self, trial: Trial):
         assert [job.number for job in submit(trial).jobs()] == [1, 2, 3, 4]
         queue = submit(trial)
@@ -424,7 +488,9 @@ class TestFailures:
         for unit in trial.results:
             for run in trial.trainings(unit):
                 (run.path / COST).write_text(json.dumps(Cost(90.0, 2**30)._asdict()))
-        assert trial.seconds_left() == pytest.approx(1 * (90 + 30))
+        assert trial.seconds_left() == 0  # a failed training takes no more time
+        left = {unit: result for unit, result in trial.results.items() if unit[1] != "numbat-photo"}
+        assert replace(trial, results=left).seconds_left() == pytest.approx(30 + (90 + 30))
         report = trial_run.write_trial(trial)
         default = report.arms[1]
         assert (default.minutes, default.sampling_minutes, default.memory) == (1.5, 0.5, 2**30)

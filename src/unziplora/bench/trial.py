@@ -25,6 +25,7 @@ from unziplora.config.training import TrainingConfig
 from unziplora.config.trial import TrialConfig, split_settings
 from unziplora.errors import OutOfMemory, UserError, first_line, out_of_memory
 from unziplora.jobs.rows import IMAGE_SUFFIXES
+from unziplora.jobs.state import state_of
 from unziplora.jobs.trainings import Trainer
 from unziplora.metrics.csls import csls
 from unziplora.metrics.embedders import ImageModel
@@ -107,6 +108,7 @@ class Trial:
     trainer: Trainer = field(default_factory=Trainer)
     results: dict[Unit, dict[str, Any]] = field(default_factory=dict)
     faults: dict[Unit, str] = field(default_factory=dict)
+    resolved: dict[Unit, list[TrainingConfig]] = field(default_factory=dict)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -132,9 +134,11 @@ class Trial:
         ]
 
     def recipes(self, unit: Unit) -> list[TrainingConfig]:
-        """Return the recipes of a unit's trainings."""
-        name, slug, seed = unit
-        return self.arms[name].recipes(self.workspace, self.cases[slug], seed)
+        """Return the recipes of a unit's trainings; each is resolved once, which takes milliseconds."""
+        if unit not in self.resolved:
+            name, slug, seed = unit
+            self.resolved[unit] = self.arms[name].recipes(self.workspace, self.cases[slug], seed)
+        return self.resolved[unit]
 
     def trainings(self, unit: Unit) -> list[RunFolder]:
         """Return the run folders of a unit's trainings."""
@@ -201,20 +205,22 @@ class Trial:
         if not trained:
             return None
         usual = sum(trained) / len(trained)
-        return sum(means.get(unit[0], usual) for unit in self.units if unit not in self.results)
+        return sum(means.get(unit[0], usual) for unit in self.units if unit not in self.results and self.is_open(unit))
+
+    def is_open(self, unit: Unit) -> bool:
+        """Return True unless a training of a unit failed, or its images could not be sampled."""
+        return unit not in self.faults and all(state_of(run) != "failed" for run in self.trainings(unit))
 
 
 def open_trial(
     config: TrialConfig,
     progress: Callback | None = None,
-    arms: Mapping[str, Contender] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     folder: Path | None = None,
 ) -> Trial:
     """Load images and measures, and check the base and the settings of every arm.
 
     Args:
-        arms: default: the configured ones of `ARMS`.
         overrides: further settings by arm, as in `Workspace`.
         folder: used instead of `config.out`.
 
@@ -230,8 +236,8 @@ def open_trial(
         warnings.warn("no GPU: a trial of SDXL needs one, and hardly ends on a CPU", stacklevel=2)
     measures = photo_measures(settings, "cpu")
     workspace = TrialWorkspace(settings, (folder or config.out).resolve(), overrides or {})
-    arms = {name: (arms or ARMS)[name] for name in config.arms}
-    trial = Trial(config, workspace, cases, dict(arms), measures, progress or (lambda _: None))
+    arms: dict[str, Contender] = {name: ARMS[name] for name in config.arms}
+    trial = Trial(config, workspace, cases, arms, measures, progress or (lambda _: None))
     if config.csd and len(cases) >= FEWEST:
         trial.references = measures[-1].style([case.image for case in cases.values()])
     elif config.csd:

@@ -185,9 +185,9 @@ def score_entry(trial: Trial, unit: Unit) -> dict[str, Any]:
     name, slug, seed = unit
     result = trial.results[unit]
     figures: Figures = {}
-    for measure in result["measures"]:
-        means = image_means(result, measure)
-        kind = measure.partition(":")[0]
+    for measure in trial.case_measures(trial.cases[slug]):  # those of an earlier call may be stored too
+        means = image_means(result, measure.name)
+        kind = measure.name.partition(":")[0]
         figures |= {title: round(means[figure], 5) for (of, figure), title in COLUMNS.items() if of == kind}
     return {"image": list(trial.cases).index(slug) + 1, "arm": name, "seed": seed, "figures": figures}
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-from unziplora.bench.contenders import Contender
 from unziplora.bench.cost import Metered
 from unziplora.bench.run import resumable
 from unziplora.bench.trial import Trial, open_trial
@@ -32,8 +31,9 @@ from unziplora.training.preflight import check_run
 from unziplora.utils.files import atomic_write
 from unziplora.utils.progress import Callback, Progress, duration, size
 
-IMAGE_BYTES = 1.6
-"""Bytes per pixel of a generated image as PNG, roughly."""
+FP16, CHECKPOINT, PIXEL = 2, 3 * 12, 3
+"""Bytes of a trained number in a LoRA file; of the same in checkpoints, with two moments in fp32 (three files exist
+while one is written); and of a pixel of a PNG file, at most."""
 
 
 class Forecast(NamedTuple):
@@ -43,7 +43,7 @@ class Forecast(NamedTuple):
         disk: bytes of LoRAs and images, and of the checkpoints of one run.
         free: bytes free on the disk.
         memory: peak bytes of a training, by arm.
-        fits: arms whose training fits into the memory that is free now.
+        tight: arms whose training does not fit into the memory that is free now.
     """
 
     images: int
@@ -53,7 +53,7 @@ class Forecast(NamedTuple):
     disk: int
     free: int
     memory: dict[str, int]
-    fits: list[str]
+    tight: list[str]
 
     def lines(self) -> list[str]:
         """Return the forecast for people."""
@@ -61,7 +61,7 @@ class Forecast(NamedTuple):
         return [
             f"images: {self.images}; arms: {', '.join(self.arms)}",
             f"trainings: {self.trainings}; images to sample and score: {self.samples}",
-            f"about {size(self.disk)} on the disk, where {size(self.free)} are free",
+            f"up to about {size(self.disk)} on the disk, where {size(self.free)} are free",
             *([f"up to about {size(most)} of memory for a training"] if most else []),
             "the time is estimated as soon as the first trainings are scored",
         ]
@@ -73,29 +73,34 @@ def foresee(trial: Trial) -> Forecast:
     Raises:
         UserError: a setting of an arm cannot be trained.
     """
-    sizes, slug, seed = inspect_base(trial.config.base), next(iter(trial.cases)), trial.config.seeds[0]
-    loras, largest, fits = dict.fromkeys(trial.arms, 0), 0, list[str]()
+    config, units, sizes = trial.config, trial.units, inspect_base(trial.config.base)
+    first = next(iter(trial.cases)), config.seeds[0]
+    loras, largest, tight = dict.fromkeys(trial.arms, 0), 0, dict[str, None]()
     memory: dict[str, int] = {}
     for name in trial.arms:
-        for recipe in trial.recipes((name, slug, seed)):
+        for recipe in trial.recipes((name, *first)):
             assert isinstance(recipe, ImageConfig)
             method = resolve_name(kind_of(recipe).method)
             with named_arm(name):
                 shape, layers = check_run(method, recipe).size, method.layers(recipe, sizes.names)
             numbers = sum(sizes.adapter(recipe.rank, paths) for paths in layers.values())
-            loras[name] += 2 * numbers  # fp16
-            largest = max(largest, 3 * 12 * numbers)  # with two moments in fp32; three files exist while one is written
+            loras[name] += FP16 * numbers
+            largest = max(largest, CHECKPOINT * numbers)
             forecast = estimate(recipe, sizes, layers, shape)
             memory[name] = max(memory.get(name, 0), forecast.total)
-            fits += [name] if forecast.fits is not False else []
-    units, config = trial.units, trial.config
+            if forecast.fits is False:
+                tight[name] = None
     prompts = sum(len(trial.cases[slug].targets) + len(trial.cases[slug].others) + 1 for _, slug, _ in units)
     images = prompts * config.samples
-    disk = sum(loras[name] for name, _, _ in units) + largest + round(images * IMAGE_BYTES * sizes.resolution**2)
-    trainings = sum(len(trial.recipes(unit)) for unit in units)
-    free = shutil.disk_usage(_existing(trial.config.out)).free
     return Forecast(
-        len(trial.cases), list(trial.arms), trainings, images, disk, free, memory, list(dict.fromkeys(fits))
+        images=len(trial.cases),
+        arms=list(trial.arms),
+        trainings=sum(len(trial.recipes(unit)) for unit in units),
+        samples=images,
+        disk=sum(loras[name] for name, _, _ in units) + largest + images * PIXEL * sizes.resolution**2,
+        free=shutil.disk_usage(_existing(config.out)).free,
+        memory=memory,
+        tight=list(tight),
     )
 
 
@@ -118,7 +123,6 @@ def run_trial(
     config: TrialConfig,
     progress: Callback | None = None,
     *,
-    arms: Mapping[str, Contender] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> TrialReport:
     """Train, sample and score all units; write sheets and report after each, as far as they go.
@@ -133,7 +137,7 @@ def run_trial(
         MachineError: trainings failed, after everything else was done; disk full, no permission.
         Interrupted: stopped on request; the same call continues.
     """
-    trial = open_trial(config, progress, arms, overrides)
+    trial = open_trial(config, progress, overrides)
     announce(trial, foresee(trial))
     trial.workspace.claim(trial.base())
     atomic_write(trial.workspace.folder / "trial.toml", to_toml(config))
@@ -168,8 +172,8 @@ def announce(trial: Trial, forecast: Forecast) -> None:
             f"the disk of --out may become full: {size(forecast.disk)} are needed and {size(forecast.free)} are free",
             stacklevel=2,
         )
-    if tight := [name for name in forecast.memory if name not in forecast.fits]:
-        warnings.warn(f"memory may not suffice for {', '.join(tight)}; close other programs", stacklevel=2)
+    if forecast.tight:
+        warnings.warn(f"memory may not suffice for {', '.join(forecast.tight)}; close other programs", stacklevel=2)
 
 
 def tell_time(trial: Trial) -> None:
