@@ -132,6 +132,7 @@ def foresee(config: ImageConfig) -> Forecast:
 
 
 def kind_of(config: TrainingConfig) -> Training:
+    """Return the kind of training that a recipe belongs to."""
     return next(kind for kind in TRAININGS.values() if type(config) is kind.recipe)
 
 
