@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import vision
 from hypothesis import settings
 
 from unziplora.models.base import Base, load_base
@@ -53,6 +54,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny-xl"
     tiny.pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vision_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Tiny random models that compare images, by kind: clip, dino, csd."""
+    return vision.save_models(tmp_path_factory.mktemp("models-of-jane"))
 
 
 @pytest.fixture(scope="session")

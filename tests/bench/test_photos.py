@@ -7,11 +7,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
 
 from unziplora.bench.photos import load_photos, photo_measures, photo_table
 from unziplora.bench.run import run_benchmark
@@ -33,18 +28,6 @@ def photos(tmp_path: Path) -> Path:
         '["cat.jpg"]\ncontent = "cat"\nstyle = "pencil sketch"\n["fox.png"]\ncontent = "house"\nstyle = "chalk"\n'
     )
     return folder
-
-
-@pytest.fixture
-def csd(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-    config = CLIPVisionConfig(**small, intermediate_size=32, projection_dim=12)
-    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "csd")
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        tmp_path / "csd"
-    )
-    return tmp_path / "csd"
 
 
 class Redness:
@@ -133,8 +116,8 @@ def test_dino_compares_contents_clip_styles_and_csd_both(config: BenchConfig, mo
 
 
 @pytest.mark.slow
-def test_named_model_measures(config: BenchConfig, tiny_base: Base, photos: Path, csd: Path):
-    given = config.model_copy(update={"pictures": photos, "csd": str(csd), "methods": ["base"]})
+def test_named_model_measures(config: BenchConfig, tiny_base: Base, photos: Path, vision_models: dict[str, str]):
+    given = config.model_copy(update={"pictures": photos, "csd": vision_models["csd"], "methods": ["base"]})
     (row,) = run_benchmark(given, base=tiny_base).rows
     assert set(row.seeds[0]) == {"style CSD", "content CSD"}
     assert all(-1 <= value <= 1 for value in row.seeds[0].values())

@@ -9,21 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    ViTConfig,
-    ViTImageProcessor,
-    ViTModel,
-)
 
 from unziplora.bench import trial_run
 from unziplora.bench.cost import COST, Cost, read_cost
@@ -45,7 +33,6 @@ from unziplora.utils.progress import Callback, Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:no GPU")
 
-VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 PAIR = {"steps": 2, "rank": 2}
 TINY = {**PAIR, "column_periods": 1, "column_warmup": 1, "score_timesteps": 1}
 OVERRIDES = {
@@ -56,26 +43,6 @@ OVERRIDES = {
 }
 IMAGES = {"okapi-photo": ("okapi", "cloisonne"), "xerus-photo": ("xerus", "sgraffito")}
 IMAGES |= {"quokka-photo": ("quokka", "marquetry"), "numbat-photo": ("numbat", "intarsia")}
-
-
-def clip_processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Tiny random models that measure, by flag."""
-    folder = tmp_path_factory.mktemp("models-of-jane")
-    torch.manual_seed(0)
-    vision = {**VISION, "intermediate_size": 32}
-    text = tiny.text_config(16, 2).to_dict()
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder / "clip")
-    CLIPProcessor(clip_processor(), tiny.tokenizer()).save_pretrained(folder / "clip")
-    CLIPVisionModelWithProjection(CLIPVisionConfig(**vision, projection_dim=12)).save_pretrained(folder / "csd")
-    clip_processor().save_pretrained(folder / "csd")
-    ViTModel(ViTConfig(**vision), add_pooling_layer=False).save_pretrained(folder / "dino")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "dino")
-    return {name: str(folder / name) for name in ("clip", "dino", "csd")}
 
 
 @pytest.fixture
@@ -94,13 +61,13 @@ Make = Callable[..., TrialConfig]
 
 
 @pytest.fixture
-def make(photos: Path, tmp_path: Path, tiny_folder: Path, models: dict[str, str]) -> Make:
+def make(photos: Path, tmp_path: Path, tiny_folder: Path, vision_models: dict[str, str]) -> Make:
     """Return a function that makes a trial of one seed, one image per prompt and one denoising step."""
 
     def make(**keys: Any) -> TrialConfig:
         small = {"seeds": [0], "samples": 1, "sample_steps": 1, "guidance": 1.0, "precision": "fp32"}
         places = {"pictures": photos, "out": tmp_path / "trial", "base": str(tiny_folder)}
-        return TrialConfig(**{**places, **models, **small, **keys})
+        return TrialConfig(**{**places, **vision_models, **small, **keys})
 
     return make
 
@@ -183,12 +150,12 @@ class TestImages:
 
 
 class TestOpening:
-    def test_local_scaling_compares_with_the_other_images(self, make: Make, models: dict[str, str]):
+    def test_local_scaling_compares_with_the_other_images(self, make: Make, vision_models: dict[str, str]):
         trial = open_trial(make())
         case = trial.cases["xerus-photo"]
         *_, scaled = trial.case_measures(case)
         assert isinstance(scaled, LocalScaling)
-        csd = ImageModel("csd", models["csd"])
+        csd = ImageModel("csd", vision_models["csd"])
         others = [other.image for slug, other in trial.cases.items() if slug != "xerus-photo"]
         torch.testing.assert_close(scaled.reference, csd.embed(others))
         features, truth = csd.embed([others[0]]), csd.embed([case.image])
@@ -365,10 +332,10 @@ def test_all_arms_are_trained_scored_and_reported_without_a_trace_of_the_user(
 
 
 @pytest.mark.slow
-def test_csls_of_each_image_is_that_of_its_samples_among_the_other_images(make: Make, models: dict[str, str]):
+def test_csls_of_each_image_is_that_of_its_samples_among_the_other_images(make: Make, vision_models: dict[str, str]):
     config = make(arms=["base"])
     report = run_trial(config)
-    csd = ImageModel("csd", models["csd"])
+    csd = ImageModel("csd", vision_models["csd"])
     photos = csd.embed([case.image for case in load_images(config.pictures, 64).values()])
     for score in report.scores:
         own = score["image"] - 1

@@ -3,11 +3,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
 
 from unziplora.errors import UserError
 from unziplora.metrics.clip import Clip
@@ -91,22 +90,10 @@ class TestStatistics:
         assert torch.isfinite(Statistics().style([white])).all()
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def clip_folder(vision_models: dict[str, str]) -> Path:
     """A tiny random CLIP model with its processor."""
-    folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config=tiny.text_config(16, 2).to_dict(),
-        vision_config={**vision, "image_size": 32, "patch_size": 8},
-        projection_dim=12,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tiny.tokenizer()).save_pretrained(folder)
-    return folder
+    return Path(vision_models["clip"])
 
 
 class TestClip:

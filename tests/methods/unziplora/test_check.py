@@ -84,6 +84,16 @@ def test_figures_are_in_the_folder_and_sentences_in_the_card(config, monkeypatch
     assert len(found["findings"]) >= 3  # neither LoRA has learned anything
 
 
+def test_named_models_check_any_base(config, vision_models: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(check, "SEEDS", [0])
+    monkeypatch.setattr(check, "STEPS", 2)
+    run = split(config(dino=vision_models["dino"], clip=vision_models["clip"]))
+    found = json.loads(run.check_file.read_text())
+    assert found["content"]["obeyed"] == pytest.approx(1, abs=0.05)
+    assert run.config(SplitConfig).dino == vision_models["dino"]
+    assert vision_models["dino"] not in run.card.read_text()  # a path of this machine
+
+
 def test_check_that_is_not_possible_does_not_cost_the_run(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("unziplora.methods.unziplora.method.check_models", lambda config: None)
     (tmp_path / "d").mkdir()
