@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --no-compile --retries 1 $(TORCH_INDEX) torch
 	$(PIP) --no-compile -e .
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import unziplora.methods.unziplora.demo'
+	PYTHONDONTWRITEBYTECODE= TRANSFORMERS_VERBOSITY=error $(BIN)/python -c 'import unziplora.methods.unziplora.demo'
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.ready
