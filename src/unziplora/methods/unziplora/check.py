@@ -31,10 +31,13 @@ STYLES = ("watercolor painting", "pencil sketch", "oil painting", "neon sign")
 CONTENTS = ("house", "guitar", "rocket", "penguin")
 """Styles to draw the content in, and subjects to draw in the style; every base knows them."""
 
-SEEDS, STEPS = [0, 1], 20
-"""Seeds and denoising steps of each of these images."""
+SEEDS = [0, 1]
+"""Seeds of each of these images."""
 
-GAIN, LEAK = 0.1, 0.15
+STEPS, STEPS_BUNDLED = 20, 8
+"""Denoising steps of these images; the small base is judged as well after a few (experiments/check.md)."""
+
+GAIN, LEAK = 0.1, 0.3
 """A LoRA has learned something if it adds at least this share of what the base lacks; more than the second share of
 what belongs to the other LoRA is too much (docs/method.md, "The check")."""
 
@@ -58,7 +61,7 @@ def check_loras(method: Method[SplitConfig], config: SplitConfig, base: Base) ->
         OutOfMemory: memory does not suffice.
     """
     measure = _measure(config, base.device)
-    drawing = config.model_copy(update={"sample_seeds": SEEDS, "sample_steps": STEPS})
+    drawing = config.model_copy(update={"sample_seeds": SEEDS, "sample_steps": drawing_steps(config)})
 
     def draw(prompts: Iterable[str], off: tuple[str, ...]) -> list[Image.Image]:
         views = [View("", Prompts(prompt), off) for prompt in prompts]
@@ -72,6 +75,11 @@ def check_loras(method: Method[SplitConfig], config: SplitConfig, base: Base) ->
         style=Alone(draw(style, ("content",)), draw(style, KINDS)),
     )
     return Findings(_figures(found), [_headline(found), *_sentences(found, config)])
+
+
+def drawing_steps(config: SplitConfig) -> int:
+    """Return the denoising steps of the check's images."""
+    return STEPS_BUNDLED if is_bundled(config.base) else STEPS
 
 
 def prompts_alone(config: SplitConfig) -> tuple[list[str], list[str]]:
