@@ -1,6 +1,6 @@
 """Check of a finished split: did content and style come apart?
 
-The content LoRA alone draws in four styles, the style LoRA alone draws four subjects. `metrics.separation` compares
+The content LoRA alone draws in two styles, the style LoRA alone draws two subjects. `metrics.separation` compares
 these images with those that the base draws for the same words and seeds, and with the learned ones. On the bundled base
 the benchmark's networks see them, on another base the two models that the recipe names.
 """
@@ -31,8 +31,8 @@ STYLES = ("watercolor painting", "pencil sketch", "oil painting", "neon sign")
 CONTENTS = ("house", "guitar", "rocket", "penguin")
 """Styles to draw the content in, and subjects to draw in the style; every base knows them."""
 
-SEEDS = [0, 1]
-"""Seeds of each of these images."""
+PROMPTS, SEEDS = 2, [0, 1]
+"""Prompts for each LoRA, the first of those above, and the seeds of each."""
 
 STEPS, STEPS_BUNDLED = 20, 8
 """Denoising steps of these images; the small base is judged as well after a few (experiments/check.md)."""
@@ -85,8 +85,8 @@ def drawing_steps(config: SplitConfig) -> int:
 def prompts_alone(config: SplitConfig) -> tuple[list[str], list[str]]:
     """Return the prompts of the content LoRA and of the style LoRA, without those that name what was learned."""
     words = config.prompts()["content"]
-    styles = [style for style in STYLES if style != config.style]
-    contents = [content for content in CONTENTS if content != config.content]
+    styles = [style for style in STYLES if style != config.style][:PROMPTS]
+    contents = [content for content in CONTENTS if content != config.content][:PROMPTS]
     return [f"{words} in {style} style" for style in styles], [
         config.fill(f"a {x} in {{style}} style") for x in contents
     ]
