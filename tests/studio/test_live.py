@@ -1,5 +1,6 @@
 """Views of runs that are read from their folders."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_words_and_logs_are_escaped(tmp_path: Path) -> None:
     html = live.view(RunSummary(job.run), "failed")
     assert "<script" not in html
     assert html.count("&lt;script&gt;") == 3
+
+
+def test_finished_run_shows_what_its_check_found(tmp_path: Path) -> None:
+    run = begin(tmp_path / "cat")
+    assert live.check(run) == ""
+    run.check_file.write_text(json.dumps({"score": 0.7, "findings": ["came apart", f"carries {SCRIPT} along"]}))
+    html = live.view(RunSummary(run), "finished")
+    assert "<li>came apart</li>" in html
+    assert "<script" not in html
+    run.check_file.write_text("damaged")
+    assert live.check(run) == ""
 
 
 def test_failure_shows_thirty_lines_and_one_remedy(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 from urllib.parse import quote
 
 from unziplora.config.recipe import Recipe, resolve
+from unziplora.errors import UserError
 from unziplora.jobs.state import LOG, RunSummary, find_runs, log_tail, read_failure
 from unziplora.jobs.trainings import TRAININGS, training_of
 from unziplora.runs.folder import RunFolder
 from unziplora.studio import look
+from unziplora.utils.inputs import read_json
 from unziplora.utils.progress import duration
 
 _MEMORY = re.compile(r"([\d.]+ [KMG]iB)$")
@@ -74,6 +76,8 @@ def view(summary: RunSummary, state: str) -> str:
     if state == "running" and (message := _activity(run)):
         parts.append(f'<p class="hint" role="status">{look.text(message)}</p>')
     parts.append(look.curve(losses(run), "loss"))
+    if state == "finished":
+        parts.append(check(run))
     if state == "failed":
         parts.append(failure(run))
     return f'<section class="run">{"".join(parts)}</section>'
@@ -112,6 +116,16 @@ def _activity(run: RunFolder) -> str:
     return (
         "Learning the words of the style." if tail and _STEP.match(tail[-1]) else (tail or ["Opening the model."])[-1]
     )
+
+
+def check(run: RunFolder) -> str:
+    """Return what the check of a finished run found, if there was one."""
+    try:
+        found = read_json(run.check_file)
+    except (OSError, UserError):
+        return ""
+    lines = "".join(f"<li>{look.text(line)}</li>" for line in found.get("findings", []))
+    return f"<h3>Did content and style come apart?</h3><ul>{lines}</ul>" if lines else ""
 
 
 def failure(run: RunFolder) -> str:

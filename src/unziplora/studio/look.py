@@ -31,6 +31,7 @@ h3.step { font-size: 1rem; margin: 0; }
 .figures div { border: 1px solid var(--border-color-primary); border-radius: var(--radius-md); padding: .45rem .6rem; }
 .figures b { display: block; font-size: 1.05rem; font-variant-numeric: tabular-nums; }
 .figures span { font-size: .8rem; color: var(--body-text-color-subdued); }
+.run h3 { font-size: 1rem; margin: .8rem 0 .2rem; }
 .run h2 { font-size: 1.1rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
 .run progress { width: 100%; height: .5rem; appearance: none; border: 0; border-radius: 99px; overflow: hidden; }
 .run progress, .run progress::-webkit-progress-bar { background: var(--border-color-primary); }
