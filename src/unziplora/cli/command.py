@@ -45,6 +45,33 @@ class Plan(NamedTuple):
     comments: list[str]
 
 
+_ALL = "unziplora.help_all"
+
+
+def _show_all(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.meta[_ALL] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
+_config_option = click.option(
+    "--config", "config_file", type=ExpandedPath(), metavar="FILE", help="TOML file with settings; flags override it."
+)
+_resume_option = click.option("--resume", is_flag=True, help="Continue the interrupted run in the folder of --out.")
+_extend_option = click.option(
+    "--extend", type=click.IntRange(min=1), metavar="N", help="Train the finished run of --out for N more steps."
+)
+_help_all_option = click.option(
+    "--help-all",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_all,
+    help="Show this message with the flags for experts.",
+)
+
+
 def file_and_flags(params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
     """Return the layers of a command without positional arguments: flags win over the TOML file."""
     return [file, flags]
@@ -77,33 +104,19 @@ class RecipeCommand(click.Command):
             layers: combines the command's parameters, the keys of the TOML file and those of the flags.
             notes: remarks to show behind a key's help instead of its default.
         """
-        resume = [
-            click.Option(["--resume"], is_flag=True, help="Continue the interrupted run in the folder of --out."),
-            click.Option(
-                ["--extend"],
-                type=click.IntRange(min=1),
-                metavar="N",
-                help="Train the finished run of --out for N more steps.",
-            ),
-        ]
-        params: list[click.Parameter] = [
-            *arguments,
-            click.Option(
-                ["--config", "config_file"],
-                type=ExpandedPath(),
-                metavar="FILE",
-                help="TOML file with settings; flags override it.",
-            ),
-            click.Option(["--dry-run"], is_flag=True, help=f"Show all settings; {dry_run}."),
-            *(resume if resumable else []),
-            json_option(),
-            quiet_option(),
-            *key_options(model, notes),
-        ]
-        if any(getattr(param, "expert", False) for param in params):
-            params.append(_help_all_option())
-        super().__init__(name, help=help, short_help=short_help, params=params)
+        super().__init__(name, help=help, short_help=short_help, params=list(arguments))
         self.model, self.run, self.plan, self.layers, self.resumable = model, run, plan, layers, resumable
+        _config_option(self)
+        click.option("--dry-run", is_flag=True, help=f"Show all settings; {dry_run}.")(self)
+        if resumable:
+            _resume_option(self)
+            _extend_option(self)
+        json_option(self)
+        quiet_option(self)
+        keys = key_options(model, notes)
+        self.params += keys
+        if any(key.expert for key in keys):
+            _help_all_option(self)
 
     def recipe(self, ctx: click.Context) -> Any:
         """Resolve the recipe that a command line stands for."""
@@ -145,23 +158,3 @@ class RecipeCommand(click.Command):
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records, col_max=22)
-
-
-_ALL = "unziplora.help_all"
-
-
-def _help_all_option() -> click.Option:
-    def show_all(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-        if value and not ctx.resilient_parsing:
-            ctx.meta[_ALL] = True
-            click.echo(ctx.get_help())
-            ctx.exit()
-
-    return click.Option(
-        ["--help-all"],
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=show_all,
-        help="Show this message with the flags for experts.",
-    )

@@ -223,26 +223,20 @@ def _hub() -> Check:
         return Check("model hub", "note", f"{HUB} does not answer ({error}): {advice}")
 
 
-def run_doctor(online: bool, as_json: bool) -> None:
-    """Carry out `doctor`."""
-    with stdout_to_stderr():
-        report = examine(online=online)
-    emit(report, str(report), as_json)
-    if not report.ready:
-        raise click.exceptions.Exit(1)
-
-
-doctor_command = click.Command(
-    "doctor",
-    callback=run_doctor,
-    help="""Check whether this machine is ready, and name the settings that fit it.
+@click.command("doctor", short_help="Check whether this machine is ready, and name the settings that fit it.")
+@click.option("--online", is_flag=True, help="Also try to reach huggingface.co.")
+@json_option
+def doctor_command(online: bool, as_json: bool) -> None:
+    """Check whether this machine is ready, and name the settings that fit it.
 
     Versions, devices, memory, disk, optional packages, the bundled base. Nothing is sent anywhere
     unless --online asks whether the model hub can be reached.
 
     \b
       unziplora doctor
-    """,
-    short_help="Check whether this machine is ready, and name the settings that fit it.",
-    params=[click.Option(["--online"], is_flag=True, help="Also try to reach huggingface.co."), json_option()],
-)
+    """
+    with stdout_to_stderr():
+        report = examine(online=online)
+    emit(report, str(report), as_json)
+    if not report.ready:
+        raise click.exceptions.Exit(1)

@@ -14,22 +14,33 @@ from unziplora.errors import UserError
 if TYPE_CHECKING:
     from unziplora.formats.inspect import Inspection
 
-_LAYOUT = click.Option(
-    ["--layout"],
+_layout_option = click.option(
+    "--layout",
     type=click.Choice(["kohya", "kohya-diffusers", "diffusers"]),
     default="kohya",
     show_default=True,
     help="Layout to write. kohya loads in ComfyUI, Forge, A1111, InvokeAI and diffusers; kohya-diffusers has kohya's "
     "names with diffusers' blocks; diffusers loads in diffusers only.",
 )
-_DTYPE = click.Option(
-    ["--dtype"], type=click.Choice(["fp32", "fp16", "bf16"]), help="Number format to store.  [default: as it was]"
+_dtype_option = click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Number format to store.  [default: as it was]"
 )
-_FORCE = click.Option(["--force", "-f"], is_flag=True, help="Replace the output file if it exists.")
+_force_option = click.option("--force", "-f", is_flag=True, help="Replace the output file if it exists.")
 
 
-def run_inspect(files: tuple[Path, ...], as_json: bool) -> None:
-    """Carry out `inspect`."""
+@click.command("inspect", short_help="List what LoRA files contain and which programs load them.")
+@click.argument("files", nargs=-1, required=True, type=ExpandedPath(), metavar="FILE_OR_FOLDER...")
+@json_option
+def inspect_command(files: tuple[Path, ...], as_json: bool) -> None:
+    """List what LoRA files contain and which programs load them.
+
+    Layout, base, ranks, alphas, trigger words, the share of each block, metadata, and a verdict for
+    ComfyUI, Forge, A1111, InvokeAI, sd-scripts and diffusers. Reads every layout; never opens pickled files.
+
+    \b
+      unziplora inspect runs/cat/cat-style.safetensors
+      unziplora inspect ComfyUI/models/loras
+    """
     with stdout_to_stderr():
         from unziplora.formats.inspect import inspect
 
@@ -58,8 +69,22 @@ def _loras(path: Path) -> list[Path]:
     return [file for file in files if "checkpoints" not in file.relative_to(path).parts] or [path]
 
 
-def run_convert(source: Path, target: Path, layout: str, dtype: str | None, force: bool, as_json: bool) -> None:
-    """Carry out `convert`."""
+@click.command("convert", short_help="Write a LoRA file in another layout.")
+@click.argument("source", type=ExpandedPath())
+@click.argument("target", type=ExpandedPath())
+@_layout_option
+@_dtype_option
+@_force_option
+@json_option
+def convert_command(source: Path, target: Path, layout: str, dtype: str | None, force: bool, as_json: bool) -> None:
+    """Write a LoRA file in another layout.
+
+    A file that diffusers saved does nothing in most user interfaces; this makes it work there.
+    Every update and the metadata stay as they are.
+
+    \b
+      unziplora convert pytorch_lora_weights.safetensors cat.safetensors
+    """
     with stdout_to_stderr():
         from unziplora.formats.convert import convert
 
@@ -69,7 +94,16 @@ def run_convert(source: Path, target: Path, layout: str, dtype: str | None, forc
     emit(result, f"{target}  {layout} layout, {len(lora.modules)} modules, {size / 1e6:.1f} MB", as_json)
 
 
-def run_resize(
+@click.command("resize", short_help="Make a LoRA file smaller.")
+@click.argument("source", type=ExpandedPath())
+@click.argument("target", type=ExpandedPath())
+@click.option("--rank", type=int, help="Highest rank of a module; give this, --energy or both.")
+@click.option("--energy", type=float, help="Share of each module's update to keep, 0 to 1.")
+@_layout_option
+@_dtype_option
+@_force_option
+@json_option
+def resize_command(
     source: Path,
     target: Path,
     rank: int | None,
@@ -79,7 +113,14 @@ def run_resize(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Carry out `resize`."""
+    """Make a LoRA file smaller: a lower rank, or as much of the update as you want to keep.
+
+    Each module gets its best approximation (SVD).
+
+    \b
+      unziplora resize cat.safetensors cat-16.safetensors --rank 16
+      unziplora resize cat.safetensors cat-small.safetensors --energy 0.95
+    """
     if rank is None and energy is None:
         raise UserError("no size to resize to: give --rank 16, or --energy 0.95")
     with stdout_to_stderr():
@@ -93,69 +134,3 @@ def run_resize(
         f"at least {result.worst:.2%} in each module (least in {result.worst_module})"
     )
     emit(result, text, as_json)
-
-
-inspect_command = click.Command(
-    "inspect",
-    callback=run_inspect,
-    help="""List what LoRA files contain and which programs load them.
-
-    Layout, base, ranks, alphas, trigger words, the share of each block, metadata, and a verdict for
-    ComfyUI, Forge, A1111, InvokeAI, sd-scripts and diffusers. Reads every layout; never opens pickled files.
-
-    \b
-      unziplora inspect runs/cat/cat-style.safetensors
-      unziplora inspect ComfyUI/models/loras
-    """,
-    short_help="List what LoRA files contain and which programs load them.",
-    params=[
-        click.Argument(["files"], nargs=-1, required=True, type=ExpandedPath(), metavar="FILE_OR_FOLDER..."),
-        json_option(),
-    ],
-)
-
-convert_command = click.Command(
-    "convert",
-    callback=run_convert,
-    help="""Write a LoRA file in another layout.
-
-    A file that diffusers saved does nothing in most user interfaces; this makes it work there.
-    Every update and the metadata stay as they are.
-
-    \b
-      unziplora convert pytorch_lora_weights.safetensors cat.safetensors
-    """,
-    short_help="Write a LoRA file in another layout.",
-    params=[
-        click.Argument(["source"], type=ExpandedPath()),
-        click.Argument(["target"], type=ExpandedPath()),
-        _LAYOUT,
-        _DTYPE,
-        _FORCE,
-        json_option(),
-    ],
-)
-
-resize_command = click.Command(
-    "resize",
-    callback=run_resize,
-    help="""Make a LoRA file smaller: a lower rank, or as much of the update as you want to keep.
-
-    Each module gets its best approximation (SVD).
-
-    \b
-      unziplora resize cat.safetensors cat-16.safetensors --rank 16
-      unziplora resize cat.safetensors cat-small.safetensors --energy 0.95
-    """,
-    short_help="Make a LoRA file smaller.",
-    params=[
-        click.Argument(["source"], type=ExpandedPath()),
-        click.Argument(["target"], type=ExpandedPath()),
-        click.Option(["--rank"], type=int, help="Highest rank of a module; give this, --energy or both."),
-        click.Option(["--energy"], type=float, help="Share of each module's update to keep, 0 to 1."),
-        _LAYOUT,
-        _DTYPE,
-        _FORCE,
-        json_option(),
-    ],
-)

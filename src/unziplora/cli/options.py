@@ -140,9 +140,13 @@ def _value(param: KeyOption, value: Any) -> Any:
     return None if value == NONE and isinstance(param.flag_type.type, OrNone) else value
 
 
-def json_option() -> click.Option:
-    return click.Option(["--json", "as_json"], is_flag=True, help="Print the result as one JSON document.")
-
-
-def quiet_option() -> click.Option:
-    return click.Option(["--quiet", "-q"], is_flag=True, help="Show no progress and no warnings.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Show no progress and no warnings.")
+runs_option = click.option(
+    "--runs",
+    "folder",
+    type=ExpandedPath(),
+    default="runs",
+    metavar="FOLDER",
+    help="Folder of the runs and of their queue.  [default: runs]",
+)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError, disk_full, first_line, out_of_memory
 from unziplora.utils.text import printable
@@ -39,11 +38,9 @@ def emit(result: BaseModel | dict[str, Any], text: str, as_json: bool) -> None:
     print(printable(text))
 
 
-@contextmanager
-def stdout_to_stderr() -> Iterator[None]:
+def stdout_to_stderr() -> AbstractContextManager[object]:
     """Redirect stdout to stderr, so that messages of libraries do not mix with the result."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    return redirect_stdout(sys.stderr)
 
 
 @contextmanager
@@ -51,14 +48,7 @@ def warnings_shown(quiet: bool = False) -> Iterator[None]:
     """Show each of our own warnings once, as one line; those of the libraries only while debugging."""
     shown: set[str] = set()
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         ours = category is UserWarning and _warner().partition(".")[0] == "unziplora"
         if ((ours and not quiet) or debugging()) and str(message) not in shown:
             shown.add(str(message))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from unziplora.cli.command import RecipeCommand
-from unziplora.cli.options import ExpandedPath, json_option, quiet_option
+from unziplora.cli.options import json_option, quiet_option, runs_option
 from unziplora.cli.output import emit, note, stdout_to_stderr
 from unziplora.errors import UserError
 from unziplora.utils.progress import show
@@ -23,17 +23,7 @@ SHOWN = 100
 """Jobs and runs that a list shows unless all are asked for."""
 
 
-def _folder_option() -> click.Option:
-    text = "Folder of the runs and of their queue.  [default: runs]"
-    return click.Option(["--runs", "folder"], type=ExpandedPath(), default="runs", metavar="FOLDER", help=text)
-
-
-def _all_option() -> click.Option:
-    return click.Option(["--all", "-a", "everything"], is_flag=True, help=f"Show more than the first {SHOWN}.")
-
-
-def _job_argument() -> click.Argument:
-    return click.Argument(["jobs"], nargs=-1, required=True, metavar="JOB...")
+_all_option = click.option("--all", "-a", "everything", is_flag=True, help=f"Show more than the first {SHOWN}.")
 
 
 def _figures(job: Job) -> dict[str, Any]:
@@ -77,7 +67,33 @@ def _report(jobs: Sequence[Job], done: str, as_json: bool) -> None:
     emit(data, "\n".join(f"job {job.number}  {_short(job.run.path)}  {done}" for job in jobs), as_json)
 
 
+@click.group("queue", short_help="Let trainings wait for a worker.")
+def queue_command() -> None:
+    """Let trainings wait for a worker; the queue is a file in the folder of the runs."""
+
+
+@queue_command.command(
+    "add",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    short_help="Add a training or an unfinished run.",
+)
+@click.argument("what", nargs=-1, type=click.UNPROCESSED, metavar="WHAT...")
+@runs_option
+@click.option("--first", is_flag=True, help="Put it first.")
+@click.option("--unfinished", is_flag=True, help="Add all unfinished runs of the folder.")
+@json_option
 def _add(what: tuple[str, ...], folder: Path, first: bool, unfinished: bool, as_json: bool) -> None:
+    """Add a training to the queue.
+
+    WHAT is the command that you would type after `unziplora`, or unfinished run folders.
+
+    \b
+      unziplora queue add split cat.jpg --content cat --style "pencil sketch" --out runs/cat
+      unziplora queue add train dreambooth cat1.jpg cat2.jpg --content cat
+      unziplora queue add runs/fox
+
+    The run folder is created at once, with its settings. `unziplora worker` does the work.
+    """
     from unziplora.jobs.queue import Queue
     from unziplora.jobs.trainings import check
 
@@ -116,7 +132,12 @@ def _recipe(words: Sequence[str]) -> TrainingConfig:
         return command.recipe(ctx)
 
 
+@queue_command.command("list")
+@runs_option
+@_all_option
+@json_option
 def _list(folder: Path, everything: bool, as_json: bool) -> None:
+    """List the jobs in their order, with their states."""
     from unziplora.jobs.queue import Queue
 
     queue = Queue(folder)
@@ -126,7 +147,12 @@ def _list(folder: Path, everything: bool, as_json: bool) -> None:
     emit({"jobs": rows, "more": more}, text + (f"\n… and {more} more (--all)" if more > 0 else ""), as_json)
 
 
+@queue_command.command("show")
+@click.argument("job", metavar="JOB")
+@runs_option
+@json_option
 def _show(job: str, folder: Path, as_json: bool) -> None:
+    """Show a job; if it failed, with the reason and the end of its log."""
     from unziplora.jobs.queue import Queue
     from unziplora.jobs.state import read_failure
 
@@ -140,15 +166,25 @@ def _show(job: str, folder: Path, as_json: bool) -> None:
     emit(figures, "\n".join([*lines, *log, *remedy]), as_json)
 
 
+@queue_command.command("move")
+@click.argument("job", metavar="JOB")
+@click.option("--before", metavar="JOB", help="Job to move it before.  [default: the first]")
+@runs_option
+@json_option
 def _move(job: str, before: str | None, folder: Path, as_json: bool) -> None:
+    """Move a job to the front, or before another."""
     from unziplora.jobs.queue import Queue
 
     _report([Queue(folder).move(job, before)], f"before {before}" if before else "first", as_json)
 
 
-def _change(action: str, done: str) -> click.Command:
-    """Make the command of a request to jobs."""
+def _add_change(action: str, done: str, help: str) -> None:
+    """Add the command of a request to jobs."""
 
+    @queue_command.command(action, help=help)
+    @click.argument("jobs", nargs=-1, required=True, metavar="JOB...")
+    @runs_option
+    @json_option
     def change(jobs: tuple[str, ...], folder: Path, as_json: bool) -> None:
         from unziplora.jobs.queue import Queue
 
@@ -157,16 +193,31 @@ def _change(action: str, done: str) -> click.Command:
             queue.job(job)  # all of them exist, or nothing is done
         _report([getattr(queue, action)(job) for job in jobs], done, as_json)
 
-    help = {
-        "pause": "Let jobs wait until they are retried; a running one saves its step first.",
-        "cancel": "Take jobs out of the queue; a running one saves its step first, and runs that have begun stay.",
-        "retry": "Let failed and paused jobs run again.",
-    }[action]
-    params: list[click.Parameter] = [_job_argument(), _folder_option(), json_option()]
-    return click.Command(action, callback=change, params=params, help=help)
+
+_add_change("pause", "paused", "Let jobs wait until they are retried; a running one saves its step first.")
+_add_change(
+    "cancel",
+    "canceled",
+    "Take jobs out of the queue; a running one saves its step first, and runs that have begun stay.",
+)
+_add_change("retry", "waits again", "Let failed and paused jobs run again.")
 
 
-def _work(folder: Path, until_empty: bool, as_json: bool, quiet: bool) -> int:
+@click.command("worker", short_help="Do the jobs of the queue, one after the other.")
+@runs_option
+@click.option("--until-empty", is_flag=True, help="Stop when no job is left, with exit code 1 if one failed.")
+@json_option
+@quiet_option
+def worker_command(folder: Path, until_empty: bool, as_json: bool, quiet: bool) -> int:
+    """Do the jobs of the queue, one after the other.
+
+    The base stays loaded between jobs of the same base. A failed job does not stop the worker; Ctrl-C
+    does, after the job in hand has saved its step. Start one worker for each GPU:
+
+    \b
+      CUDA_VISIBLE_DEVICES=0 unziplora worker
+      CUDA_VISIBLE_DEVICES=1 unziplora worker
+    """
     from unziplora.jobs.queue import Queue
     from unziplora.jobs.trainings import Trainer
     from unziplora.jobs.worker import work
@@ -183,7 +234,16 @@ def _work(folder: Path, until_empty: bool, as_json: bool, quiet: bool) -> int:
     return 130 if result.stopped else int(bool(result.failed))
 
 
-def _runs(words: tuple[str, ...], folder: Path, everything: bool, as_json: bool) -> None:
+@click.command("runs", short_help="List runs with their states, and find them by words.")
+@click.argument("words", nargs=-1, metavar="[WORDS]...")
+@runs_option
+@_all_option
+@json_option
+def runs_command(words: tuple[str, ...], folder: Path, everything: bool, as_json: bool) -> None:
+    """List runs with their states, the newest first.
+
+    WORDS must all occur in a run's name, words, prompts or image names.
+    """
     from unziplora.jobs.state import find_runs
 
     if not folder.is_dir():
@@ -193,101 +253,3 @@ def _runs(words: tuple[str, ...], folder: Path, everything: bool, as_json: bool)
     more = len(runs) - len(rows)
     text = _table(rows, ["state", "steps", "changed", "run", "words"]) if rows else "no runs"
     emit({"runs": rows, "more": more}, text + (f"\n… and {more} more (--all)" if more else ""), as_json)
-
-
-ADD = """Add a training to the queue.
-
-WHAT is the command that you would type after `unziplora`, or unfinished run folders.
-
-\b
-  unziplora queue add split cat.jpg --content cat --style "pencil sketch" --out runs/cat
-  unziplora queue add train dreambooth cat1.jpg cat2.jpg --content cat
-  unziplora queue add runs/fox
-
-The run folder is created at once, with its settings. `unziplora worker` does the work.
-"""
-
-WORKER = """Do the jobs of the queue, one after the other.
-
-The base stays loaded between jobs of the same base. A failed job does not stop the worker; Ctrl-C
-does, after the job in hand has saved its step. Start one worker for each GPU:
-
-\b
-  CUDA_VISIBLE_DEVICES=0 unziplora worker
-  CUDA_VISIBLE_DEVICES=1 unziplora worker
-"""
-
-queue_command = click.Group(
-    "queue",
-    help="Let trainings wait for a worker; the queue is a file in the folder of the runs.",
-    short_help="Let trainings wait for a worker.",
-    commands=[
-        click.Command(
-            "add",
-            context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-            callback=_add,
-            params=[
-                click.Argument(["what"], nargs=-1, type=click.UNPROCESSED, metavar="WHAT..."),
-                _folder_option(),
-                click.Option(["--first"], is_flag=True, help="Put it first."),
-                click.Option(["--unfinished"], is_flag=True, help="Add all unfinished runs of the folder."),
-                json_option(),
-            ],
-            help=ADD,
-            short_help="Add a training or an unfinished run.",
-        ),
-        click.Command(
-            "list",
-            callback=_list,
-            params=[_folder_option(), _all_option(), json_option()],
-            help="List the jobs in their order, with their states.",
-        ),
-        click.Command(
-            "show",
-            callback=_show,
-            params=[click.Argument(["job"], metavar="JOB"), _folder_option(), json_option()],
-            help="Show a job; if it failed, with the reason and the end of its log.",
-        ),
-        click.Command(
-            "move",
-            callback=_move,
-            params=[
-                click.Argument(["job"], metavar="JOB"),
-                click.Option(["--before"], metavar="JOB", help="Job to move it before.  [default: the first]"),
-                _folder_option(),
-                json_option(),
-            ],
-            help="Move a job to the front, or before another.",
-        ),
-        _change("pause", "paused"),
-        _change("cancel", "canceled"),
-        _change("retry", "waits again"),
-    ],
-)
-
-worker_command = click.Command(
-    "worker",
-    callback=_work,
-    params=[
-        _folder_option(),
-        click.Option(["--until-empty"], is_flag=True, help="Stop when no job is left, with exit code 1 if one failed."),
-        json_option(),
-        quiet_option(),
-    ],
-    help=WORKER,
-    short_help="Do the jobs of the queue, one after the other.",
-)
-
-runs_command = click.Command(
-    "runs",
-    callback=_runs,
-    params=[
-        click.Argument(["words"], nargs=-1, metavar="[WORDS]..."),
-        _folder_option(),
-        _all_option(),
-        json_option(),
-    ],
-    help="List runs with their states, the newest first.\n\nWORDS must all occur in a run's name, words, prompts or "
-    "image names.",
-    short_help="List runs with their states, and find them by words.",
-)

@@ -8,23 +8,39 @@ from pathlib import Path
 
 import click
 
-from unziplora.cli.options import ExpandedPath
+from unziplora.cli.options import ExpandedPath, runs_option
 from unziplora.cli.output import note
 from unziplora.errors import MachineError, UserError
 
-HELP = """Open the studio: a web page on this machine for splitting, mixing and managing pictures and LoRAs.
 
-\b
-  pip install 'unziplora[studio]'
-  unziplora studio
+@click.command("studio", short_help="Open a web page where all of it is done.")
+@runs_option
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    metavar="NAME",
+    help="Address to listen at; another than this machine's own needs a password.  [default: 127.0.0.1]",
+)
+@click.option("--port", type=int, default=7860, metavar="N", help="Port; 0: any free one.  [default: 7860]")
+@click.option(
+    "--password-file",
+    type=ExpandedPath(),
+    metavar="FILE",
+    help="File with the password; without it, another --host asks for one.",
+)
+@click.option("--worker/--no-worker", default=True, help="Start a worker when there is work and none runs.")
+@click.option("--browser/--no-browser", default=True, help="Open the page in a browser.")
+def studio_command(folder: Path, host: str, port: int, password_file: Path | None, worker: bool, browser: bool) -> None:
+    """Open the studio: a web page on this machine for splitting, mixing and managing pictures and LoRAs.
 
-The page shows the runs folder and its queue, and owns nothing: close it, reload it, or open it twice.
-A worker process trains; it is started when there is work, unless an `unziplora worker` runs already.
-Ctrl-C stops both, after the job in hand has saved its step.
-"""
+    \b
+      pip install 'unziplora[studio]'
+      unziplora studio
 
-
-def _studio(folder: Path, host: str, port: int, password_file: Path | None, worker: bool, browser: bool) -> None:
+    The page shows the runs folder and its queue, and owns nothing: close it, reload it, or open it twice.
+    A worker process trains; it is started when there is work, unless an `unziplora worker` runs already.
+    Ctrl-C stops both, after the job in hand has saved its step.
+    """
     if find_spec("gradio") is None:
         raise UserError("the studio needs Gradio: pip install 'unziplora[studio]'")
     from unziplora.studio.safety import is_local
@@ -56,25 +72,3 @@ def _read_password(file: Path) -> str:
     if not password:
         raise UserError(f"{file}: the password is empty; write it in one line")
     return password
-
-
-studio_command = click.Command(
-    "studio",
-    callback=_studio,
-    params=[
-        click.Option(
-            ["--runs", "folder"], type=ExpandedPath(), default="runs", metavar="FOLDER",
-            help="Folder of the runs and of their queue.  [default: runs]",
-        ),
-        click.Option(["--host"], default="127.0.0.1", metavar="NAME",
-                     help="Address to listen at; another than this machine's own needs a password.  "
-                          "[default: 127.0.0.1]"),
-        click.Option(["--port"], type=int, default=7860, metavar="N", help="Port; 0: any free one.  [default: 7860]"),
-        click.Option(["--password-file"], type=ExpandedPath(), metavar="FILE",
-                     help="File with the password; without it, another --host asks for one."),
-        click.Option(["--worker/--no-worker"], default=True, help="Start a worker when there is work and none runs."),
-        click.Option(["--browser/--no-browser"], default=True, help="Open the page in a browser."),
-    ],
-    help=HELP,
-    short_help="Open a web page where all of it is done.",
-)  # fmt: skip
