@@ -11,7 +11,7 @@ from PIL import Image
 
 from unziplora.bench import evaluate
 from unziplora.bench.cases import Case
-from unziplora.bench.contenders import Adapters, Paired
+from unziplora.bench.contenders import Adapters, Contender
 from unziplora.bench.evaluate import Task
 from unziplora.bench.run import run_benchmark
 from unziplora.bench.search import Setting, grid_settings, search_settings
@@ -62,7 +62,7 @@ class TestGrid:
 
 
 @dataclass(frozen=True)
-class Painter(Paired):
+class Painter(Contender):
     """Method without LoRA whose images are as good as its number of steps, which is its prompt."""
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:

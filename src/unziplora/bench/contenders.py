@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from unziplora.bench.cases import Case
 from unziplora.bench.workspace import Workspace, json_hash, training_settings
@@ -54,17 +54,19 @@ class Adapters:
     style_phrase: str = "{style}"
 
 
-class Contender(Protocol):
-    """Method of the benchmark. Every training runs once and stays in the workspace."""
+@dataclass(frozen=True)
+class Contender(ABC):
+    """Method of the benchmark. Every training runs once and stays in the workspace.
 
-    @property
-    def name(self) -> str:
-        """Name in tables and folders."""
+    Attributes:
+        name: in tables and folders.
+        seeded: the training seed changes the result.
+    """
 
-    @property
-    def seeded(self) -> bool:
-        """True if the training seed changes the result."""
+    name: str
+    seeded: ClassVar[bool] = True
 
+    @abstractmethod
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
         """Return the resolved recipes of all trainings for one case.
 
@@ -72,39 +74,20 @@ class Contender(Protocol):
         measured again.
         """
 
+    @abstractmethod
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         """Return the LoRAs of one case; the base is `workspace.config.base`."""
 
     def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
-        """Return LoRAs for the content of one case with the style of another."""
-
-
-@dataclass(frozen=True)
-class Paired(ABC):
-    """Base class of methods whose content LoRA and style LoRA are attached together."""
-
-    name: str
-    seeded: ClassVar[bool] = True
-
-    @abstractmethod
-    def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """Return the resolved recipes."""
-
-    @abstractmethod
-    def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
-        """Return the LoRAs of one case."""
-
-    def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
-        """Return the content LoRA of one case with the style LoRA of another."""
+        """Return LoRAs for the content of one case with the style of another; by default those of two trainings."""
         own, other = self.train(workspace, case, seed), self.train(workspace, partner, seed)
         return replace(own, style=other.style)
 
 
 @dataclass(frozen=True)
-class Untrained(Paired):
+class Untrained(Contender):
     """Base without LoRA: the effect of the words alone."""
 
-    name: str = "base"
     seeded: ClassVar[bool] = False
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
@@ -117,7 +100,7 @@ class Untrained(Paired):
 
 
 @dataclass(frozen=True)
-class Split(Paired):
+class Split(Contender):
     """UnZipLoRA with the settings of the method `based_on`, changed by `changes`."""
 
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -155,7 +138,7 @@ class Paper(Split):
 
 
 @dataclass(frozen=True)
-class BLoraHalves(Paired):
+class BLoraHalves(Contender):
     """B-LoRA: one training, divided by blocks."""
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
@@ -178,7 +161,7 @@ class BLoraHalves(Paired):
 
 
 @dataclass(frozen=True)
-class DreamBoothPair(Paired):
+class DreamBoothPair(Contender):
     """Two DreamBooth LoRAs of the same image, one with a prompt for the content, one with a prompt for the style."""
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
@@ -226,16 +209,14 @@ class Oracle(DreamBoothPair):
 
 
 @dataclass(frozen=True)
-class Zipped:
+class Zipped(Contender):
     """Two DreamBooth LoRAs merged into one.
 
     Attributes:
         method: as in `ZipConfig`.
     """
 
-    name: str
     method: str
-    seeded: ClassVar[bool] = True
     pair: ClassVar[DreamBoothPair] = DreamBoothPair("dreambooth")
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
@@ -280,7 +261,7 @@ def _separations(count: int) -> dict[str, Any]:
 METHODS: dict[str, Contender] = {
     method.name: method
     for method in (
-        Untrained(),
+        Untrained("base"),
         Split("unziplora"),
         Paper("paper"),
         Split("joint", _separations(0)),

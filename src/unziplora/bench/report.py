@@ -171,12 +171,18 @@ def write_report(report: Report, results: Sequence[Mapping[str, Any]], cases: Se
     atomic_write(folder / "report.md", f"{format_report(report)}\n## Images of the first seed\n\n{links}")
 
 
+def first_images(result: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """Return the file of the first image of each task of one result, by the task's kind and target."""
+    files: dict[tuple[str, str], str] = {}
+    for image in result["pictures"]:
+        files.setdefault((image["task"], image["target"]), image["file"])
+    return files
+
+
 def contact_sheet(case: Case, results: Sequence[Mapping[str, Any]], folder: Path) -> Image.Image:
     """Lay out the truth and one row per method, with the first image of each task.
 
-    Columns: input, content alone, style alone, both, mixed.
-
-    Scores count without their images; a method whose images were deleted has no row.
+    Columns: input, content alone, style alone, both, mixed. A method whose images were deleted has no row.
     """
     truths = [example.images[0] for example in (*case.targets, *case.others)]
     rows = [[case.image, *truths, case.image, case.mix]]
@@ -184,8 +190,7 @@ def contact_sheet(case: Case, results: Sequence[Mapping[str, Any]], folder: Path
     names = ["truth"]
     for result in results:
         run = folder / "runs" / result["method"] / case.slug / f"seed-{result['seed']}"
-        files = {(image["task"], image["target"]): image["file"] for image in reversed(result["pictures"])}
-        paths = [run / file for file in reversed(files.values())]
+        paths = [run / file for file in first_images(result).values()]
         if result["method"] not in names and all(path.is_file() for path in paths):
             rows.append([case.image, *(Image.open(path) for path in paths)])
             names.append(result["method"])

@@ -44,7 +44,7 @@ Unit = tuple[str, str, int]
 ARMS: dict[str, Contender] = {
     arm.name: arm
     for arm in (
-        Untrained(),
+        Untrained("base"),
         *(Split(name, split_settings(name), name) for name in ("default", "default-x3", "default-x10", "additions")),
         Paper("paper"),
         BLoraHalves("blora"),

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel
 
 from unziplora.bench.cost import read_cost
-from unziplora.bench.report import Row, image_means, markdown_table, table
+from unziplora.bench.report import Row, first_images, image_means, markdown_table, table
 from unziplora.bench.scores import Figures, mean_figures
 from unziplora.bench.trial import FEWEST, Trial, Unit
 from unziplora.bench.workspace import WEIGHTS
@@ -102,20 +102,21 @@ class TrialReport(BaseModel):
     scores: list[dict[str, Any]]
     words: list[dict[str, str]] | None = None
 
-    def rows(self) -> list[Row]:
-        """Return the means over images as a row per arm."""
-        return [
-            Row(method=arm.name, measure="", cases={}, seeds={seed: self._mean(arm.name, seed) for seed in self.seeds})
-            for arm in self.arms
-        ]
-
     def _mean(self, arm: str, seed: int) -> Figures:
         return mean_figures(score["figures"] for score in self.scores if (score["arm"], score["seed"]) == (arm, seed))
 
+    @property
+    def titles(self) -> list[str]:
+        """Titles of the figures that there are."""
+        return [title for title in COLUMNS.values() if any(title in score["figures"] for score in self.scores)]
+
     def table(self) -> str:
-        """Format the means as a Markdown table."""
-        titles = [title for title in COLUMNS.values() if any(title in score["figures"] for score in self.scores)]
-        return markdown_table(self.rows(), {title: title for title in titles})
+        """Format the means over images as a Markdown table."""
+        rows = [
+            Row(method=arm.name, measure="", cases={}, seeds={seed: self._mean(arm.name, seed) for seed in self.seeds})
+            for arm in self.arms
+        ]
+        return markdown_table(rows, {title: title for title in self.titles})
 
 
 def make_report(trial: Trial) -> TrialReport:
@@ -196,6 +197,7 @@ def format_trial(report: TrialReport) -> str:
     """Format the report as Markdown."""
     card = report.device + (f", {size(report.device_memory)}" if report.device_memory else "")
     seeds = ", ".join(map(str, report.seeds))
+    software = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     models = ", ".join(f"{kind.upper()} ({name})" for kind, name in report.models.items())
     scaled = (
         f"CSLS is CSD after local scaling, where a usual likeness is that of {report.reference} of the folder: 0 is "
@@ -206,7 +208,7 @@ def format_trial(report: TrialReport) -> str:
     return "\n\n".join(
         [
             "# Trial",
-            f"{_pairs(report.versions)}; {card}, {report.precision}.",
+            f"{software}; {card}, {report.precision}.",
             f"Base: {report.base} ({report.base_fingerprint}). Measured by {models}.",
             f"Images: {report.images}; training seeds: {seeds}; samples per prompt: {report.samples}, with "
             f"{report.sample_steps} steps and guidance {report.guidance:g}.",
@@ -220,10 +222,6 @@ def format_trial(report: TrialReport) -> str:
             "The settings of each arm are in report.json.\n",
         ]
     )
-
-
-def _pairs(values: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def cost_table(report: TrialReport) -> str:
@@ -248,15 +246,14 @@ def cost_table(report: TrialReport) -> str:
 
 def image_table(report: TrialReport) -> str:
     """Format the figures of every image and arm as a Markdown table."""
-    titles = [title for title in COLUMNS.values() if any(title in score["figures"] for score in report.scores)]
     rows = []
     for number in range(1, report.images + 1):
         for arm in report.arms:
             own = [score["figures"] for score in report.scores if (score["image"], score["arm"]) == (number, arm.name)]
             means = mean_figures(own)
             if means:
-                rows.append((str(number), arm.name, *(f"{means[title]:.3f}" for title in titles)))
-    return table(("image", "arm", *titles), rows)
+                rows.append((str(number), arm.name, *(f"{means[title]:.3f}" for title in report.titles)))
+    return table(("image", "arm", *report.titles), rows)
 
 
 def write_trial(trial: Trial) -> TrialReport:
@@ -306,10 +303,8 @@ def contact_sheet(trial: Trial, units: Mapping[str, Unit]) -> Image.Image:
     rows, columns = [], ["input"]
     for name in (name for name in trial.arms if name in units):
         _, slug, seed = units[name]
-        case, result = trial.cases[slug], trial.results[units[name]]
+        case, first = trial.cases[slug], first_images(trial.results[units[name]])
         run = trial.workspace.run_folder(name, case, seed)
-        files = {(image["task"], image["target"]): image["file"] for image in reversed(result["pictures"])}
-        first = dict(reversed(files.items()))
         columns = ["input", *("both" if task == "both" else target for task, target in first)]
         rows.append([_cell(case.image), *(_open(run / file) for file in first.values())])
     return sheet(rows, [name for name in trial.arms if name in units], columns)

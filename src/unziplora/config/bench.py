@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pydantic import field_validator, model_validator
 
-from unziplora.config.recipe import Precision, Recipe, expert, key, natural_seeds
+from unziplora.config.recipe import Precision, Recipe, distinct, expert, key, natural_seeds
 
 MethodName = Literal[
     "base",
@@ -86,11 +86,7 @@ class BenchConfig(Recipe):
     guidance: float = expert(2.5, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
 
     _natural = field_validator("seeds")(natural_seeds)
-
-    @field_validator("methods", "measures")
-    @classmethod
-    def _once(cls, names: list[str]) -> list[str]:
-        return list(dict.fromkeys(names))
+    _once = field_validator("methods", "measures")(distinct)
 
     @model_validator(mode="after")
     def _consistent(self) -> BenchConfig:

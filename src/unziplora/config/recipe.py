@@ -22,6 +22,7 @@ KINDS = ("content", "style")
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 R = TypeVar("R", bound="Recipe")
+T = TypeVar("T")
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 _REPR = reprlib.Repr()
@@ -117,11 +118,16 @@ class Recipe(BaseModel):
         return {name for name, field in cls.model_fields.items() if has_mark(field, mark)}
 
 
+def distinct(values: list[T]) -> list[T]:
+    """Drop repeated values."""
+    return list(dict.fromkeys(values))
+
+
 def natural_seeds(seeds: list[int]) -> list[int]:
     """Validate image seeds and drop repeated ones."""
     if any(not 0 <= seed < 2**63 for seed in seeds):
         raise ValueError("seeds are whole numbers from 0 on")
-    return list(dict.fromkeys(seeds))
+    return distinct(seeds)
 
 
 def group_of(field: FieldInfo) -> str:

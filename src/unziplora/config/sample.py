@@ -60,8 +60,8 @@ class GenerationConfig(Recipe):
     )
     negative: str = key("", "Negative prompt.", "Prompts")
 
-    content_strength: float = key(1.0, "Strength of the content LoRA.", "Strength", allow_inf_nan=False)
-    style_strength: float = key(1.0, "Strength of the style LoRA.", "Strength", allow_inf_nan=False)
+    content_strength: float = key(1.0, "Strength of the content LoRA.", "Strength")
+    style_strength: float = key(1.0, "Strength of the style LoRA.", "Strength")
     content_blocks: list[str] = expert(
         [], "Strength per block of the content LoRA, such as up_blocks.0.attentions.1=0.5.", "Strength"
     )

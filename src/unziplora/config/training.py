@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from unziplora.config.bases import SDXL, is_bundled
-from unziplora.config.recipe import Precision, Recipe, expert, key, natural_seeds
+from unziplora.config.recipe import Precision, Recipe, distinct, expert, key, natural_seeds
 from unziplora.config.templates import fill, plain_words
 
 Fit = Literal["crop", "bucket", "pad"]
@@ -31,13 +31,7 @@ class TrainingConfig(Recipe):
 
     out: Path = key(..., "Run folder to create.", "Input", private=True, may_change=True)
     base: str = key(SDXL, "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
-    resolution: int | None = key(
-        None,
-        "Pixels of a square's side; default: the base's own.",
-        "Input",
-        ge=16,
-        le=4096,
-    )
+    resolution: int | None = key(None, "Pixels of a square's side; default: the base's own.", "Input", ge=16, le=4096)
     token: str = expert("sks", "Rare word that stands for this particular subject.", "Prompts", min_length=1)
 
     steps: int = key(600, "Optimizer steps.", "Training", ge=1)
@@ -131,7 +125,7 @@ class TrainingConfig(Recipe):
     @field_validator("formats")
     @classmethod
     def _with_kohya(cls, layouts: list[str]) -> list[str]:
-        return list(dict.fromkeys(["kohya", *layouts]))
+        return distinct(["kohya", *layouts])
 
     @field_validator("betas")
     @classmethod

@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 
 from unziplora.config.bases import SDXL
 from unziplora.config.bench import BenchConfig
-from unziplora.config.recipe import Precision, Recipe, expert, key, natural_seeds
+from unziplora.config.recipe import Precision, Recipe, distinct, expert, key, natural_seeds
 from unziplora.config.split import BUNDLED, SplitConfig
 
 ArmName = Literal["base", "default", "default-x3", "default-x10", "additions", "paper", "blora", "dreambooth"]
@@ -59,11 +59,7 @@ class TrialConfig(Recipe):
     sample_steps: int = expert(30, "Denoising steps.", "Sampling", ge=1)
 
     _natural = field_validator("seeds")(natural_seeds)
-
-    @field_validator("arms")
-    @classmethod
-    def _once(cls, names: list[str]) -> list[str]:
-        return list(dict.fromkeys(names))
+    _once = field_validator("arms")(distinct)
 
     @model_validator(mode="after")
     def _measured(self) -> TrialConfig:

@@ -37,13 +37,11 @@ class ZipConfig(TrainingConfig):
     )
 
     method: Literal["zip", "null-space", "direct"] = key(
-        "zip",
-        "zip: trained column scales; null-space: untrained; direct: a plain sum.",
-        "Method",
+        "zip", "zip: trained column scales; null-space: untrained; direct: a plain sum.", "Method"
     )
     projection: float = key(0.5, "Dial of null-space; 0: plain sum.", "Method", ge=0, le=1)
-    content_strength: float = key(1.0, "Strength of the content LoRA.", "Method", allow_inf_nan=False)
-    style_strength: float = key(1.0, "Strength of the style LoRA.", "Method", allow_inf_nan=False)
+    content_strength: float = key(1.0, "Strength of the content LoRA.", "Method")
+    style_strength: float = key(1.0, "Strength of the style LoRA.", "Method")
     orthogonality: float = expert(0.01, "Weight of the mean |m_c · m_s| of the column scales.", "Method", ge=0)
     teacher_images: int = expert(4, "Number of images that a LoRA generates if it has none.", "Method", ge=1)
 
@@ -77,10 +75,6 @@ class ZipConfig(TrainingConfig):
         return {"content": self.content_strength, "style": self.style_strength}
 
     def filled_prompts(self) -> dict[str, str]:
-        """Return the three prompts."""
-        return self.prompts()
-
-    def prompts(self) -> dict[str, str]:
         """Return the filled prompts by the names full, content and style.
 
         Raises:

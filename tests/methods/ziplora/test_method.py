@@ -348,7 +348,7 @@ class TestPictures:
             files[name].rename(tmp_path / name / f"{name}.safetensors")
         recipe = ZipConfig(content_lora=tmp_path / "content", style_lora=tmp_path / "style", out=tmp_path / "run")
         full = complete(recipe)
-        assert full.prompts() == {
+        assert full.filled_prompts() == {
             "content": "a v7 content-thing",
             "style": "an image in style ink style",
             "full": "a v7 content-thing in style ink style",
@@ -365,7 +365,7 @@ class TestPictures:
         write_lora(loras["content"], tmp_path / "mine.safetensors", metadata=metadata)
         keys = {"style_lora": files["style"], "style_prompt": "oil painting", "out": tmp_path / "run"}
         full = complete(ZipConfig(content_lora=tmp_path / "mine.safetensors", **keys))
-        assert full.prompts()["full"] == "a sks cat, oil painting"
+        assert full.filled_prompts()["full"] == "a sks cat, oil painting"
         assert full.base == "bundled"
 
     def test_runs_of_different_bases_need_a_chosen_base(self, config: Make, files, loras, tmp_path: Path):

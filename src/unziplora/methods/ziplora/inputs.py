@@ -173,7 +173,7 @@ def learned_images(config: ZipConfig, name: str) -> ImageGroup:
 
 def encode_teachers(setup: Setup, config: ZipConfig, loras: Mapping[str, Lora]) -> TeacherExamples:
     """Encode the images of the LoRAs, or images that they generate; the base's text encoders change in place."""
-    base, prompts = setup.base, config.prompts()
+    base, prompts = setup.base, config.filled_prompts()
     parts = {name: NamedLora(name, lora, {}, str(config.loras[name])) for name, lora in loras.items()}
     latents = {name: _latents(setup, config, parts[name]) for name in KINDS}
     text_parts = [replace(part, lora=replace(part.lora, modules={})) for part in parts.values() if part.lora.text]
@@ -198,7 +198,7 @@ def _latents(setup: Setup, config: ZipConfig, part: NamedLora) -> Tensor:
     """Return latents of the LoRA's images, or of some that the base generates with it, [N, C, h, w]."""
     if images := setup.images.of(part.name):
         return latents_of(setup.base, images)
-    text = config.prompts()[part.name]
+    text = config.filled_prompts()[part.name]
     setup.report(f"generating {config.teacher_images} images with the {part.name} LoRA: {text}")
     seeds = [FIRST_SEED + number for number in range(config.teacher_images)]
     with AttachedLoras(setup.base, [part]):

@@ -115,7 +115,7 @@ class ZipLora(AdapterMethod[ZipConfig, TeacherExamples]):
         if config.method == "zip":
             unet_config = inspect_base(config.base).unet_config if base is None else base.unet.config
         loras = read_loras(config, unet_config)
-        config.prompts()
+        config.filled_prompts()
         if config.method == "zip":
             check_zippable(config, loras)
 
@@ -146,7 +146,7 @@ class ZipLora(AdapterMethod[ZipConfig, TeacherExamples]):
 
     @classmethod
     def describe(cls, config: ZipConfig) -> RunDescription:
-        prompts, hint = config.prompts(), "Add the other part, at the same strength."
+        prompts, hint = config.filled_prompts(), "Add the other part, at the same strength."
         files = {"lora": LoraDescription("content and style in one", prompts["full"])}
         if config.parts:
             triggers = {"content": prompts["content"], "style": style_words(prompts["style"])}
@@ -233,7 +233,7 @@ class ZipLora(AdapterMethod[ZipConfig, TeacherExamples]):
 
     def views(self) -> list[View]:
         """Return the merged LoRA next to the plain sum, with the same prompt, then each LoRA alone, with its own."""
-        prompts = {name: Prompts(text) for name, text in self.config.prompts().items()}
+        prompts = {name: Prompts(text) for name, text in self.config.filled_prompts().items()}
         return [
             View("zipped", prompts["full"]),
             View("plain sum", prompts["full"], off=(SCALES,)),
