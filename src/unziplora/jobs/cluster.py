@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError
@@ -184,9 +183,7 @@ class Cluster:
         self.functions = {reuse: ray.remote(max_calls=0 if reuse else 1)(perform) for reuse in (True, False)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.opened:
             self.ray.shutdown()
 

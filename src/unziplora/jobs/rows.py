@@ -18,7 +18,7 @@ from unziplora.errors import UserError
 from unziplora.jobs.state import state_of
 from unziplora.jobs.trainings import TRAININGS, check
 from unziplora.runs.folder import RunFolder, changed_settings
-from unziplora.utils.files import file_stem, safe_name
+from unziplora.utils.files import file_stem, numbered, safe_name
 from unziplora.utils.inputs import parse_json, read_text, read_toml, tomllib
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
@@ -170,11 +170,10 @@ def _row(entry: _Source, folder: Path, out: Path, defaults: Mapping[str, Any], r
     lists = {key: _listed(value, recipe.model_fields.get(key)) for key, value in keys.items()}
     values = with_paths_from(folder, lists, recipe)
     explicit = bool(name or "out" in values)
-    values.setdefault("out", out / _folder_name(name or _first_name(values) or entry.name))
-    first, number = Path(values["out"]), 1
-    while not explicit and str(values["out"]).casefold() in runs:
-        number += 1
-        values["out"] = first.with_name(f"{first.name}-{number}")
+    folder_name = safe_name(file_stem(Path(name or _first_name(values) or entry.name)), "image")
+    values.setdefault("out", out / folder_name)
+    if not explicit:
+        values["out"] = next(one for one in numbered(values["out"]) if str(one).casefold() not in runs)
     other = runs.setdefault(str(values["out"]).casefold(), entry.place)
     shared = {key: value for key, value in defaults.items() if key in recipe.model_fields}
     config = resolve(recipe, shared, values)
@@ -200,10 +199,6 @@ def _first_name(values: Mapping[str, Any]) -> str:
     """Return the name of the first image, or those of the LoRAs that are to be merged."""
     paths = [*values.get("images", [])[:1], *(values[key] for key in ("content_lora", "style_lora") if key in values)]
     return "-".join(file_stem(Path(str(path))) for path in paths)
-
-
-def _folder_name(name: str) -> str:
-    return safe_name(file_stem(Path(name)), "image")
 
 
 def _is_finished(config: TrainingConfig) -> bool:

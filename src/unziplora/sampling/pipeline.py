@@ -40,14 +40,10 @@ class Settings:
 
 
 def generate(
-    base: Base,
-    prompts: Prompts | str,
-    seeds: Sequence[int],
-    settings: Settings | None = None,
-    progress: StepCallback | None = None,
+    base: Base, prompts: Prompts | str, seeds: Sequence[int], settings: Settings | None = None
 ) -> list[Image.Image]:
     """Generate one image per seed with the LoRAs that are attached: `generate_latents`, then `decode`."""
-    return decode(base, generate_latents(base, prompts, seeds, settings, progress))
+    return decode(base, generate_latents(base, prompts, seeds, settings))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import StepCallback, decode, generate_latents, portion
 from unziplora.sampling.session import SamplingSession, open_session
-from unziplora.utils.files import atomic_write
+from unziplora.utils.files import atomic_write, numbered
 from unziplora.utils.inputs import open_regular
 
 
@@ -144,10 +144,7 @@ def write_image(image: Image.Image, path: Path, text: dict[str, str]) -> Path:
     Raises:
         MachineError: disk full, no permission.
     """
-    free, number = path, 1
-    while free.exists() and not _has_text(free, text):
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
+    free = next(one for one in numbered(path, path.suffix) if not one.exists() or _has_text(one, text))
     info = PngImagePlugin.PngInfo()
     for name, value in text.items():
         info.add_itxt(name, value)

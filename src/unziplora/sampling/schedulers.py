@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import diffusers
 
 from unziplora.config.sample import SCHEDULERS, find_name
 from unziplora.errors import UserError
-
-if TYPE_CHECKING:
-    from unziplora.models.base import Base
+from unziplora.models.base import Base
 
 
 def make_scheduler(base: Base, name: str = "base") -> Any:
@@ -21,13 +21,10 @@ def make_scheduler(base: Base, name: str = "base") -> Any:
     Raises:
         UserError: there is no scheduler of that name, or it lacks zero-terminal SNR, which the base needs.
     """
-    import diffusers  # takes seconds
-
     try:
         key = find_name(name)
     except ValueError as error:
         raise UserError(f"scheduler {name!r}: {error}") from None
-
     if key == "base":
         kind, changes = type(base.scheduler), {}
     else:

@@ -8,8 +8,9 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -167,13 +168,16 @@ def safe_name(text: str, default: str, longest: int | None = None) -> str:
     return re.sub(r"[^\w.-]+", "-", text)[:longest].strip(".-") or default
 
 
+def numbered(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a path, then name-2, name-3 …, with the number in front of the suffix."""
+    yield path
+    stem = path.name.removesuffix(suffix)
+    yield from (path.with_name(f"{stem}-{number}{suffix}") for number in count(2))
+
+
 def free_file(path: Path) -> Path:
     """Return the path, or the first of name-2, name-3 … that does not exist yet."""
-    free, number = path, 1
-    while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
+    return next(one for one in numbered(path, path.suffix) if not one.exists())
 
 
 def free_folder(folder: Path) -> Path:
@@ -181,8 +185,4 @@ def free_folder(folder: Path) -> Path:
     folder = folder if folder.name else folder.resolve()
     if not folder.name:
         raise UserError(f"{folder}: this is the root of a disk; name another folder")
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+    return next(one for one in numbered(folder) if not one.exists())
