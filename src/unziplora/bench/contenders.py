@@ -91,7 +91,6 @@ class Untrained(Contender):
     seeded: ClassVar[bool] = False
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """Return no recipe."""
         return []
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
@@ -107,7 +106,6 @@ class Split(Contender):
     based_on: str = "unziplora"
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """Return one recipe."""
         return [self.recipe(workspace, case, seed)]
 
     def recipe(self, workspace: Workspace, case: Case, seed: int) -> SplitConfig:
@@ -119,7 +117,6 @@ class Split(Contender):
         return {**workspace.settings(self.based_on), **self.changes, **workspace.settings(self.name)}
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
-        """Return both LoRAs of one training."""
         recipe = self.recipe(workspace, case, seed)
         run = workspace.train_once(split, recipe)
         prompts = (recipe.content_prompt, recipe.style_prompt) if recipe.prompt_separation else None
@@ -142,7 +139,6 @@ class BLoraHalves(Contender):
     """B-LoRA: one training, divided by blocks."""
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """Return one recipe."""
         return [self.recipe(workspace, case, seed)]
 
     def recipe(self, workspace: Workspace, case: Case, seed: int) -> BLoraConfig:
@@ -165,7 +161,6 @@ class DreamBoothPair(Contender):
     """Two DreamBooth LoRAs of the same image, one with a prompt for the content, one with a prompt for the style."""
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """Return two recipes: content, style."""
         return [self.recipe(workspace, case, seed, kind) for kind in KINDS]
 
     def recipe(self, workspace: Workspace, case: Case, seed: int, kind: str) -> DreamBoothConfig:
@@ -174,7 +169,6 @@ class DreamBoothPair(Contender):
         return workspace.recipe(DreamBoothConfig, self.name, case, seed, kind, *settings)
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
-        """Return both LoRAs."""
         content, style = (self.lora_file(workspace, case, seed, kind) for kind in KINDS)
         return Adapters(read_lora(content), read_lora(style))
 
@@ -220,7 +214,6 @@ class Zipped(Contender):
     pair: ClassVar[DreamBoothPair] = DreamBoothPair("dreambooth")
 
     def recipes(self, workspace: Workspace, case: Case, seed: int) -> list[TrainingConfig]:
-        """Return the recipes of two trainings and of their merger."""
         return [*self.pair.recipes(workspace, case, seed), self.recipe(workspace, case, case, seed)]
 
     def recipe(self, workspace: Workspace, case: Case, styled: Case, seed: int) -> ZipConfig:
@@ -236,11 +229,9 @@ class Zipped(Contender):
         return workspace.recipe(ZipConfig, self.name, case, seed, name, *settings)
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
-        """Return the merged LoRA and its two parts."""
         return self.mix(workspace, case, case, seed)
 
     def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
-        """Return the merger of this pair, after training it if necessary."""
         self.pair.lora_file(workspace, case, seed, "content")
         self.pair.lora_file(workspace, partner, seed, "style")
         run = workspace.train_once(zip_loras, complete(self.recipe(workspace, case, partner, seed)))

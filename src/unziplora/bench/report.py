@@ -15,6 +15,7 @@ from unziplora.bench.scores import CONTENT, STYLE, Figures, headline, mean_and_d
 from unziplora.config.bench import ABLATION, BenchConfig
 from unziplora.images.sheet import sheet
 from unziplora.utils.files import atomic_write, write_png
+from unziplora.utils.text import table
 
 ENLARGED = 2
 """Factor by which contact sheets enlarge images, so that labels are readable."""
@@ -118,12 +119,6 @@ def image_means(result: Mapping[str, Any], measure: str) -> Figures:
 def markdown_table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """Format methods × figures as a Markdown table."""
     return table(("method", *columns.values()), [(row.method, *map(row.formatted, columns)) for row in rows])
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format cells as a Markdown table."""
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def format_report(report: Report) -> str:

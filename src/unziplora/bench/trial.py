@@ -24,7 +24,6 @@ from unziplora.config.recipe import KINDS
 from unziplora.config.training import TrainingConfig
 from unziplora.config.trial import TrialConfig, split_settings
 from unziplora.errors import OutOfMemory, UserError, first_line, out_of_memory
-from unziplora.jobs.rows import IMAGE_SUFFIXES
 from unziplora.jobs.state import state_of
 from unziplora.jobs.trainings import Trainer
 from unziplora.metrics.csls import csls
@@ -33,6 +32,7 @@ from unziplora.models.base import Base
 from unziplora.models.device import computing_on, pick_device
 from unziplora.models.sizes import inspect_base
 from unziplora.runs.folder import RunFolder, with_absolute_paths
+from unziplora.utils.files import IMAGE_SUFFIXES
 from unziplora.utils.progress import Callback
 
 FEWEST = 4

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel
 
 from unziplora.bench.cost import read_cost
-from unziplora.bench.report import Row, first_images, image_means, markdown_table, table
+from unziplora.bench.report import Row, first_images, image_means, markdown_table
 from unziplora.bench.scores import Figures, mean_figures
 from unziplora.bench.trial import FEWEST, Trial, Unit
 from unziplora.bench.workspace import WEIGHTS
@@ -29,6 +29,7 @@ from unziplora.metrics.csls import NEIGHBORS
 from unziplora.models.device import pick_device, pick_dtype
 from unziplora.utils.files import atomic_write, write_png
 from unziplora.utils.progress import duration, size
+from unziplora.utils.text import table
 
 SHARED = "report.zip"
 """Name of the file to send."""

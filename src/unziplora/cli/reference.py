@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from unziplora.config.split import SplitConfig
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.config.trial import TrialConfig
 from unziplora.config.zip import ZipConfig
+from unziplora.utils.text import table
 
 HEAD = """# Configuration
 
@@ -73,17 +75,16 @@ def _section(title: str, model: type[Recipe], below: type[Recipe] | None = None,
     lines = [f"## {title}", "", str(model.__doc__).strip()]
     if below is not None:
         lines += ["", f"The keys of “{called}”, and:"]
-    group = None
-    for name, field in model.keys().items():
-        if below is not None and _same(field, below.model_fields.get(name)):
-            continue
-        if group_of(field) != group:
-            group = group_of(field)
-            lines += ["", f"### {group}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-        meaning = f"{field.description}{' *Expert.*' if has_mark(field, 'expert') else ''}"
-        row = (f"`{name}`", _type(field), _default(field), meaning)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    inherited = below.model_fields if below is not None else {}
+    keys = [(name, field) for name, field in model.keys().items() if not _same(field, inherited.get(name))]
+    for group, members in groupby(keys, lambda item: group_of(item[1])):
+        rows = [(f"`{name}`", _type(field), _default(field), _meaning(field)) for name, field in members]
+        lines += ["", f"### {group}", "", table(("key", "type", "default", "meaning"), rows)]
     return "\n".join(lines) + "\n"
+
+
+def _meaning(field: FieldInfo) -> str:
+    return f"{field.description}{' *Expert.*' if has_mark(field, 'expert') else ''}"
 
 
 def _same(field: FieldInfo, other: FieldInfo | None) -> bool:

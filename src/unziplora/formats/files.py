@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,8 @@ from unziplora.lora.algebra import balance, shape
 from unziplora.lora.weights import Lora
 from unziplora.utils.inputs import read_text
 
-Layout = Literal["kohya", "kohya-diffusers", "diffusers"]
 PEFT_FILE = "adapter_model.safetensors"
-LAYOUTS: tuple[Layout, ...] = ("kohya", "kohya-diffusers", "diffusers")
+LAYOUTS = ("kohya", "kohya-diffusers", "diffusers")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 

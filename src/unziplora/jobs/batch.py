@@ -24,6 +24,7 @@ from unziplora.runs.folder import RunFolder
 from unziplora.utils.files import absolute, atomic_write, write_png
 from unziplora.utils.progress import Callback, Progress, duration
 from unziplora.utils.signals import STOP, caught
+from unziplora.utils.text import table
 
 REPORT, SHEET = "report.md", "contact-sheet.png"
 THUMBNAIL = 640
@@ -134,21 +135,18 @@ def write_report(results: Sequence[Result], planned: int, out: Path) -> None:
     counts["not begun"] = planned - len(results)
     lines = ["# Batch", "", ", ".join(f"{count} {name}" for name, count in counts.items() if count), ""]
     lines += [f"![Contact sheet]({SHEET})", ""] if images else []
-    lines += ["| run | words | result | time |", "|---|---|---|---|"]
+    rows = []
     for result in results:
         words = ", ".join(word for name, word in result.row.config.words().items() if name != "token")
         spent = duration(result.seconds) if result.seconds else ""
-        lines.append(f"| {_cell(result.run.path.name)} | {_cell(words)} | {result.outcome} | {spent} |")
+        rows.append((result.run.path.name, words, result.outcome, spent))
+    lines.append(table(("run", "words", "result", "time"), rows))
     for result in results:
         if result.outcome == "failed":
             failure = read_failure(result.run)
             log = failure.log if failure else []
             lines += ["", f"## {result.run.path.name} failed", "", result.reason, "", "```", *log, "```"]
     atomic_write(out / REPORT, "\n".join(lines) + "\n")
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def contact_sheet(images: Sequence[tuple[str, Path]]) -> Image.Image:

@@ -18,10 +18,8 @@ from unziplora.errors import UserError
 from unziplora.jobs.state import state_of
 from unziplora.jobs.trainings import TRAININGS, check
 from unziplora.runs.folder import RunFolder, changed_settings
-from unziplora.utils.files import file_stem, numbered, safe_name
+from unziplora.utils.files import IMAGE_SUFFIXES, file_stem, numbered, safe_name
 from unziplora.utils.inputs import parse_json, read_text, read_toml, tomllib
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)

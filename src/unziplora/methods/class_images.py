@@ -16,21 +16,14 @@ from PIL import Image
 from unziplora.images.preprocess import load_image
 from unziplora.models.base import Base
 from unziplora.sampling.pipeline import Settings, decode, generate_latents
-from unziplora.utils.files import explain, write_png
+from unziplora.utils.files import IMAGE_SUFFIXES, explain, write_png
 
 FIRST_SEED = 1_000_000
 """First seed of class images, far from the seeds of samples."""
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
-
 
 def class_images(
-    base: Base,
-    prompt: str,
-    count: int,
-    settings: Settings,
-    report: Callable[[str], None],
-    folder: Path | None = None,
+    base: Base, prompt: str, count: int, settings: Settings, report: Callable[[str], None], folder: Path | None = None
 ) -> list[Image.Image]:
     """Return class images of one size, ordered by file name: those in the folder, and new ones, stored there.
 
@@ -48,7 +41,7 @@ def class_images(
     size = settings.width or base.resolution, settings.height or base.resolution
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)[:count]
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)[:count]
     except OSError as error:
         raise explain(folder, error) from None
     with warnings.catch_warnings():

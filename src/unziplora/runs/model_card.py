@@ -19,6 +19,7 @@ from unziplora.config.recipe import KINDS
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.runs.folder import RunFolder
 from unziplora.utils.files import absolute
+from unziplora.utils.text import table
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,12 @@ def _title(config: TrainingConfig, description: RunDescription) -> str:
 
 
 def _files(run: RunFolder, description: RunDescription) -> str:
-    rows = ["| file | gives | trigger words |", "|---|---|---|"]
+    rows = []
     for name, file in description.files.items():
         for layout, note in (("kohya", ""), ("diffusers", " (diffusers layout)")):
             if (path := run.lora(name, layout)).is_file():
-                trigger = _code(file.trigger).replace("|", "\\|")  # which would end the cell, even in code
-                rows.append(f"| {_code(path.name)}{note} | {file.summary} | {trigger} |")
-    return "\n".join(rows) + "\n"
+                rows.append((_code(path.name) + note, file.summary, _code(file.trigger)))
+    return table(("file", "gives", "trigger words"), rows) + "\n"
 
 
 def _place(run: RunFolder) -> Path:

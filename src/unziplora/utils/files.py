@@ -26,10 +26,10 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 
 _REFUSED = {*UNSUPPORTED, errno.EACCES, errno.EPERM}
 
-_SUFFIXES = {
-    *(".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"),
-    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".jxl"),
-}
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
+"""Endings of the images in a folder."""
+
+_SUFFIXES = {*(".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf"), *IMAGE_SUFFIXES, ".heic", ".jxl"}
 
 
 def atomic_write(path: Path, data: bytes | str | Writer) -> None:
