@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,9 +33,12 @@ from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
 from unziplora.sampling.pipeline import Settings, generate
 from unziplora.training import loss as losses
+from unziplora.training import runner
 from unziplora.training.loss import Examples, Noised
 from unziplora.training.method import Setup
 from unziplora.training.preflight import open_images
+from unziplora.training.sample_sheet import generate_samples
+from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
 
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
@@ -273,6 +277,27 @@ def test_stopped_extension_goes_on_as_any_run(base: Base, configured: Callable[.
     assert run.unfinished
     train_blora(configured("blora", steps=4, **changes), resume=True, base=base)
     check_equal(run.content, long.content)
+
+
+def test_optimizer_is_freed_before_the_last_samples(
+    base: Base, configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    trainers: list[weakref.ref[Trainer]] = []
+    freed: list[bool] = []
+
+    def make(*args: Any) -> Trainer:
+        trainer = Trainer(*args)
+        trainers.append(weakref.ref(trainer))
+        return trainer
+
+    def sample(*args: Any) -> Any:
+        freed.append(trainers[0]() is None)
+        return generate_samples(*args)
+
+    monkeypatch.setattr(runner, "Trainer", make)
+    monkeypatch.setattr(runner, "generate_samples", sample)
+    train_blora(configured("blora"), base=base)
+    assert freed == [True]
 
 
 def check_equal(one: Path, two: Path) -> None:

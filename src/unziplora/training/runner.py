@@ -163,6 +163,7 @@ class TrainingRun(Generic[C]):
             self.done = self.kind.phase_steps(config) + start
             self.report("training", memory=True)
             done = self.train(base, method, trainer, start, facts, curves, provenance)
+            del trainer  # the last samples need the room of its optimizers
             if done < config.steps:
                 raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
             self.finish(base, method, provenance)
@@ -222,7 +223,7 @@ class TrainingRun(Generic[C]):
         config, run = self.config, self.run
         loras, description = method.export(), method.describe(config)
         write_loras(run, config, description, provenance, loras, self.report_file)
-        gc.collect()  # optimizer states; samples need the room
+        gc.collect()  # optimizers; samples need the room
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if config.sample_seeds and (samples := self.last_sample(base, method)):
