@@ -271,7 +271,12 @@ def test_resize_keeps_text_encoders_and_dtype(tmp_path):
 
 @pytest.mark.parametrize(
     ("request_", "match"),
-    [({}, "rank, or a share"), ({"rank": 0}, "1 or more"), ({"energy": 0.0}, "share"), ({"energy": 1.1}, "share")],
+    [
+        ({}, "--rank 16, or --energy"),
+        ({"rank": 0}, "1 or more"),
+        ({"energy": 0.0}, "share"),
+        ({"energy": 1.1}, "share"),
+    ],
 )
 def test_impossible_ranks_and_energies_are_refused(tmp_path, request_, match):
     write_lora(make(), tmp_path / "a.safetensors")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class TestSwap:
         with pytest.raises(KeyboardInterrupt):
             swap(tiny_base, P, Q, BLOCKS, [3], FAST, stop)
         with pytest.raises(UserError):
-            swap(tiny_base, P, Q, BLOCKS, [], FAST)
+            swap(tiny_base, P, Q, BLOCKS, [3], replace(FAST, width=4))
         assert hooks(tiny_base) == 0
         assert not adapted_layers(tiny_base.unet)
 

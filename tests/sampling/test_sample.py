@@ -431,6 +431,8 @@ def test_unwritable_folder_is_a_machine_error(tiny_base: Base, cat: Path, tmp_pa
         ({"prompts": [" "]}, "a prompt is empty"),
         ({"prompts": ["x"], "seeds": []}, "seeds"),
         ({"prompts": ["x"], "seeds": [-1]}, "from 0 on"),
+        ({"prompts": ["x"], "steps": 0}, "steps: .*greater than or equal to 1"),
+        ({"prompts": ["x"], "batch_size": 0}, "batch_size: .*greater than or equal to 1"),
         ({"prompts": ["x"], "width": 100}, "width: must be a multiple of 8; the nearest is 96"),
         ({"prompts": ["x"], "scheduler": "eular"}, "did you mean 'euler'"),
         ({"prompts": ["x"], "content_blocks": ["up=0"]}, "give --content too"),

@@ -10,9 +10,7 @@ import click
 from unziplora.cli.command import RecipeCommand
 from unziplora.cli.options import ExpandedPath, typed_keys
 from unziplora.cli.output import emit, note, stdout_to_stderr
-from unziplora.config.recipe import with_paths_from
 from unziplora.config.split import SplitConfig
-from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import show
 
 HELP = """Train on many images, one run each, while the base stays loaded.
@@ -43,8 +41,7 @@ class BatchCommand(RecipeCommand):
 
         params, source = ctx.params, ctx.params["source"]
         engine = pick_engine(params["engine"], params["address"])
-        path: Path | None = params["config_file"]
-        keys = {**(with_paths_from(path.parent, read_toml(path), SplitConfig) if path else {}), **typed_keys(ctx)}
+        keys = {**self.file_keys(ctx), **typed_keys(ctx)}
         out = Path(keys.pop("out", None) or default_folder(source))
         with stdout_to_stderr():
             rows = read_rows(source, out, keys)

@@ -120,9 +120,12 @@ class RecipeCommand(click.Command):
 
     def recipe(self, ctx: click.Context) -> Any:
         """Resolve the recipe that a command line stands for."""
+        return resolve(self.model, *self.layers(ctx.params, self.file_keys(ctx), typed_keys(ctx)))
+
+    def file_keys(self, ctx: click.Context) -> Keys:
+        """Read the keys of the TOML file."""
         path: Path | None = ctx.params["config_file"]
-        file = with_paths_from(path.parent, read_toml(path), self.model) if path else {}
-        return resolve(self.model, *self.layers(ctx.params, file, typed_keys(ctx)))
+        return with_paths_from(path.parent, read_toml(path), self.model) if path else {}
 
     def invoke(self, ctx: click.Context) -> Any:
         """Resolve the recipe, then show its plan or carry it out."""

@@ -121,8 +121,6 @@ def resize_command(
       unziplora resize cat.safetensors cat-16.safetensors --rank 16
       unziplora resize cat.safetensors cat-small.safetensors --energy 0.95
     """
-    if rank is None and energy is None:
-        raise UserError("no size to resize to: give --rank 16, or --energy 0.95")
     with stdout_to_stderr():
         from unziplora.formats.convert import resize_file
 

@@ -84,7 +84,13 @@ class GenerationConfig(Recipe):
     @field_validator("scheduler")
     @classmethod
     def _known_scheduler(cls, name: str) -> str:
-        return find_name(name)
+        """Return the name as in `SCHEDULERS` for one such as 'DPM++ 2M Karras'."""
+        key = name.strip().lower().replace(" ", "_").replace("-", "_")
+        if key not in SCHEDULER_NAMES:
+            near = get_close_matches(key, SCHEDULER_NAMES, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown; {hint}Known are {', '.join(SCHEDULER_NAMES)}")
+        return key
 
     @field_validator("width", "height")
     @classmethod
@@ -197,17 +203,3 @@ def read_blocks(entries: list[str]) -> dict[str, float]:
             raise ValueError(f"{block} has two strengths, {blocks[block]:g} and {strength:g}: leave one of them out")
         blocks[block] = strength
     return blocks
-
-
-def find_name(name: str) -> str:
-    """Return the key of `SCHEDULERS` (or 'base') for a name such as 'DPM++ 2M Karras'.
-
-    Raises:
-        ValueError: no scheduler has this name.
-    """
-    key = name.strip().lower().replace(" ", "_").replace("-", "_")
-    if key not in SCHEDULER_NAMES:
-        near = get_close_matches(key, SCHEDULER_NAMES, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown; {hint}Known are {', '.join(SCHEDULER_NAMES)}")
-    return key

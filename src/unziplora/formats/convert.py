@@ -78,7 +78,7 @@ def resize_file(
         MachineError: disk full, no permission.
     """
     if rank is None and energy is None:
-        raise UserError("resize needs a rank, or a share of energy to keep such as 0.95")
+        raise UserError("no size to resize to: give --rank 16, or --energy 0.95")
     if rank is not None and rank < 1:
         raise UserError(f"rank must be 1 or more, not {rank}")
     if energy is not None and not 0 < energy <= 1:

@@ -61,14 +61,14 @@ def generate_latents(
     alone, not on the others of its batch; the global random state is not touched. The UNet is left as it was.
 
     Raises:
-        UserError: no seeds, a size that does not fit, an unknown scheduler, an empty prompt.
+        UserError: a size that does not fit, a scheduler that does not suit the base, an empty prompt.
         OutOfMemory: memory does not suffice.
     """
     settings = settings or Settings()
     prompts = Prompts(prompts) if isinstance(prompts, str) else prompts
     width, height = settings.width or base.resolution, settings.height or base.resolution
-    _check(base, seeds, settings, width, height)
-    make_scheduler(base, settings.scheduler)  # reports a wrong name before any work
+    _check_size(base, width, height)
+    make_scheduler(base, settings.scheduler)  # refuses one that does not suit the base before any work
     results = []
     with _memory(f"{settings.batch_size} × {width}×{height} pixels"), _ready(base, prompts):
         with text_encoders_ready(base):
@@ -198,13 +198,7 @@ def _ready(base: Base, prompts: Prompts) -> Iterator[None]:
         unet.train(was_training)
 
 
-def _check(base: Base, seeds: Sequence[int], settings: Settings, width: int, height: int) -> None:
-    if not seeds:
-        raise UserError("no seeds: give at least one, such as --seeds 0")
-    if any(seed < 0 for seed in seeds):
-        raise UserError(f"seeds are whole numbers from 0 on (got {min(seeds)})")
-    if settings.steps < 1 or settings.batch_size < 1:
-        raise UserError("steps and batch_size must be at least 1")
+def _check_size(base: Base, width: int, height: int) -> None:
     unit = base.pipe.vae_scale_factor
     for name, side in (("width", width), ("height", height)):
         if side < unit or side % unit:

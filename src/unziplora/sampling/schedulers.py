@@ -7,28 +7,24 @@ from typing import Any
 
 import diffusers
 
-from unziplora.config.sample import SCHEDULERS, find_name
+from unziplora.config.sample import SCHEDULERS
 from unziplora.errors import UserError
 from unziplora.models.base import Base
 
 
 def make_scheduler(base: Base, name: str = "base") -> Any:
-    """Create a scheduler; 'base' is the one that the base comes with.
+    """Create a scheduler of `SCHEDULERS`; 'base' is the one that the base comes with.
 
     Prediction type and noise schedule are the base's. With zero-terminal SNR, sampling starts at the last
     timestep (arXiv 2305.08891, section 3.3).
 
     Raises:
-        UserError: there is no scheduler of that name, or it lacks zero-terminal SNR, which the base needs.
+        UserError: it lacks zero-terminal SNR, which the base needs.
     """
-    try:
-        key = find_name(name)
-    except ValueError as error:
-        raise UserError(f"scheduler {name!r}: {error}") from None
-    if key == "base":
+    if name == "base":
         kind, changes = type(base.scheduler), {}
     else:
-        kind, changes = getattr(diffusers, SCHEDULERS[key][0]), dict(SCHEDULERS[key][1])
+        kind, changes = getattr(diffusers, SCHEDULERS[name][0]), dict(SCHEDULERS[name][1])
     if base.zero_terminal_snr:
         if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
             raise UserError(

@@ -124,52 +124,63 @@ def in_run_folder(
 
 @dataclass
 class TrainingRun(Generic[C]):
-    """One run of a method in its folder."""
+    """One run of a method in its folder.
+
+    Attributes:
+        loaded: base to use, if it is loaded already.
+        recent: seconds of the last steps.
+        done: steps, those of the phases before the training included.
+        samples: those of the last sheet.
+    """
 
     kind: type[Method[C]]
     config: C
     progress: Callback
     run: RunFolder
     images: OpenedImages
-    base: Base | None = None  # loaded already
-    recent: list[float] = field(default_factory=list)  # seconds of the last steps
-    done: int = 0  # steps, those of the phases before the training included
+    loaded: Base | None = None
+    recent: list[float] = field(default_factory=list)
+    done: int = 0
     finished: bool = False
-    samples: Samples | None = None  # of the last sheet
+    samples: Samples | None = None
     device: torch.device = field(init=False)
+    base: Base = field(init=False)
+    method: Method[C] = field(init=False)
+    provenance: Provenance = field(init=False)
 
     def execute(self) -> None:
         """Train from the last checkpoint or from the start, then export and sample."""
         config, run = self.config, self.run
         facts, checkpoint = run_facts(self.kind, config), newest_checkpoint(run)
         self.check_unchanged(checkpoint, facts)  # before the base is loaded, which takes minutes
-        self.device = pick_device(config.device if self.base is None else str(self.base.device))
+        self.device = pick_device(config.device if self.loaded is None else str(self.loaded.device))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # an earlier run of this process may have used more
         with trackers(config.trackers, run.path / "trackers", flat(config)) as curves:
-            base, images = self.base or self.load(), self.images
+            base, images = self.loaded or self.load(), self.images
+            self.base = base
             facts["base"] = {str(base.dtype): base.fingerprint()}  # before LoRAs are added to it
             if images.scale != base.scale:  # it had to be downloaded first, and is not of SDXL's size
                 images = open_images(self.kind, config, base.scale)
-            setup = self.setup(base, images, {} if checkpoint is None else checkpoint.state, facts)
-            method = self.kind.build(config, setup)
+            setup = self.setup(images, {} if checkpoint is None else checkpoint.state, facts)
+            self.method = self.kind.build(config, setup)
             self.check_unchanged(checkpoint, facts)
-            trainer = Trainer(method, config, make_scaler(self.device, base.dtype))
+            trainer = Trainer(self.method, config, make_scaler(self.device, base.dtype))
             start = self.restore(checkpoint, trainer) if checkpoint is not None and setup.resumed else 0
             checkpoint = None  # frees its memory
-            provenance = self.provenance(method, setup)
+            self.provenance = self.describe_origin(setup)
             if run.card.exists():
-                self.extend(method, provenance, start)
+                self.extend(start)
             self.done = self.kind.phase_steps(config) + start
             self.report("training", memory=True)
-            done = self.train(base, method, trainer, start, facts, curves, provenance)
+            done = self.train(trainer, start, facts, curves)
             del trainer  # the last samples need the room of its optimizers
             if done < config.steps:
                 raise self.stopped(f"stopped after step {done} of {config.steps}, checkpoint saved")
-            self.finish(base, method, provenance)
+            self.finish()
             self.finished = True
 
-    def setup(self, base: Base, images: OpenedImages, state: Mapping[str, Any], facts: dict[str, Any]) -> Setup:
+    def setup(self, images: OpenedImages, state: Mapping[str, Any], facts: dict[str, Any]) -> Setup:
         """Prepare what the method is built from, and let the phases go on from the state of a checkpoint."""
 
         def save() -> None:
@@ -179,12 +190,12 @@ class TrainingRun(Generic[C]):
         phases = Phases(
             dict(state.get("phases", {})), self.after_step, save, self.config.checkpoint_every, self.stopped
         )
-        context = autocast_for(self.device, base.dtype)
-        setup = Setup(base, images, context, self.report, resumed="method" in state, phases=phases)
+        context = autocast_for(self.device, self.base.dtype)
+        setup = Setup(self.base, images, context, self.report, resumed="method" in state, phases=phases)
         facts["generated"] = setup.digests
         return setup
 
-    def extend(self, method: Method[C], provenance: Provenance, start: int) -> None:
+    def extend(self, start: int) -> None:
         """Reopen a finished run, whose LoRAs are kept as those of an earlier step."""
         config = self.config
         if names := config.spread_over_steps():
@@ -193,14 +204,14 @@ class TrainingRun(Generic[C]):
                 f"{config.steps} steps from the start",
                 stacklevel=2,
             )
-        self.keep(method, provenance, start)
+        self.keep(start)
         self.run.reopen(config)
         self.report(f"extending from step {start} to {config.steps}")
 
-    def keep(self, method: Method[C], provenance: Provenance, step: int) -> None:
+    def keep(self, step: int) -> None:
         """Write the LoRAs of a step before the last, to choose from."""
-        description = method.describe(self.config)
-        write_loras(self.run, self.config, description, provenance, method.export(), self.report_file, step)
+        description, loras = self.method.describe(self.config), self.method.export()
+        write_loras(self.run, self.config, description, self.provenance, loras, self.report_file, step)
 
     def load(self) -> Base:
         """Load the configured base."""
@@ -218,19 +229,19 @@ class TrainingRun(Generic[C]):
         self.report(f"resuming after step {checkpoint.step}")
         return checkpoint.step
 
-    def finish(self, base: Base, method: Method[C], provenance: Provenance) -> None:
+    def finish(self) -> None:
         """Write the LoRAs, the last sample sheet, and the card, which marks the run as finished."""
-        config, run = self.config, self.run
-        loras, description = method.export(), method.describe(config)
+        config, run, provenance = self.config, self.run, self.provenance
+        loras, description = self.method.export(), self.method.describe(config)
         write_loras(run, config, description, provenance, loras, self.report_file)
         gc.collect()  # optimizers; samples need the room
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if config.sample_seeds and (samples := self.last_sample(base, method)):
+        if config.sample_seeds and (samples := self.last_sample()):
             # Again, with images for galleries: nothing that a sheet takes may lose the LoRAs.
             provenance = replace(provenance, thumbnails={**provenance.thumbnails, **samples.thumbnails()})
             write_loras(run, config, description, provenance, loras, lambda _: None)
-        findings = self.check(base, method)
+        findings = self.check()
         write_card(run, config, description, loras, findings.lines if findings else ())
 
     def stopped(self, where: str) -> Interrupted:
@@ -238,16 +249,7 @@ class TrainingRun(Generic[C]):
         command = f"unziplora {self.kind.command} --resume --out {folder_argument(self.run.path)}"
         return Interrupted(f"{where}; continue with:\n  {command}")
 
-    def train(
-        self,
-        base: Base,
-        method: Method[C],
-        trainer: Trainer,
-        start: int,
-        facts: dict[str, Any],
-        curves: Sequence[Tracker],
-        provenance: Provenance,
-    ) -> int:
+    def train(self, trainer: Trainer, start: int, facts: dict[str, Any], curves: Sequence[Tracker]) -> int:
         """Train from step `start`; return the steps done.
 
         Args:
@@ -267,21 +269,21 @@ class TrainingRun(Generic[C]):
                 tracker.log(figures, step=step.done)
             self.after_step(self.kind.phase_steps(config) + step.done, step.loss, step.seconds)
 
-        with recording(base.unet, trainer.parameters(), config) as predict:
-            method.predict = predict
+        with recording(self.base.unet, trainer.parameters(), config) as predict:
+            self.method.predict = predict
 
             def show(done: int) -> None:
                 if is_due(done, config.save_every):
-                    self.keep(method, provenance, done)
+                    self.keep(done)
                 if config.sample_seeds and not run.sheet(done).exists():  # as it may in a resumed run
                     if isinstance(predict, Recorder):
                         predict.clear()  # samples need the room
-                    self.sample(base, method, done)
+                    self.sample(done)
 
             try:
                 return train(trainer, start, after_step, save, show)
             except NonFiniteLoss as error:
-                raise UserError(f"{error}. {self.after_divergence(half=base.dtype != torch.float32)}") from None
+                raise UserError(f"{error}. {self.after_divergence(half=self.base.dtype != torch.float32)}") from None
 
     def after_divergence(self, half: bool) -> str:
         """Advise what to do after a loss that is not finite.
@@ -296,43 +298,43 @@ class TrainingRun(Generic[C]):
         remedy = "--precision fp32 or lower learning rates" if half else "lower learning rates"
         return f"Start a new run, into another --out, with {remedy}; a resumed run keeps its learning rates"
 
-    def provenance(self, method: Method[C], setup: Setup) -> Provenance:
+    def describe_origin(self, setup: Setup) -> Provenance:
         """Return what the headers of the LoRA files record about the base and the images."""
-        base = setup.base
+        base, images = self.base, self.method.images
         return Provenance(
             base=base_name(self.config),
             size=setup.size,
             prediction_type=base.prediction_type,
             zero_terminal_snr=base.zero_terminal_snr,
             layers_per_block=base.unet.config.layers_per_block,
-            thumbnails={"": method.images[0]} if method.images else {},
+            thumbnails={"": images[0]} if images else {},
         )
 
     def report_file(self, path: Path) -> None:
         """Report a file that was written."""
         self.report(f"wrote {path}")
 
-    def sample(self, base: Base, method: Method[C], step: int) -> Samples:
+    def sample(self, step: int) -> Samples:
         """Write a labeled sheet of the LoRAs after a step, and return its images."""
-        samples = generate_samples(base, method, self.config, self.samples)
+        samples = generate_samples(self.base, self.method, self.config, self.samples)
         self.samples, path = samples, self.run.sheet(step)
-        write_png(path, samples.sheet(method, self.config))
+        write_png(path, samples.sheet(self.method, self.config))
         self.report(f"samples {path}")
         return samples
 
-    def last_sample(self, base: Base, method: Method[C]) -> Samples | None:
+    def last_sample(self) -> Samples | None:
         """Write the sheet of the finished LoRAs; running out of memory must not fail a run whose LoRAs are saved."""
         try:
-            return self.sample(base, method, self.config.steps)
+            return self.sample(self.config.steps)
         except OutOfMemory as error:
             command = f"unziplora sample {folder_argument(self.run.path)}"
             warnings.warn(f"no samples: {error}. The LoRAs are complete; try `{command}`", stacklevel=2)
             return None
 
-    def check(self, base: Base, method: Method[C]) -> Findings | None:
+    def check(self) -> Findings | None:
         """Check the finished LoRAs and write the figures; a check that is not possible must not fail their run."""
         try:
-            findings = method.check_loras(base)
+            findings = self.method.check_loras(self.base)
         except (UserError, OutOfMemory) as error:
             warnings.warn(f"no check of the LoRAs, which are complete: {error}", stacklevel=2)
             return None
