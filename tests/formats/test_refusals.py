@@ -209,7 +209,7 @@ Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     ],
 )
 def test_other_adapters_are_named(file, name, key):
-    refused(store(file, {**kohya(make()), key: torch.ones(2)}), f"holds .*{name}.*{key}")
+    refused(store(file, {**kohya(make()), key: torch.ones(2)}), f"contains .*{name}.*{key}")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_an_alpha_that_is_not_positive_is_refused(file, alpha):
 def test_an_alpha_of_two_numbers_is_refused(file):
     tensors = kohya(make(), alpha=lambda path: 1.0)
     tensors[next(key for key in tensors if key.endswith(".alpha"))] = torch.ones(2)
-    refused(store(file, tensors), r"alpha \[2\] is no single number")
+    refused(store(file, tensors), r"alpha \[2\] is not a single number")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -271,7 +271,7 @@ def test_nan_and_infinity_are_refused(file, value):
     tensors = kohya(make())
     key = next(key for key in tensors if key.endswith("lora_up.weight"))
     tensors[key][0, 0] = value
-    refused(store(file, tensors), f"1 tensors hold NaN or infinity, the first: '{key}'")
+    refused(store(file, tensors), f"1 tensors contain NaN or infinity, the first: '{key}'")
 
 
 # --- requests that cannot be met

@@ -147,7 +147,7 @@ def test_nan_and_infinity_in_any_part_are_named(folder: Path, part: str, value: 
     name = next(name for name in tensors if name.endswith("bias"))
     tensors[name][-1] = value
     save(tensors, path)
-    with pytest.raises(UserError, match=rf"{part} hold NaN or infinity.*{name.removeprefix('text_model.')}"):
+    with pytest.raises(UserError, match=rf"{part} contain NaN or infinity.*{name.removeprefix('text_model.')}"):
         load_base(str(folder))
 
 

@@ -1,4 +1,4 @@
-"""Cost of a training: its seconds and its peak memory, noted in its run folder."""
+"""Cost of a training: its seconds and its peak memory, recorded in its run folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Metered:
-    """Function that trains a run and notes in its folder what it cost."""
+    """Function that trains a run and records the cost in its folder."""
 
     trainer: Trainer
 
@@ -58,7 +58,7 @@ class Metered:
 
 
 def read_cost(run: RunFolder) -> Cost | None:
-    """Return what a training cost so far; None if another worker trained it or nothing is noted."""
+    """Return what a training cost so far; None if another worker trained it or nothing is recorded."""
     try:
         return Cost(**read_json(run.path / COST))
     except (OSError, UserError, TypeError):

@@ -177,7 +177,7 @@ class Trial:
         return True
 
     def score(self, unit: Unit) -> None:
-        """Sample and score a unit; too little memory is noted, and stops nothing else."""
+        """Sample and score a unit; a lack of memory is recorded and stops nothing else."""
         name, slug, seed = unit
         base, case = self.base(), self.cases[slug]
         try:

@@ -281,7 +281,7 @@ def write_trial(trial: Trial) -> TrialReport:
 
 
 def write_sheets(trial: Trial, folder: Path) -> list[Path]:
-    """Write a contact sheet of each image that has results, anew if there are more of them; return the files."""
+    """Write a contact sheet of each image that has results, again if there are more of them; return the files."""
     paths = []
     for number, slug in enumerate(trial.cases, 1):
         units: dict[str, Unit] = {}

@@ -37,7 +37,7 @@ while one is written); and of a pixel of a PNG file, at most."""
 
 
 class Forecast(NamedTuple):
-    """What a trial will do and need.
+    """Forecast of a trial: the work, and what it needs.
 
     Attributes:
         disk: bytes of LoRAs and images, and of the checkpoints of one run.
@@ -150,14 +150,14 @@ def run_trial(
             tell_time(trial)
 
     queue = submit(trial)
-    score()  # the base without LoRA: what does not work becomes evident before the first training
+    score()  # the base without LoRA: faults of the set-up show before the first training
     while True:
         if work(queue, Metered(trial.trainer), trial.progress, until_empty=True, after=score).stopped:
             raise Interrupted
         score()
         if not any(state_of(job.run) == "running" for job in queue.jobs()):
             break
-        time.sleep(POLL)  # another worker has the last ones in hand
+        time.sleep(POLL)  # another worker trains the last ones
     report = write_trial(trial)
     check_complete(trial)
     return report

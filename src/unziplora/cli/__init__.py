@@ -47,7 +47,7 @@ QUIET = {
 """Environment variables that libraries read when they are imported; values that are already set win."""
 
 # torch's threads wait for each other thousands of times a step. Waiting actively, they keep other processes, and with
-# them each other, from the cores: a step took 29 s instead of 1.1 beside eight busy processes.
+# them each other, from the cores: a step took 29 s instead of 1.1 next to eight busy processes.
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 

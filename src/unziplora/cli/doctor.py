@@ -176,7 +176,7 @@ def _device(device: Device) -> Check:
     if device.name.startswith("cuda"):
         text += ", bf16" if device.bf16 else ", no bf16: fp16 is used"
     if device.name != "cpu" and device.memory_free < 0.5 * device.memory_total:
-        return Check(device.name, "note", f"{text}; other programs hold more than half of it")
+        return Check(device.name, "note", f"{text}; other programs use more than half of it")
     return Check(device.name, "ok", text)
 
 

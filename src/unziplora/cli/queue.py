@@ -212,7 +212,7 @@ def worker_command(folder: Path, until_empty: bool, as_json: bool, quiet: bool) 
     """Do the jobs of the queue, one after the other.
 
     The base stays loaded between jobs of the same base. A failed job does not stop the worker; Ctrl-C
-    does, after the job in hand has saved its step. Start one worker for each GPU:
+    does, after the current job has saved its step. Start one worker for each GPU:
 
     \b
       CUDA_VISIBLE_DEVICES=0 unziplora worker

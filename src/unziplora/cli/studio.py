@@ -39,7 +39,7 @@ def studio_command(folder: Path, host: str, port: int, password_file: Path | Non
 
     The page shows the runs folder and its queue, and owns nothing: close it, reload it, or open it twice.
     A worker process trains; it is started when there is work, unless an `unziplora worker` runs already.
-    Ctrl-C stops both, after the job in hand has saved its step.
+    Ctrl-C stops both, after the current job has saved its step.
     """
     if find_spec("gradio") is None:
         raise UserError("the studio needs Gradio: pip install 'unziplora[studio]'")

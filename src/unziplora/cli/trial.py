@@ -54,7 +54,7 @@ trial_command = RecipeCommand(
     TrialConfig,
     _run,
     _plan,
-    help="""Compare methods and settings on your images, with SDXL on your GPU, over night.
+    help="""Compare methods and settings on your images, with SDXL on your GPU, overnight.
 
     FOLDER contains images, and words.toml with their words. Each arm of --arms learns each image with each of
     --seeds. The content alone in other styles and the style alone on other things are compared with the image, by

@@ -44,7 +44,7 @@ def key(default: Any, help: str, group: str, *, private: bool = False, may_chang
 
 
 def expert(*args: Any, **marks_and_bounds: Any) -> Any:
-    """Declare a key as `key` does, for those who look for it: only `--help-all` shows it."""
+    """Declare a key that only `--help-all` shows."""
     declaration = key(*args, **marks_and_bounds)
     declaration.json_schema_extra["expert"] = True
     return declaration
@@ -77,7 +77,7 @@ class Recipe(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_size(cls, value: Any) -> Any:
-        """Refuse numbers that no library takes, and text that is no text: neither a file's name nor a prompt."""
+        """Refuse numbers too large for libraries, and text that can be neither a file name nor a prompt."""
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, int) and abs(item) >= 2**63:
                 raise ValueError("the number is too large")

@@ -235,7 +235,7 @@ class ImageConfig(TrainingConfig):
 
 
 def default_fit(base: str) -> Fit:
-    """Return how images are fitted to a base: in their own proportions, but the bundled base only knows squares."""
+    """Return how images are fitted to a base: in their own proportions, but the bundled base was trained on squares."""
     return "crop" if is_bundled(base) else "bucket"
 
 

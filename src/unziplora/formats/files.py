@@ -46,7 +46,7 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
     modules = read_modules(path, tensors, metadata, unet_config)
     if broken := not_finite(tensors):
         raise UserError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity, the first: {shown(broken[:1])}. "
+            f"{path}: {len(broken)} tensors contain NaN or infinity, the first: {shown(broken[:1])}. "
             "The training had diverged or overflowed; take an earlier checkpoint"
         )
     if modules.unread:
@@ -189,6 +189,6 @@ def _store(path: Path, name: str, tensor: Tensor, dtype: str) -> Tensor:
     """Convert a tensor to a number format, and refuse one with values that the format turns into infinity."""
     stored = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
     if not torch.isfinite(stored).all():
-        cause = "holds NaN or infinity" if not torch.isfinite(tensor).all() else f"is too large for {dtype}"
+        cause = "contains NaN or infinity" if not torch.isfinite(tensor).all() else f"is too large for {dtype}"
         raise UserError(f"{path}: {name} {cause}" + ("; store it as bf16 or fp32" if "large" in cause else ""))
     return stored

@@ -76,7 +76,7 @@ def other_format(start: bytes) -> str | None:
 
 
 def kind(names: Iterable[str]) -> str:
-    """Return the kind of model file that holds tensors of these names, such as `CHECKPOINT` or `LORA`."""
+    """Return the kind of model file with tensors of these names, such as `CHECKPOINT` or `LORA`."""
     names = list(names)
     return _first(_KINDS, names) or ("a file of an unknown kind" if names else "a file without tensors")
 

@@ -128,7 +128,7 @@ def _blocks(unet: dict[str, StoredFactors], untrained: set[str]) -> dict[str, Bl
 def _problems(broken: list[str], untrained: bool, unread: list[str]) -> list[str]:
     problems = []
     if broken:
-        problems.append(f"{len(broken)} tensors hold NaN or infinity, the first: {broken[0]}; the file is useless")
+        problems.append(f"{len(broken)} tensors contain NaN or infinity, the first: {broken[0]}; the file is useless")
     if untrained:
         problems.append("untrained: ΔW = 0 in every module")
     if unread:

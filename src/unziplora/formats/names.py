@@ -5,7 +5,7 @@ name whose dots became underscores. What wrapped the model in training (torch.co
 in it. Prefixes are the same for all families that share a layout; the rest is the family's. `sdxl.py` contains all that
 is SDXL's alone. For another family, write a module with the same functions, add its prefixes to `_PREFIXES` and choose
 the module by component here, and by the tensor names (`identify.family`) in `files.read_modules`, the only other place
-that must tell families apart.
+that must distinguish families.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _KOHYA: dict[str, _Reasoned] = {
 }
 _BY_LAYOUT: dict[str, dict[str, _Reasoned]] = {
     "kohya": {**_KOHYA, "sd-scripts": ("yes", "its own layout")},
-    "kohya-diffusers": {**_KOHYA, "sd-scripts": ("partly", "knows the block names of sgm, not these")},
+    "kohya-diffusers": {**_KOHYA, "sd-scripts": ("partly", "reads the block names of sgm, not these")},
     "kohya-mixed": {
         **_KOHYA,
         "InvokeAI": ("no", "raises: block names of two kinds"),
@@ -47,7 +47,7 @@ _BY_LAYOUT: dict[str, dict[str, _Reasoned]] = {
         "A1111": ("no", "applies nothing, without an error"),
         "InvokeAI": ("no", "raises ValueError"),
         "diffusers": ("yes", "its own layout"),
-        "sd-scripts": ("no", "knows only kohya's names"),
+        "sd-scripts": ("no", "reads only kohya's names"),
     },
     "diffusers-old": {"diffusers": ("yes", "an older layout of its own")},
     "peft": {"diffusers": ("no", "loads nothing: the names lack the prefix 'unet.'")},
@@ -57,7 +57,7 @@ _BY_LAYOUT: dict[str, dict[str, _Reasoned]] = {
 
 _SMALL: _Reasoned = ("no", "made for a small base, which this program does not open")
 _UNCHECKED: _Reasoned = ("unknown", "this layout was not checked; convert it to kohya names")
-_BROKEN: _Reasoned = ("no", "holds NaN or infinity, which makes every image black")
+_BROKEN: _Reasoned = ("no", "contains NaN or infinity, which makes every image black")
 
 
 def verdicts_on(
@@ -106,7 +106,7 @@ def _diffusers_refuses(
     if kohya and ADAPTER_METADATA in metadata:
         return "no", f"raises: kohya names with {ADAPTER_METADATA} in the header"
     if modules.unread or (not kohya and any(key.endswith(".alpha") for key in keys)):
-        return "no", "raises: there are tensors beside the two matrices of each module"
+        return "no", "raises: there are tensors besides the two matrices of each module"
     for encoder in ENCODERS:
         paths = modules.text_of(encoder)
         known = ("out_proj", "mlp.") if kohya else (".self_attn.",)

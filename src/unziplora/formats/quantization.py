@@ -1,4 +1,4 @@
-"""Quantized weights: numbers that mean something only together with a scale in a tensor next to them.
+"""Quantized weights: numbers that need a scale, which is in another tensor.
 
 ComfyUI's scaled fp8 is understood: `X.weight` in fp8 and `X.scale_weight` (or `X.weight_scale`), one number or one per
 output, with which it is multiplied. fp8 without a scale is a number format like any other. Everything else is refused.

@@ -97,7 +97,7 @@ def group_by_module(
     """
     if match := other_adapter(tensors):
         raise UserError(
-            f"the file holds {match[0]} adapters (key {shown(match[1:])}): only plain LoRA is understood. "
+            f"the file contains {match[0]} adapters (key {shown(match[1:])}): only plain LoRA is understood. "
             "Convert it with the tool that made it, for example by extracting a LoRA from the merged model"
         )
     modules, layout, unread = _collect(tensors, layers)
@@ -198,7 +198,9 @@ def _factors(name: str, parts: dict[str, Tensor], configs: Mapping[str, AdapterC
     if not plain or not down.shape[0] == up.shape[1] > 0 or not down.numel() or not up.numel():
         raise UserError(f"{name}: A {list(down.shape)} and B {list(up.shape)} make no LoRA")
     if not down.is_floating_point() or not up.is_floating_point():
-        raise UserError(f"{name}: the matrices hold integers, as in a quantized file; take the fp16, bf16 or fp32 file")
+        raise UserError(
+            f"{name}: the matrices contain integers, as in a quantized file; take the fp16, bf16 or fp32 file"
+        )
     if down.dim() == 4 and down.shape[2:] == up.shape[2:] == (1, 1) and not re.search(r"conv\w*$", name):
         down, up = down.flatten(1), up.flatten(1)  # a linear layer that was written as a 1×1 convolution
     rank = down.shape[0]
@@ -215,7 +217,7 @@ def _factors(name: str, parts: dict[str, Tensor], configs: Mapping[str, AdapterC
 
 def _alpha(name: str, tensor: Tensor) -> float:
     if tensor.numel() != 1 or tensor.is_complex():
-        raise UserError(f"{name}: alpha {list(tensor.shape)} is no single number")
+        raise UserError(f"{name}: alpha {list(tensor.shape)} is not a single number")
     alpha = float(tensor)
     if not 0 < alpha < math.inf:
         # sd-scripts reads 0 as "not set", ComfyUI and diffusers as strength 0.

@@ -203,7 +203,7 @@ def other_unet(shapes: Mapping[str, tuple[int, ...]], cross_attention: int | Non
 
     Args:
         shapes: UNet module → shape of ΔW (out, in).
-        cross_attention: that width of the base, if known. A small base may have any, so a LoRA of its is not refused.
+        cross_attention: that width of the base, if known; small bases may have any, and their LoRAs are not refused.
     """
     widths = {shape[1] for path, shape in shapes.items() if _CROSS.search(path)}
     if cross_attention in widths:

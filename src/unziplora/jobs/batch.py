@@ -49,7 +49,7 @@ Results = Generator[Result, None, None]
 Engine = Callable[[Sequence[Row], Callback], Results]
 """Trains rows, and yields the result of each when it has ended.
 
-A KeyboardInterrupt lets it save what it has in hand, and is raised again."""
+On a KeyboardInterrupt it saves the runs in progress and raises it again."""
 
 
 def default_folder(source: Path) -> Path:

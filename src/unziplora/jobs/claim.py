@@ -1,4 +1,4 @@
-"""The process that works on a run, known by its lock, or on drives without locks by its heartbeat."""
+"""The process that works on a run, recognized by its lock or, on drives without locks, by its heartbeat."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Task:
         function: called with the arguments and a `Reporter`.
         cpus: cores that it occupies.
         gpus: GPUs that it occupies.
-        reuse: the process goes on to the next task; otherwise it ends, and with it what it has on a GPU.
+        reuse: the process takes the next task; otherwise it ends and frees its GPU memory.
         avoided: ids of nodes on which it must not run.
     """
 

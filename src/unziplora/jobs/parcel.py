@@ -96,7 +96,7 @@ def run_files(folder: Path, without: Collection[str] = ()) -> Iterator[Path]:
 
 
 def _zip(members: Iterable[tuple[Path, Path]], texts: dict[str, str] | None = None) -> bytes:
-    """Return an archive of the files that exist, by their names in it. Their numbers hardly compress."""
+    """Return an archive of the files that exist, by their names in it; uncompressed, because weights hardly shrink."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, path in members:

@@ -85,7 +85,7 @@ class Queue:
         """Append unfinished runs, or put them first.
 
         Raises:
-            UserError: one of them is no unfinished run, or in the queue already.
+            UserError: one of them is not an unfinished run, or in the queue already.
         """
         folders = [RunFolder(absolute(Path(run))) for run in runs]
         for run in folders:

@@ -1,4 +1,4 @@
-"""Engines of a batch. On a Ray cluster each run is a task, which goes on elsewhere if its process or node dies."""
+"""Engines of a batch. On a Ray cluster each run is a task, which continues elsewhere if its process or node dies."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ class _Driver:
         unpack_results(files, self.runs[task.name].folder)
 
     def settle(self, outcome: Outcome, stopping: bool = False) -> Result | None:
-        """Take over what a task ended with; return the result of its row, or None if it goes on."""
+        """Process the end of a task; return the result of its row, or None if it continues."""
         run, error = self.runs[outcome.task.name], outcome.error
         report = outcome.value if error is None else Report("interrupted", reason=str(error))
         try:

@@ -92,7 +92,7 @@ def work(
     poll: float = POLL,
     after: Callable[[], None] = lambda: None,
 ) -> Work:
-    """Take jobs and train them until the process is asked to stop; the job in hand then saves its step.
+    """Take jobs and train them until the process is asked to stop; the current job then saves its step.
 
     Args:
         until_empty: stop when no job is left that nobody works on.

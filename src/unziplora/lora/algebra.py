@@ -90,7 +90,7 @@ def project(pair: Pair, away_from: Pair, share: float, energy: float) -> Pair:
 
     Args:
         share: 0 leaves the pair as it is; 1 makes it blind to these directions. The paper's μ is share / (1 − share).
-        energy: share of the other's ‖ΔW‖² that its principal directions hold, at least one direction.
+        energy: share of the other's ‖ΔW‖² that its principal directions make up, at least one direction.
     """
     down, up = _matrices(pair)
     _, s, vh = _svd(away_from)
@@ -108,7 +108,7 @@ def _svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _principal(s: Tensor, energy: float) -> int:
-    """Return how many of the largest singular values hold a share of Σ s², at least 1."""
+    """Return the number of largest singular values that make up a share of Σ s², at least 1."""
     total = s.double().square().cumsum(0)
     # A small tolerance keeps rounding errors from adding a useless direction.
     return min(len(s), int((total < energy * total[-1] * (1 - 1e-9)).sum()) + 1)

@@ -1,4 +1,4 @@
-"""Choice of device and number format, and process-wide settings that hold only while a call computes."""
+"""Choice of device and number format, and process-wide settings that apply only while a call computes."""
 
 from __future__ import annotations
 

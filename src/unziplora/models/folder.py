@@ -183,7 +183,7 @@ def check_pipeline(pipe: Any, source: str) -> None:
         if broken := [name for name, pair in extremes.items() if not pair.isfinite().all()]:
             kind = str(weights[broken[0]].dtype).removeprefix("torch.")
             raise UserError(
-                f"base {source!r}: {len(broken)} weights of its {part} hold NaN or infinity (in {kind}), such as "
+                f"base {source!r}: {len(broken)} weights of its {part} contain NaN or infinity (in {kind}), such as "
                 f"{broken[0]}. Download it again, or choose another precision or base"
             )
     if not getattr(pipe.unet, "down_blocks", None) or not _has_attention(pipe.unet.up_blocks):

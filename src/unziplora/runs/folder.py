@@ -50,7 +50,7 @@ LOCK, LOCK_OWNER = ".lock", ".lock.pid"
 """Names of the lock of a process that trains into the folder, and of the file with the number of the process."""
 
 CHECKPOINTS = 2
-"""Checkpoints that are kept: if the newest one is damaged, a run goes on from the one before."""
+"""Checkpoints that are kept: if the newest one is damaged, a run continues from the one before."""
 
 _STEP = re.compile(r"step-(\d{6,})\.safetensors")
 # Entries of a run that has learned nothing yet; such a folder is reused without asking.
@@ -99,8 +99,7 @@ class RunFolder:
     def lora(self, name: str, layout: str = "kohya") -> Path:
         """Return the path of a LoRA in a layout, such as `cat-content.safetensors` in `runs/cat`.
 
-        Of a run whose folder was renamed it is the file as it is called there, and `content.safetensors` of a run
-        that is older than these names.
+        In a folder that was renamed, the file has its old name; in one older than these names, `content.safetensors`.
         """
         ending = f"{name}.safetensors" if layout == "kohya" else f"{name}.{layout}.safetensors"
         own = self.path / f"{self.name}-{ending}"
@@ -274,7 +273,7 @@ class RunFolder:
 
         Raises:
             UserError: there is no run, another process is using it, or it has no checkpoint yet and its settings differ
-                in a key that decides what is learned. A checkpoint knows the settings that it belongs to.
+                in a key that decides what is learned. A checkpoint contains its settings.
         """
         run = cls(path)
         saved = run.config(type(config))
@@ -449,9 +448,9 @@ def _shows(file: Path, image: Image.Image) -> bool:
 
 
 def located(config: Recipe) -> dict[str, Any]:
-    """Return the settings that say where something is, by key, as absolute paths.
+    """Return the settings that are locations, by key, as absolute paths.
 
-    Names of bases and block maps are none, even if a file is called the same.
+    Names of bases and block maps are not, even if there is a file of that name.
     """
     paths: dict[str, Any] = {}
     for name, value in config:
@@ -479,7 +478,7 @@ def changed_settings(saved: R, config: R) -> list[str]:
 
 
 def try_lock(lock: FileLock, folder: Path) -> bool | None:
-    """Return True if a lock in a folder is held from now on, False if another process holds it, None without locks.
+    """Acquire a lock in a folder; return False if another process has it, None if the drive has no locks.
 
     Raises:
         MachineError: disk full, no permission.

@@ -113,9 +113,8 @@ def run_facts(kind: type[Method[C]], config: C) -> dict[str, Any]:
 def changes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> list[str]:
     """List what differs between the facts of a checkpoint and those of a run, as far as both are known.
 
-    A checkpoint after the last step of its run may be gone on from with more steps.
-
-    Keys that came or went with another version of the package do not count, nor weights in another number format.
+    A checkpoint after the last step of its run may be continued with more steps. Keys that came or went with another
+    version of the package do not count, nor weights in another number format.
     """
     saved = checkpoint.facts
     then, now = saved["settings"], facts["settings"]

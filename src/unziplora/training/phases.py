@@ -36,7 +36,7 @@ class Phases:
     """The phases of one run, one after the other.
 
     Attributes:
-        states: steps done and state of each phase so far, by its name; those of a checkpoint are gone on from.
+        states: steps done and state of each phase so far, by its name; those of a checkpoint are continued.
         report: called after every step with the steps done in all phases, the loss and the seconds.
         save: called when a checkpoint is due, at the end of a phase and when asked to stop.
         every: steps between checkpoints; 0: only at the end.

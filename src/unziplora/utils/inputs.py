@@ -1,4 +1,4 @@
-"""Files that people bring: only regular ones are opened, and whatever they contain is a message and no fault."""
+"""Files that people bring: only regular ones are opened, and any content leads to a message instead of a crash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads that repeat something beside a long job."""
+"""Threads that repeat something during a long job."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from unziplora.training.loss import Examples, to_device
 from unziplora.training.method import ImageGroup, Setup
 
 PRINCIPAL = 0.9
-"""Share of the style's ‖ΔW‖² that the input directions hold from which null-space projection keeps the content away."""
+"""Null-space projection removes the input directions that make up this share of the style's ‖ΔW‖²."""
 
 
 def complete(config: ZipConfig, base: Base | None = None) -> ZipConfig:
