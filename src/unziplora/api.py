@@ -58,26 +58,12 @@ if TYPE_CHECKING:
 
     from unziplora.probe.scores import Findings
 
+# fmt: off
 __all__ = [
-    "Queue",
-    "Run",
-    "batch",
-    "convert",
-    "find_blocks",
-    "find_runs",
-    "grid",
-    "inspect",
-    "load_base",
-    "read_lora",
-    "resize",
-    "sample",
-    "split",
-    "train_blora",
-    "train_dreambooth",
-    "work",
-    "write_lora",
-    "zip_loras",
+    "Queue", "Run", "batch", "convert", "find_blocks", "find_runs", "grid", "inspect", "load_base", "read_lora",
+    "resize", "sample", "split", "train_blora", "train_dreambooth", "work", "write_lora", "zip_loras",
 ]
+# fmt: on
 
 C = TypeVar("C", bound=Recipe)
 Location = str | os.PathLike[str]

@@ -20,8 +20,6 @@ class UserError(UnziploraError):
 class MachineError(UnziploraError):
     """A fault of the machine: disk full, no permission, out of memory (exit code 1)."""
 
-    exit_code = 1
-
 
 class OutOfMemory(MachineError):
     """Too little memory on the GPU or in the machine."""

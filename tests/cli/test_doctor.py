@@ -13,7 +13,7 @@ import torch
 from unziplora import cli
 from unziplora.cli import doctor
 from unziplora.cli.doctor import GIB, Check, Device, Report, advice, examine
-from unziplora.config.bases import BUNDLED_BASE, SDXL
+from unziplora.config.bases import SDXL
 from unziplora.errors import UserError
 from unziplora.lora.inject import filter_targets
 from unziplora.models.base import load_base
@@ -70,9 +70,9 @@ class TestDoctor:
     def test_torch_without_cuda_is_named_where_there_is_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cpu = CARD.model_copy(update={"name": "cpu", "memory_total": 32 * GIB})
         monkeypatch.setattr(torch.version, "cuda", None)
-        assert "this torch is the build for CPUs" in advice(cpu, True, False)
+        assert "this torch is the build for CPUs" in advice(cpu, False)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
-        assert "build for CPUs" not in advice(cpu, True, False)
+        assert "build for CPUs" not in advice(cpu, False)
 
     def test_missing_packages_name_the_command_that_installs_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor, "installed", lambda name: None if name in ("wandb", "peft") else "1.0")
@@ -96,21 +96,21 @@ class TestDoctor:
         [(80, "--style WORDS"), (24, "--style WORDS"), (16, "--gradient-checkpointing"), (10, "adamw8bit"), (8, "512")],
     )
     def test_advice_for_a_card(self, gib: int, flags: str) -> None:
-        assert advice(CARD.model_copy(update={"memory_total": gib * GIB}), True, True).endswith(flags)
+        assert advice(CARD.model_copy(update={"memory_total": gib * GIB}), True).endswith(flags)
 
     @pytest.mark.parametrize("gib", [8, 10, 12, 16, 32, 64])
     def test_apple_gpus_are_never_advised_to_use_8_bit_adamw(self, gib: int) -> None:
         apple = CARD.model_copy(update={"name": "mps", "model": "Apple GPU", "memory_total": gib * GIB})
-        assert "adamw8bit" not in advice(apple, True, True)
-        assert ("too little" in advice(apple, True, True)) is (gib < 11.5)
+        assert "adamw8bit" not in advice(apple, True)
+        assert ("too little" in advice(apple, True)) is (gib < 11.5)
 
     def test_advice_for_small_machines(self) -> None:
-        assert "too little" in advice(CARD.model_copy(update={"memory_total": 4 * GIB}), True, True)
-        assert "pip install bitsandbytes" in advice(CARD.model_copy(update={"memory_total": 10 * GIB}), True, False)
+        assert "too little" in advice(CARD.model_copy(update={"memory_total": 4 * GIB}), True)
+        assert "pip install bitsandbytes" in advice(CARD.model_copy(update={"memory_total": 10 * GIB}), False)
         cpu = CARD.model_copy(update={"name": "cpu", "memory_total": 8 * GIB})
-        assert "SDXL does not fit" in advice(cpu, True, False)
-        assert "unziplora demo" in advice(cpu, True, False)
-        assert "very slow" in advice(cpu.model_copy(update={"memory_total": 32 * GIB}), False, False)
+        assert "SDXL does not fit" in advice(cpu, False)
+        assert "unziplora demo" in advice(cpu, False)
+        assert "very slow" in advice(cpu.model_copy(update={"memory_total": 32 * GIB}), False)
 
 
 class TestSizes:
@@ -152,9 +152,3 @@ class TestSizes:
         ):  # no hub ids, as `load_base` says too
             with pytest.raises(UserError, match="no such file or folder"):
                 inspect_base(name)
-
-
-def test_the_bundled_base_is_found_or_its_absence_is_said() -> None:
-    there = (BUNDLED_BASE / "model_index.json").is_file()
-    found = next(check for check in examine().checks if check.name == "bundled base")
-    assert found.state == ("ok" if there else "note")

@@ -12,7 +12,6 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from unziplora.config.bases import BUNDLED_BASE
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.safetensors import Header, read_header
 from unziplora.models import hub as base_hub
@@ -290,12 +289,6 @@ def test_missing_bases_are_refused(tmp_path: Path):
             load_base(str(source))
     with pytest.raises(UserError, match=r"model_index\.json is missing"):
         load_base(str(tmp_path))
-
-
-@pytest.mark.skipif((BUNDLED_BASE / "model_index.json").is_file(), reason="it is there")
-def test_absent_bundled_base_is_reported():
-    with pytest.raises(UserError, match="no bundled base"):
-        load_base("bundled")
 
 
 def test_unreachable_hub_is_a_machine_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -9,19 +9,17 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from unziplora.bench.cases import Case
 from unziplora.bench.session import Session, open_session
 from unziplora.config.bench import BenchConfig
 from unziplora.jobs.cluster import Cluster, Task
 from unziplora.models.device import pick_device
 from unziplora.utils.progress import Callback, Progress
 from unziplora.utils.signals import STOP, caught
-
-if TYPE_CHECKING:
-    from unziplora.bench.cases import Case
 
 Unit = tuple[str, str, int]
 """Method, slug of a case, training seed."""

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 from unziplora.cli.options import json_option
 from unziplora.cli.output import emit, stdout_to_stderr
-from unziplora.config.bases import BUNDLED_BASE
 from unziplora.utils.progress import size
 
 GIB = 2**30
@@ -90,7 +89,7 @@ class Report(BaseModel):
 
 
 def examine(online: bool = False) -> Report:
-    """Look at versions, devices, memory, disk, optional packages and the bundled base.
+    """Look at versions, devices, memory, disk and optional packages.
 
     Args:
         online: also try to reach the model hub; otherwise nothing is sent anywhere.
@@ -99,7 +98,6 @@ def examine(online: bool = False) -> Report:
 
     devices = find_devices()
     packages = {name: number for name in PACKAGES if (number := installed(name)) is not None}
-    bundled = (BUNDLED_BASE / "model_index.json").is_file()
     missing = "not installed: run `pip install .` in the clone of unziplora"
     checks = [
         Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}"),
@@ -108,7 +106,6 @@ def examine(online: bool = False) -> Report:
         *(_device(device) for device in devices),
         _disk(shutil.disk_usage(Path.cwd()).free),
         _model_cache(Path(HF_HUB_CACHE), SDXL_GB_CPU if devices[0].name == "cpu" else SDXL_GB),
-        _bundled(bundled),
         *(_extra(name) for name in EXTRAS),
         *([_hub()] if online else []),
     ]
@@ -118,7 +115,7 @@ def examine(online: bool = False) -> Report:
         packages=packages,
         devices=devices,
         checks=checks,
-        advice=advice(devices[0], bundled, installed("bitsandbytes") is not None),
+        advice=advice(devices[0], installed("bitsandbytes") is not None),
     )
 
 
@@ -150,11 +147,10 @@ def find_devices() -> list[Device]:
     return [*devices, Device(name="cpu", model=model, bf16=False, **sizes)]
 
 
-def advice(device: Device, bundled: bool, eight_bit: bool) -> str:
+def advice(device: Device, eight_bit: bool) -> str:
     """Name the command that fits a device; the limits are those of `memory.estimate` for SDXL, with some room."""
     import torch
 
-    small = "try it with: unziplora demo" if bundled else "the bundled small base is not installed"
     gib = device.memory_total / GIB
     table = FITTING_CPU if device.name == "cpu" else FITTING
     if device.name == "mps":  # bitsandbytes needs CUDA
@@ -163,9 +159,9 @@ def advice(device: Device, bundled: bool, eight_bit: bool) -> str:
     if device.name == "cpu":
         sdxl = "SDXL does not fit" if flags is None else f"SDXL would fit {flags}but is very slow"
         note = "" if torch.version.cuda else "\nWith an NVIDIA card: this torch is the build for CPUs; README, Install."
-        return f"No GPU: the bundled small base runs in minutes; {sdxl}. {small[0].upper()}{small[1:]}{note}"
+        return f"No GPU: the bundled small base runs in minutes; {sdxl}. Try it with: unziplora demo{note}"
     if flags is None:
-        return f"{device.model} has {gib:.0f} GiB: too little for SDXL; {small}"
+        return f"{device.model} has {gib:.0f} GiB: too little for SDXL; try the small base: unziplora demo"
     if "adamw8bit" in flags and not eight_bit:
         flags += "   (first: pip install bitsandbytes)"
     return f"{device.model}, {gib:.0f} GiB: unziplora split IMAGE --content WORD --style WORDS {flags}".rstrip()
@@ -199,12 +195,6 @@ def _model_cache(folder: Path, needed: int) -> Check:
     return Check("model cache", "ok", text)
 
 
-def _bundled(exists: bool) -> Check:
-    if exists:
-        return Check("bundled base", "ok", "installed")
-    return Check("bundled base", "note", "not in this installation; set --base to a model of your own")
-
-
 def _extra(name: str) -> Check:
     purpose, number = EXTRAS[name], installed(name)
     if number and find_spec(name):
@@ -229,8 +219,8 @@ def _hub() -> Check:
 def doctor_command(online: bool, as_json: bool) -> None:
     """Check whether this machine is ready, and name the settings that fit it.
 
-    Versions, devices, memory, disk, optional packages, the bundled base. Nothing is sent anywhere
-    unless --online asks whether the model hub can be reached.
+    Versions, devices, memory, disk, optional packages. Nothing is sent anywhere unless --online asks whether the
+    model hub can be reached.
 
     \b
       unziplora doctor

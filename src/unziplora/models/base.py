@@ -201,7 +201,7 @@ def _name(source: str) -> str:
 def _locate(source: str, dtype: torch.dtype) -> Path:
     """Return the folder or file of a source, downloaded from the hub if necessary."""
     if is_bundled(source):
-        return _bundled()
+        return BUNDLED_BASE
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -274,14 +274,6 @@ def config_folder(path: Path, header: Header) -> Path:
         f"{path}: this checkpoint is not of SDXL's own size and has no configuration; put a folder {path.stem!r} next "
         "to the file, with the model_index.json, the config.json of each part and the tokenizers of a diffusers folder"
     )
-
-
-def _bundled() -> Path:
-    if not (BUNDLED_BASE / "model_index.json").is_file():
-        raise UserError(
-            f"this installation has no bundled base (looked in {BUNDLED_BASE}); choose another, such as --base {SDXL}"
-        )
-    return BUNDLED_BASE
 
 
 def _vae_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:

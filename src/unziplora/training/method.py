@@ -233,4 +233,4 @@ class View:
 
     title: str
     prompts: Prompts
-    off: tuple[str, ...] = field(default=())
+    off: tuple[str, ...] = ()

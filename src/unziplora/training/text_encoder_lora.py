@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from unziplora.config.training import ImageConfig
 from unziplora.formats.sdxl import text_module
 from unziplora.lora.algebra import Pair
 from unziplora.models.base import Base
 from unziplora.models.text import ENCODERS, TARGETS, Conditioning, encode_each
 from unziplora.training.loss import Examples, generator
-
-if TYPE_CHECKING:
-    from unziplora.config.training import ImageConfig
 
 
 @dataclass(frozen=True)
