@@ -21,7 +21,7 @@ from unziplora.errors import MachineError, UserError
 from unziplora.jobs.claim import HEARTBEAT, Claim
 from unziplora.jobs.state import State, clear_failure, find_runs, is_open, state_of
 from unziplora.runs.folder import RunFolder
-from unziplora.utils.files import UNSUPPORTED, absolute, explain
+from unziplora.utils.files import UNSUPPORTED, absolute, explained
 
 PATIENCE = 30.0
 """Seconds to wait for another process that is changing the queue."""
@@ -263,10 +263,8 @@ class Queue:
     @contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:
         """Open the queue for a change that takes place completely or not at all."""
-        try:
+        with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise explain(self.folder, error) from None
         with self._opened() as db:
             db.execute("BEGIN IMMEDIATE")
             try:

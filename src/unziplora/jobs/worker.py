@@ -20,7 +20,7 @@ from unziplora.jobs.claim import Claim
 from unziplora.jobs.queue import Job, Queue
 from unziplora.jobs.state import LOG, clear_failure, record_failure
 from unziplora.runs.folder import RunFolder
-from unziplora.utils.files import explain
+from unziplora.utils.files import explained
 from unziplora.utils.progress import Callback, Lines, Progress
 from unziplora.utils.signals import STOP, caught
 from unziplora.utils.threads import Periodic
@@ -41,10 +41,8 @@ def execute(claim: Claim, train: Train, progress: Callback) -> Exception | None:
     """
     run = claim.run
     clear_failure(run)
-    try:
+    with explained(run.path / LOG):
         stream = (run.path / LOG).open("a", encoding="utf-8")
-    except OSError as error:
-        raise explain(run.path / LOG, error) from None
     lines = Lines(stream)
 
     def both(event: Progress) -> None:

@@ -30,7 +30,7 @@ from unziplora.models.text import Prompts
 from unziplora.probe.plot import image_sheet, plot
 from unziplora.probe.scores import ALL, Findings, judge, movement, score_rows, to_lists, to_toml
 from unziplora.sampling.pipeline import Settings, StepCallback, decode, generate_latents, nested_progress
-from unziplora.utils.files import atomic_write, explain, write_png
+from unziplora.utils.files import atomic_write, explain, explained, write_png
 
 PARTS = ("down_blocks", "mid_block", "up_blocks")
 SHEET_SEEDS = 2
@@ -68,7 +68,8 @@ def find_blocks(
         measure = Statistics() if config.clip is None else Clip(config.clip, *words, device)
     base = base or load_base(config.base, pick_dtype(config.precision, device), device)
     blocks = attention_blocks(base.unet)
-    _make_out(config)
+    with explained(config.out):  # before the long work, so that an unusable path fails at once
+        config.out.mkdir(parents=True, exist_ok=True)
     pairs = config.word_pairs()
     values: dict[str, list[Tensor]] = {axis: [] for axis in KINDS}
     first: PairImages = {}
@@ -187,11 +188,3 @@ def _check_out(config: ProbeConfig) -> None:
         raise explain(config.out, error) from None
     if occupied:
         raise UserError(f"--out {config.out} exists and is not an empty folder: choose another")
-
-
-def _make_out(config: ProbeConfig) -> None:
-    """Make the folder before the long work, so that an unusable path fails at once."""
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explain(config.out, error) from None

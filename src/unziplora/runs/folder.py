@@ -25,6 +25,7 @@ from unziplora.utils.files import (
     atomic_folder,
     atomic_write,
     explain,
+    explained,
     remove_leftovers,
     safe_name,
     sync_folder,
@@ -164,17 +165,13 @@ class RunFolder:
         remove_leftovers(path.parent, re.escape(path.name))
         settings, first = to_toml(with_absolute_paths(config)), not run.config_file.exists()
         new = not path.exists() and atomic_folder(path, lambda folder: cls(folder)._furnish(settings))
-        try:
+        with explained(path):
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise explain(path, error) from None
         with run.lock():
             if not new:
                 run.check_free()
-                try:
+                with explained(path):
                     run._furnish(settings)
-                except OSError as error:
-                    raise explain(path, error) from None
             try:
                 yield run
             except (UserError, MachineError):
@@ -308,10 +305,8 @@ class RunFolder:
         Raises:
             MachineError: disk full, no permission.
         """
-        try:
+        with explained(self.card):
             self.card.unlink()  # first, because its checkpoint is finished by the old configuration too
-        except OSError as error:
-            raise explain(self.card, error) from None
         atomic_write(self.config_file, to_toml(with_absolute_paths(config)))
 
     def check_unchanged(self, changes: Sequence[str]) -> None:
@@ -416,11 +411,8 @@ class RunFolder:
             MachineError: disk full, no permission.
         """
         fields = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in fields.items()}
-        try:
-            with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(fields) + "\n")
-        except OSError as error:
-            raise explain(self.log_file, error) from None
+        with explained(self.log_file), self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return the lines of log.jsonl without damaged and half-written ones."""

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -151,6 +151,15 @@ def explain(path: Path, error: Exception) -> MachineError:
     if number in (errno.ENOTDIR, errno.EEXIST):
         return MachineError(f"{path}: a file is where a folder should be; choose another folder")
     return MachineError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or first_line(error)})")
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the system's errors while something is written at a path into messages that name it (`explain`)."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(path, error) from None
 
 
 def absolute(path: Path) -> Path:
