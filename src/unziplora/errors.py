@@ -3,6 +3,8 @@
 import errno
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UnziploraError(Exception):
@@ -29,6 +31,15 @@ class Interrupted(UnziploraError):
     """A run that was stopped on purpose and can be resumed (exit code 130, as in shells)."""
 
     exit_code = 130
+
+
+@contextmanager
+def faults_of(place: object) -> Iterator[None]:
+    """Name the place of a user's fault, such as a file, in front of its message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from unziplora.bench.photos import load_photos, photo_measures
 from unziplora.bench.workspace import Workspace
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import to_toml
-from unziplora.errors import UserError
+from unziplora.errors import UserError, faults_of
 from unziplora.metrics.measures import CaseMeasure, Plain, Trained
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import computing_on, pick_device, pick_dtype
@@ -74,10 +74,8 @@ def open_session(
     atomic_write(workspace.folder / "bench.toml", to_toml(config))
     methods = methods or METHODS
     for name in overrides.keys() & set(config.methods) & methods.keys():
-        try:
+        with faults_of(f"{config.settings}, [{name}]"):
             methods[name].recipes(workspace, selection[0], config.seeds[0])
-        except UserError as error:
-            raise UserError(f"{config.settings}, [{name}]: {error}") from None
     return Session(workspace, base, measures, cases, selection, methods, progress or (lambda _: None))
 
 

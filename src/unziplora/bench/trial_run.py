@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from unziplora.bench.workspace import check_settings
 from unziplora.config.recipe import to_toml
 from unziplora.config.training import ImageConfig
 from unziplora.config.trial import TrialConfig
-from unziplora.errors import Interrupted, MachineError, UserError
+from unziplora.errors import Interrupted, MachineError, faults_of
 from unziplora.jobs.queue import Queue
 from unziplora.jobs.state import read_failure, state_of
 from unziplora.jobs.trainings import kind_of
@@ -81,7 +80,7 @@ def foresee(trial: Trial) -> Forecast:
         for recipe in trial.recipes((name, *first)):
             assert isinstance(recipe, ImageConfig)
             method = resolve_name(kind_of(recipe).method)
-            with named_arm(name):
+            with faults_of(f"arm {name}"):
                 shape, layers = check_run(method, recipe).size, method.layers(recipe, sizes.names)
             numbers = sum(sizes.adapter(recipe.rank, paths) for paths in layers.values())
             loras[name] += FP16 * numbers
@@ -102,15 +101,6 @@ def foresee(trial: Trial) -> Forecast:
         memory=memory,
         tight=list(tight),
     )
-
-
-@contextmanager
-def named_arm(name: str) -> Iterator[None]:
-    """Name the arm whose settings are not usable."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"arm {name}: {error}") from None
 
 
 def _existing(path: Path) -> Path:

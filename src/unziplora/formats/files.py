@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unziplora.errors import UserError
+from unziplora.errors import UserError, faults_of
 from unziplora.formats import identify, writers
 from unziplora.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
 from unziplora.formats.header import LAYERS_KEY, complete_metadata
@@ -76,11 +76,9 @@ def read_modules(
     if family := identify.family(map(unwrap, tensors)):
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
     config = dict(unet_config or {})
-    try:
+    with faults_of(path):
         configs = _adapter_configs(path, tensors, metadata)
         modules = group_by_module(dequantized(tensors), configs, _layers(metadata, config))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     family = other_unet(modules.shapes, config.get("cross_attention_dim"))
     if family and "unziplora.version" not in metadata:  # our own files are for SDXL's topology, whatever its widths
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from torch import nn
 
-from unziplora.errors import UserError
+from unziplora.errors import UserError, faults_of
 from unziplora.formats.names import parse_name
 from unziplora.formats.quantization import find_scales, rescaled
 from unziplora.formats.safetensors import Header
@@ -30,15 +30,13 @@ def scaled_weights(
     Raises:
         UserError: the file is quantized in another way, or its VAE is.
     """
+    with faults_of(path):
+        scales = find_scales(header.shapes, header.dtypes)
+    modules = {name.removesuffix(".weight"): scale for name, scale in scales.items()}
+    if part:
+        return {(part, name): scale for name, scale in modules.items()}
     try:
-        scales = {
-            name.removesuffix(".weight"): scale for name, scale in find_scales(header.shapes, header.dtypes).items()
-        }
-        if part:
-            return {(part, name): scale for name, scale in scales.items()}
-        return {parse_name(name, layers)[:2]: scale for name, scale in scales.items()}
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        return {parse_name(name, layers)[:2]: scale for name, scale in modules.items()}
     except ValueError as error:
         raise UserError(
             f"{path}: a scaled weight outside UNet and text encoders ({error}); take the file in fp16, bf16 or fp32"
