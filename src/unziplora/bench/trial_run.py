@@ -156,7 +156,7 @@ def run_trial(
 def announce(trial: Trial, forecast: Forecast) -> None:
     """Report a forecast, and warn of what does not fit."""
     for line in forecast.lines():
-        trial.progress(Progress(0, 0, message=line))
+        trial.progress(Progress(message=line))
     if forecast.disk > forecast.free:
         warnings.warn(
             f"the disk of --out may become full: {size(forecast.disk)} are needed and {size(forecast.free)} are free",
@@ -170,7 +170,7 @@ def tell_time(trial: Trial) -> None:
     """Report how much is scored, and about how long the rest takes."""
     left, units = trial.seconds_left(), trial.units
     rest = f", about {duration(left)} left" if left else ""
-    trial.progress(Progress(0, 0, message=f"{len(trial.results)} of {len(units)} results{rest}"))
+    trial.progress(Progress(message=f"{len(trial.results)} of {len(units)} results{rest}"))
 
 
 def submit(trial: Trial) -> Queue:

@@ -88,7 +88,7 @@ def in_this_process(train: Train) -> Engine:
 
 def _train_rows(train: Train, rows: Sequence[Row], progress: Callback) -> Results:
     for number, row in enumerate(rows, 1):
-        progress(Progress(0, 0, message=f"run {number} of {len(rows)}: {row.config.out}"))
+        progress(Progress(message=f"run {number} of {len(rows)}: {row.config.out}"))
         yield _train(row, train, progress)
 
 

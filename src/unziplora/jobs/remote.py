@@ -194,7 +194,7 @@ class _Run:
 
 def _train_rows(rows: Sequence[Row], progress: Callback, address: str | None) -> Results:
     driver = _Driver(progress, address, Counter(row.config.out.name for row in rows))
-    progress(Progress(0, 0, message="starting Ray"))
+    progress(Progress(message="starting Ray"))
     with driver.cluster, caught(signal.default_int_handler, *STOP):
         try:
             yield from driver.train(deque(rows))
@@ -293,11 +293,11 @@ class _Driver:
             fault = f"{report.reason} is missing on the node {where}: put the base at this path on every node"
             if nodes.keys() <= set(avoided):
                 raise MachineError(f"{fault}, or name one of the hub, which each node downloads")
-            self.progress(Progress(0, 0, message=f"{fault}; this run goes to another node", job=run.name))
+            self.progress(Progress(message=f"{fault}; this run goes to another node", job=run.name))
         else:
             run.claim.begin()
             reason = report.reason or "its process was asked to stop"  # by the system, not by the user
-            self.progress(Progress(0, 0, message=f"{reason}. It goes on from its last checkpoint", job=run.name))
+            self.progress(Progress(message=f"{reason}. It goes on from its last checkpoint", job=run.name))
         self.cluster.submit(self.task(run, avoided))
 
     def end(self, run: _Run, outcome: Literal["finished", "failed"], reason: str) -> Result:
@@ -308,9 +308,7 @@ class _Driver:
     def stop(self) -> Results:
         """Let all runs save their step; return those that ended meanwhile."""
         if self.cluster.tasks:
-            self.progress(
-                Progress(0, 0, message="stopping, so that every run saves its step; Ctrl-C again does not wait")
-            )
+            self.progress(Progress(message="stopping, so that every run saves its step; Ctrl-C again does not wait"))
         for outcome in self.cluster.stop(self.progress):
             if (result := self.settle(outcome, stopping=True)) is not None:
                 yield result

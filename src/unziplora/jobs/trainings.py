@@ -171,7 +171,7 @@ class Trainer:
         key = (config.base, path.stat().st_mtime_ns if path.exists() else 0, dtype, device)
         if self.base is None or key != self.key:
             self.drop()
-            progress(Progress(0, 0, message=f"loading base {config.base}"))
+            progress(Progress(message=f"loading base {config.base}"))
             self.base, self.key = load_base(config.base, dtype, device), key
         return self.base
 

@@ -116,7 +116,7 @@ def work(
                     return result
                 if taken is None:
                     if not idle:
-                        progress(Progress(0, 0, message=f"waiting for jobs in {queue.folder}; Ctrl-C stops"))
+                        progress(Progress(message=f"waiting for jobs in {queue.folder}; Ctrl-C stops"))
                     time.sleep(poll)
                 idle = taken is None
         except (Interrupted, KeyboardInterrupt):
@@ -164,7 +164,7 @@ def _do(queue: Queue, job: Job, claim: Claim, train: Train, progress: Callback, 
     """Do one job; a stop that was asked for this job alone does not stop the worker."""
 
     def tell(message: str) -> None:
-        progress(Progress(0, 0, message=f"job {job.number}, {job.run.path}: {message}"))
+        progress(Progress(message=f"job {job.number}, {job.run.path}: {message}"))
 
     tell("started")
     beat = Heartbeat(queue, job, claim)

@@ -30,8 +30,8 @@ class Progress:
         job: name of the job, where several run at once.
     """
 
-    step: int
-    steps: int
+    step: int = 0
+    steps: int = 0
     loss: float = float("nan")
     seconds_per_step: float = 0.0
     memory_bytes: int | None = None
