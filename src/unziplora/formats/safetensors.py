@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import Tensor
 
 from unziplora.errors import MachineError, UserError
@@ -142,19 +141,32 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[
     Raises:
         MachineError: disk full, no permission.
     """
-    plain = memoryview(serialize(tensors))
-    length = int.from_bytes(plain[:8], "little")
-    body = plain[8 + length :]
-    digest = hashlib.sha256(body).hexdigest()
-    header = {
-        "__metadata__": {**metadata, "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest},
-        **json.loads(bytes(plain[8 : 8 + length])),
-    }
-    atomic_write(path, lambda file: [file.write(part) for part in (encode_header(header), body)])
+    digest = hashlib.sha256()
+    for name in _order(tensors):
+        digest.update(raw_bytes(tensors[name]))
+    hashes = {"modelspec.hash_sha256": f"0x{digest.hexdigest()}", "sshs_model_hash": digest.hexdigest()}
+    atomic_write(path, lambda file: write_tensors(file, tensors, {**metadata, **hashes}))
 
 
-def encode_header(header: Mapping[str, Any]) -> bytes:
-    """Return the beginning of a safetensors file: its header with its length, filled up to a multiple of 8 bytes."""
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata into an open file, tensor by tensor; no copy of the whole is made in memory."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in _order(tensors):
+        tensor, start, end = tensors[name], end, end + tensors[name].nbytes
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in _order(tensors):
+        file.write(raw_bytes(tensors[name]))
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Order tensors as the safetensors library does, so that in memory each number begins at a multiple of its size."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """Return the bytes of a contiguous tensor on the CPU, without a copy."""
+    return tensor.flatten().view(torch.uint8).numpy()

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import MachineError
-from unziplora.formats.safetensors import DTYPE_NAMES, encode_header
+from unziplora.formats.safetensors import raw_bytes, write_tensors
 from unziplora.runs.folder import RunFolder, located
 from unziplora.training.method import Method
 
@@ -42,20 +41,7 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         packed = _pack(self.state, "state", tensors)
         record = json.dumps({"step": self.step, "facts": self.facts, "state": packed})
-        # Readers map the file into memory, where every number must begin at a multiple of its size.
-        names = sorted(tensors, key=lambda name: -tensors[name].element_size())
-        header: dict[str, Any] = {"__metadata__": {"record": record, "digest": _digest(record, tensors)}}
-        end = 0
-        for name in names:
-            tensor, start, end = tensors[name], end, end + tensors[name].nbytes
-            header[name] = {
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
-        file.write(encode_header(header))
-        for name in names:
-            file.write(_bytes(tensors[name]))
+        write_tensors(file, tensors, {"record": record, "digest": _digest(record, tensors)})
 
     def is_finite(self) -> bool:
         """Return True if all numbers that the method contains are finite."""
@@ -155,9 +141,5 @@ def _digest(record: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(record.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(_bytes(tensors[name]))
+        digest.update(raw_bytes(tensors[name]))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.flatten().view(torch.uint8).numpy()
