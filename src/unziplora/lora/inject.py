@@ -38,7 +38,7 @@ def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
         if isinstance(module, nn.Linear):
             group = group or JointFactors(unet)
             module = group.layers[path] = BranchedLinear(module, group)
-            _replace(unet, path, module)
+            unet.set_submodule(path, module)
         if not isinstance(module, BranchedLinear):
             raise ValueError(f"{path!r} is a {type(module).__name__}, not a linear layer")
         layers[path] = module
@@ -72,15 +72,10 @@ def unwrap(unet: nn.Module, path: str) -> None:
     """Replace one adapted layer with its frozen linear layer."""
     layer = unet.get_submodule(path)
     assert isinstance(layer, BranchedLinear), f"{path} is not adapted"
-    _replace(unet, path, layer.base)
+    unet.set_submodule(path, layer.base)
     del layer.group.layers[path]
     if not layer.group.layers:
         layer.group.detach()
-
-
-def _replace(unet: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(unet.get_submodule(parent), child, module)
 
 
 def remove(unet: nn.Module) -> None:
