@@ -21,7 +21,6 @@ README with the trigger words. Ctrl-C saves the run; --resume continues it.
 split_command = training_command(
     "split",
     SplitConfig,
-    "unziplora.methods.unziplora.method:split",
     help=HELP,
     short_help="Split an image into a content LoRA and a style LoRA.",
 )

@@ -41,7 +41,6 @@ train_command = click.Group(
         training_command(
             "train dreambooth",
             DreamBoothConfig,
-            "unziplora.methods.dreambooth:train_dreambooth",
             help=DREAMBOOTH,
             short_help="One LoRA for a subject, a style, or both.",
             notes={"prompts": ["repeatable"]},
@@ -49,7 +48,6 @@ train_command = click.Group(
         training_command(
             "train blora",
             BLoraConfig,
-            "unziplora.methods.blora:train_blora",
             help=BLORA,
             short_help="A content and a style LoRA in one block each.",
         ),

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 def training_command(
     words: str,
     model: type[ImageConfig],
-    function: str,
     *,
     help: str,
     short_help: str,
@@ -36,14 +35,13 @@ def training_command(
 
     Args:
         words: the command's words after `unziplora`.
-        function: trains; 'module:name', imported late, because it brings torch along.
         notes: remarks to show behind a key's help instead of its default.
     """
     own = {"images": ["repeatable", "the same as IMAGE"], "out": ["default: runs/NAME"]}
     return RecipeCommand(
         words.split()[-1],
         model,
-        partial(_run, function),
+        train,
         _plan,
         help=help,
         short_help=short_help,
@@ -66,9 +64,13 @@ def _layers(model: type[ImageConfig], words: str, params: Mapping[str, Any], fil
     return run_layers(model, words, file, flags, name, params["resume"], params["extend"])
 
 
-def _run(function: str, config: ImageConfig, progress: Callback, resume: bool) -> Output:
+def train(config: TrainingConfig, progress: Callback, resume: bool) -> Output:
+    """Train as configured, and list the files of the run."""
+    from unziplora.jobs.trainings import kind_of
+
     with memory_advice(config):
-        return run_output(resolve_name(function)(config, resume=resume, progress=progress))
+        function = resolve_name(kind_of(config).function)
+        return _output(function(config, resume=resume, progress=progress))
 
 
 def _plan(config: ImageConfig) -> Plan:
@@ -124,7 +126,7 @@ def run_layers(
     return [run.settings(model), file, flags, {"out": out}]
 
 
-def run_output(run: RunFolder) -> Output:
+def _output(run: RunFolder) -> Output:
     """List the files of a finished run."""
     loras = {name: str(path) for name, path in run.loras.items()}
     samples = [str(path) for path in run.sheets]

@@ -8,14 +8,12 @@ from typing import Any
 
 import click
 
-from unziplora.cli.command import Keys, Output, Plan, RecipeCommand
+from unziplora.cli.command import Keys, Plan, RecipeCommand
 from unziplora.cli.options import ExpandedPath
-from unziplora.cli.output import memory_advice
-from unziplora.cli.training import prompt_lines, run_layers, run_output
+from unziplora.cli.training import prompt_lines, run_layers, train
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.utils.files import file_stem
-from unziplora.utils.progress import Callback
 
 
 def _layers(params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
@@ -33,13 +31,6 @@ def _name(lora: Path) -> str:
     """Return the name of a LoRA's run folder, or of its file."""
     stem = file_stem(lora)
     return lora.parent.name or stem if stem in ("content", "style", "lora") else stem
-
-
-def _run(config: ZipConfig, progress: Callback, resume: bool) -> Output:
-    with memory_advice(config):
-        from unziplora.methods.ziplora.method import zip_loras
-
-        return run_output(zip_loras(config, resume=resume, progress=progress))
 
 
 def _plan(config: ZipConfig) -> Plan:
@@ -65,7 +56,7 @@ _NOTES = {
 zip_command = RecipeCommand(
     "zip",
     ZipConfig,
-    _run,
+    train,
     _plan,
     help="""Merge a content LoRA and a style LoRA into one (ZipLoRA).
 
