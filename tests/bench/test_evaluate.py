@@ -325,7 +325,7 @@ class TestMethods:
         with pytest.raises(UserError, match="this run was made with images"):
             METHODS["unziplora"].train(workspace, changed, 0)
 
-    def test_interrupted_run_is_resumed(self, workspace: Workspace, cases: Cases):
+    def test_interrupted_run_is_resumed(self, workspace: Workspace, cases: Cases, monkeypatch: pytest.MonkeyPatch):
         (recipe,) = METHODS["unziplora"].recipes(workspace, cases["cat"], 0)
         asked: list[bool] = []
 
@@ -333,11 +333,12 @@ class TestMethods:
             asked.append(resume)
             return RunFolder(config.out)
 
+        monkeypatch.setattr("unziplora.methods.unziplora.method.split", job)
         with RunFolder.created(recipe.out, recipe) as run:
-            workspace.train_once(job, recipe)
+            workspace.train_once(recipe)
             run.content.touch()  # a plain sum has no checkpoints
-            workspace.train_once(job, recipe)
+            workspace.train_once(recipe)
             run.content.unlink()
             run.checkpoint(1, lambda file: file.write(b"x"))
-            workspace.train_once(job, recipe)
+            workspace.train_once(recipe)
         assert asked == [False, True, True]

@@ -24,11 +24,7 @@ from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
 from unziplora.lora.weights import Lora
-from unziplora.methods.blora import train_blora
-from unziplora.methods.dreambooth import train_dreambooth
-from unziplora.methods.unziplora.method import split
 from unziplora.methods.ziplora.inputs import complete
-from unziplora.methods.ziplora.method import zip_loras
 from unziplora.utils.inputs import read_toml
 
 ORACLE_TIMES = 3
@@ -118,7 +114,7 @@ class Split(Contender):
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         recipe = self.recipe(workspace, case, seed)
-        run = workspace.train_once(split, recipe)
+        run = workspace.train_once(recipe)
         prompts = (recipe.content_prompt, recipe.style_prompt) if recipe.prompt_separation else None
         return Adapters(read_lora(run.content), read_lora(run.style), prompts=prompts)
 
@@ -152,7 +148,7 @@ class BLoraHalves(Contender):
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         """Return both halves; the rare word calls the style, as in the training."""
-        run = workspace.train_once(train_blora, self.recipe(workspace, case, seed))
+        run = workspace.train_once(self.recipe(workspace, case, seed))
         return Adapters(read_lora(run.content), read_lora(run.style), style_phrase="{token}")
 
 
@@ -174,7 +170,7 @@ class DreamBoothPair(Contender):
 
     def lora_file(self, workspace: Workspace, case: Case, seed: int, kind: str) -> Path:
         """Return the file of one of the two LoRAs, after training it if necessary."""
-        return workspace.train_once(train_dreambooth, self.recipe(workspace, case, seed, kind)).lora(kind)
+        return workspace.train_once(self.recipe(workspace, case, seed, kind)).lora(kind)
 
 
 @dataclass(frozen=True)
@@ -234,7 +230,7 @@ class Zipped(Contender):
     def mix(self, workspace: Workspace, case: Case, partner: Case, seed: int) -> Adapters:
         self.pair.lora_file(workspace, case, seed, "content")
         self.pair.lora_file(workspace, partner, seed, "style")
-        run = workspace.train_once(zip_loras, complete(self.recipe(workspace, case, partner, seed)))
+        run = workspace.train_once(complete(self.recipe(workspace, case, partner, seed)))
         content, style, merged = (read_lora(run.lora(name)) for name in ("content", "style", "lora"))
         return Adapters(merged, merged, merged) if self.method == "direct" else Adapters(content, style, merged)
 

@@ -7,17 +7,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from pkgutil import resolve_name
+from typing import Any, TypeVar
 
 from unziplora.bench.cases import Case, Example
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import resolve
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
+from unziplora.jobs.trainings import kind_of
 from unziplora.models.base import Base
 from unziplora.runs.folder import RunFolder, changed_settings
 from unziplora.utils.files import atomic_write, write_png
-from unziplora.utils.progress import Callback
 
 WEIGHTS = "weights.txt"
 """File with the fingerprint of the base's weights."""
@@ -31,15 +32,7 @@ FRAMING = {"crop", "fit"}
 CHOICE = {"seeds", "dino", "clip"}
 """Keys that choose between finished runs; the benchmark measures each."""
 
-C = TypeVar("C", bound=TrainingConfig, contravariant=True)
 R = TypeVar("R", bound=TrainingConfig)
-
-
-class TrainFunction(Protocol[C]):
-    """Function that trains as configured, such as `split`."""
-
-    def __call__(self, config: C, resume: bool = False, progress: Callback | None = None) -> RunFolder:
-        """Train as configured."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +103,19 @@ class Workspace:
             paths.append(path)
         return paths
 
-    def train_once(self, train: TrainFunction[C], config: C) -> RunFolder:
+    def train_once(self, config: TrainingConfig) -> RunFolder:
         """Return the finished run of a recipe; train, or continue from the last checkpoint, if it is not finished.
 
         Raises:
-            UserError: the folder contains a run with other settings; or as `train`.
-            MachineError, Interrupted: as `train`.
+            UserError: the folder contains a run with other settings; or as the training.
+            MachineError, Interrupted: as the training.
         """
         run = RunFolder(config.out)
         if run.config_file.is_file() and (run.card.exists() or run.steps()):
             check_settings(run, config)
         if run.card.exists():
             return run
-        run = train(config, run.unfinished and not run.is_free())
+        run = resolve_name(kind_of(config).function)(config, resume=run.unfinished and not run.is_free())
         run.drop_checkpoints(keep=0)  # nobody extends these runs, of which there are hundreds
         return run
 
