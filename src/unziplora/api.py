@@ -7,7 +7,7 @@ errors.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +35,11 @@ from unziplora.jobs.queue import Queue
 from unziplora.jobs.remote import EngineName, pick_engine
 from unziplora.jobs.rows import read_rows
 from unziplora.jobs.state import find_runs
-from unziplora.jobs.trainings import Trainer
+from unziplora.jobs.trainings import Trainer, function_of
 from unziplora.jobs.worker import Work
 from unziplora.jobs.worker import work as work_on
 from unziplora.lora.algebra import scale
 from unziplora.lora.weights import Lora, check_fits
-from unziplora.methods import blora, dreambooth
-from unziplora.methods.unziplora import method as unzip
-from unziplora.methods.ziplora import method as ziplora
 from unziplora.models.base import Base, borrowed, load_base
 from unziplora.probe import probe
 from unziplora.runs.folder import RunFolder
@@ -132,7 +129,7 @@ def split(
         Interrupted: stopped on request after saving; `resume=True` continues.
     """
     words = {"content": content, "style": style}
-    return _train(unzip.split, SplitConfig, images, {**words, **settings}, out, base, pipe, resume, extend, progress)
+    return _train(SplitConfig, images, {**words, **settings}, out, base, pipe, resume, extend, progress)
 
 
 def train_dreambooth(
@@ -153,9 +150,7 @@ def train_dreambooth(
     Arguments and errors are those of `split`; further keys are those of `DreamBoothConfig`.
     """
     settings = {"content": content, "style": style, **settings}
-    return _train(
-        dreambooth.train_dreambooth, DreamBoothConfig, images, settings, out, base, pipe, resume, extend, progress
-    )
+    return _train(DreamBoothConfig, images, settings, out, base, pipe, resume, extend, progress)
 
 
 def train_blora(
@@ -173,7 +168,7 @@ def train_blora(
 
     Arguments and errors are those of `split`; further keys are those of `BLoraConfig`.
     """
-    return _train(blora.train_blora, BLoraConfig, images, settings, out, base, pipe, resume, extend, progress)
+    return _train(BLoraConfig, images, settings, out, base, pipe, resume, extend, progress)
 
 
 def zip_loras(
@@ -196,9 +191,7 @@ def zip_loras(
     loras = {"content_lora": content, "style_lora": style}
     paths = {name: path for name, source in loras.items() if (path := _lora_path(source))}
     name = "-".join(path.name.removesuffix(".safetensors") for path in paths.values())
-    return _train(
-        ziplora.zip_loras, ZipConfig, (), {**paths, **settings}, out, base, pipe, resume, extend, progress, name
-    )
+    return _train(ZipConfig, (), {**paths, **settings}, out, base, pipe, resume, extend, progress, name)
 
 
 def sample(
@@ -354,7 +347,6 @@ def _adapter_strength(pipe: StableDiffusionXLPipeline, name: str) -> float:
 
 
 def _train(
-    train: Callable[..., RunFolder],
     model: type[TrainingConfig],
     images: ImageSource | Sequence[ImageSource],
     settings: Mapping[str, Any],
@@ -380,7 +372,7 @@ def _train(
         if sources:
             keys["images"] = [files.get(number, image) for number, image in enumerate(sources, 1)]
         with _prepared(model, saved, keys, base, pipe, progress) as (config, loaded, view):
-            return Run(train(config, resume=resume or bool(extend), progress=view, base=loaded).path)
+            return Run(function_of(config)(config, resume=resume or bool(extend), progress=view, base=loaded).path)
 
 
 def _default_folder(images: Sequence[ImageSource], name: str) -> Path:

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from unziplora.bench.cost import Metered
@@ -21,7 +20,7 @@ from unziplora.config.trial import TrialConfig
 from unziplora.errors import Interrupted, MachineError, faults_of
 from unziplora.jobs.queue import Queue
 from unziplora.jobs.state import read_failure, state_of
-from unziplora.jobs.trainings import kind_of
+from unziplora.jobs.trainings import method_of
 from unziplora.jobs.worker import POLL, work
 from unziplora.models.sizes import inspect_base
 from unziplora.runs.folder import RunFolder
@@ -79,7 +78,7 @@ def foresee(trial: Trial) -> Forecast:
     for name in trial.arms:
         for recipe in trial.recipes((name, *first)):
             assert isinstance(recipe, ImageConfig)
-            method = resolve_name(kind_of(recipe).method)
+            method = method_of(recipe)
             with faults_of(f"arm {name}"):
                 shape, layers = check_run(method, recipe).size, method.layers(recipe, sizes.names)
             numbers = sum(sizes.adapter(recipe.rank, paths) for paths in layers.values())

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from unziplora.bench.cases import Case, Example
@@ -15,7 +14,7 @@ from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import resolve
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
-from unziplora.jobs.trainings import kind_of
+from unziplora.jobs.trainings import function_of
 from unziplora.models.base import Base
 from unziplora.runs.folder import RunFolder, changed_settings
 from unziplora.utils.files import atomic_write, write_png
@@ -115,7 +114,7 @@ class Workspace:
             check_settings(run, config)
         if run.card.exists():
             return run
-        run = resolve_name(kind_of(config).function)(config, resume=run.unfinished and not run.is_free())
+        run = function_of(config)(config, resume=run.unfinished and not run.is_free())
         run.drop_checkpoints(keep=0)  # nobody extends these runs, of which there are hundreds
         return run
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,11 +65,10 @@ def _layers(model: type[ImageConfig], words: str, params: Mapping[str, Any], fil
 
 def train(config: TrainingConfig, progress: Callback, resume: bool) -> Output:
     """Train as configured, and list the files of the run."""
-    from unziplora.jobs.trainings import kind_of
+    from unziplora.jobs.trainings import function_of
 
     with memory_advice(config):
-        function = resolve_name(kind_of(config).function)
-        return _output(function(config, resume=resume, progress=progress))
+        return _output(function_of(config)(config, resume=resume, progress=progress))
 
 
 def _plan(config: ImageConfig) -> Plan:

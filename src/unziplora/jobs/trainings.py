@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from unziplora.models.base import Base
     from unziplora.training.memory import Memory
+    from unziplora.training.method import Method
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -82,7 +84,7 @@ def check(config: C) -> C:
     """
     from unziplora.training.preflight import check_run
 
-    method = resolve_name(kind_of(config).method)
+    method = method_of(config)
     config = completed(config)
     if needs_base(config):
         check_run(method, config)
@@ -125,14 +127,23 @@ def foresee(config: ImageConfig) -> Forecast:
     from unziplora.training.memory import estimate
     from unziplora.training.preflight import check_run, preview
 
-    kind, sizes = resolve_name(kind_of(config).method), inspect_base(config.base)
+    kind, sizes = method_of(config), inspect_base(config.base)
     images = check_run(kind, config)
     memory = estimate(config, sizes, kind.layers(config, sizes.names), images.size)
     return Forecast(preview(images), images.size, config.filled_prompts(), memory)
 
 
-def kind_of(config: TrainingConfig) -> Training:
-    """Return the kind of training that a recipe belongs to."""
+def function_of(config: TrainingConfig) -> Callable[..., RunFolder]:
+    """Return the function that trains as a recipe is configured."""
+    return resolve_name(_kind_of(config).function)
+
+
+def method_of(config: TrainingConfig) -> type[Method[Any]]:
+    """Return the class of the method that a recipe belongs to."""
+    return resolve_name(_kind_of(config).method)
+
+
+def _kind_of(config: TrainingConfig) -> Training:
     return next(kind for kind in TRAININGS.values() if type(config) is kind.recipe)
 
 
@@ -152,7 +163,7 @@ class Trainer:
         config = config_of(run).model_copy(update={"out": run.path})
         try:
             base = self.load(config, progress)
-            resolve_name(kind_of(config).function)(config, resume=True, progress=progress, base=base)
+            function_of(config)(config, resume=True, progress=progress, base=base)
         except (MachineError, MemoryError, RuntimeError):  # the memory may be needed, and the state is uncertain
             self.drop()
             raise
