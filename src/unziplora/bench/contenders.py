@@ -143,8 +143,8 @@ class BLoraHalves(Contender):
         The bundled base gets its own block map, because the published blocks learn nothing there.
         """
         blocks = {"blocks": "bundled"} if is_bundled(workspace.config.base) else {}
-        settings = (case.words, blocks, workspace.settings(self.name))
-        return workspace.recipe(BLoraConfig, self.name, case, seed, "blora", *settings)
+        settings = workspace.settings(self.name)
+        return workspace.recipe(BLoraConfig, self.name, case, seed, "blora", case.words, blocks, settings)
 
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         """Return both halves; the rare word calls the style, as in the training."""

@@ -232,11 +232,11 @@ class Cluster:
         function = self.functions[task.reuse].options(**options)
         self.tasks[function.remote(self.board, task.name, task.function, task.args)] = task
 
-    def wait(self, progress: Callback, seconds: float = 0.5) -> list[Outcome]:
-        """Wait for the end of a task, at most so many seconds; return what has ended, and show the progress."""
+    def wait(self, progress: Callback) -> list[Outcome]:
+        """Wait half a second for the end of a task; return what has ended, and show the progress."""
         if not self.tasks:
             return []
-        self.ray.wait(list(self.tasks), num_returns=1, timeout=seconds)
+        self.ray.wait(list(self.tasks), num_returns=1, timeout=0.5)
         ready, _ = self.ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)
         if time.monotonic() - self.shown >= INTERVAL:
             self.shown = time.monotonic()
