@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from fake_jobs import FakeTrainer
 
-from unziplora.jobs import trainings
+from unziplora.cli import queue
 
 
 @pytest.fixture(autouse=True)
 def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainings, "check", lambda config: None)
-    monkeypatch.setattr(trainings, "Trainer", FakeTrainer)
+    monkeypatch.setattr(queue, "check", lambda config: None)
+    monkeypatch.setattr(queue, "Trainer", FakeTrainer)
 
 
 @pytest.fixture

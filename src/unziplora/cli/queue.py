@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from unziplora.cli.command import RecipeCommand
 from unziplora.cli.options import json_option, quiet_option, runs_option
 from unziplora.cli.output import emit, note, stdout_to_stderr
+from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
+from unziplora.jobs.queue import Job, Queue
+from unziplora.jobs.state import RunSummary, find_runs, read_failure
+from unziplora.jobs.trainings import Trainer, check
+from unziplora.jobs.worker import work
 from unziplora.utils.progress import show
-
-if TYPE_CHECKING:
-    from unziplora.config.training import TrainingConfig
-    from unziplora.jobs.queue import Job
 
 SHOWN = 100
 """Jobs and runs that a list shows unless all are asked for."""
@@ -27,8 +28,6 @@ _all_option = click.option("--all", "-a", "everything", is_flag=True, help=f"Sho
 
 
 def _figures(job: Job) -> dict[str, Any]:
-    from unziplora.jobs.state import RunSummary
-
     figures = {**RunSummary(job.run).as_dict(), "state": job.state}
     return {"job": job.number, "request": job.request, **figures}
 
@@ -94,9 +93,6 @@ def _add(what: tuple[str, ...], folder: Path, first: bool, unfinished: bool, as_
 
     The run folder is created at once, with its settings. `unziplora worker` does the work.
     """
-    from unziplora.jobs.queue import Queue
-    from unziplora.jobs.trainings import check
-
     queue, jobs = Queue(folder), []
     if not what and not unfinished:
         raise UserError("nothing to add: name a training such as `split cat.jpg --content cat`, or a run folder")
@@ -138,8 +134,6 @@ def _recipe(words: Sequence[str]) -> TrainingConfig:
 @json_option
 def _list(folder: Path, everything: bool, as_json: bool) -> None:
     """List the jobs in their order, with their states."""
-    from unziplora.jobs.queue import Queue
-
     queue = Queue(folder)
     rows = [_figures(job) for job in queue.jobs(-1 if everything else SHOWN)]
     more = queue.count() - len(rows)
@@ -153,9 +147,6 @@ def _list(folder: Path, everything: bool, as_json: bool) -> None:
 @json_option
 def _show(job: str, folder: Path, as_json: bool) -> None:
     """Show a job; if it failed, with the reason and the end of its log."""
-    from unziplora.jobs.queue import Queue
-    from unziplora.jobs.state import read_failure
-
     found = Queue(folder).job(job)
     figures, failure = _figures(found), read_failure(found.run)
     if failure is not None:
@@ -173,8 +164,6 @@ def _show(job: str, folder: Path, as_json: bool) -> None:
 @json_option
 def _move(job: str, before: str | None, folder: Path, as_json: bool) -> None:
     """Move a job to the front, or before another."""
-    from unziplora.jobs.queue import Queue
-
     _report([Queue(folder).move(job, before)], f"before {before}" if before else "first", as_json)
 
 
@@ -186,8 +175,6 @@ def _add_change(action: str, done: str, help: str) -> None:
     @runs_option
     @json_option
     def change(jobs: tuple[str, ...], folder: Path, as_json: bool) -> None:
-        from unziplora.jobs.queue import Queue
-
         queue = Queue(folder)
         for job in jobs:
             queue.job(job)  # all of them exist, or nothing is done
@@ -218,10 +205,6 @@ def worker_command(folder: Path, until_empty: bool, as_json: bool, quiet: bool) 
       CUDA_VISIBLE_DEVICES=0 unziplora worker
       CUDA_VISIBLE_DEVICES=1 unziplora worker
     """
-    from unziplora.jobs.queue import Queue
-    from unziplora.jobs.trainings import Trainer
-    from unziplora.jobs.worker import work
-
     queue = Queue(folder)
     with stdout_to_stderr(), show(quiet) as progress:
         result = work(queue, Trainer(), progress, until_empty)
@@ -244,8 +227,6 @@ def runs_command(words: tuple[str, ...], folder: Path, everything: bool, as_json
 
     WORDS must all occur in a run's name, words, prompts or image names.
     """
-    from unziplora.jobs.state import find_runs
-
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give --runs the folder that contains the runs")
     runs = find_runs(folder, words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,12 +14,11 @@ from unziplora.cli.options import ExpandedPath
 from unziplora.cli.output import memory_advice
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
-from unziplora.utils.files import file_stem, safe_name
+from unziplora.jobs.trainings import foresee, function_of
+from unziplora.runs.folder import RunFolder
+from unziplora.utils.files import file_stem, safe_name, write_png
 from unziplora.utils.inputs import read_json
 from unziplora.utils.progress import Callback
-
-if TYPE_CHECKING:
-    from unziplora.runs.folder import RunFolder
 
 
 def training_command(
@@ -65,17 +64,12 @@ def _layers(model: type[ImageConfig], words: str, params: Mapping[str, Any], fil
 
 def train(config: TrainingConfig, progress: Callback, resume: bool) -> Output:
     """Train as configured, and list the files of the run."""
-    from unziplora.jobs.trainings import function_of
-
     with memory_advice(config):
         return _output(function_of(config)(config, resume=resume, progress=progress))
 
 
 def _plan(config: ImageConfig) -> Plan:
     """List the prompts, estimate the memory, and write what will be learned as an image next to the run folder."""
-    from unziplora.jobs.trainings import foresee
-    from unziplora.utils.files import write_png
-
     image, size, prompts, memory = foresee(config)
     file = config.out.parent / f"{config.out.name or 'run'}-learned.png"
     write_png(file, image)
@@ -116,8 +110,6 @@ def run_layers(
     flag = f"--extend {extend}" if extend else "--resume"
     if not out:
         raise UserError(f"{flag} needs the run folder: unziplora {words} {flag} --out runs/NAME")
-    from unziplora.runs.folder import RunFolder
-
     run = RunFolder(Path(str(out)).expanduser())
     if extend:
         return [run.settings_to_extend(model, extend), flags, {"out": out}]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -38,9 +40,6 @@ def _run(config: TrialConfig, progress: Callback) -> Output:
 
 def _plan(config: TrialConfig) -> Plan:
     """Check everything, and forecast disk and memory; no weights of the base are read."""
-    from pathlib import Path
-    from tempfile import TemporaryDirectory
-
     from unziplora.bench.trial import open_trial
     from unziplora.bench.trial_run import foresee
 

@@ -13,6 +13,7 @@ from unziplora.cli.options import ExpandedPath
 from unziplora.cli.training import prompt_lines, run_layers, train
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
+from unziplora.jobs.trainings import check
 from unziplora.utils.files import file_stem
 
 
@@ -35,8 +36,6 @@ def _name(lora: Path) -> str:
 
 def _plan(config: ZipConfig) -> Plan:
     """List the prompts; LoRAs and images are opened."""
-    from unziplora.jobs.trainings import check
-
     config = check(config)
     prompts = config.filled_prompts()
     return Plan(config, {"prompts": prompts}, prompt_lines(prompts))
