@@ -128,13 +128,14 @@ def test_queue_file_and_settings_are_not_served(client: TestClient, runs: Path) 
         assert client.get(f"/gradio_api/file={file}").status_code == 403
 
 
-def test_script_in_words_is_escaped_in_the_live_view(client: TestClient, runs: Path) -> None:
+def test_script_in_words_is_escaped_in_every_view(client: TestClient, runs: Path) -> None:
     Queue(runs).submit(recipe(runs / "script", content=SCRIPT), first=True)
     blocks = app.page(runs, runs / ".studio" / "cache", Workers(runs, allowed=False))
-    handlers = [one.fn for one in blocks.fns.values() if getattr(one.fn, "__qualname__", "") == "Watch.refresh"]
-    html = handlers[0]("script", None)[2]
-    assert SCRIPT not in html
-    assert "&lt;script&gt;" in html
+    follow = next(one for one in blocks.fns.values() if getattr(one.fn, "__qualname__", "") == "Follower.refresh")
+    views = follow.fn(*[None] * len(follow.inputs))
+    html = [view for view in views if isinstance(view, str) and "<" in view]
+    assert not any(SCRIPT in view for view in html)
+    assert any("&lt;script&gt;" in view for view in html)
 
 
 def test_posts_of_other_pages_are_refused(client: TestClient) -> None:

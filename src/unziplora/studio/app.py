@@ -20,7 +20,7 @@ from unziplora.errors import UserError
 from unziplora.jobs.state import RunSummary
 from unziplora.studio import files, look, play, split, train
 from unziplora.studio import runs as all_runs
-from unziplora.studio.events import shown
+from unziplora.studio.events import Follower
 from unziplora.studio.safety import UPLOAD_LIMIT, Guard, is_local
 from unziplora.studio.workers import Workers
 from unziplora.utils.files import explain
@@ -35,28 +35,33 @@ TITLE = """<div class="title"><h1>unziplora studio</h1>
 <p>One picture in: its content and its style come out, as two small files that you can mix.</p></div>"""
 
 
+HEAD = """<script>for (const event of ["dragover", "drop"]) addEventListener(event, e => e.preventDefault())</script>"""
+"""Keeps a picture that is dropped beside its place from being opened instead of the page, which loses the form."""
+
+
 def page(runs: Path, cache: Path, workers: Workers) -> gr.Blocks:
     """Make the page. It keeps nothing: all that it shows comes from the run folders and the queue."""
     with gr.Blocks(
         title="unziplora studio", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as blocks:
         gr.HTML(TITLE)
-        timer = gr.Timer(POLL)
+        timer, follower = gr.Timer(POLL), Follower()
         with gr.Tabs() as tabs:
             with gr.Tab("Split", id="split"):
                 first = split.tab(runs, cache, workers)
             with gr.Tab("Runs", id="runs"):
-                chosen = all_runs.tab(runs, cache, workers, timer, _reusing(first, tabs))
+                chosen = all_runs.tab(runs, cache, workers, follower, _reusing(first, tabs))
             with gr.Tab("Play", id="play"):
-                play.tab(runs, timer)
+                play.tab(runs, follower)
             with gr.Tab("Merge and train", id="train"):
-                train.tab(runs, workers, timer, tabs, chosen)
+                train.tab(runs, workers, follower, tabs, chosen)
             with gr.Tab("Files", id="files"):
-                files.tab(runs, timer)
+                files.tab(runs, follower)
         blocks.load(_warm_up, None, None, show_progress="hidden")
         for view in (first.now, chosen):
-            blocks.load(shown(view.choose), view.choice, view.outputs, show_progress="hidden")
-            timer.tick(shown(view.refresh), [view.choice, view.seen], view.outputs, show_progress="hidden")
+            follower.add(view.refresh, [view.choice, view.seen], view.outputs)
+        for event in (blocks.load, timer.tick):
+            event(follower.refresh, follower.inputs, follower.outputs, show_progress="hidden")
     return blocks
 
 
@@ -101,6 +106,7 @@ def application(runs: Path, workers: Workers, port: int, password: str | None = 
         mcp_server=False,
         theme=look.theme(),
         css=look.CSS,
+        head=HEAD,
     )
     return Guard(mounted, runs, cache, port, any_host=password is not None)
 

@@ -1,4 +1,4 @@
-"""Events of the page: errors that are shown instead of raised."""
+"""Events of the page: errors that are shown instead of raised, and views that follow the run folders."""
 
 from __future__ import annotations
 
@@ -25,3 +25,41 @@ def shown(function: F) -> F:
             raise gr.Error(look.text(error), duration=12, title="Not possible", print_exception=False) from None
 
     return handler  # type: ignore[return-value]
+
+
+class Follower:
+    """Views that follow the run folders, all of them refreshed by one request of the page.
+
+    A request for each view would cost more than what the views read.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Callable[..., Any], list[Any], list[Any]]] = []
+
+    def add(self, refresh: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+        """Add a view.
+
+        Args:
+            refresh: returns a value for each of several outputs.
+        """
+        self.parts.append((refresh, inputs, outputs))
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [component for _, inputs, _ in self.parts for component in inputs]
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [component for *_, outputs in self.parts for component in outputs]
+
+    def refresh(self, *values: Any) -> list[Any]:
+        """Return the values of all views; an error in one of them does not keep the others from being refreshed."""
+        results: list[Any] = []
+        for function, inputs, outputs in self.parts:
+            own, values = values[: len(inputs)], values[len(inputs) :]
+            try:
+                results += function(*own)
+            except UnziploraError as error:
+                gr.Warning(look.text(error), duration=5)
+                results += [gr.skip()] * len(outputs)
+        return results

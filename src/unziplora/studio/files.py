@@ -10,14 +10,14 @@ import gradio as gr
 from unziplora.errors import UserError
 from unziplora.jobs.state import find_runs
 from unziplora.studio import live, look, play
-from unziplora.studio.events import shown
+from unziplora.studio.events import Follower, shown
 from unziplora.studio.runs import LAYOUTS
 from unziplora.utils.files import file_stem, free_file, safe_name
 
 DTYPES = (("as it is", ""), ("fp16", "fp16"), ("bf16", "bf16"), ("fp32", "fp32"))
 
 
-def tab(runs: Path, timer: Any) -> None:
+def tab(runs: Path, follower: Follower) -> None:
     """Make the tab."""
     with gr.Row(equal_height=True):
         chosen = gr.Dropdown([], label="LoRA file", min_width=240, elem_id="file")
@@ -57,7 +57,7 @@ def tab(runs: Path, timer: Any) -> None:
         return f'<p class="downloads">{live.link(target, target.name)} {look.text(remark)}</p>'
 
     seen = gr.State(None)
-    timer.tick(refresh, seen, [chosen, seen], show_progress="hidden")
+    follower.add(refresh, [seen], [chosen, seen])
     upload.upload(shown(add), upload, [chosen, seen])
     chosen.change(shown(inspect), chosen, about)
     begin.click(shown(written), [chosen, layout, dtype, rank, energy], result)

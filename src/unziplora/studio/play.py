@@ -18,7 +18,7 @@ from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.errors import UserError
 from unziplora.jobs.state import find_runs
 from unziplora.studio import live, look
-from unziplora.studio.events import shown
+from unziplora.studio.events import Follower, shown
 from unziplora.studio.forms import Form, copy_panel, settled
 from unziplora.studio.spelling import spell, write
 from unziplora.utils.files import atomic_write, file_stem, free_file, safe_name
@@ -68,13 +68,15 @@ class Player:
             return [grid(**keys)] if action == "grid" else sample(**keys)
 
 
-def tab(runs: Path, timer: Any) -> None:
+def tab(runs: Path, follower: Follower) -> None:
     """Make the tab."""
     player = Player()
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             content = gr.Dropdown([NONE], value=NONE, label="Content from", elem_id="play-content")
-            content_strength = gr.Slider(0, 2, 1, step=0.05, label="How much of the content")
+            content_strength = gr.Slider(
+                0, 2, 1, step=0.05, label="How much of the content", elem_id="content-strength"
+            )
             style = gr.Dropdown([NONE], value=NONE, label="Style from", elem_id="play-style")
             style_strength = gr.Slider(0, 2, 1, step=0.05, label="How much of the style", elem_id="style-strength")
             upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], elem_id="play-upload")
@@ -163,7 +165,7 @@ def tab(runs: Path, timer: Any) -> None:
 
     seen = gr.State(None)
     lists = [content, style, recent, seen]
-    timer.tick(refresh, seen, lists, show_progress="hidden")
+    follower.add(refresh, [seen], lists)
     upload.upload(shown(add), upload, lists)
     make.click(shown(sample), [locked, *fields], [slider, seed, recent], concurrency_limit=1)
     draw.click(shown(grid), [down, across, *fields], [sheet, recent], concurrency_limit=1)

@@ -16,7 +16,7 @@ from unziplora.images.files import open_upright
 from unziplora.jobs.queue import Job, Queue
 from unziplora.jobs.state import RunSummary, find_runs
 from unziplora.studio import actions, live, look
-from unziplora.studio.events import shown
+from unziplora.studio.events import Follower, shown
 from unziplora.studio.forms import copy_panel
 from unziplora.studio.spelling import spell
 from unziplora.studio.watch import Watch, watch
@@ -33,7 +33,9 @@ _EMPTY = look.empty("No runs yet", "Start one in the tab Split.")
 _NO_JOBS = look.empty("Nothing waits", "Runs that you start stand here until they are done.")
 
 
-def tab(runs: Path, cache: Path, workers: Workers, timer: Any, reuse: Callable[[Any], tuple[Any, Any]]) -> Watch:
+def tab(
+    runs: Path, cache: Path, workers: Workers, follower: Follower, reuse: Callable[[Any], tuple[Any, Any]]
+) -> Watch:
     """Make the tab; return the view of the chosen run.
 
     Args:
@@ -46,13 +48,14 @@ def tab(runs: Path, cache: Path, workers: Workers, timer: Any, reuse: Callable[[
         object_fit="cover", buttons=[], interactive=False, visible=False, elem_id="runs",
     )  # fmt: skip
     chosen = watch(runs, workers, "chosen")
-    about = gr.HTML()
-    _actions(runs, workers, chosen, reuse)
-    _compare(runs, chosen)
-    _settings(runs, chosen)
+    with gr.Column(visible=False) as details:
+        about = gr.HTML()
+        _actions(runs, workers, chosen, reuse)
+        _compare(runs, chosen)
+        _settings(runs, chosen)
     _trash(runs, chosen)
     gr.HTML("<h2>Queue</h2>")
-    _queue(runs, workers, timer)
+    _queue(runs, workers, follower)
 
     def list_runs(words: str | None, seen: Any) -> tuple[Any, Any, Any]:
         jobs, found = actions.jobs(runs), find_runs(runs, (words or "").split())[:SHOWN]
@@ -62,18 +65,20 @@ def tab(runs: Path, cache: Path, workers: Workers, timer: Any, reuse: Callable[[
             return gr.skip(), gr.skip(), gr.skip()
         return gr.update(value=tiles, visible=bool(tiles)), gr.update(visible=not tiles), sign
 
-    def describe(name: str, seen: str) -> tuple[Any, Any]:
+    def describe(name: str | None, seen: str | None) -> tuple[Any, ...]:
         html = description(live.run_in(runs, name))
-        return (gr.skip(), gr.skip()) if html == seen else (html, html)
+        return (gr.skip(),) * 3 if html == seen else (html, gr.update(visible=bool(html)), html)
 
     def pick(event: gr.SelectData) -> tuple[Any, ...]:
         return chosen.choose(str(event.value["caption"]).partition(" · ")[0])
 
     tiles_seen, about_seen = gr.State(None), gr.State(None)
-    for event in (timer.tick, search.change):
-        event(list_runs, [search, tiles_seen], [gallery, nothing, tiles_seen], show_progress="hidden")
-    for event in (timer.tick, chosen.choice.change):
-        event(describe, [chosen.choice, about_seen], [about, about_seen], show_progress="hidden")
+    for event, function, inputs, outputs in (
+        (search.change, list_runs, [search, tiles_seen], [gallery, nothing, tiles_seen]),
+        (chosen.choice.change, describe, [chosen.choice, about_seen], [about, details, about_seen]),
+    ):
+        event(function, inputs, outputs, show_progress="hidden")
+        follower.add(function, inputs, outputs)
     gallery.select(shown(pick), None, chosen.outputs, show_progress="hidden")
     return chosen
 
@@ -244,7 +249,7 @@ def _trash(runs: Path, chosen: Watch) -> None:
     back.click(shown(restore), removed, [removed, *chosen.outputs])
 
 
-def _queue(runs: Path, workers: Workers, timer: Any) -> None:
+def _queue(runs: Path, workers: Workers, follower: Follower) -> None:
     """Make the list of the jobs, and the buttons that change their order."""
     table, seen = gr.HTML(_NO_JOBS, elem_id="queue"), gr.State(None)
     with gr.Row(equal_height=True, visible=False) as row:
@@ -277,7 +282,7 @@ def _queue(runs: Path, workers: Workers, timer: Any) -> None:
                 pause: Queue.pause, retry: Queue.retry, cancel: Queue.cancel}  # fmt: skip
     for button, action in handlers.items():
         button.click(asked(action), job, outputs)
-    timer.tick(refresh, seen, outputs, show_progress="hidden")
+    follower.add(refresh, [seen], outputs)
 
 
 def _earlier(queue: Queue, number: Any) -> None:

@@ -71,19 +71,7 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
     """Make the tab; return what other tabs use of it."""
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            picture = gr.ImageEditor(
-                label="1 · Picture",
-                type="pil",
-                image_mode="RGBA",
-                sources=("upload", "clipboard"),
-                transforms=("crop",),
-                layers=False,
-                brush=gr.Brush(colors=["#{:02x}{:02x}{:02x}".format(*BRUSH)], color_mode="fixed", default_size=24),
-                height=460,
-                elem_id="picture",
-                placeholder="Drop a picture here\nor press the upload button on the left",
-            )
-            gr.HTML(look.hint("Crop it with the first tool. Paint over the subject if only that should be learned."))
+            picture, drop, editing = _picture()
         with gr.Column(scale=2, min_width=320):
             content = gr.Dropdown(
                 list(SUBJECTS),
@@ -116,6 +104,7 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
             visible=False,
             min_width=220,
             elem_id="learned",
+            alt_text="The picture as it is learned",
         )
         forecast = gr.HTML(look.empty(*NOTHING), elem_id="forecast")
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
@@ -166,9 +155,57 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
         if method != "split":
             raise UserError(f"{summary.run.path.name}: this is no split; copy its settings as a command instead")
         named = [chosen.get(name) for name in ("content", "style", "base")]
-        return [edited_again(chosen), *named, chosen.get("preset", "auto"), chosen.get("fit", ""), *form.values(chosen)]
+        edited = edited_again(chosen)
+        return [
+            edited,
+            *_shown(edited is not None),
+            *named,
+            chosen.get("preset", "auto"),
+            chosen.get("fit", ""),
+            *form.values(chosen),
+        ]
 
-    return Split(now, reuse, [picture, *fields])
+    return Split(now, reuse, [picture, drop, editing, *fields])
+
+
+def _picture() -> tuple[Any, Any, Any]:
+    """Make the place where a picture is dropped, and the editor that takes its place then.
+
+    The editor needs seconds until it can take a picture by itself; what is dropped on it earlier is lost.
+
+    Returns:
+        The editor, the place to drop, and the parts that are shown with the editor.
+    """
+    drop = gr.Image(
+        label="1 · Picture", type="filepath", image_mode=None, sources=("upload", "clipboard"), height=460,
+        buttons=[], elem_id="drop", placeholder="Drop a picture here\nor click to choose one",
+    )  # fmt: skip
+    with gr.Column(visible=False) as editing:
+        picture = gr.ImageEditor(
+            label="1 · Picture", type="pil", image_mode="RGBA", format="png", sources=(), transforms=("crop",),
+            layers=False, height=460, buttons=[], elem_id="picture",
+            brush=gr.Brush(colors=["#{:02x}{:02x}{:02x}".format(*BRUSH)], color_mode="fixed", default_size=24),
+        )  # fmt: skip
+        gr.HTML(look.hint("Crop it with the first tool. Paint over the subject if only that should be learned."))
+        another = gr.Button("Another picture", elem_id="another")
+
+    def edit(file: str) -> tuple[Any, ...]:
+        return {"background": _opened(Path(file)), "layers": [], "composite": None}, *_shown(True)
+
+    outputs = [picture, drop, editing]
+    drop.upload(shown(edit), drop, outputs, show_progress="hidden")
+    for event in (another.click, picture.clear):
+        event(lambda: (None, *_shown(False)), None, outputs, show_progress="hidden")
+    return picture, drop, editing
+
+
+def _shown(edited: bool) -> tuple[Any, Any]:
+    """Return what shows the editor instead of the place to drop a picture, or the other way around."""
+    return gr.update(value=None, visible=not edited), gr.update(visible=edited)
+
+
+def _opened(file: Path) -> Image.Image:
+    return open_upright(file, EDITED)[0].convert("RGBA")
 
 
 def edited_again(settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -176,7 +213,7 @@ def edited_again(settings: dict[str, Any]) -> dict[str, Any] | None:
     images, masks = settings.get("images") or [], settings.get("masks") or []
     if not images or not Path(str(images[0])).is_file():
         return None
-    background = open_upright(Path(str(images[0])), EDITED)[0].convert("RGBA")
+    background = _opened(Path(str(images[0])))
     layers = []
     if masks and Path(str(masks[0])).is_file():
         mask = open_upright(Path(str(masks[0])), EDITED)[0].convert("L").resize(background.size)

@@ -16,7 +16,7 @@ from unziplora.images.colors import to_rgb
 from unziplora.images.files import open_upright
 from unziplora.jobs.trainings import TRAININGS
 from unziplora.studio import actions, look, play
-from unziplora.studio.events import shown
+from unziplora.studio.events import Follower, shown
 from unziplora.studio.forms import Form, copy_panel, settled
 from unziplora.studio.spelling import spell
 from unziplora.studio.split import EDITED, MODELS
@@ -38,7 +38,7 @@ class _Tab:
 
     runs: Path
     workers: Workers
-    timer: Any
+    follower: Follower
     tabs: Any
     chosen: Watch
 
@@ -76,13 +76,13 @@ class _Tab:
               trigger_mode="always_last", show_progress="hidden")  # fmt: skip
 
 
-def tab(runs: Path, workers: Workers, timer: Any, tabs: Any, chosen: Watch) -> None:
+def tab(runs: Path, workers: Workers, follower: Follower, tabs: Any, chosen: Watch) -> None:
     """Make the tab.
 
     Args:
         tabs, chosen: the tabs of the page and the view in the tab Runs, which show a run that was started.
     """
-    shared = _Tab(runs, workers, timer, tabs, chosen)
+    shared = _Tab(runs, workers, follower, tabs, chosen)
     with gr.Tabs():
         with gr.Tab("Merge two LoRAs"):
             gr.HTML(look.hint(ABOUT["zip"]))
@@ -112,7 +112,7 @@ def _merge(shared: _Tab) -> None:
         return {f"{kind}_lora": play.lora_path(shared.runs, name, kind) for kind, name in pairs}, []
 
     seen = gr.State(None)
-    shared.timer.tick(refresh, seen, [content, style, seen], show_progress="hidden")
+    shared.follower.add(refresh, [seen], [content, style, seen])
     shared.part("zip", [content, style], "bundled", read)
 
 
