@@ -15,12 +15,13 @@ from typing import Any
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
 
 from unziplora.errors import UserError
 from unziplora.jobs.state import RunSummary
-from unziplora.studio import files, look, play, split, train
+from unziplora.studio import files, look, play, poll, split, train
 from unziplora.studio import runs as all_runs
-from unziplora.studio.events import Follower
+from unziplora.studio.events import Follower, quietly
 from unziplora.studio.safety import UPLOAD_LIMIT, Guard, is_local
 from unziplora.studio.workers import Workers
 from unziplora.utils.files import explain
@@ -28,15 +29,8 @@ from unziplora.utils.files import explain
 USER = "studio"
 """User name on the page that asks for the password."""
 
-POLL = 2.0
-"""Seconds between two looks at the run folders."""
-
 TITLE = """<div class="title"><h1>unziplora studio</h1>
 <p>One picture in: its content and its style come out, as two small files that you can mix.</p></div>"""
-
-
-HEAD = """<script>for (const event of ["dragover", "drop"]) addEventListener(event, e => e.preventDefault())</script>"""
-"""Keeps a picture that is dropped beside its place from being opened instead of the page, which loses the form."""
 
 
 def page(runs: Path, cache: Path, workers: Workers) -> gr.Blocks:
@@ -44,8 +38,8 @@ def page(runs: Path, cache: Path, workers: Workers) -> gr.Blocks:
     with gr.Blocks(
         title="unziplora studio", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as blocks:
-        gr.HTML(TITLE)
-        timer, follower = gr.Timer(POLL), Follower()
+        title = gr.HTML(TITLE)
+        follower = Follower()
         with gr.Tabs() as tabs:
             with gr.Tab("Split", id="split"):
                 first = split.tab(runs, cache, workers)
@@ -60,8 +54,8 @@ def page(runs: Path, cache: Path, workers: Workers) -> gr.Blocks:
         blocks.load(_warm_up, None, None, show_progress="hidden")
         for view in (first.now, chosen):
             follower.add(view.refresh, [view.choice, view.seen], view.outputs)
-        for event in (blocks.load, timer.tick):
-            event(follower.refresh, follower.inputs, follower.outputs, show_progress="hidden")
+        follow = gr.Button("Refresh", visible="hidden", elem_id=poll.BUTTON)
+        follow.click(follower.refresh, follower.inputs, follower.outputs, trigger_mode="always_last", **quietly(title))
     return blocks
 
 
@@ -90,6 +84,9 @@ def application(runs: Path, workers: Workers, port: int, password: str | None = 
     """
     cache = runs / ".studio" / "cache"
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.get(poll.ADDRESS, response_class=PlainTextResponse)(
+        lambda: poll.stamp(runs, workers, (play.LORAS, play.PICTURES))
+    )
     mounted = gr.mount_gradio_app(
         app,
         page(runs, cache, workers),
@@ -106,7 +103,7 @@ def application(runs: Path, workers: Workers, port: int, password: str | None = 
         mcp_server=False,
         theme=look.theme(),
         css=look.CSS,
-        head=HEAD,
+        head=poll.SCRIPT,
     )
     return Guard(mounted, runs, cache, port, any_host=password is not None)
 

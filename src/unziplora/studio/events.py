@@ -27,6 +27,16 @@ def shown(function: F) -> F:
     return handler  # type: ignore[return-value]
 
 
+def quietly(leaf: Any) -> dict[str, Any]:
+    """Return the arguments of an event that shows no progress.
+
+    Args:
+        leaf: any component without parts. Gradio reads everything below a component on which it once showed progress
+            again at every event of the page; if that is the editor, the page sends the picture to the server each time.
+    """
+    return {"show_progress": "hidden", "show_progress_on": leaf}
+
+
 class Follower:
     """Views that follow the run folders, all of them refreshed by one request of the page.
 

@@ -47,6 +47,7 @@ h3.step { font-size: 1rem; margin: 0; }
 .dark .state.finished { color: #bef264; }
 .fault { border-left: 3px solid #b91c1c; padding: .2rem .8rem; margin: .6rem 0; white-space: pre-wrap;
   overflow-wrap: anywhere; }
+#lost { position: sticky; top: 0; z-index: 99; padding: .6rem 1rem; background: #b91c1c; color: white; }
 pre.log { max-height: 16rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 .sheets .thumbnail-lg, .sheets .thumbnail-item { aspect-ratio: 2.2 !important; }
 .caption-label { white-space: normal !important; }

@@ -16,7 +16,7 @@ from unziplora.images.files import open_upright
 from unziplora.jobs.queue import Job, Queue
 from unziplora.jobs.state import RunSummary, find_runs
 from unziplora.studio import actions, live, look
-from unziplora.studio.events import Follower, shown
+from unziplora.studio.events import Follower, quietly, shown
 from unziplora.studio.forms import copy_panel
 from unziplora.studio.spelling import spell
 from unziplora.studio.watch import Watch, watch
@@ -179,7 +179,7 @@ def _actions(runs: Path, workers: Workers, chosen: Watch, reuse: Callable[[Any],
         gr.Info("Written. The links are under the run's name.", duration=5)
 
     fill, outputs = reuse(lambda run: _run(runs, run))
-    again.click(shown(fill), chosen.choice, outputs)
+    again.click(shown(fill), chosen.choice, outputs, **quietly(chosen.html))
     more.click(shown(extend), [chosen.choice, steps], chosen.outputs)
     rename.click(shown(renamed), [chosen.choice, name], chosen.outputs)
     twice.click(shown(duplicate), chosen.choice, chosen.outputs)

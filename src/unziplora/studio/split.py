@@ -17,8 +17,8 @@ from unziplora.config.training import ImageConfig
 from unziplora.errors import UnziploraError, UserError
 from unziplora.images.files import open_upright
 from unziplora.jobs.state import RunSummary, find_runs
-from unziplora.studio import actions, live, look
-from unziplora.studio.events import shown
+from unziplora.studio import actions, live, look, poll
+from unziplora.studio.events import quietly, shown
 from unziplora.studio.forms import Form, copy_panel, settled
 from unziplora.studio.spelling import spell
 from unziplora.studio.watch import Watch, watch
@@ -71,7 +71,8 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
     """Make the tab; return what other tabs use of it."""
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            picture, drop, editing = _picture()
+            pictures = _picture()
+            picture = pictures[0]
         with gr.Column(scale=2, min_width=320):
             content = gr.Dropdown(
                 list(SUBJECTS),
@@ -144,9 +145,9 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
         name = str(runs / actions.safe_name(str(chosen.get("content", "image")), "image"))
         return spell("split", {"images": [Path("picture.png")], **chosen, "out": name}, kind)
 
-    changes = [picture.change, *(settled(field) for field in fields)]
+    changes = [*edits(picture), *(settled(field) for field in fields)]
     gr.on(changes, preview, [picture, *fields], [learned, forecast], trigger_mode="always_last", show_progress="hidden")
-    gr.on([spelling.change, *changes[1:]], copied, [spelling, *fields], text, trigger_mode="always_last",
+    gr.on([spelling.change, *changes[2:]], copied, [spelling, *fields], text, trigger_mode="always_last",
           show_progress="hidden")  # fmt: skip
     begin.click(shown(submit), [picture, *fields], now.outputs, trigger_mode="once")
 
@@ -158,23 +159,23 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
         edited = edited_again(chosen)
         return [
             edited,
-            *_shown(edited is not None),
+            *_shown(edited["background"] if edited else None),
             *named,
             chosen.get("preset", "auto"),
             chosen.get("fit", ""),
             *form.values(chosen),
         ]
 
-    return Split(now, reuse, [picture, drop, editing, *fields])
+    return Split(now, reuse, [*pictures, *fields])
 
 
-def _picture() -> tuple[Any, Any, Any]:
+def _picture() -> list[Any]:
     """Make the place where a picture is dropped, and the editor that takes its place then.
 
     The editor needs seconds until it can take a picture by itself; what is dropped on it earlier is lost.
 
     Returns:
-        The editor, the place to drop, and the parts that are shown with the editor.
+        The editor, the place to drop, the parts that are shown with the editor, and the size of its picture.
     """
     drop = gr.Image(
         label="1 · Picture", type="filepath", image_mode=None, sources=("upload", "clipboard"), height=460,
@@ -186,22 +187,42 @@ def _picture() -> tuple[Any, Any, Any]:
             layers=False, height=460, buttons=[], elem_id="picture",
             brush=gr.Brush(colors=["#{:02x}{:02x}{:02x}".format(*BRUSH)], color_mode="fixed", default_size=24),
         )  # fmt: skip
-        gr.HTML(look.hint("Crop it with the first tool. Paint over the subject if only that should be learned."))
+        about = gr.HTML(
+            look.hint("Crop it with the first tool. Paint over the subject if only that should be learned.")
+        )
         another = gr.Button("Another picture", elem_id="another")
 
     def edit(file: str) -> tuple[Any, ...]:
-        return {"background": _opened(Path(file)), "layers": [], "composite": None}, *_shown(True)
+        image = _opened(Path(file))
+        return {"background": image, "layers": [], "composite": None}, *_shown(image)
 
-    outputs = [picture, drop, editing]
-    drop.upload(shown(edit), drop, outputs, show_progress="hidden")
+    def fit(edited: dict[str, Any] | None, known: list[int] | None) -> tuple[Any, Any]:
+        background = (edited or {}).get("background")
+        size = list(background.size) if background is not None else None
+        if edited is None or size is None or known in (None, size):
+            return gr.skip(), gr.skip()
+        return {**edited, "composite": None}, size
+
+    quiet = quietly(about)
+    size = gr.State(None)  # the editor leaves a cropped picture small and in a corner, but shows a new one large
+    cropped = gr.Button("Show the picture again", visible="hidden", elem_id=poll.CROPPED)
+    cropped.click(fit, [picture, size], [picture, size], trigger_mode="always_last", **quiet)
+    outputs = [picture, drop, editing, size]
+    drop.upload(shown(edit), drop, outputs, **quiet)
     for event in (another.click, picture.clear):
-        event(lambda: (None, *_shown(False)), None, outputs, show_progress="hidden")
-    return picture, drop, editing
+        event(lambda: (None, *_shown(None)), None, outputs, **quiet)
+    return outputs
 
 
-def _shown(edited: bool) -> tuple[Any, Any]:
+def edits(picture: Any) -> list[Any]:
+    """Return the events of an edited picture. Gradio reports the first edit only as input, and others as change."""
+    return [picture.change, picture.input]
+
+
+def _shown(image: Image.Image | None) -> tuple[Any, Any, list[int] | None]:
     """Return what shows the editor instead of the place to drop a picture, or the other way around."""
-    return gr.update(value=None, visible=not edited), gr.update(visible=edited)
+    there = image is not None
+    return gr.update(value=None, visible=not there), gr.update(visible=there), list(image.size) if image else None
 
 
 def _opened(file: Path) -> Image.Image:

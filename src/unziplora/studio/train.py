@@ -16,7 +16,7 @@ from unziplora.images.colors import to_rgb
 from unziplora.images.files import open_upright
 from unziplora.jobs.trainings import TRAININGS
 from unziplora.studio import actions, look, play
-from unziplora.studio.events import Follower, shown
+from unziplora.studio.events import Follower, quietly, shown
 from unziplora.studio.forms import Form, copy_panel, settled
 from unziplora.studio.spelling import spell
 from unziplora.studio.split import EDITED, MODELS
@@ -71,7 +71,9 @@ class _Tab:
             out = str(self.runs / actions.safe_name(title or method, method))
             return spell(method, {**first, "base": base, **form.keys(others), "out": out}, kind)
 
-        begin.click(shown(start), [*inputs, *fields], [self.tabs, *self.chosen.outputs], trigger_mode="once")
+        begin.click(
+            shown(start), [*inputs, *fields], [self.tabs, *self.chosen.outputs], trigger_mode="once", **quietly(text)
+        )
         gr.on([spelling.change, *(settled(field) for field in fields)], shown(copied), [spelling, *fields], text,
               trigger_mode="always_last", show_progress="hidden")  # fmt: skip
 

@@ -205,6 +205,7 @@ def crop(page: Page) -> None:
     page.mouse.up()
     confirm.click()
     expect(confirm).to_be_hidden()
+    expect(page.locator("#picture .zoom-number")).not_to_have_text("50%", timeout=PATIENCE)  # it is shown anew, large
 
 
 def loras_in_diffusers(files: list[Path]) -> set[str]:
