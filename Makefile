@@ -2,7 +2,7 @@
 # make studio   set up everything and open the web page
 # make test     set up everything and run lint, type check and the quick tests
 # make test-slow     the tests that take more than three seconds each
-# make test-studio   the tests of the web page
+# make test-studio   the tests of the web page, in a browser
 # make setup    only the environment in .venv, without what the tests need
 # make torture  half an hour of kills, damaged inputs, flipped bits and full disks (docs/reliability.md)
 # make gpu      the tests that need an NVIDIA card
@@ -52,9 +52,13 @@ test: lint
 test-slow: tools
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
+# A browser on the PATH is used; otherwise Debian's Chromium is installed where that is permitted.
 test-studio: tools
 	$(PIP) -e '.[studio]'
-	$(BIN)/python -m pytest tests/studio
+	@command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; \
+	} || { echo 'make test-studio needs a browser: install Chromium or Chrome' >&2; exit 1; }
+	$(BIN)/python -m pytest tests/studio -m 'not torture and not gpu'
 
 torture: tools
 	$(BIN)/python -m reliability

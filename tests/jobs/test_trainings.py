@@ -1,5 +1,6 @@
 """Real trainings on the tiny base: one that stays loaded gives the same LoRAs as one that is loaded for each run."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from splits import TINY
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig
 from unziplora.errors import MachineError, UserError
+from unziplora.jobs import trainings
 from unziplora.jobs.queue import Queue
 from unziplora.jobs.trainings import Trainer, check
 from unziplora.jobs.worker import work
@@ -18,6 +20,7 @@ from unziplora.methods.unziplora.method import split
 from unziplora.models import base as bases
 from unziplora.runs.folder import RunFolder
 from unziplora.utils.progress import Progress
+from unziplora.utils.signals import caught
 
 
 def silent(event: Progress) -> None:
@@ -82,3 +85,16 @@ def test_unusable_recipes_are_refused_before_a_folder_exists(tmp_path: Path, ima
     with pytest.raises(UserError, match=r"gone\.png"):
         check(SplitConfig(images=[tmp_path / "gone.png"], **words))
     assert not (tmp_path / "run").exists()
+
+
+def test_stop_during_an_import_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = []
+
+    def slow_import(name: str) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        imported.append(name)
+
+    monkeypatch.setattr(trainings, "import_module", slow_import)
+    with caught(signal.default_int_handler, signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+        trainings.import_whole(trainings.TRAININGS["split"])
+    assert imported == ["unziplora.models.base"]

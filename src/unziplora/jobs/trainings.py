@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -18,6 +19,7 @@ from unziplora.errors import MachineError, UserError
 from unziplora.runs.folder import RunFolder
 from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import Callback
+from unziplora.utils.signals import stop_requests
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -147,6 +149,19 @@ def _kind_of(config: TrainingConfig) -> Training:
     return next(kind for kind in TRAININGS.values() if type(config) is kind.recipe)
 
 
+def import_whole(kind: Training) -> None:
+    """Import what a training needs. A stop in the middle waits: it would leave half of a module to the next run.
+
+    Raises:
+        KeyboardInterrupt: there was a stop.
+    """
+    with stop_requests() as stopped:
+        resolve_name(kind.function)
+        import_module("unziplora.models.base")
+    if stopped.is_set():
+        raise KeyboardInterrupt
+
+
 @dataclass
 class Trainer:
     """Trains the runs of one process. The base stays loaded while the next run needs the same one."""
@@ -161,6 +176,7 @@ class Trainer:
             UserError, MachineError, Interrupted: as the training itself.
         """
         config = config_of(run).model_copy(update={"out": run.path})
+        import_whole(_kind_of(config))
         try:
             base = self.load(config, progress)
             function_of(config)(config, resume=True, progress=progress, base=base)

@@ -20,9 +20,12 @@ CSS = """
 .tab-container button.selected { color: var(--color-accent) !important; font-weight: 600; }
 .title h1 { font-size: 1.35rem; margin: 0; }
 .title p { margin: .1rem 0 0; color: var(--body-text-color-subdued); }
-.hint { color: var(--body-text-color-subdued); }
+.gradio-container .html-container { padding: 0; }
+.gradio-container h2 { font-size: 1.15rem; margin: .6rem 0 0; }
+.hint { margin: 0; color: var(--body-text-color-subdued); }
 .keys .form { display: grid !important; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); }
-.empty { padding: 2.2rem 1rem; text-align: center; color: var(--body-text-color-subdued);
+.keys .form { background: var(--block-background-fill) !important; }
+.empty { padding: 1.6rem 1rem; text-align: center; color: var(--body-text-color-subdued);
   border: 1px dashed var(--border-color-primary); border-radius: var(--radius-lg); }
 h3.step { font-size: 1rem; margin: 0; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem .9rem; margin: 0; }
@@ -49,6 +52,9 @@ h3.step { font-size: 1rem; margin: 0; }
   overflow-wrap: anywhere; }
 #lost { position: sticky; top: 0; z-index: 99; padding: .6rem 1rem; background: #b91c1c; color: white; }
 pre.log { max-height: 16rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
+.gradio-container .grid-wrap { min-height: 0 !important; height: auto !important; max-height: none !important; }
+.gradio-container .wrap-inner input { text-overflow: ellipsis; }
+.gradio-container .wrap-inner .secondary-wrap { min-width: 0; }
 .sheets .thumbnail-lg, .sheets .thumbnail-item { aspect-ratio: 2.2 !important; }
 .caption-label { white-space: normal !important; }
 table.jobs { width: 100%; border-collapse: collapse; }
@@ -57,7 +63,7 @@ table.jobs th, table.jobs td { text-align: left; padding: .3rem .5rem; border-bo
 .downloads a { display: inline-block; margin: .15rem .6rem .15rem 0; color: var(--link-text-color); }
 button:focus-visible, a:focus-visible, [role=tab]:focus-visible { outline: 2px solid var(--color-accent);
   outline-offset: 2px; }
-@media (max-width: 480px) { .gradio-container .fillable, .gradio-container main { padding: .4rem !important; } }
+@media (max-width: 480px) { .sheets .grid-container { grid-template-columns: 1fr !important; } .gradio-container .fillable, .gradio-container main { padding: .4rem !important; } }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
 """
 

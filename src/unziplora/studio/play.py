@@ -32,6 +32,7 @@ LORAS, PICTURES = "loras", "pictures"
 """Folders in the runs folder for uploaded LoRA files, and for the pictures that are made here."""
 
 NONE = "none"
+NO_PICTURE = ("No picture yet", "Choose a content, a style or both, and press “Make a picture”.")
 RECENT = 24
 
 _PAGE = (*KINDS, "out", "prompts", "negative", "content_strength", "style_strength", "seeds", "steps")
@@ -92,8 +93,9 @@ def tab(runs: Path, follower: Follower) -> None:
         with gr.Column(scale=3, min_width=320):
             slider = gr.ImageSlider(
                 label="The picture before, and this one", type="filepath", interactive=False, max_height=520,
-                buttons=["download", "fullscreen"], elem_id="picture-now",
+                buttons=["download", "fullscreen"], elem_id="picture-now", visible=False,
             )  # fmt: skip
+            nothing = gr.HTML(look.empty(*NO_PICTURE))
             with gr.Accordion("Grid of both dials", open=False):
                 down = gr.Textbox("0; 0.5; 1", label="Content, row by row", elem_id="down")
                 across = gr.Textbox("0; 0.5; 1", label="Style, column by column", elem_id="across")
@@ -103,6 +105,7 @@ def tab(runs: Path, follower: Follower) -> None:
             recent = gr.Gallery(
                 label="Pictures made here, the newest first", columns=4, fit_columns=False, height="auto",
                 interactive=False, object_fit="cover", buttons=["download", "fullscreen"], elem_id="pictures",
+                visible=False,
             )  # fmt: skip
             dropped = gr.File(label="Drop a picture that was made here: its settings come back", height=150,
                               file_types=["image"], elem_id="dropped")  # fmt: skip
@@ -124,7 +127,7 @@ def tab(runs: Path, follower: Follower) -> None:
         made = player.make("sample", keys(values), _reporting(progress))
         files = [str(save(runs, image, "picture")) for image in made]
         pair = (before[0] if before else files[-1], files[-1])
-        return pair, values[7], pictures(runs)
+        return gr.update(value=pair, visible=True), gr.update(visible=False), values[7], _gallery(pictures(runs))
 
     def grid(rows: str, columns: str, *values: Any, progress: Any = gr.Progress()) -> tuple[str, Any]:  # noqa: B008
         lists = {"content_strengths": _numbers(rows), "style_strengths": _numbers(columns)}
@@ -133,7 +136,7 @@ def tab(runs: Path, follower: Follower) -> None:
         made = player.make(
             "grid", {**known, **{k: v for k, v in lists.items() if k[:-10] in known}}, _reporting(progress)
         )
-        return str(save(runs, made[0], "grid")), pictures(runs)
+        return str(save(runs, made[0], "grid")), _gallery(pictures(runs))
 
     def restore(file: str | None) -> list[Any]:
         if not file:
@@ -158,7 +161,7 @@ def tab(runs: Path, follower: Follower) -> None:
         sign = [names, pictures(runs)]
         if sign == seen:
             return (gr.skip(),) * 4
-        return gr.update(choices=names), gr.update(choices=names), sign[1], sign
+        return gr.update(choices=names), gr.update(choices=names), _gallery(pictures(runs)), sign
 
     def copied(kind: Any, *values: Any) -> str:
         return spell("sample", {**keys(values), "out": PICTURES}, kind)
@@ -167,7 +170,7 @@ def tab(runs: Path, follower: Follower) -> None:
     lists = [content, style, recent, seen]
     follower.add(refresh, [seen], lists)
     upload.upload(shown(add), upload, lists)
-    make.click(shown(sample), [locked, *fields], [slider, seed, recent], concurrency_limit=1)
+    make.click(shown(sample), [locked, *fields], [slider, nothing, seed, recent], concurrency_limit=1)
     draw.click(shown(grid), [down, across, *fields], [sheet, recent], concurrency_limit=1)
     dropped.change(shown(restore), dropped, fields)
     gr.on([spelling.change, *(settled(field) for field in fields)], shown(copied), [spelling, *fields], text,
@@ -229,6 +232,10 @@ def pictures(runs: Path) -> list[str]:
     """Return the newest pictures that were made here."""
     files = sorted((runs / PICTURES).glob("*.png"), key=lambda file: -file.stat().st_mtime_ns)
     return [str(file) for file in files[:RECENT]]
+
+
+def _gallery(files: list[str]) -> Any:
+    return gr.update(value=files, visible=bool(files))
 
 
 def save(runs: Path, image: Image.Image, name: str) -> Path:

@@ -96,7 +96,7 @@ def to_tab(page: Page, name: str) -> None:
     if tab.is_visible():
         tab.click()
     else:
-        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-menu > button").first.click()
         page.locator(".overflow-dropdown button", has_text=name).click()
 
 
