@@ -153,3 +153,31 @@ def test_run_in_work_is_neither_renamed_nor_trashed(tmp_path: Path) -> None:
             with pytest.raises(UserError):
                 action()
     assert job.run.path.is_dir()
+
+
+def test_waiting_run_gets_other_settings_and_another_picture(tmp_path: Path) -> None:
+    job = actions.start(tmp_path, "split", WORDS, "rocket", [image()], Image.new("L", (128, 128), 255))
+    actions.change(tmp_path, job.run, {**WORDS, "style": "ink", "steps": 7}, image().rotate(90))
+    settings = read_toml(job.run.config_file)
+    assert (settings["style"], settings["steps"], settings["masks"]) == ("ink", 7, [])
+    assert Image.open(settings["images"][0]).tobytes() == image().rotate(90).tobytes()
+    assert [file.name for file in (job.run.path / "images").iterdir()] == ["3.png"]
+    assert (Queue(tmp_path).jobs()[0].number, state(tmp_path, job.run)) == (job.number, "queued")
+
+
+def test_refused_change_leaves_the_waiting_run_as_it_was(tmp_path: Path) -> None:
+    job = actions.start(tmp_path, "split", WORDS, "rocket", [image()])
+    before = job.run.config_file.read_bytes()
+    with pytest.raises(UserError):
+        actions.change(tmp_path, job.run, {**WORDS, "rank": 0}, image())
+    assert job.run.config_file.read_bytes() == before
+    assert [file.name for file in (job.run.path / "images").iterdir()] == ["1.png"]
+
+
+def test_run_that_has_begun_is_not_changed(tmp_path: Path) -> None:
+    job = actions.start(tmp_path, "split", WORDS, "rocket", [image()])
+    with Queue(tmp_path).claimed(), pytest.raises(UserError, match="has begun"):
+        actions.change(tmp_path, job.run, WORDS, image())
+    job.run.log(step=1)
+    with pytest.raises(UserError, match="has begun"):
+        actions.change(tmp_path, job.run, WORDS, image())

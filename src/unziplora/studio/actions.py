@@ -10,14 +10,14 @@ from typing import Any
 import tomli_w
 from PIL import Image
 
-from unziplora.config.recipe import resolve
+from unziplora.config.recipe import resolve, to_toml
 from unziplora.errors import UserError
-from unziplora.jobs.claim import is_worked_on
+from unziplora.jobs.claim import Claim, is_worked_on
 from unziplora.jobs.queue import Job, Queue
 from unziplora.jobs.state import clear_failure, state_of
 from unziplora.jobs.trainings import TRAININGS, check, training_of
-from unziplora.runs.folder import IMAGES, RunFolder
-from unziplora.utils.files import absolute, atomic_write, explain, free_folder, safe_name
+from unziplora.runs.folder import IMAGES, RunFolder, with_absolute_paths
+from unziplora.utils.files import absolute, atomic_write, explain, free_folder, safe_name, write_png
 from unziplora.utils.inputs import read_toml
 
 TRASH = ".trash"
@@ -53,6 +53,48 @@ def start(
         config = resolve(TRAININGS[method].recipe, keys, stored, {"out": run.path})
         check(config)
         return Queue(runs).submit(config)
+
+
+def change(
+    runs: Path, run: RunFolder, keys: dict[str, Any], image: Image.Image, mask: Image.Image | None = None
+) -> Job:
+    """Give a waiting split other settings and another picture before it begins; it keeps its name and its place.
+
+    Raises:
+        UserError: it has begun or does not wait any more, or the settings or the picture cannot be used.
+        MachineError: disk full, no permission.
+    """
+    job, claim = waiting(runs, run), Claim(run)
+    fault = UserError(f"{run.path.name}: this run has begun or is gone; start a new one from its settings")
+    if job is None or not claim.acquire():
+        raise fault
+    try:
+        if run.log_file.exists():
+            raise fault
+        _rewrite(run, keys, [image, *([mask] if mask else [])])
+    finally:
+        claim.release()
+    return job
+
+
+def _rewrite(run: RunFolder, keys: dict[str, Any], pictures: Sequence[Image.Image]) -> None:
+    """Replace the settings and the pictures of a run that has not begun; all are as they were if one is refused."""
+    before = [file for file in (run.path / IMAGES).glob("*.png") if file.stem.isdecimal()]
+    first = 1 + max((int(file.stem) for file in before), default=0)
+    files = [run.path / IMAGES / f"{first + number}.png" for number in range(len(pictures))]
+    try:
+        for file, picture in zip(files, pictures, strict=True):
+            write_png(file, picture)
+        stored = {"images": files[:1], "masks": files[1:], "out": run.path}
+        config = resolve(TRAININGS["split"].recipe, keys, {name: value for name, value in stored.items() if value})
+        check(config)
+        atomic_write(run.config_file, to_toml(with_absolute_paths(config)))
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
+    for file in before:
+        file.unlink(missing_ok=True)
 
 
 def go_on(runs: Path, run: RunFolder) -> Job:

@@ -59,12 +59,12 @@ def page(runs: Path, cache: Path, workers: Workers) -> gr.Blocks:
     return blocks
 
 
-def _reusing(first: split.Split, tabs: Any) -> Callable[[Callable[[str], RunSummary]], tuple[Any, list[Any]]]:
+def _reusing(first: split.Split, tabs: Any) -> Callable[..., tuple[Any, list[Any]]]:
     """Return what the tab Runs calls to fill the form of the tab Split and to open it."""
 
-    def reuse(find: Callable[[str], RunSummary]) -> tuple[Any, list[Any]]:
-        def fill(name: str) -> tuple[Any, ...]:
-            return (gr.Tabs(selected="split"), *first.reuse(find(name)))
+    def reuse(find: Callable[[Any], RunSummary], change: bool = False) -> tuple[Any, list[Any]]:
+        def fill(name: Any) -> tuple[Any, ...]:
+            return (gr.Tabs(selected="split"), *first.reuse(find(name), change))
 
         return fill, [tabs, *first.fields]
 

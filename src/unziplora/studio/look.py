@@ -63,7 +63,11 @@ table.jobs th, table.jobs td { text-align: left; padding: .3rem .5rem; border-bo
 .downloads a { display: inline-block; margin: .15rem .6rem .15rem 0; color: var(--link-text-color); }
 button:focus-visible, a:focus-visible, [role=tab]:focus-visible { outline: 2px solid var(--color-accent);
   outline-offset: 2px; }
-@media (max-width: 480px) { .sheets .grid-container { grid-template-columns: 1fr !important; } .gradio-container .fillable, .gradio-container main { padding: .4rem !important; } }
+@media (max-width: 480px) {
+  .gradio-container .fillable, .gradio-container main { padding: .4rem !important; }
+  .sheets .grid-container { grid-template-columns: 1fr !important; }
+  #runs .grid-container, #pictures .grid-container { grid-template-columns: 1fr 1fr !important; }
+}
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
 """
 

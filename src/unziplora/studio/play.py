@@ -82,7 +82,7 @@ def tab(runs: Path, follower: Follower) -> None:
             style_strength = gr.Slider(0, 2, 1, step=0.05, label="How much of the style", elem_id="style-strength")
             upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], elem_id="play-upload")
             prompt = gr.Textbox(
-                value="", label="Prompt", info="Empty: the words of the runs", lines=2, elem_id="prompt"
+                value="", label="Prompt", info="Leave it empty for the words of the runs", lines=2, elem_id="prompt"
             )
             negative = gr.Textbox(value="", label="Not in the picture", max_lines=1)
             with gr.Row(equal_height=True):
@@ -107,7 +107,7 @@ def tab(runs: Path, follower: Follower) -> None:
                 interactive=False, object_fit="cover", buttons=["download", "fullscreen"], elem_id="pictures",
                 visible=False,
             )  # fmt: skip
-            dropped = gr.File(label="Drop a picture that was made here: its settings come back", height=150,
+            dropped = gr.File(label="Drop a picture that was made here: its settings come back", height=180,
                               file_types=["image"], elem_id="dropped")  # fmt: skip
     with gr.Accordion("Advanced: a prompt for each LoRA, strengths by block, size", open=False):
         gr.HTML(look.hint("Strengths by block: up_blocks.0.attentions.1=0.5; mid_block=0"))

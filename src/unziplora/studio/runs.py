@@ -33,9 +33,7 @@ _EMPTY = look.empty("No runs yet", "Start one in the tab Split.")
 _NO_JOBS = look.empty("Nothing waits", "Runs that you start stand here until they are done.")
 
 
-def tab(
-    runs: Path, cache: Path, workers: Workers, follower: Follower, reuse: Callable[[Any], tuple[Any, Any]]
-) -> Watch:
+def tab(runs: Path, cache: Path, workers: Workers, follower: Follower, reuse: Callable[..., tuple[Any, Any]]) -> Watch:
     """Make the tab; return the view of the chosen run.
 
     Args:
@@ -55,7 +53,7 @@ def tab(
         _settings(runs, chosen)
     _trash(runs, chosen)
     gr.HTML("<h2>Queue</h2>")
-    _queue(runs, workers, follower)
+    _queue(runs, workers, follower, chosen, reuse)
 
     def list_runs(words: str | None, seen: Any) -> tuple[Any, Any, Any]:
         jobs, found = actions.jobs(runs), find_runs(runs, (words or "").split())[:SHOWN]
@@ -130,7 +128,7 @@ def _run(runs: Path, name: str) -> RunSummary:
     return summary
 
 
-def _actions(runs: Path, workers: Workers, chosen: Watch, reuse: Callable[[Any], tuple[Any, Any]]) -> None:
+def _actions(runs: Path, workers: Workers, chosen: Watch, reuse: Callable[..., tuple[Any, Any]]) -> None:
     """Make the buttons that do something with the chosen run."""
     with gr.Row(equal_height=True):
         again = gr.Button("New run from these settings", min_width=180, elem_id="reuse")
@@ -249,11 +247,12 @@ def _trash(runs: Path, chosen: Watch) -> None:
     back.click(shown(restore), removed, [removed, *chosen.outputs])
 
 
-def _queue(runs: Path, workers: Workers, follower: Follower) -> None:
+def _queue(runs: Path, workers: Workers, follower: Follower, chosen: Watch, reuse: Callable[..., Any]) -> None:
     """Make the list of the jobs, and the buttons that change their order."""
     table, seen = gr.HTML(_NO_JOBS, elem_id="queue"), gr.State(None)
     with gr.Row(equal_height=True, visible=False) as row:
-        job = gr.Dropdown([], label="Job", min_width=200)
+        job = gr.Dropdown([], label="Job", min_width=200, elem_id="job")
+        change = gr.Button("Change", min_width=90, elem_id="change")
         first, earlier, later, pause, retry, cancel = (
             gr.Button(label, min_width=90) for label in ("First", "Earlier", "Later", "Pause", "Go on", "Cancel")
         )
@@ -277,6 +276,16 @@ def _queue(runs: Path, workers: Workers, follower: Follower) -> None:
 
         return shown(handler)
 
+    def waiting(number: int | None) -> RunSummary:
+        if number is None:
+            raise UserError("choose a job first")
+        run = Queue(runs).job(number).run
+        if run.log_file.exists():
+            raise UserError(f"{run.path.name}: this run has begun; start a new one from its settings")
+        return _run(runs, run.path.relative_to(runs).as_posix())
+
+    fill, fields = reuse(waiting, change=True)
+    change.click(shown(fill), job, fields, **quietly(chosen.html))
     outputs = [table, job, row, seen]
     handlers = {first: lambda queue, number: queue.move(number), earlier: _earlier, later: _later,
                 pause: Queue.pause, retry: Queue.retry, cancel: Queue.cancel}  # fmt: skip

@@ -58,12 +58,12 @@ class Split(NamedTuple):
 
     Attributes:
         now: view of the current run.
-        reuse: returns the values of the form for the settings of a run.
-        fields: components of the form, the picture first.
+        reuse: returns the values of the form for the settings of a run, which are to be changed if the second is True.
+        fields: components of the form, the picture first, what is being changed last.
     """
 
     now: Watch
-    reuse: Callable[[RunSummary], list[Any]]
+    reuse: Callable[[RunSummary, bool], list[Any]]
     fields: list[Any]
 
 
@@ -92,9 +92,9 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
             )
             base = gr.Dropdown(list(MODELS), value="bundled", allow_custom_value=True, label="Model", elem_id="base")
             with gr.Row():
-                preset = gr.Dropdown(list(RECIPES), value="auto", label="Recipe", min_width=140)
-                fit = gr.Dropdown(list(SHAPES), value="", label="Shape", min_width=140)
-            begin = gr.Button("Start", variant="primary", elem_id="start")
+                preset = gr.Dropdown(list(RECIPES), value="auto", label="Recipe", min_width=170)
+                fit = gr.Dropdown(list(SHAPES), value="", label="Shape", min_width=170)
+            begin, changed = gr.Button("Start", variant="primary", elem_id="start"), gr.State(None)
     gr.HTML("<h2>What will be learned</h2>")
     with gr.Row():
         learned = gr.Image(
@@ -132,13 +132,19 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
             return gr.update(visible=False), look.empty("Not ready yet", _clean(error))
         return gr.update(value=drawn, visible=True), about
 
-    def submit(edited: Any, *values: Any) -> Any:
+    def submit(edited: Any, name: str | None, *values: Any) -> Any:
         image, mask = opened(edited)
         if image is None:
             raise UserError("there is no picture yet: drop one first")
-        job = actions.start(runs, "split", with_sheets(keys(values)), str(values[0] or "image"), [image], mask)
+        chosen = with_sheets(keys(values))
+        if name is None:
+            job = actions.start(runs, "split", chosen, str(values[0] or "image"), [image], mask)
+        elif summary := live.run_in(runs, name):
+            job = actions.change(runs, summary.run, chosen, image, mask)
+        else:
+            raise UserError(f"{name}: this run is not there any more; load the page again and start a new one")
         workers.ensure()
-        return now.choose(job.run.path.relative_to(runs).as_posix())
+        return (*now.choose(live.name_of(runs, RunSummary(job.run))), *_begins(None))
 
     def copied(kind: Any, *values: Any) -> str:
         chosen = keys(values)
@@ -149,9 +155,9 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
     gr.on(changes, preview, [picture, *fields], [learned, forecast], trigger_mode="always_last", show_progress="hidden")
     gr.on([spelling.change, *changes[2:]], copied, [spelling, *fields], text, trigger_mode="always_last",
           show_progress="hidden")  # fmt: skip
-    begin.click(shown(submit), [picture, *fields], now.outputs, trigger_mode="once")
+    begin.click(shown(submit), [picture, changed, *fields], [*now.outputs, changed, begin], trigger_mode="once")
 
-    def reuse(summary: RunSummary) -> list[Any]:
+    def reuse(summary: RunSummary, change: bool) -> list[Any]:
         method, chosen = live.set_keys(summary)
         if method != "split":
             raise UserError(f"{summary.run.path.name}: this is no split; copy its settings as a command instead")
@@ -164,9 +170,15 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
             chosen.get("preset", "auto"),
             chosen.get("fit", ""),
             *form.values(chosen),
+            *_begins(live.name_of(runs, summary) if change else None),
         ]
 
-    return Split(now, reuse, [*pictures, *fields])
+    return Split(now, reuse, [*pictures, *fields, changed, begin])
+
+
+def _begins(name: str | None) -> tuple[str | None, Any]:
+    """Return the name of the run that is being changed, and what the button says then."""
+    return name, gr.update(value="Start" if name is None else f"Save the changes of “{name}”")
 
 
 def _picture() -> list[Any]:
