@@ -17,6 +17,7 @@ from unziplora.jobs.queue import Job, Queue
 from unziplora.jobs.state import clear_failure, state_of
 from unziplora.jobs.trainings import TRAININGS, check, training_of
 from unziplora.runs.folder import IMAGES, RunFolder, with_absolute_paths
+from unziplora.studio import libraries
 from unziplora.utils.files import absolute, atomic_write, explain, free_folder, safe_name, write_png
 from unziplora.utils.inputs import read_toml
 
@@ -43,6 +44,7 @@ def start(
         UserError: the settings or an image cannot be used; no folder is left.
         MachineError: disk full, no permission.
     """
+    libraries.load()
     run = RunFolder(free_folder(runs / safe_name(name, "run", longest=60)))
     pictures = [*images, *([mask] if mask else [])]
     with run.stored(dict(enumerate(pictures, 1))) as files:
@@ -64,6 +66,7 @@ def change(
         UserError: it has begun or does not wait any more, or the settings or the picture cannot be used.
         MachineError: disk full, no permission.
     """
+    libraries.load()
     job, claim = waiting(runs, run), Claim(run)
     fault = UserError(f"{run.path.name}: this run has begun or is gone; start a new one from its settings")
     if job is None or not claim.acquire():

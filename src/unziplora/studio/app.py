@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
 import threading
@@ -19,7 +18,7 @@ from fastapi.responses import PlainTextResponse
 
 from unziplora.errors import UserError
 from unziplora.jobs.state import RunSummary
-from unziplora.studio import files, look, play, poll, split, train
+from unziplora.studio import files, libraries, look, play, poll, split, train
 from unziplora.studio import runs as all_runs
 from unziplora.studio.events import Follower, quietly
 from unziplora.studio.safety import UPLOAD_LIMIT, Guard, is_local
@@ -76,7 +75,7 @@ def _reusing(first: split.Split, tabs: Any) -> Callable[..., tuple[Any, list[Any
 
 def _warm_up() -> None:
     """Import torch while the artist looks for a picture; the first forecast needs it."""
-    threading.Thread(target=importlib.import_module, args=["unziplora.api"], daemon=True).start()
+    threading.Thread(target=libraries.load, daemon=True).start()
 
 
 def application(runs: Path, workers: Workers, port: int, password: str | None = None) -> Guard:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from unziplora.errors import UserError
 from unziplora.jobs.state import find_runs
-from unziplora.studio import live, look, play
+from unziplora.studio import libraries, live, look, play
 from unziplora.studio.events import Follower, shown
 from unziplora.studio.runs import LAYOUTS
 from unziplora.utils.files import file_stem, free_file, safe_name
@@ -39,6 +39,7 @@ def tab(runs: Path, follower: Follower) -> None:
         return (gr.skip(), gr.skip()) if names == seen else (gr.update(choices=names), names)
 
     def inspect(name: str | None) -> str:
+        libraries.load()
         from unziplora.api import inspect
 
         if not name:
@@ -90,6 +91,7 @@ def rewrite(
     Raises:
         UserError, MachineError: as `unziplora.convert` and `unziplora.resize`.
     """
+    libraries.load()
     from unziplora.api import convert, resize
 
     source = file_of(runs, name)

@@ -17,7 +17,7 @@ from unziplora.config.recipe import KINDS, resolve
 from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.errors import UserError
 from unziplora.jobs.state import find_runs
-from unziplora.studio import live, look
+from unziplora.studio import libraries, live, look
 from unziplora.studio.events import Follower, shown
 from unziplora.studio.forms import Form, copy_panel, settled
 from unziplora.studio.spelling import spell, write
@@ -56,6 +56,7 @@ class Player:
         Raises:
             UserError, MachineError: as the functions of the same name.
         """
+        libraries.load()
         from unziplora.api import grid, load_base, sample
         from unziplora.sampling.sources import choose_base, find_loras
 
@@ -170,8 +171,14 @@ def tab(runs: Path, follower: Follower) -> None:
     lists = [content, style, recent, seen]
     follower.add(refresh, [seen], lists)
     upload.upload(shown(add), upload, lists)
-    make.click(shown(sample), [locked, *fields], [slider, nothing, seed, recent], concurrency_limit=1)
-    draw.click(shown(grid), [down, across, *fields], [sheet, recent], concurrency_limit=1)
+    make.click(
+        shown(sample),
+        [locked, *fields],
+        [slider, nothing, seed, recent],
+        concurrency_limit=1,
+        show_progress_on=[nothing, slider],
+    )
+    draw.click(shown(grid), [down, across, *fields], [sheet, recent], concurrency_limit=1, show_progress_on=sheet)
     dropped.change(shown(restore), dropped, fields)
     gr.on([spelling.change, *(settled(field) for field in fields)], shown(copied), [spelling, *fields], text,
           trigger_mode="always_last", show_progress="hidden")  # fmt: skip
@@ -218,6 +225,7 @@ def keep(runs: Path, file: Path) -> str:
     Raises:
         UserError: it is not a LoRA for SDXL.
     """
+    libraries.load()
     from unziplora.api import read_lora
 
     read_lora(file)

@@ -15,7 +15,7 @@ from unziplora.errors import UnziploraError, UserError
 from unziplora.images.files import open_upright
 from unziplora.jobs.queue import Job, Queue
 from unziplora.jobs.state import RunSummary, find_runs
-from unziplora.studio import actions, live, look
+from unziplora.studio import actions, libraries, live, look
 from unziplora.studio.events import Follower, quietly, shown
 from unziplora.studio.forms import copy_panel
 from unziplora.studio.spelling import spell
@@ -165,6 +165,7 @@ def _actions(runs: Path, workers: Workers, chosen: Watch, reuse: Callable[..., t
         return chosen.choose(None)
 
     def convert(run: str, kind: str) -> None:
+        libraries.load()
         from unziplora.api import convert
 
         folder = _run(runs, run).run

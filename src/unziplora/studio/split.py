@@ -17,7 +17,7 @@ from unziplora.config.training import ImageConfig
 from unziplora.errors import UnziploraError, UserError
 from unziplora.images.files import open_upright
 from unziplora.jobs.state import RunSummary, find_runs
-from unziplora.studio import actions, live, look, poll
+from unziplora.studio import actions, libraries, live, look, poll
 from unziplora.studio.events import quietly, shown
 from unziplora.studio.forms import Form, copy_panel, settled
 from unziplora.studio.spelling import spell
@@ -288,6 +288,7 @@ def foreseen(
     missing = [what for what, key in (("what is in it", "content"), ("how it is made", "style")) if key not in keys]
     if missing:
         raise UserError(f"Name {' and '.join(missing)}.")
+    libraries.load()
     from unziplora.jobs.trainings import foresee
 
     with TemporaryDirectory(dir=cache) as folder:

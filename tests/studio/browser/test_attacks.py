@@ -63,7 +63,7 @@ def test_pickle_is_refused_in_the_page(filled: Studio, page: Page, tmp_path: Pat
 
 
 def test_script_in_words_names_and_headers_does_not_run(studio: Studio, page: Page) -> None:
-    words = {"images": [DEMO], "content": SCRIPT, "style": SCRIPT, "base": "bundled"}
+    words = {"images": [DEMO], "content": SCRIPT, "style": f"{SCRIPT} ink", "base": "bundled"}
     Queue(studio.runs).submit(SplitConfig(**words, out=studio.runs / "rocket"))
     (studio.runs / "loras").mkdir()
     name = "loras/<img src=x onerror=hurt=1>.safetensors"
