@@ -33,7 +33,7 @@ class Studio:
 
     def __init__(self, runs: Path) -> None:
         self.runs, self.port = runs, 0
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
@@ -41,14 +41,14 @@ class Studio:
 
     def start(self, **limits: Any) -> "Studio":
         """Start the server; return when it can be reached."""
+        self.runs.mkdir(parents=True, exist_ok=True)
+        log = self.runs.parent / "studio.log"  # a pipe that nobody reads would stop the server when it is full
         command = [sys.executable, "-m", "unziplora", "studio", "--no-browser", "--runs", str(self.runs)]
-        self.process = subprocess.Popen(
-            [*command, "--port", str(self.port)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **limits
-        )
-        assert self.process.stderr is not None
-        line = self.process.stderr.readline()
-        match = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-        assert match, line + self.process.stderr.read()
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(self.port)], stderr=stream, stdout=subprocess.DEVNULL, **limits
+            )
+        match = until(lambda: re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text()), f"no address in {log}")
         self.port = int(match[1])
         return self
 
