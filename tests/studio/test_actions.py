@@ -181,3 +181,12 @@ def test_run_that_has_begun_is_not_changed(tmp_path: Path) -> None:
     job.run.log(step=1)
     with pytest.raises(UserError, match="has begun"):
         actions.change(tmp_path, job.run, WORDS, image())
+
+
+def test_run_begins_with_the_settings_that_the_check_has_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge takes its prompts from the runs that it builds on; without them the worker would refuse to resume it."""
+    monkeypatch.setattr(actions, "check", lambda config: config.model_copy(update={"full_prompt": "a sks rocket"}))
+    job = actions.start(tmp_path, "split", WORDS, "rocket", [image()])
+    assert read_toml(job.run.config_file)["full_prompt"] == "a sks rocket"

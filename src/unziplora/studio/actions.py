@@ -53,8 +53,7 @@ def start(
         if mask is not None:
             stored["masks"] = [absolute(files[len(pictures)])]
         config = resolve(TRAININGS[method].recipe, keys, stored, {"out": run.path})
-        check(config)
-        return Queue(runs).submit(config)
+        return Queue(runs).submit(check(config))
 
 
 def change(
@@ -90,8 +89,7 @@ def _rewrite(run: RunFolder, keys: dict[str, Any], pictures: Sequence[Image.Imag
             write_png(file, picture)
         stored = {"images": files[:1], "masks": files[1:], "out": run.path}
         config = resolve(TRAININGS["split"].recipe, keys, {name: value for name, value in stored.items() if value})
-        check(config)
-        atomic_write(run.config_file, to_toml(with_absolute_paths(config)))
+        atomic_write(run.config_file, to_toml(with_absolute_paths(check(config))))
     except BaseException:
         for file in files:
             file.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ QUICK = {"phrase_steps": 0, "content_variants": "off", "batch_size": 1, "sample_
 _HALF = 180
 """Half of the side at which the editor shows a square picture, in pixels of the page."""
 
-PATIENCE = 60_000
+PATIENCE = 25_000
 """Milliseconds to wait for what another process does."""
 
 

@@ -6,11 +6,10 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-import torch
 from browsing import DEMO, PATIENCE, Studio, drop, message, opened, pick, state, tools
 from PIL import Image
 from playwright.sync_api import Page, expect
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from unziplora.config.split import SplitConfig
 from unziplora.jobs.queue import Queue
@@ -58,16 +57,19 @@ def test_pickle_is_refused_in_the_page(filled: Studio, page: Page, tmp_path: Pat
     file = tmp_path / "ink.safetensors"
     file.write_bytes(pickle.dumps({"weights": 1}))
     opened(page, filled, "Files")
-    page.locator("#file-upload input[type=file], input#file-upload").first.set_input_files(file)
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Add a LoRA file").locator("visible=true").click()
+    chooser.value.set_files(file)
     expect(message(page)).to_contain_text("ink.safetensors", timeout=PATIENCE)
 
 
-def test_script_in_words_names_and_headers_does_not_run(studio: Studio, page: Page) -> None:
+def test_script_in_words_names_and_headers_does_not_run(studio: Studio, page: Page, trained: Path) -> None:
     words = {"images": [DEMO], "content": SCRIPT, "style": f"{SCRIPT} ink", "base": "bundled"}
     Queue(studio.runs).submit(SplitConfig(**words, out=studio.runs / "rocket"))
     (studio.runs / "loras").mkdir()
     name = "loras/<img src=x onerror=hurt=1>.safetensors"
-    save_file({"a.lora_down.weight": torch.zeros(1)}, studio.runs / name, {"ss_output_name": SCRIPT, "x": SCRIPT})
+    weights = load_file(trained / "rocket-style.safetensors")
+    save_file(weights, studio.runs / name, {"ss_output_name": SCRIPT, "ss_tag_frequency": SCRIPT, SCRIPT: SCRIPT})
     opened(page, studio)
     expect(page.locator("#now-live")).to_contain_text(SCRIPT, timeout=PATIENCE)
     for tab in ("Runs", "Play", "Files"):
