@@ -153,3 +153,20 @@ def test_password_opens_the_page_and_nothing_else_does(tmp_path: Path) -> None:
         right = client.post("/login", data={"username": "studio", "password": "open sesame"})
         assert json.loads(right.text) == {"success": True}
         assert client.get("/config").status_code == 200
+
+
+def test_stamp_changes_with_what_the_views_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.poll.time, "time", lambda: 0.0)
+    workers = Workers(tmp_path, allowed=False)
+    stamps = [app.stamp(tmp_path, workers)]
+    job = Queue(tmp_path).submit(recipe(tmp_path / "cat"))
+    stamps.append(app.stamp(tmp_path, workers))
+    Queue(tmp_path).pause(job.number)
+    stamps.append(app.stamp(tmp_path, workers))
+    job.run.log(step=1, loss=0.5)
+    stamps.append(app.stamp(tmp_path, workers))
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "picture.png")
+    stamps.append(app.stamp(tmp_path, workers))
+    assert len(set(stamps)) == len(stamps)
+    assert app.stamp(tmp_path, workers) == stamps[-1]

@@ -42,6 +42,8 @@ def page(runs: Path, cache: Path, workers: Workers) -> gr.Blocks:
     ) as blocks:
         title = gr.HTML(TITLE)
         follower = Follower()
+        mark = gr.HTML(visible="hidden", elem_id=poll.MARK)
+        follower.add(lambda: (stamp(runs, workers),), [], [mark])  # first: what changes meanwhile is noticed again
         with gr.Tabs() as tabs:
             with gr.Tab("Split", id="split"):
                 first = split.tab(runs, cache, workers)
@@ -59,6 +61,11 @@ def page(runs: Path, cache: Path, workers: Workers) -> gr.Blocks:
         follow = gr.Button("Refresh", visible="hidden", elem_id=poll.BUTTON)
         follow.click(follower.refresh, follower.inputs, follower.outputs, trigger_mode="always_last", **quietly(title))
     return blocks
+
+
+def stamp(runs: Path, workers: Workers) -> str:
+    """Return a text that changes whenever a view of the page does."""
+    return poll.stamp(runs, workers, (play.LORAS, play.PICTURES))
 
 
 def _reusing(first: split.Split, tabs: Any) -> Callable[..., tuple[Any, list[Any]]]:
@@ -86,9 +93,7 @@ def application(runs: Path, workers: Workers, port: int, password: str | None = 
     """
     cache = runs / ".studio" / "cache"
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.get(poll.ADDRESS, response_class=PlainTextResponse)(
-        lambda: poll.stamp(runs, workers, (play.LORAS, play.PICTURES))
-    )
+    app.get(poll.ADDRESS, response_class=PlainTextResponse)(lambda: stamp(runs, workers))
     blocks = page(runs, cache, workers)
     mounted = gr.mount_gradio_app(
         app,

@@ -16,6 +16,9 @@ ADDRESS = "/studio/stamp"
 BUTTON = "follow"
 """Id of the hidden button that refreshes the views."""
 
+MARK = "stamp"
+"""Id of the hidden text with the stamp of the folders that the views show."""
+
 CROPPED = "cropped"
 """Id of the hidden button that shows a cropped picture again. Gradio reports no event for a crop, and forgets that of a
 picture which the server gave, unless it is undone and redone."""
@@ -24,7 +27,6 @@ LOST = "The studio does not answer. Runs go on without it. Start it again, and t
 
 SCRIPT = f"""<script>
 (() => {{
-  let seen = null;
   const ask = async () => {{
     try {{
       const answer = await fetch("{ADDRESS[1:]}", {{ cache: "no-store", signal: AbortSignal.timeout(20000) }});
@@ -41,8 +43,7 @@ SCRIPT = f"""<script>
     if (button && !document.hidden) {{
       const stamp = await ask();
       warn(stamp === null);
-      if (stamp !== null && stamp !== seen) button.click();
-      seen = stamp;
+      if (stamp !== null && stamp !== document.getElementById("{MARK}")?.textContent.trim()) button.click();
     }}
     setTimeout(look, button ? 2000 : 300);
   }};

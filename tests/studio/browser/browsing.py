@@ -24,7 +24,7 @@ QUICK = {"phrase_steps": 0, "content_variants": "off", "batch_size": 1, "sample_
 _HALF = 180
 """Half of the side at which the editor shows a square picture, in pixels of the page."""
 
-PATIENCE = 25_000
+PATIENCE = 60_000
 """Milliseconds to wait for what another process does."""
 
 
@@ -85,6 +85,7 @@ def until(found: Callable[[], Any], fault: str, seconds: float = PATIENCE / 1000
 def opened(page: Page, studio: Studio, tab: str = "Split") -> Page:
     """Open the studio in a page, at a tab."""
     page.goto(studio.address)
+    expect(page.locator("#stamp")).to_have_text(re.compile("[0-9a-f]{64}"), timeout=PATIENCE)  # the page is alive
     to_tab(page, tab)
     return page
 
