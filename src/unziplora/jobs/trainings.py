@@ -176,7 +176,7 @@ class Trainer:
             UserError, MachineError, Interrupted: as the training itself.
         """
         config = config_of(run).model_copy(update={"out": run.path})
-        import_whole(_kind_of(config))
+        import_whole(kind_of(config))
         try:
             base = self.load(config, progress)
             function_of(config)(config, resume=True, progress=progress, base=base)
