@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_jobs import recipe
 from PIL import Image
 from safetensors.torch import load_file
 from splits import TINY
@@ -87,7 +88,7 @@ def test_unusable_recipes_are_refused_before_a_folder_exists(tmp_path: Path, ima
     assert not (tmp_path / "run").exists()
 
 
-def test_stop_during_an_import_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_during_an_import_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     imported = []
 
     def slow_import(name: str) -> None:
@@ -96,5 +97,5 @@ def test_stop_during_an_import_waits_for_its_end(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(trainings, "import_module", slow_import)
     with caught(signal.default_int_handler, signal.SIGTERM), pytest.raises(KeyboardInterrupt):
-        trainings.import_whole(trainings.TRAININGS["split"])
+        trainings.import_whole(recipe(tmp_path))
     assert imported == ["unziplora.models.base"]

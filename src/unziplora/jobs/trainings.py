@@ -149,14 +149,14 @@ def _kind_of(config: TrainingConfig) -> Training:
     return next(kind for kind in TRAININGS.values() if type(config) is kind.recipe)
 
 
-def import_whole(kind: Training) -> None:
+def import_whole(config: TrainingConfig) -> None:
     """Import what a training needs. A stop in the middle waits: it would leave half of a module to the next run.
 
     Raises:
         KeyboardInterrupt: there was a stop.
     """
     with stop_requests() as stopped:
-        resolve_name(kind.function)
+        function_of(config)
         import_module("unziplora.models.base")
     if stopped.is_set():
         raise KeyboardInterrupt
@@ -176,7 +176,7 @@ class Trainer:
             UserError, MachineError, Interrupted: as the training itself.
         """
         config = config_of(run).model_copy(update={"out": run.path})
-        import_whole(kind_of(config))
+        import_whole(config)
         try:
             base = self.load(config, progress)
             function_of(config)(config, resume=True, progress=progress, base=base)
