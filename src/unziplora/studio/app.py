@@ -59,7 +59,7 @@ def page(runs: Path, cache: Path, workers: Workers) -> gr.Blocks:
         for view in (first.now, chosen):
             follower.add(view.refresh, [view.choice, view.seen], view.outputs)
         follow = gr.Button("Refresh", visible="hidden", elem_id=poll.BUTTON)
-        follow.click(follower.refresh, follower.inputs, follower.outputs, trigger_mode="always_last", **quietly(title))
+        follow.click(follower.refresh, follower.inputs, follower.outputs, trigger_mode="multiple", **quietly(title))
     return blocks
 
 

@@ -37,6 +37,16 @@ def quietly(leaf: Any) -> dict[str, Any]:
     return {"show_progress": "hidden", "show_progress_on": leaf}
 
 
+def run_list(**looks: Any) -> gr.Dropdown:
+    """Return an empty list of runs that takes any choice.
+
+    Gradio would refuse one from before a restart of the server; the views look runs up themselves.
+    """
+    choice = gr.Dropdown([], **looks)
+    choice.preprocess = lambda payload: payload  # a subclass would make Gradio write a file next to this one
+    return choice
+
+
 class Follower:
     """Views that follow the run folders, all of them refreshed by one request of the page.
 

@@ -38,12 +38,18 @@ SCRIPT = f"""<script>
     if (!lost) note?.remove();
     else if (!note) document.body.insertAdjacentHTML("afterbegin", '<div id="lost" role="alert">{LOST}</div>');
   }};
+  let asked = 0, before = null;
   const look = async () => {{
     const button = document.getElementById("{BUTTON}");
     if (button && !document.hidden) {{
       const stamp = await ask();
       warn(stamp === null);
-      if (stamp !== null && stamp !== document.getElementById("{MARK}")?.textContent.trim()) button.click();
+      const mark = document.getElementById("{MARK}")?.textContent.trim();
+      // A refresh that is not answered is repeated: it may have been lost with the server.
+      if (stamp !== null && stamp !== mark && (mark !== before || Date.now() - asked > 10000)) {{
+        [asked, before] = [Date.now(), mark];
+        button.click();
+      }}
     }}
     setTimeout(look, button ? 2000 : 300);
   }};

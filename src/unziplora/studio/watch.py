@@ -11,7 +11,7 @@ import gradio as gr
 from unziplora.jobs.queue import Queue
 from unziplora.jobs.state import find_runs
 from unziplora.studio import actions, live, look
-from unziplora.studio.events import shown
+from unziplora.studio.events import run_list, shown
 from unziplora.studio.workers import Workers
 
 _NOTHING = look.empty("No run yet", "Start one above: its steps and samples will grow here.")
@@ -85,7 +85,7 @@ def watch(runs: Path, workers: Workers, id: str) -> Watch:
         id: begins the components' ids in the page.
     """
     with gr.Row():
-        choice = gr.Dropdown([], label="Run", visible=False, scale=3, min_width=200, elem_id=f"{id}-run")
+        choice = run_list(label="Run", visible=False, scale=3, min_width=200, elem_id=f"{id}-run")
         pause = gr.Button("Pause", visible=False, min_width=90)
         cancel = gr.Button("Stop and keep", visible=False, min_width=90, elem_id=f"{id}-cancel")
         proceed = gr.Button("Continue", visible=False, variant="primary", min_width=90, elem_id=f"{id}-continue")

@@ -16,6 +16,7 @@ import psutil
 from playwright.sync_api import Locator, Page, expect
 
 from unziplora.config.bases import BUNDLED_BASE
+from unziplora.runs.folder import RunFolder
 
 DEMO = BUNDLED_BASE.parent / "demo" / "first.png"
 QUICK = {"phrase_steps": 0, "content_variants": "off", "batch_size": 1, "sample_steps": 2, "sample_seeds": 0}
@@ -62,6 +63,13 @@ class Studio:
         """Return the process that trains."""
         mark = until(lambda: next(self.runs.glob(".worker-*"), None), "no worker has started")
         return psutil.Process(int(mark.name.rpartition("-")[2]))
+
+    def halted(self, name: str = "rocket") -> psutil.Process:
+        """Halt the worker after a first step of a run, which on a fast machine would end before the page shows it."""
+        until(RunFolder(self.runs / name).read_log, f"{name} has not done a step")
+        worker = self.worker()
+        worker.suspend()
+        return worker
 
     def stop(self) -> None:
         """Stop the server and all workers."""
@@ -155,11 +163,13 @@ def unfold(page: Page, place: str) -> None:
     for button in page.locator(f"{place} button.label-wrap").all():
         if "open" not in (button.get_attribute("class") or ""):
             button.click()
+            expect(button).to_have_class(re.compile(r"\bopen\b"))
 
 
 def advanced(page: Page, **keys: Any) -> None:
     """Fill in settings of the tab Split under Advanced."""
     unfold(page, "#advanced")
+    expect(page.locator("#advanced button.label-wrap").nth(1)).to_be_visible(timeout=PATIENCE)
     unfold(page, "#advanced")  # those that the first one has brought into the page
     for name, value in {**QUICK, **keys}.items():
         box = page.locator(f"#split-{name}").locator("input, textarea").first

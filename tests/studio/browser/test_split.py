@@ -35,8 +35,9 @@ def test_picture_becomes_two_loras_that_diffusers_loads(
     paint(page)
     words(page)
     expect(page.locator("#forecast")).to_contain_text("a sks rocket in linocut style", timeout=PATIENCE)
-    advanced(page, steps=100)
+    advanced(page, steps=200)
     page.locator("#start").click()
+    worker = studio.halted()
     expect(state(page)).to_have_text("running", timeout=PATIENCE)
     has_picture_and_mask(studio.runs / "rocket")
 
@@ -44,14 +45,16 @@ def test_picture_becomes_two_loras_that_diffusers_loads(
     expect(state(page)).to_have_text("running", timeout=PATIENCE)
     second = opened(context.new_page(), studio)
     expect(state(second)).to_have_text("running", timeout=PATIENCE)
-    expect(second.locator("#now-live")).to_contain_text("/ 100", timeout=PATIENCE)
+    expect(second.locator("#now-live")).to_contain_text("/ 200", timeout=PATIENCE)
     page.locator("#now-cancel").click()
+    expect(state(page)).to_have_text("canceling", timeout=PATIENCE)
+    worker.resume()
     for view in (page, second):
         expect(state(view)).to_have_text("interrupted", timeout=PATIENCE)
     second.locator("#now-continue").click()
     for view in (page, second):
         expect(state(view)).to_have_text("finished", timeout=3 * PATIENCE)
-        expect(view.locator("#now-live")).to_contain_text("100 / 100")
+        expect(view.locator("#now-live")).to_contain_text("200 / 200")
     assert loras_in_diffusers(downloaded(page, tmp_path)) == {"content", "style"}
 
 

@@ -15,7 +15,7 @@ from unziplora.jobs.queue import Queue
 SMALL, UNLIMITED = 300_000, resource.RLIM_INFINITY
 
 
-def submit(runs: Path, name: str = "rocket", steps: int = 60) -> None:
+def submit(runs: Path, name: str = "rocket", steps: int = 150) -> None:
     """Append a run of short steps to the queue, for which nobody works yet."""
     Queue(runs).submit(
         SplitConfig(
@@ -38,11 +38,12 @@ def test_page_outlives_its_server_and_the_run_too(waiting: Studio, page: Page) -
     opened(page, waiting.start())
     expect(page.locator("#now-live")).to_contain_text("Nobody works on the queue", timeout=PATIENCE)
     page.locator("#now-continue").click()
+    worker = waiting.halted()
     expect(state(page)).to_have_text("running", timeout=PATIENCE)
-    worker = waiting.worker()
     waiting.kill()
     expect(page.locator("#lost")).to_contain_text("does not answer", timeout=PATIENCE)
     assert worker.is_running()
+    worker.resume()
     waiting.start()
     expect(page.locator("#lost")).to_have_count(0, timeout=PATIENCE)
     expect(state(page)).to_have_text("finished", timeout=3 * PATIENCE)
@@ -52,8 +53,9 @@ def test_page_outlives_its_server_and_the_run_too(waiting: Studio, page: Page) -
 def test_killed_worker_is_reported_and_replaced(waiting: Studio, page: Page) -> None:
     opened(page, waiting.start())
     page.locator("#now-continue").click()
+    worker = waiting.halted()
     expect(page.locator("#now-live")).to_contain_text("per step", timeout=PATIENCE)
-    waiting.worker().kill()
+    worker.kill()
     expect(state(page)).to_have_text("interrupted", timeout=PATIENCE)
     expect(page.locator("#now-live")).to_contain_text("Nobody works on the queue", timeout=PATIENCE)
     page.locator("#now-continue").click()
