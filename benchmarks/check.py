@@ -21,7 +21,7 @@ from unziplora.config.recipe import KINDS
 from unziplora.config.split import SplitConfig
 from unziplora.formats.files import read_lora
 from unziplora.lora.weights import Lora
-from unziplora.methods.unziplora.check import SEEDS, drawing_steps, prompts_alone
+from unziplora.methods.unziplora.check import SEEDS, drawing_steps, prompts_alone, without_token
 from unziplora.metrics.measures import Trained
 from unziplora.metrics.separation import Alone, Separation, measure_separation
 from unziplora.metrics.similarity import harmonic_mean
@@ -51,7 +51,7 @@ def check(base: Base, run: RunFolder, learned: Image.Image) -> Separation:
     """Check the LoRAs of a finished run."""
     config = run.config(SplitConfig)
     content, style = prompts_alone(config)
-    plain = [" ".join(prompt.replace(config.token, "").split()) for prompt in content]
+    plain = [without_token(prompt, config) for prompt in content]
     return measure_separation(
         Trained(),
         [learned],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import mean
 from typing import NamedTuple
 
 from torch import Tensor
@@ -91,7 +92,7 @@ def _part(images: Alone, learned: Images, own: Embed, other: Embed, asked: Embed
     """
 
     def likeness(embed: Embed, images: Images) -> float:
-        return _mean(similarity(embed(images), embed(learned)))
+        return mean(similarity(embed(images), embed(learned)))
 
     pairs = (asked(images.made) * asked(images.plain)).sum(1)
     return Part(
@@ -101,7 +102,3 @@ def _part(images: Alone, learned: Images, own: Embed, other: Embed, asked: Embed
         leaked_before=likeness(other, images.plain),
         obeyed=float(pairs.mean()),
     )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -71,7 +71,7 @@ def check_loras(method: Method[SplitConfig], config: SplitConfig, base: Base) ->
     found = measure_separation(
         measure,
         method.images,
-        content=Alone(draw(content, ("style",)), draw((_without_token(text, config) for text in content), KINDS)),
+        content=Alone(draw(content, ("style",)), draw((without_token(text, config) for text in content), KINDS)),
         style=Alone(draw(style, ("content",)), draw(style, KINDS)),
     )
     return Findings(_figures(found), [_headline(found), *_sentences(found, config)])
@@ -92,7 +92,7 @@ def prompts_alone(config: SplitConfig) -> tuple[list[str], list[str]]:
     ]
 
 
-def _without_token(prompt: str, config: SplitConfig) -> str:
+def without_token(prompt: str, config: SplitConfig) -> str:
     """Return a prompt for the base, to which the rare word means nothing."""
     return " ".join(prompt.replace(config.token, "").split())
 

@@ -26,7 +26,7 @@ from unziplora.training.export import write_card
 from unziplora.training.method import Method
 from unziplora.training.preflight import check_run
 from unziplora.training.runner import in_run_folder, named_settings, run_training
-from unziplora.utils.files import atomic_write, explain
+from unziplora.utils.files import atomic_write, explained
 from unziplora.utils.inputs import read_json
 from unziplora.utils.progress import Callback, Progress
 
@@ -52,12 +52,13 @@ def best_of_seeds(
     def work(run: RunFolder) -> None:
         device = pick_device(config.device)
         loaded = base or load_base(config.base, pick_dtype(config.precision, device), device)
-        trained = [_train(kind, one, loaded, report, run, config) for one in seed_configs(config)]
-        scores = {one.seed: score for one in seed_configs(config) if (score := _score(one)) is not None}
+        recipes = {one.seed: one for one in seed_configs(config)}
+        trained = [_train(kind, one, loaded, report, run, config) for one in recipes.values()]
+        scores = {seed: score for seed, one in recipes.items() if (score := _score(one)) is not None}
         if not scores:
             raise MachineError(f"{run.path / SEEDS}: no seed could be checked; choose the best one by its samples")
         best = max(scores, key=lambda seed: scores[seed])
-        chosen = next(other for other in seed_configs(config) if other.seed == best)
+        chosen = recipes[best]
         _adopt(kind, run, chosen.model_copy(update={"out": config.out}), RunFolder(chosen.out), scores)
         shutil.rmtree(chosen.out.parent, ignore_errors=True)
         for other in trained:
@@ -125,12 +126,9 @@ def _adopt(
     run.drop_checkpoints(keep=0)
     for path in _files(best.path):
         target = run.path / path.relative_to(best.path)
-        try:
+        with explained(target), path.open("rb") as source:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("rb") as source:
-                atomic_write(target, partial(shutil.copyfileobj, source))
-        except OSError as error:
-            raise explain(target, error) from None
+            atomic_write(target, partial(shutil.copyfileobj, source))
     found = read_json(best.check_file)
     ranked = ", ".join(f"seed {seed} {score:.2f}" for seed, score in sorted(scores.items(), key=lambda item: -item[1]))
     lines = [*found["findings"], f"Best of {len(scores)} by this check: {ranked}."]
