@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -70,7 +70,8 @@ def run(arguments: Sequence[str], report: Report, check_stopped: Callable[[], No
     output: list[str] = []
     readers = [_read(process.stderr, lines.put), _read(process.stdout, output.append)]
     try:
-        while process.poll() is None or not lines.empty():
+        # the process may end before its last lines are read
+        while process.poll() is None or readers[0].is_alive() or not lines.empty():
             check_stopped()
             try:
                 line = lines.get(timeout=0.2).rstrip()
@@ -83,7 +84,7 @@ def run(arguments: Sequence[str], report: Report, check_stopped: Callable[[], No
         _stop(process)
         for reader in readers:
             reader.join()
-    return _result(process.returncode, "".join(output), [*last, *lines.queue])
+    return _result(process.returncode, "".join(output), last)
 
 
 def _read(stream: IO[str] | None, store: Callable[[str], object]) -> Thread:
@@ -111,7 +112,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def _result(code: int, output: str, last: Sequence[str]) -> dict[str, Any]:
+def _result(code: int, output: str, last: Iterable[str]) -> dict[str, Any]:
     try:
         result = json.loads(output)
     except ValueError:
