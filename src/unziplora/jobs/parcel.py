@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from unziplora.config.training import TrainingConfig
 from unziplora.jobs.state import ERROR
 from unziplora.jobs.trainings import config_of
 from unziplora.runs.folder import RunFolder, located
-from unziplora.utils.files import atomic_write
+from unziplora.utils.files import atomic_write, files_below
 
 _PATHS = "paths.json"
 _LEFT_BEHIND = {"samples", "trackers", "steps"}
@@ -31,10 +31,10 @@ def pack_run(run: RunFolder) -> bytes:
     """
     config = config_of(run)
     paths: dict[str, Any] = {"run": run.path.name}
-    members = [(Path("run", path), run.path / path) for path in run_files(run.path, _LEFT_BEHIND)]
+    members = [(Path("run", path), run.path / path) for path in files_below(run.path, _LEFT_BEHIND)]
     for number, (key, source) in enumerate(inputs(config)):
         place = Path("inputs", str(number), source.name)
-        inner = run_files(source, {"checkpoints", *_LEFT_BEHIND}) if source.is_dir() else [Path()]
+        inner = files_below(source, {"checkpoints", *_LEFT_BEHIND}) if source.is_dir() else [Path()]
         members += [(place / path, source / path) for path in inner]
         paths.setdefault(key, []).append(place.as_posix())
     return _zip(members, {_PATHS: json.dumps(paths)})
@@ -66,7 +66,7 @@ def unpack_run(data: bytes, folder: Path) -> RunFolder:
 
 def pack_results(run: RunFolder, names: Iterable[Path] | None = None) -> bytes:
     """Pack the files of a run, or some of them; its settings stay those of the machine where it began."""
-    paths = [*run_files(run.path), Path(ERROR)] if names is None else names
+    paths = [*files_below(run.path), Path(ERROR)] if names is None else names
     return _zip((path, run.path / path) for path in paths if path != Path(run.config_file.name))
 
 
@@ -85,14 +85,6 @@ def unpack_results(data: bytes, run: RunFolder) -> None:
             atomic_write(run.path / name, archive.read(name))
     if run.card.exists():
         run.drop_checkpoints()
-
-
-def run_files(folder: Path, without: Collection[str] = ()) -> Iterator[Path]:
-    """Yield the paths of a folder's files relative to it, except hidden ones and some of its subfolders."""
-    for path in sorted(folder.rglob("*")):
-        inner = path.relative_to(folder)
-        if path.is_file() and inner.parts[0] not in without and not any(part.startswith(".") for part in inner.parts):
-            yield inner
 
 
 def _zip(members: Iterable[tuple[Path, Path]], texts: dict[str, str] | None = None) -> bytes:

@@ -23,12 +23,13 @@ from unziplora.errors import Interrupted, MachineError, UnziploraError, UserErro
 from unziplora.jobs.batch import Engine, Result, Results, claim_row, in_this_process
 from unziplora.jobs.claim import HEARTBEAT, Claim
 from unziplora.jobs.cluster import Cluster, Lost, Outcome, Reporter, Task, import_ray
-from unziplora.jobs.parcel import inputs, pack_results, pack_run, run_files, unpack_results, unpack_run
+from unziplora.jobs.parcel import inputs, pack_results, pack_run, unpack_results, unpack_run
 from unziplora.jobs.rows import Row
 from unziplora.jobs.state import record_failure
 from unziplora.jobs.trainings import Trainer, config_of, needs_base
 from unziplora.jobs.worker import Train, execute
 from unziplora.runs.folder import LOCK, RunFolder
+from unziplora.utils.files import files_below
 from unziplora.utils.progress import Callback, Progress
 from unziplora.utils.signals import STOP, caught
 
@@ -172,7 +173,7 @@ class NewCheckpoint:
     def _state(self) -> dict[Path, int]:
         """Return the times at which the files changed, by path in the run."""
         state = {}
-        for path in run_files(self.run.path):
+        for path in files_below(self.run.path):
             with suppress(OSError):  # a newer one has replaced it
                 state[path] = (self.run.path / path).stat().st_mtime_ns
         return state

@@ -91,14 +91,11 @@ def _part(images: Alone, learned: Images, own: Embed, other: Embed, asked: Embed
         asked: embeds what the words ask for.
     """
 
-    def likeness(embed: Embed, images: Images) -> float:
-        return mean(similarity(embed(images), embed(learned)))
+    def likeness(embed: Embed) -> tuple[float, float]:
+        """Return the likeness to the learned images, of the LoRA's images and of the base's."""
+        known = embed(learned)
+        return mean(similarity(embed(images.made), known)), mean(similarity(embed(images.plain), known))
 
-    pairs = (asked(images.made) * asked(images.plain)).sum(1)
-    return Part(
-        learned=likeness(own, images.made),
-        learned_before=likeness(own, images.plain),
-        leaked=likeness(other, images.made),
-        leaked_before=likeness(other, images.plain),
-        obeyed=float(pairs.mean()),
-    )
+    (learns, learned_before), (leaked, leaked_before) = likeness(own), likeness(other)
+    obeyed = float((asked(images.made) * asked(images.plain)).sum(1).mean())
+    return Part(learns, learned_before, leaked, leaked_before, obeyed)

@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -195,3 +195,11 @@ def free_folder(folder: Path) -> Path:
     if not folder.name:
         raise UserError(f"{folder}: this is the root of a disk; name another folder")
     return next(one for one in numbered(folder) if not one.exists())
+
+
+def files_below(folder: Path, without: Collection[str] = ()) -> Iterator[Path]:
+    """Yield the paths of a folder's files relative to it, except hidden ones and those under some names."""
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        if path.is_file() and inner.parts[0] not in without and not any(part.startswith(".") for part in inner.parts):
+            yield inner

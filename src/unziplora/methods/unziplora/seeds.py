@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from unziplora.config.recipe import to_toml
 from unziplora.config.split import SplitConfig
@@ -26,7 +24,7 @@ from unziplora.training.export import write_card
 from unziplora.training.method import Method
 from unziplora.training.preflight import check_run
 from unziplora.training.runner import in_run_folder, named_settings, run_training
-from unziplora.utils.files import atomic_write, explained
+from unziplora.utils.files import atomic_write, explained, files_below
 from unziplora.utils.inputs import read_json
 from unziplora.utils.progress import Callback, Progress
 
@@ -124,9 +122,9 @@ def _adopt(
         MachineError: disk full, no permission.
     """
     run.drop_checkpoints(keep=0)
-    for path in _files(best.path):
-        target = run.path / path.relative_to(best.path)
-        with explained(target), path.open("rb") as source:
+    for path in files_below(best.path, {"config.toml", "README.md"}):  # these are written anew
+        target = run.path / path
+        with explained(target), (best.path / path).open("rb") as source:
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(target, partial(shutil.copyfileobj, source))
     found = read_json(best.check_file)
@@ -149,11 +147,3 @@ def settle_seed(run: RunFolder) -> None:
     if best is not None:
         config = run.config(SplitConfig).model_copy(update={"seed": best, "seeds": 1})
         atomic_write(run.config_file, to_toml(with_absolute_paths(config)))
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a finished run that its copy takes over; settings and card are written anew."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and path.name not in ("config.toml", "README.md"):
-            yield path
