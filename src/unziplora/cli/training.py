@@ -12,6 +12,7 @@ import click
 from unziplora.cli.command import Keys, Output, Plan, RecipeCommand
 from unziplora.cli.options import ExpandedPath
 from unziplora.cli.output import memory_advice
+from unziplora.config.templates import warn_of_ui_syntax
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
 from unziplora.jobs.trainings import foresee, function_of
@@ -70,7 +71,11 @@ def train(config: TrainingConfig, progress: Callback, resume: bool) -> Output:
 
 def _plan(config: ImageConfig) -> Plan:
     """List the prompts, estimate the memory, and write what will be learned as an image next to the run folder."""
-    image, size, prompts, memory = foresee(config)
+    from unziplora.images.preprocess import warn_of_flaws
+
+    image, size, prompts, memory, flaws, _ = foresee(config)
+    warn_of_ui_syntax(prompts.values())
+    warn_of_flaws(flaws)
     file = config.out.parent / f"{config.out.name or 'run'}-learned.png"
     write_png(file, image)
     data = {"prompts": prompts, "memory": memory.model_dump(mode="json"), "image": str(file)}

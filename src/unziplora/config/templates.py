@@ -70,10 +70,14 @@ def plain_words(text: str, style: bool = False) -> str:
     return _ARTICLE.sub("", text, count=1) if _ARTICLE.match(text) else text
 
 
+def ui_syntax(prompts: Iterable[str]) -> list[str]:
+    """Return the parts of prompts that user interfaces interpret; here they are read as letters."""
+    return list(dict.fromkeys(match[0] for text in prompts for match in _UI_SYNTAX.finditer(text)))
+
+
 def warn_of_ui_syntax(prompts: Iterable[str]) -> None:
     """Warn once of syntax that user interfaces interpret, because here it is read as letters."""
-    matches = dict.fromkeys(match[0] for text in prompts for match in _UI_SYNTAX.finditer(text))
-    if matches:
+    if matches := ui_syntax(prompts):
         warnings.warn(
             f"read as plain letters, because weights, LoRAs and other syntax of user interfaces have no effect in "
             f"prompts here: {', '.join(matches)}",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 _LOSS_LIMIT = 0.05
-"""Share of an image above which what is cut off causes a warning. SDXL's buckets cut off less than 4 %."""
+"""Share of an image above which what is cut off is a flaw. SDXL's buckets cut off less than 4 %."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,49 @@ class ImageFile:
     path: Path
     mask: Path | None = None
     crop: Box | None = None
+
+
+class Enlarged(NamedTuple):
+    """Flaw of a training image: it has fewer pixels than are learned."""
+
+    path: Path
+    size: Size
+    learned: Size
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is only {self.size[0]}×{self.size[1]} pixels and was enlarged to "
+            f"{self.learned[0]}×{self.learned[1]}; a larger original gives sharper results"
+        )
+
+
+class Cut(NamedTuple):
+    """Flaw of a training image: much of it, or of its subject if there is a mask, is cut off.
+
+    Attributes:
+        share: cut off, of the image or of the subject.
+    """
+
+    path: Path
+    size: Size
+    learned: Size
+    share: float
+    of_subject: bool
+
+    @property
+    def sides(self) -> str:
+        wide = self.size[0] * self.learned[1] > self.size[1] * self.learned[0]
+        return "left and right" if wide else "top and bottom"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.share:.0%} of {'the subject in ' * self.of_subject}{self.path} ({self.size[0]}×{self.size[1]}) is "
+            f"cut off at the {self.sides} to make it {self.learned[0]}×{self.learned[1]}; choose the part with --crop "
+            "X,Y,W,H, or keep all of it with --fit pad"
+        )
+
+
+Flaw = Enlarged | Cut
 
 
 @dataclass(frozen=True)
@@ -43,12 +87,14 @@ class TrainingImage:
             of the part used, height and width of that part.
         mask: subject mask [1, H, W] in 0…1, or None.
         inside: 1 where the image is and 0 in its padding, [1, H, W]; None without padding.
+        flaws: losses on the way to the training size that a person should know of.
     """
 
     image: Image.Image
     sizes: tuple[int, int, int, int, int, int]
     mask: Tensor | None = None
     inside: Tensor | None = None
+    flaws: tuple[Flaw, ...] = ()
 
     def learned(self) -> Image.Image:
         """Return the image faded where it does not count."""
@@ -86,7 +132,15 @@ def load_image(path: Path, size: int | Size) -> Image.Image:
         UserError: missing, a folder, empty, truncated, too large, of another format, or not an image.
         MachineError: no permission, or not enough memory.
     """
-    return load_images([ImageFile(path)], [(size, size) if isinstance(size, int) else size])[0].image
+    (loaded,) = load_images([ImageFile(path)], [(size, size) if isinstance(size, int) else size])
+    warn_of_flaws(loaded.flaws)
+    return loaded.image
+
+
+def warn_of_flaws(flaws: Iterable[Flaw]) -> None:
+    """Warn of what images lost on the way to their training size."""
+    for flaw in flaws:
+        warnings.warn(str(flaw), stacklevel=3)
 
 
 def load_images(
@@ -94,7 +148,8 @@ def load_images(
 ) -> list[TrainingImage]:
     """Open images and their masks once each, all in the one of some sizes that cuts off least of any image.
 
-    What is cut off lies at opposite edges, or away from the subject if there is a mask.
+    What is cut off lies at opposite edges, or away from the subject if there is a mask. The flaws of the
+    result cause no warnings.
 
     Args:
         whole: cut off nothing, and pad with white.
@@ -154,17 +209,16 @@ def _fitted(one: _Opened, size: Size, uncropped: bool) -> TrainingImage:
     scale = max(size[0] / image.width, size[1] / image.height)
     whole = round(image.width * scale), round(image.height * scale)
     left, top = (round((whole[axis] - size[axis]) * centering[axis]) for axis in (0, 1))
-    _warn_if_enlarged(one, size, max(size[0] / one.size[0], size[1] / one.size[1]))
     mask = None
     if one.mask is not None:
         mask = _tensor(ImageOps.fit(one.mask, size, Image.Resampling.BOX, centering=centering))
         if not mask.any():
             raise UserError(f"mask {one.file.mask} is black where the image is used: paint the subject white")
-    _warn_if_cut(one, size, mask)
+    flaws = (*_enlarged(one, size, max(size[0] / one.size[0], size[1] / one.size[1])), *_cut(one, size, mask))
     fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=centering)
     if uncropped:
         whole, left, top = size, 0, 0
-    return TrainingImage(fitted, (whole[1], whole[0], top, left, size[1], size[0]), mask)
+    return TrainingImage(fitted, (whole[1], whole[0], top, left, size[1], size[0]), mask, flaws=flaws)
 
 
 def _centering(one: _Opened, size: Size) -> tuple[float, float]:
@@ -180,7 +234,7 @@ def _centering(one: _Opened, size: Size) -> tuple[float, float]:
 
 def _padded(one: _Opened, size: Size) -> TrainingImage:
     """Scale an image so that all of it is inside a size, in the middle, on white."""
-    _warn_if_enlarged(one, size, min(size[0] / one.size[0], size[1] / one.size[1]))
+    flaws = _enlarged(one, size, min(size[0] / one.size[0], size[1] / one.size[1]))
     padded = ImageOps.pad(one.image, size, Image.Resampling.LANCZOS, color="white")
     everywhere = Image.new("L", one.image.size, 255)
     inside = _tensor(ImageOps.pad(everywhere, size, Image.Resampling.BOX, color=0))
@@ -191,7 +245,7 @@ def _padded(one: _Opened, size: Size) -> TrainingImage:
         if not mask.any():
             raise UserError(f"mask {one.file.mask} is black: paint the subject white")
     sizes = (size[1], size[0], 0, 0, size[1], size[0])
-    return TrainingImage(padded, sizes, mask, None if bool(inside.all()) else inside)
+    return TrainingImage(padded, sizes, mask, None if bool(inside.all()) else inside, flaws)
 
 
 def _tensor(gray: Image.Image) -> Tensor:
@@ -199,25 +253,14 @@ def _tensor(gray: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(gray, dtype=np.float32) / 255)[None]
 
 
-def _warn_if_enlarged(one: _Opened, size: Size, factor: float) -> None:
-    if factor > 1:
-        warnings.warn(
-            f"{one.file.path} is only {one.size[0]}×{one.size[1]} pixels and was enlarged to {size[0]}×{size[1]}; "
-            "a larger original gives sharper results",
-            stacklevel=4,
-        )
+def _enlarged(one: _Opened, size: Size, factor: float) -> tuple[Flaw, ...]:
+    return (Enlarged(one.file.path, one.size, size),) if factor > 1 else ()
 
 
-def _warn_if_cut(one: _Opened, size: Size, mask: Tensor | None) -> None:
-    """Warn if much of an image is cut off; with a mask, if some of the subject is."""
-    lost, what = share_lost(one.size, size), ""
+def _cut(one: _Opened, size: Size, mask: Tensor | None) -> tuple[Flaw, ...]:
+    """Return the flaw of an image of which much is cut off; with a mask, if some of the subject is."""
+    lost = share_lost(one.size, size)
     if one.mask is not None and mask is not None:
         kept = float(mask.mean()) * (1 - lost) / (np.asarray(one.mask).mean() / 255)
-        lost, what = 1 - kept, "the subject in "
-    if lost > _LOSS_LIMIT:
-        sides = "left and right" if one.size[0] * size[1] > one.size[1] * size[0] else "top and bottom"
-        warnings.warn(
-            f"{lost:.0%} of {what}{one.file.path} ({one.size[0]}×{one.size[1]}) is cut off at the {sides} to make it "
-            f"{size[0]}×{size[1]}; choose the part with --crop X,Y,W,H, or keep all of it with --fit pad",
-            stacklevel=4,
-        )
+        lost = 1 - kept
+    return (Cut(one.file.path, one.size, size, lost, mask is not None),) if lost > _LOSS_LIMIT else ()

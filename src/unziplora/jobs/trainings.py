@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.split import SplitConfig
+from unziplora.config.templates import ui_syntax
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import MachineError, UserError
@@ -24,6 +25,7 @@ from unziplora.utils.signals import stop_requests
 if TYPE_CHECKING:
     from PIL import Image
 
+    from unziplora.images.preprocess import Flaw
     from unziplora.models.base import Base
     from unziplora.training.memory import Memory
     from unziplora.training.method import Method
@@ -115,24 +117,28 @@ class Forecast(NamedTuple):
         size: width and height of the training images.
         prompts: filled prompts by name.
         memory: at the peak.
+        flaws: losses of the images on the way to the training size.
+        ineffective: parts of the words that only have an effect in user interfaces.
     """
 
     image: Image.Image
     size: tuple[int, int]
     prompts: dict[str, str]
     memory: Memory
+    flaws: list[Flaw]
+    ineffective: list[str]
 
 
 def foresee(config: ImageConfig) -> Forecast:
-    """Check a recipe as `check` does, and forecast its training. Errors as in `check`."""
+    """Check a recipe as `check` does, and forecast its training. Errors as in `check`; warns of nothing."""
     from unziplora.models.sizes import inspect_base
     from unziplora.training.memory import estimate
-    from unziplora.training.preflight import check_run, preview
+    from unziplora.training.preflight import checked_images, preview
 
     kind, sizes = method_of(config), inspect_base(config.base)
-    images = check_run(kind, config)
+    images, prompts = checked_images(kind, config), config.filled_prompts()
     memory = estimate(config, sizes, kind.layers(config, sizes.names), images.size)
-    return Forecast(preview(images), images.size, config.filled_prompts(), memory)
+    return Forecast(preview(images), images.size, prompts, memory, images.flaws, ui_syntax(prompts.values()))
 
 
 def function_of(config: TrainingConfig) -> Callable[..., RunFolder]:

@@ -50,6 +50,7 @@ h3.step { font-size: 1rem; margin: 0; }
 .dark .state.finished { color: #bef264; }
 .fault { border-left: 3px solid #b91c1c; padding: .2rem .8rem; margin: .6rem 0; white-space: pre-wrap;
   overflow-wrap: anywhere; }
+.remark { border-left: 3px solid #b45309; padding: .1rem .8rem; margin: 0 0 .6rem; }
 #lost { position: sticky; top: 0; z-index: 99; padding: .6rem 1rem; background: #b91c1c; color: white; }
 pre.log { max-height: 16rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 .gradio-container .grid-wrap { min-height: 0 !important; height: auto !important; max-height: none !important; }
@@ -113,6 +114,11 @@ def empty(what: str, action: str) -> str:
 def hint(words: str) -> str:
     """Return a remark in a quiet color."""
     return f'<p class="hint">{text(words)}</p>'
+
+
+def remarks(sentences: Iterable[str]) -> str:
+    """Return sentences that ask for attention, though nothing failed."""
+    return "".join(f'<p class="remark">{text(sentence)}</p>' for sentence in sentences)
 
 
 def facts(pairs: Iterable[tuple[str, object]]) -> str:

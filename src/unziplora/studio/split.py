@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
 from PIL import Image, ImageChops
@@ -25,6 +25,9 @@ from unziplora.studio.watch import Watch, watch
 from unziplora.studio.workers import Workers
 from unziplora.utils.progress import duration, size
 
+if TYPE_CHECKING:
+    from unziplora.jobs.trainings import Forecast
+
 SUBJECTS = ("cat", "dog", "fox", "bird", "house", "tree", "flower", "car", "rocket", "guitar", "robot", "teapot")
 """Suggestions for the subject: short nouns that every base knows."""
 
@@ -35,7 +38,10 @@ RECIPES = (
     ("For the practice model", "bundled"),
     ("As published", "paper"),
 )
-SHAPES = (("As the picture", ""), ("Square", "crop"), ("All of it, on white", "pad"))
+WHOLE = "All of it, on white"
+"""Shape that cuts nothing off."""
+
+SHAPES = (("Recommended", ""), ("As the picture", "bucket"), ("Square", "crop"), (WHOLE, "pad"))
 
 NOTHING = ("Nothing yet", "Drop a picture, and name what is in it and how it is made.")
 
@@ -309,7 +315,30 @@ def foreseen(
         ("memory", f"about {size(memory.total)} on the {memory.device} ({fits})"),
         ("time", predicted(runs, config)),
     ]
-    return forecast.image, look.facts(about)
+    return forecast.image, look.remarks(remarks(forecast)) + look.facts(about)
+
+
+def remarks(forecast: Forecast) -> list[str]:
+    """Return what a picture loses on its way to what is learned, and how to mend it in the page."""
+    from unziplora.images.preprocess import Enlarged
+
+    found = []
+    for flaw in forecast.flaws:
+        if isinstance(flaw, Enlarged):
+            found.append(
+                "The picture has only {} × {} pixels and is enlarged to {} × {}, which makes it blurred. "
+                "Take a larger one, or crop less of it.".format(*flaw.size, *flaw.learned)
+            )
+        else:
+            square = " to a square" if flaw.learned[0] == flaw.learned[1] else ""
+            what = "what you painted over" if flaw.of_subject else "the picture"
+            found.append(
+                f"{flaw.share:.0%} of {what} is cut off, at the {flaw.sides}. To learn all of it, choose the shape "
+                f"“{WHOLE}”. To choose the part yourself, crop the picture{square} with the first tool."
+            )
+    if forecast.ineffective:
+        found.append(f"Leave out {', '.join(forecast.ineffective)}: here it is only read as letters.")
+    return found
 
 
 def predicted(runs: Path, config: ImageConfig) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from unziplora.config.training import Fit, ImageConfig, TrainingConfig, default_fit, read_crop
-from unziplora.images.preprocess import ImageFile, Size, TrainingImage
+from unziplora.images.preprocess import Flaw, ImageFile, Size, TrainingImage
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base, Scale
 from unziplora.models.text import Prompts
@@ -183,6 +183,11 @@ class OpenedImages:
     def of(self, group: str = IMAGES) -> list[Image.Image]:
         """Return the images of a group."""
         return [image.image for image in self.groups[group]]
+
+    @property
+    def flaws(self) -> list[Flaw]:
+        """Losses of all images on the way to their training size."""
+        return [flaw for group in self.groups.values() for image in group for flaw in image.flaws]
 
 
 @dataclass(frozen=True)

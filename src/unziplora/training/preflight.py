@@ -12,7 +12,7 @@ from PIL import Image
 from unziplora.config.templates import warn_of_ui_syntax
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
-from unziplora.images.preprocess import Size, load_images
+from unziplora.images.preprocess import Size, load_images, warn_of_flaws
 from unziplora.images.sheet import sheet
 from unziplora.models.base import Base, Scale
 from unziplora.models.device import pick_device, pick_dtype
@@ -25,6 +25,14 @@ C = TypeVar("C", bound=TrainingConfig)
 
 
 def check_run(kind: type[Method[C]], config: C, base: Base | None = None) -> OpenedImages:
+    """Check a recipe as `checked_images` does, and warn of flaws that do not keep it from being trained."""
+    images = checked_images(kind, config, base)
+    warn_of_ui_syntax(config.filled_prompts().values())
+    warn_of_flaws(images.flaws)
+    return images
+
+
+def checked_images(kind: type[Method[C]], config: C, base: Base | None = None) -> OpenedImages:
     """Refuse a recipe that cannot be trained, before a folder is created and a base is loaded; return its images.
 
     Args:
@@ -36,7 +44,6 @@ def check_run(kind: type[Method[C]], config: C, base: Base | None = None) -> Ope
     """
     kind.check(config, base)
     kind.describe(config)
-    warn_of_ui_syntax(config.filled_prompts().values())
     device = pick_device(config.device) if base is None else base.device
     half = (pick_dtype(config.precision, device) if base is None else base.dtype) == torch.float16
     if half and device.type == "cpu":
