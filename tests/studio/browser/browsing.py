@@ -122,6 +122,11 @@ def drop(page: Page, file: Path, place: str = "#drop") -> None:
     page.locator(f"{place} button").first.dispatch_event("drop", {"dataTransfer": data})
 
 
+def choosing(page: Page, file: Path) -> None:
+    """Answer every dialog that asks for a file; to be called early, because the browser learns of it with a delay."""
+    page.on("filechooser", lambda dialog: dialog.set_files(file))
+
+
 def choose(page: Page, field: str, text: str) -> None:
     """Type into a list of suggestions, and leave it."""
     box = page.locator(f"#{field} input")

@@ -2,7 +2,7 @@
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from browsing import DEMO, PATIENCE, Studio, opened, state, to_tab, tools, until
+from browsing import DEMO, PATIENCE, Studio, choosing, opened, state, to_tab, tools
 from playwright.sync_api import Browser, Page, expect
 
 TABS = ("Split", "Runs", "Play", "Merge and train", "Files")
@@ -39,16 +39,10 @@ def test_no_tab_scrolls_sideways(filled: Studio, browser: Browser, width: int) -
 
 
 def test_split_is_started_by_the_keyboard_alone(studio: Studio, page: Page) -> None:
+    choosing(page, DEMO)
     opened(page, studio)
     focus(page, "Drop an image file here to upload")
-    page.on("filechooser", lambda chooser: chooser.set_files(DEMO))
-
-    def is_chosen() -> bool:
-        page.keyboard.press("Enter")
-        page.wait_for_timeout(2000)
-        return page.locator("#picture").is_visible()
-
-    until(is_chosen, "Enter does not open the choice of a file")
+    page.keyboard.press("Enter")
     tools(page)
     for label, word in (("2 · What is in it?", "rocket"), ("3 · How is it made?", "linocut")):
         focus(page, label)

@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from browsing import DEMO, PATIENCE, Studio, drop, message, opened, pick, state, tools
+from browsing import DEMO, PATIENCE, Studio, choosing, drop, message, opened, pick, state, tools
 from PIL import Image
 from playwright.sync_api import Page, expect
 from safetensors.torch import load_file, save_file
@@ -56,10 +56,9 @@ def test_file_that_is_no_picture_is_refused_in_the_page(filled: Studio, page: Pa
 def test_pickle_is_refused_in_the_page(filled: Studio, page: Page, tmp_path: Path) -> None:
     file = tmp_path / "ink.safetensors"
     file.write_bytes(pickle.dumps({"weights": 1}))
+    choosing(page, file)
     opened(page, filled, "Files")
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Add a LoRA file").locator("visible=true").click()
-    chooser.value.set_files(file)
+    page.get_by_role("button", name="Add a LoRA file").locator("visible=true").click()
     expect(message(page)).to_contain_text("ink.safetensors", timeout=PATIENCE)
 
 
