@@ -144,6 +144,11 @@ def test_posts_of_other_pages_are_refused(client: TestClient) -> None:
     assert answer.status_code == 403
 
 
+def test_page_of_before_a_restart_causes_no_traceback(client: TestClient) -> None:
+    answer = client.get("/gradio_api/queue/data?session_hash=unknown")  # the client raises what the server does
+    assert '"session_not_found":true' in answer.text.replace(" ", "")
+
+
 def test_password_opens_the_page_and_nothing_else_does(tmp_path: Path) -> None:
     with client_of(tmp_path / "runs", "open sesame") as client:
         assert client.get("/config").status_code == 401

@@ -26,6 +26,7 @@ SERVED = (".png", ".safetensors")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 """Names of this machine alone, as browsers send them."""
 
+_EVENTS = "/gradio_api/queue/data"
 _FILES, _UPLOAD = ("/gradio_api/file=", "/gradio_api/file/"), "/gradio_api/upload"
 _CLOSED = ("/gradio_api/proxy=", "/gradio_api/stream", "/monitoring", "/gradio_api/runs", "/gradio_api/run-history")
 
@@ -68,6 +69,8 @@ class Guard:
             await _answer(send, *refusal)
         elif scope["path"].rstrip("/") == _UPLOAD:
             await self._upload(scope, receive, send)
+        elif scope["path"] == _EVENTS:
+            await self._events(scope, receive, send)
         else:
             await self.app(scope, receive, _with_headers(send))
 
@@ -104,6 +107,21 @@ class Guard:
             return True
         inside = path.is_relative_to(self.runs) and path.suffix.lower() in SERVED
         return inside and not any(part.startswith(".") for part in path.relative_to(self.runs).parts)
+
+    async def _events(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application send its events to a page, and end the answer if it does not know the page.
+
+        A page that was open before a restart of the server asks for the events of its old session. Gradio answers that
+        there is none, and then raises an error, which would be a traceback in the server's log.
+        """
+        from fastapi import HTTPException
+
+        try:
+            await self.app(scope, receive, _with_headers(send))
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, HTTPException):
+                raise
+            await send({"type": "http.response.body", "body": b""})
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the application store an upload, and pass its answer on if the files are what they should be."""
