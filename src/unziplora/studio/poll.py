@@ -69,9 +69,8 @@ SCRIPT = f"""<script>
   for (const event of ["dragover", "drop"]) addEventListener(event, dropped => dropped.preventDefault());
 }})();
 </script>"""
-"""Asks while the page can be seen. A view that Gradio's timer refreshes costs a request each, and Gradio sends the
-picture in the editor to the server again at every event. The last line keeps a picture that is dropped beside its place
-from being opened instead of the page."""
+"""Asks while the page can be seen. A view that Gradio's timer refreshes costs a request each. The last line keeps a
+picture that is dropped beside its place from being opened instead of the page."""
 
 
 def stamp(runs: Path, workers: Workers, folders: Sequence[str] = ()) -> str:

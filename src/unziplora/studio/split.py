@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gradio as gr
+from gradio.components.image_editor import EditorData
 from PIL import Image, ImageChops
 
 from unziplora.config.bases import SDXL
@@ -55,6 +56,8 @@ _SIMPLE = 5  # components of the simple form
 EDITED = 2048
 """Shorter side in pixels to which a picture may be reduced when it comes back into the editor."""
 
+_COPY = "files => files?.id ? undefined : files"
+
 BRUSH = (20, 184, 166)
 """Color of the brush that paints the mask."""
 
@@ -77,8 +80,7 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
     """Make the tab; return what other tabs use of it."""
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            pictures = _picture()
-            picture = pictures[0]
+            pictures, edited, read = _picture()
         with gr.Column(scale=2, min_width=320):
             content = gr.Dropdown(
                 list(SUBJECTS),
@@ -128,8 +130,8 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
         named = dict(zip(("content", "style", "base", "preset", "fit"), values[:_SIMPLE], strict=True))
         return {**{name: value for name, value in named.items() if value}, **form.keys(values[_SIMPLE:])}
 
-    def preview(edited: Any, *values: Any) -> tuple[Any, str]:
-        image, mask = opened(edited)
+    def preview(files: Any, *values: Any) -> tuple[Any, str]:
+        image, mask = opened(read(files))
         if image is None:
             return gr.update(visible=False), look.empty(*NOTHING)
         try:
@@ -138,8 +140,8 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
             return gr.update(visible=False), look.empty("Not ready yet", _clean(error))
         return gr.update(value=drawn, visible=True), about
 
-    def submit(edited: Any, name: str | None, *values: Any) -> Any:
-        image, mask = opened(edited)
+    def submit(files: Any, name: str | None, *values: Any) -> Any:
+        image, mask = opened(read(files))
         if image is None:
             raise UserError("there is no picture yet: drop one first")
         chosen = with_sheets(keys(values))
@@ -157,21 +159,24 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
         name = str(runs / actions.safe_name(str(chosen.get("content", "image")), "image"))
         return spell("split", {"images": [Path("picture.png")], **chosen, "out": name}, kind)
 
-    changes = [*edits(picture), *(settled(field) for field in fields)]
-    gr.on(changes, preview, [picture, *fields], [learned, forecast], trigger_mode="always_last", show_progress="hidden")
-    gr.on([spelling.change, *changes[2:]], copied, [spelling, *fields], text, trigger_mode="always_last",
+    changes = [settled(field) for field in fields]
+    gr.on([edited.change, *changes], preview, [edited, *fields], [learned, forecast], trigger_mode="always_last",
           show_progress="hidden")  # fmt: skip
-    begin.click(shown(submit), [picture, changed, *fields], [*now.outputs, changed, begin], trigger_mode="once")
+    gr.on([spelling.change, *changes], copied, [spelling, *fields], text, trigger_mode="always_last",
+          show_progress="hidden")  # fmt: skip
+    copy_files(begin.click, pictures[0], edited).then(  # the last stroke may not have been copied yet
+        shown(submit), [edited, changed, *fields], [*now.outputs, changed, begin], trigger_mode="once"
+    )
 
     def reuse(summary: RunSummary, change: bool) -> list[Any]:
         method, chosen = live.set_keys(summary)
         if method != "split":
             raise UserError(f"{summary.run.path.name}: this is no split; copy its settings as a command instead")
         named = [chosen.get(name) for name in ("content", "style", "base")]
-        edited = edited_again(chosen)
+        again = edited_again(chosen)
         return [
-            edited,
-            *_shown(edited["background"] if edited else None),
+            again,
+            *_shown(again["background"] if again else None),
             *named,
             chosen.get("preset", "auto"),
             chosen.get("fit", ""),
@@ -187,13 +192,14 @@ def _begins(name: str | None) -> tuple[str | None, Any]:
     return name, gr.update(value="Start" if name is None else f"Save the changes of “{name}”")
 
 
-def _picture() -> list[Any]:
+def _picture() -> tuple[list[Any], Any, Callable[[Any], Any]]:
     """Make the place where a picture is dropped, and the editor that takes its place then.
 
     The editor needs seconds until it can take a picture by itself; what is dropped on it earlier is lost.
 
     Returns:
-        The editor, the place to drop, the parts that are shown with the editor, and the size of its picture.
+        The editor, the place to drop, the parts that are shown with the editor, and the size of its picture. The files
+        of the editor, which change when it does. A function that opens them as the editor's value.
     """
     drop = gr.Image(
         label="1 · Picture", type="filepath", image_mode=None, sources=("upload", "clipboard"), height=460,
@@ -208,13 +214,18 @@ def _picture() -> list[Any]:
         about = gr.HTML(
             look.hint("Crop it with the first tool. Paint over the subject if only that should be learned.")
         )
-        another = gr.Button("Another picture", elem_id="another")
+        another = gr.Button("Another picture", size="md", elem_id="another")
 
     def edit(file: str) -> tuple[Any, ...]:
         image = _opened(Path(file))
         return {"background": image, "layers": [], "composite": None}, *_shown(image)
 
-    def fit(edited: dict[str, Any] | None, known: list[int] | None) -> tuple[Any, Any]:
+    def read(files: Any) -> Any:
+        picture.blob_storage.clear()  # nobody asks for what the page sends in advance, and it would stay in the memory
+        return picture.preprocess(EditorData(**files)) if files else None
+
+    def fit(files: Any, known: list[int] | None) -> tuple[Any, Any]:
+        edited = read(files)
         background = (edited or {}).get("background")
         size = list(background.size) if background is not None else None
         if edited is None or size is None or known in (None, size):
@@ -224,17 +235,25 @@ def _picture() -> list[Any]:
     quiet = quietly(about)
     size = gr.State(None)  # the editor leaves a cropped picture small and in a corner, but shows a new one large
     cropped = gr.Button("Show the picture again", visible="hidden", elem_id=poll.CROPPED)
-    cropped.click(fit, [picture, size], [picture, size], trigger_mode="always_last", **quiet)
+    edited = gr.JSON(visible="hidden")
+    copy_files(cropped.click, picture, edited).then(fit, [edited, size], [picture, size], **quiet)
+    for event in (picture.change, picture.input):  # the first edit is reported as input, others as change
+        copy_files(event, picture, edited)
     outputs = [picture, drop, editing, size]
     drop.upload(shown(edit), drop, outputs, **quiet)
     for event in (another.click, picture.clear):
         event(lambda: (None, *_shown(None)), None, outputs, **quiet)
-    return outputs
+    return outputs, edited, read
 
 
-def edits(picture: Any) -> list[Any]:
-    """Return the events of an edited picture. Gradio reports the first edit only as input, and others as change."""
-    return [picture.change, picture.input]
+def copy_files(event: Any, picture: Any, files: Any) -> Any:
+    """Let an event of the page copy the files of the editor, within the page; return the event after it.
+
+    No event of the server may have the editor as an input: Gradio would then read it at every event of the page, and
+    each time the page would send the picture to the server, up to five times. After an edit, the first look at the
+    editor may return no files but an id that is valid once. The second look returns files.
+    """
+    return event(None, picture, files, js=_COPY).then(None, picture, files, js=_COPY)
 
 
 def _shown(image: Image.Image | None) -> tuple[Any, Any, list[int] | None]:
