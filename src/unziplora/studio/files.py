@@ -19,12 +19,12 @@ DTYPES = (("as it is", ""), ("fp16", "fp16"), ("bf16", "bf16"), ("fp32", "fp32")
 
 def tab(runs: Path, follower: Follower) -> None:
     """Make the tab."""
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="bar"):
         chosen = gr.Dropdown([], label="LoRA file", min_width=240, elem_id="file")
         upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], min_width=140, elem_id="file-upload")
     about = gr.HTML(look.empty("No file chosen", "Choose a LoRA of a run, or add a file."), elem_id="inspection")
-    with gr.Row(equal_height=True):
-        layout = gr.Dropdown(list(LAYOUTS), value="kohya", label="File format", min_width=240)
+    with gr.Row(elem_classes="bar"):
+        layout = gr.Dropdown(list(LAYOUTS), value="kohya", label="File format", scale=2, min_width=300)
         dtype = gr.Dropdown(list(DTYPES), value="", label="Number format", min_width=160)
         rank = gr.Number(None, label="At most this rank", info="0: as it is", precision=0, minimum=0, min_width=120,
                          elem_id="file-rank")  # fmt: skip

@@ -54,10 +54,18 @@ h3.step { font-size: 1rem; margin: 0; }
 #lost { position: sticky; top: 0; z-index: 99; padding: .6rem 1rem; background: #b91c1c; color: white; }
 pre.log { max-height: 16rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 .gradio-container .grid-wrap { min-height: 0 !important; height: auto !important; max-height: none !important; }
-.gradio-container .wrap-inner input { text-overflow: ellipsis; }
+.gradio-container .wrap-inner input { text-overflow: ellipsis; padding-right: 1.8rem; }
 .gradio-container .wrap-inner .secondary-wrap { min-width: 0; }
 .sheets .thumbnail-lg, .sheets .thumbnail-item { aspect-ratio: 2.2 !important; }
 .caption-label { white-space: normal !important; }
+#runs .grid-wrap, #pictures .grid-wrap, .sheets .grid-wrap { padding-top: 2.3rem !important; }
+#runs .thumbnail-lg { aspect-ratio: auto !important; height: auto !important; }
+#runs .thumbnail-lg img { aspect-ratio: 1; height: auto !important; }
+#runs .caption-label { position: static; display: block; max-width: none; border: 0; text-align: left; }
+.gradio-container button.label-wrap { text-align: left; }
+.gradio-container .bar { align-items: center; } .gradio-container .bar > button { flex: 0 1 auto; }
+#learned { flex: 1 1 220px; } #forecast { flex: 2 1 300px; min-width: min(100%, 300px) !important; }
+#inspection pre.log { max-height: 32rem; }
 table.jobs { width: 100%; border-collapse: collapse; }
 table.jobs th, table.jobs td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid
   var(--border-color-primary); overflow-wrap: anywhere; }

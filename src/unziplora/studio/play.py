@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 LORAS, PICTURES = "loras", "pictures"
 """Folders in the runs folder for uploaded LoRA files, and for the pictures that are made here."""
 
+GRID = "grid"
+"""Name of the files of grids, which are not compared with pictures."""
+
 NONE = "none"
+NO_LORA = "None yet: split a picture first, or add a file in the tab Files"
 NO_PICTURE = ("No picture yet", "Choose a content, a style or both, and press “Make a picture”.")
 RECENT = 24
 
@@ -81,7 +85,7 @@ def tab(runs: Path, follower: Follower) -> None:
             )
             style = gr.Dropdown([NONE], value=NONE, label="Style from", elem_id="play-style")
             style_strength = gr.Slider(0, 2, 1, step=0.05, label="How much of the style", elem_id="style-strength")
-            upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], elem_id="play-upload")
+            upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], size="md", elem_id="play-upload")
             prompt = gr.Textbox(
                 value="", label="Prompt", info="Leave it empty for the words of the runs", lines=2, elem_id="prompt"
             )
@@ -124,7 +128,7 @@ def tab(runs: Path, follower: Follower) -> None:
     def sample(lock: bool, *values: Any, progress: Any = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
         if not lock:
             values = (*values[:7], secrets.randbelow(2**31), *values[8:])
-        before = pictures(runs)[:1]
+        before = [file for file in pictures(runs) if not Path(file).name.startswith(GRID)][:1]
         made = player.make("sample", keys(values), _reporting(progress))
         files = [str(save(runs, image, "picture")) for image in made]
         pair = (before[0] if before else files[-1], files[-1])
@@ -137,7 +141,7 @@ def tab(runs: Path, follower: Follower) -> None:
         made = player.make(
             "grid", {**known, **{k: v for k, v in lists.items() if k[:-10] in known}}, _reporting(progress)
         )
-        return str(save(runs, made[0], "grid")), _gallery(pictures(runs))
+        return str(save(runs, made[0], GRID)), _gallery(pictures(runs))
 
     def restore(file: str | None) -> list[Any]:
         if not file:
@@ -162,7 +166,7 @@ def tab(runs: Path, follower: Follower) -> None:
         sign = [names, pictures(runs)]
         if sign == seen:
             return (gr.skip(),) * 4
-        return gr.update(choices=names), gr.update(choices=names), _gallery(pictures(runs)), sign
+        return offered(names), offered(names), _gallery(pictures(runs)), sign
 
     def copied(kind: Any, *values: Any) -> str:
         return spell("sample", {**keys(values), "out": PICTURES}, kind)
@@ -202,6 +206,11 @@ def lora_names(runs: Path) -> list[str]:
     """Return what can be chosen as a LoRA: runs that have one, and uploaded files."""
     names = [live.name_of(runs, one) for one in find_runs(runs) if one.run.loras]
     return names + [f"{LORAS}/{file.name}" for file in sorted((runs / LORAS).glob("*.safetensors"))]
+
+
+def offered(names: list[str]) -> Any:
+    """Return what fills a list of LoRAs; an empty one says where LoRAs come from."""
+    return gr.update(choices=names, info=NO_LORA if names in ([], [NONE]) else None)
 
 
 def lora_path(runs: Path, name: str, kind: str) -> Path:

@@ -110,8 +110,8 @@ def description(summary: RunSummary | None) -> str:
         return ""
     run, settings = summary.run, summary.settings
     files = [
-        live.link(file, f"{name} LoRA ({layout})")
-        for name in ("content", "style", "lora")
+        live.link(file, f"{title} ({layout})")
+        for name, title in (("content", "content LoRA"), ("style", "style LoRA"), ("lora", "LoRA"))
         for _, layout in LAYOUTS
         if (file := run.lora(name, layout)).is_file()
     ]
@@ -130,18 +130,18 @@ def _run(runs: Path, name: str) -> RunSummary:
 
 def _actions(runs: Path, workers: Workers, chosen: Watch, reuse: Callable[..., tuple[Any, Any]]) -> None:
     """Make the buttons that do something with the chosen run."""
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="bar"):
         again = gr.Button("New run from these settings", min_width=180, elem_id="reuse")
         twice = gr.Button("Run it again", min_width=110)
         trash = gr.Button("Move to trash", min_width=110, variant="stop", elem_id="trash")
     with gr.Accordion("Train on, rename, other file formats", open=False):
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes="bar"):
             steps = gr.Number(100, label="More steps for a finished run", precision=0, minimum=1, min_width=180)
             more = gr.Button("Train on", min_width=110, elem_id="extend")
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes="bar"):
             name = gr.Textbox(label="New name", min_width=180)
             rename = gr.Button("Rename", min_width=110)
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes="bar"):
             layout = gr.Dropdown(list(LAYOUTS), value="diffusers", label="File format", min_width=180)
             write = gr.Button("Write both LoRAs in it", min_width=110, elem_id="write")
 
@@ -232,7 +232,7 @@ def _settings(runs: Path, chosen: Watch) -> None:
 
 def _trash(runs: Path, chosen: Watch) -> None:
     """Make the list of removed runs."""
-    with gr.Accordion("Trash", open=False) as panel, gr.Row(equal_height=True):
+    with gr.Accordion("Trash", open=False) as panel, gr.Row(elem_classes="bar"):
         removed = gr.Dropdown([], label="Removed runs", min_width=180, elem_id="removed")
         back = gr.Button("Put back", min_width=110, elem_id="restore")
 
@@ -251,7 +251,7 @@ def _trash(runs: Path, chosen: Watch) -> None:
 def _queue(runs: Path, workers: Workers, follower: Follower, chosen: Watch, reuse: Callable[..., Any]) -> None:
     """Make the list of the jobs, and the buttons that change their order."""
     table, seen = gr.HTML(_NO_JOBS, elem_id="queue"), gr.State(None)
-    with gr.Row(equal_height=True, visible=False) as row:
+    with gr.Row(elem_classes="bar", visible=False) as row:
         job = gr.Dropdown([], label="Job", min_width=200, elem_id="job")
         change = gr.Button("Change", min_width=90, elem_id="change")
         first, earlier, later, pause, retry, cancel = (

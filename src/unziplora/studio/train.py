@@ -105,7 +105,7 @@ def _merge(shared: _Tab) -> None:
 
     def refresh(seen: Any) -> tuple[Any, ...]:
         names = play.lora_names(shared.runs)
-        return (gr.skip(),) * 3 if names == seen else (gr.update(choices=names), gr.update(choices=names), names)
+        return (gr.skip(),) * 3 if names == seen else (play.offered(names), play.offered(names), names)
 
     def read(first: str | None, second: str | None) -> tuple[dict[str, Any], list[Image.Image]]:
         if not first or not second:

@@ -144,7 +144,7 @@ def pick(page: Page, field: str, text: str) -> None:
         box.fill(text)
         page.wait_for_timeout(300)
         if offered.is_visible():
-            box.press("Enter")
+            offered.click()  # Enter would choose the first that contains the text
             return box.input_value() == text
         box.blur()
         return False

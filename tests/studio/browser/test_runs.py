@@ -62,7 +62,7 @@ def test_two_loras_become_one(copied: Studio, page: Page) -> None:
     choose(page, "zip-method", "direct")
     page.locator("#zip-start").click()
     expect(state(page, "chosen")).to_have_text("finished", timeout=2 * PATIENCE)
-    expect(page.get_by_role("link", name="lora LoRA (kohya)")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_role("link", name="LoRA (kohya)")).to_be_visible(timeout=PATIENCE)
     assert list((copied.runs / "both").glob("*.safetensors"))
 
 
