@@ -36,7 +36,7 @@ GRID = "grid"
 
 NONE = "none"
 NO_LORA = "None yet: split a picture first, or add a file in the tab Files"
-NO_PICTURE = ("No picture yet", "Choose a content, a style or both, and press “Make a picture”.")
+NO_PICTURE = ("Your picture appears here", "Choose a content, a style or both, and press “Make a picture”.")
 RECENT = 24
 
 _PAGE = (*KINDS, "out", "prompts", "negative", "content_strength", "style_strength", "seeds", "steps")
