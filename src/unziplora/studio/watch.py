@@ -67,8 +67,10 @@ class Watch:
             return (gr.skip(),) * 7
         banner = f'<div class="fault" role="alert">{look.text(_IDLE)}</div>' if idle else ""
         gallery = gr.update(value=pictures, visible=bool(pictures))
+        # A choice that the page has is left alone: another run may have been chosen while this was asked for.
+        choice = {} if seen and name in summaries else {"value": live.name_of(self.runs, summary)}
         return (
-            gr.update(choices=names, value=live.name_of(self.runs, summary), visible=True),
+            gr.update(choices=names, visible=True, **choice),
             sign,
             banner + live.view(summary, state),
             gr.skip() if seen and seen[2] == sign[2] and seen[0][:1] == sign[0][:1] else gallery,
