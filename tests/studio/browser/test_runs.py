@@ -69,5 +69,5 @@ def test_two_loras_become_one(copied: Studio, page: Page) -> None:
 def test_run_is_run_again(copied: Studio, page: Page) -> None:
     opened(page, copied, "Runs")
     page.get_by_role("button", name="Run it again").click()
-    expect(page.locator("#chosen-run input")).to_have_value("rocket-2", timeout=PATIENCE)
+    expect(page.locator("#chosen-run input")).to_have_value("rocket-2", timeout=2 * PATIENCE)  # a worker starts first
     expect(state(page, "chosen")).to_have_text("finished", timeout=3 * PATIENCE)

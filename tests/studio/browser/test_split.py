@@ -22,6 +22,8 @@ from browsing import (
 from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect
 
+from unziplora.config.split import SplitConfig
+from unziplora.jobs.queue import Queue
 from unziplora.utils.inputs import read_toml
 
 
@@ -90,6 +92,22 @@ def test_picture_that_is_dropped_at_once_is_not_lost(filled: Studio, page: Page)
     expect(page.locator("#picture")).to_have_count(0)
     drop(page, DEMO)
     tools(page)
+
+
+def test_picture_is_not_sent_again_when_a_run_changes(studio: Studio, page: Page) -> None:
+    opened(page, studio)
+    drop(page, DEMO)
+    tools(page)
+    words(page)
+    expect(page.locator("#forecast")).to_contain_text("a sks rocket in linocut style", timeout=PATIENCE)
+    queue = Queue(studio.runs)
+    job = queue.submit(SplitConfig(images=[DEMO], content="cat", style="ink", base="bundled", out=studio.runs / "cat"))
+    expect(state(page)).to_have_text("queued", timeout=PATIENCE)
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if "upload" in request.url else None)
+    queue.pause(job.number)
+    expect(state(page)).to_have_text("paused", timeout=PATIENCE)
+    assert sent == []
 
 
 def test_form_of_a_run_comes_back_with_its_picture(filled: Studio, page: Page) -> None:
