@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,8 +55,12 @@ def test_worker_is_started_once_and_stopped(tmp_path: Path) -> None:
     (tmp_path / ".studio").mkdir()
     studio = Workers(tmp_path)
     studio.ensure()
-    assert workers(tmp_path) == [studio.process.pid]
-    Workers(tmp_path).ensure()  # of a studio that was killed and started again
+    assert studio.present()
+    other = Workers(tmp_path)  # of a studio that was killed and started again
+    thread = threading.Thread(target=other.ensure)
+    thread.start()
+    thread.join()
+    assert other.process is None
     assert workers(tmp_path) == [studio.process.pid]
     studio.stop()
     assert workers(tmp_path) == []

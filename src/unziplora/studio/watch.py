@@ -15,7 +15,9 @@ from unziplora.studio.events import run_list, shown
 from unziplora.studio.workers import Workers
 
 _NOTHING = look.empty("No run yet", "Start one above: its steps and samples will grow here.")
-_IDLE = "Nobody works on the queue: the worker was stopped or has died. Nothing is lost."
+_IDLE = (
+    "Nobody works on the queue: the worker was stopped or has died. Nothing is lost. It writes what it does into {}."
+)
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Watch:
         sign = [[str(part) for part in (*live.signature(summary, state), idle)], names, len(pictures)]
         if sign == seen:
             return (gr.skip(),) * 7
-        banner = f'<div class="fault" role="alert">{look.text(_IDLE)}</div>' if idle else ""
+        banner = f'<div class="fault" role="alert">{look.text(_IDLE.format(self.workers.log))}</div>' if idle else ""
         gallery = gr.update(value=pictures, visible=bool(pictures))
         # A choice that the page has is left alone: another run may have been chosen while this was asked for.
         choice = {} if seen and name in summaries else {"value": live.name_of(self.runs, summary)}

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from unziplora.errors import MachineError
 from unziplora.jobs.worker import workers
 from unziplora.utils.files import explain
 
@@ -31,7 +30,9 @@ class Workers:
         """
         self.runs, self.allowed = runs, allowed
         self.process: subprocess.Popen[bytes] | None = None
-        self.lock = threading.Lock()
+        self.log = runs / ".studio" / "worker.log"
+        self.lock = threading.Lock()  # of this studio's tabs
+        self.starting = FileLock(runs / ".studio" / "worker.lock", thread_local=False)  # of other studios
 
     def present(self) -> bool:
         """Return True if a process works on the queue, or the one that was just started still lives."""
@@ -39,31 +40,41 @@ class Workers:
         return bool(workers(self.runs)) or starting
 
     def ensure(self) -> None:
-        """Start a worker unless there is one.
+        """Start a worker unless there is one; do not wait until it has imported its libraries.
 
         Raises:
             MachineError: the process cannot be started.
         """
-        if not self.allowed:
-            return
-        with self.lock, FileLock(self.runs / ".studio" / "worker.lock"):  # of this studio's tabs, and of other studios
-            if self.present():
+        with self.lock:
+            if not self.allowed or self.present():
                 return
-            command = [sys.executable, "-m", "unziplora", "worker", "--runs", str(self.runs), "--quiet"]
-            log = self.runs / ".studio" / "worker.log"
+            self.starting.acquire()
             try:
-                with log.open("ab") as output:
-                    self.process = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                        env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
-                    )  # fmt: skip
-            except OSError as error:
-                raise explain(log, error) from None
-            deadline = time.monotonic() + _PATIENCE
-            while not workers(self.runs) and time.monotonic() < deadline:
-                if self.process.poll() is not None:
-                    raise MachineError(f"the worker ended at once; see {log}")
-                time.sleep(0.1)
+                self.process = None if self.present() else self._started()
+            except BaseException:
+                self.starting.release()
+                raise
+            threading.Thread(target=self._release_when_marked, args=(self.process,), daemon=True).start()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "unziplora", "worker", "--runs", str(self.runs), "--quiet"]
+        try:
+            with self.log.open("ab") as output:
+                return subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                    env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
+                )  # fmt: skip
+        except OSError as error:
+            raise explain(self.log, error) from None
+
+    def _release_when_marked(self, process: subprocess.Popen[bytes] | None) -> None:
+        """Release the lock as soon as other studios can see the worker, or there is none."""
+        deadline = time.monotonic() + _PATIENCE
+        while process is not None and process.poll() is None and time.monotonic() < deadline:
+            if workers(self.runs):
+                break
+            time.sleep(0.1)
+        self.starting.release()
 
     def stop(self) -> None:
         """Stop the worker that this studio started; it saves the step of its job first."""
