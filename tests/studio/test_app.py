@@ -122,6 +122,25 @@ def test_files_of_the_system_are_not_served(client: TestClient, path: str) -> No
     assert client.get(f"/gradio_api/file={path}").status_code in (403, 404)
 
 
+def test_uploaded_picture_reaches_the_page_and_a_file_of_the_system_does_not(
+    client: TestClient, tmp_path: Path
+) -> None:
+    config = client.get("/config").json()
+    drop = next(one["id"] for one in config["components"] if one["props"].get("elem_id") == "drop")
+    number = next(one["id"] for one in config["dependencies"] if one["inputs"] == [drop] and not one["js"])
+    (uploaded,) = client.post(UPLOAD, files={"files": ("cat.png", png())}).json()
+    (tmp_path / "cat.png").write_bytes(png())
+
+    def join(path: str) -> int:
+        event = {"data": [{"path": path}], "fn_index": number, "session_hash": "drop"}
+        return client.post("/gradio_api/queue/join", json=event).status_code
+
+    assert join(uploaded) == 200
+    assert '"success":true' in client.get("/gradio_api/queue/data?session_hash=drop").text
+    assert join(str(tmp_path / "cat.png")) == 403
+    assert join("https://another.example/cat.png") == 403
+
+
 def test_queue_file_and_settings_are_not_served(client: TestClient, runs: Path) -> None:
     Queue(runs).submit(recipe(runs / "cat"))
     for file in (runs / "queue.sqlite", runs / "cat" / "config.toml"):

@@ -18,13 +18,13 @@ HERE = {"host": "127.0.0.1:7860"}
 
 
 def ask(
-    guard: Guard, path: str, method: str = "GET", headers: dict[str, str] | None = None
+    guard: Guard, path: str, method: str = "GET", headers: dict[str, str] | None = None, body: bytes = b""
 ) -> tuple[int, dict[str, str], str]:
     """Send a request: status, headers and text of the answer."""
     messages: list[Any] = []
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: Any) -> None:
         messages.append(message)
@@ -43,6 +43,11 @@ def answering(text: str = "inside") -> Any:
         await send({"type": "http.response.body", "body": text.encode()})
 
     return app
+
+
+async def echoing(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": (await receive())["body"]})
 
 
 @pytest.fixture
@@ -120,6 +125,25 @@ def test_only_images_and_loras_of_the_runs_folder_are_served(guard: Guard, runs:
     assert [ask(guard, f"/gradio_api/file={file}")[0] for file in refused] == [403] * 9
     assert ask(guard, "/gradio_api/file=cat\0.png")[0] == 403
     assert ask(guard, f"/gradio_api/file/{tmp_path}/secret.png")[0] == 403
+
+
+@pytest.mark.parametrize(
+    "data",
+    ['[{"path": "%s"}]', '{"background": {"path": "%s", "meta": {}}, "layers": []}', '[[[{"a": {"path": "%s"}}]]]'],
+)
+def test_actions_may_name_only_files_that_are_served(runs: Path, tmp_path: Path, data: str) -> None:
+    echo = Guard(echoing, runs, runs / ".studio" / "cache", 7860)
+    (tmp_path / "secret.png").touch()
+    (runs / ".studio" / "cache" / "cat.png").touch()
+
+    def post(path: Path) -> tuple[int, str]:
+        body = b'{"data": %s}' % (data % path).encode()
+        status, _, text = ask(echo, "/gradio_api/queue/join", "POST", {"content-length": str(len(body))}, body)
+        return status, text
+
+    assert post(tmp_path / "secret.png") == (403, "this file is not an upload")
+    cached = runs / ".studio" / "cache" / "cat.png"
+    assert post(cached) == (200, '{"data": %s}' % (data % cached))
 
 
 def test_proxy_of_the_framework_is_closed(guard: Guard) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,6 +19,9 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 UPLOAD_LIMIT = 1 << 30
 """Largest upload in bytes. The LoRA files of both kinds at rank 128 have less."""
+
+EVENT_LIMIT = 1 << 24
+"""Largest body in bytes of requests that contain no files."""
 
 SERVED = (".png", ".safetensors")
 """Endings of the files in the runs folder that are served."""
@@ -71,6 +74,8 @@ class Guard:
             await self._upload(scope, receive, send)
         elif scope["path"] == _EVENTS:
             await self._events(scope, receive, send)
+        elif scope["method"] == "POST" and not _has_files(_headers(scope)):
+            await self._action(scope, receive, send)
         else:
             await self.app(scope, receive, _with_headers(send))
 
@@ -78,7 +83,7 @@ class Guard:
         """Return the status and the reason of a refusal; None if the request may pass."""
         if scope["type"] != "http":
             return 403, "only HTTP is spoken here"
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = _headers(scope)
         host, path = headers.get("host", ""), scope["path"]
         if self.hosts is not None and host not in self.hosts:
             return 403, "open the studio under the address that it printed"
@@ -88,8 +93,9 @@ class Guard:
             length = headers.get("content-length", "")
             if not length.isdecimal():
                 return 411, "a request needs its length"
-            if int(length) > UPLOAD_LIMIT:
-                return 413, f"too large: at most {UPLOAD_LIMIT >> 20} MiB"
+            limit = UPLOAD_LIMIT if _has_files(headers) else EVENT_LIMIT
+            if int(length) > limit:
+                return 413, f"too large: at most {limit >> 20} MiB"
         if path.startswith(_CLOSED):
             return 404, "not here"
         prefix = next((prefix for prefix in _FILES if path.startswith(prefix)), None)
@@ -107,6 +113,27 @@ class Guard:
             return True
         inside = path.is_relative_to(self.runs) and path.suffix.lower() in SERVED
         return inside and not any(part.startswith(".") for part in path.relative_to(self.runs).parts)
+
+    async def _action(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on if all files that it names are the studio's own or results of runs.
+
+        Gradio checks few of these names. It opens what they lead to, on this machine or another one, and copies it into
+        its cache, from where it is served.
+        """
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            body.extend(message.get("body", b""))
+            more = message.get("more_body", False)
+        if not all(map(self._serves, _named_files(body))):
+            await _answer(send, 403, "this file is not an upload")
+            return
+        messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
+
+        async def again() -> Message:
+            return next(messages, None) or await receive()
+
+        await self.app(scope, again, _with_headers(send))
 
     async def _events(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the application send its events to a page, and end the answer if it does not know the page.
@@ -162,6 +189,31 @@ class Guard:
             for path in paths:
                 names = names.replace(str(path), path.name)
             raise UserError(names) from None
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _has_files(headers: dict[str, str]) -> bool:
+    """Return True for a form with files. Gradio reads the names of other files from JSON only."""
+    return headers.get("content-type", "").lower().startswith("multipart/form-data")
+
+
+def _named_files(body: bytes | bytearray) -> Iterator[str]:
+    """Yield the paths of all files that a JSON text names, as Gradio writes them; nothing of another text."""
+    try:
+        open_values = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return
+    while open_values:
+        value = open_values.pop()
+        if isinstance(value, dict):
+            if isinstance(path := value.get("path"), str):
+                yield path
+            open_values.extend(value.values())
+        elif isinstance(value, list):
+            open_values.extend(value)
 
 
 def is_local(host: str) -> bool:
