@@ -731,15 +731,19 @@ def test_the_default_run_folder_is_named_after_the_picture() -> None:
     assert out(None) == {}
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, ("PASSIVE", "1000")), ("ACTIVE", ("ACTIVE", None)), ("PASSIVE", ("PASSIVE", None))]
+)
 def test_threads_do_not_keep_the_cores_while_they_wait(
-    call: Call, monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+    call: Call, monkeypatch: pytest.MonkeyPatch, before: str | None, after: tuple[str, str | None]
 ) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
-    if before is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+    for name in cli.THREADS:
+        monkeypatch.setenv(name, before or "")  # so that it is restored
+        monkeypatch.delenv(name)
+    if before is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
     assert call("--version").code == 0
-    assert os.environ["OMP_WAIT_POLICY"] == after
+    assert tuple(map(os.environ.get, cli.THREADS)) == after
 
 
 def test_commands_are_what_the_help_lists() -> None:

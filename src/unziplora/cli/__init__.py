@@ -46,9 +46,9 @@ QUIET = {
 }
 """Environment variables that libraries read when they are imported; values that are already set win."""
 
-# torch's threads wait for each other thousands of times a step. Waiting actively, they keep other processes, and with
-# them each other, from the cores: a step took 29 s instead of 1.1 next to eight busy processes.
-THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
+# torch's threads wait for each other thousands of times a step. Waiting actively for long, they keep other processes,
+# and with them each other, from the cores. Not at all, they sleep and wake all the time (experiments/cpu-time.md).
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 
 class Group(click.Group):
@@ -89,7 +89,8 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 success, 1 machine fault, 2 wrong request, 130 interrupted."""
-    for name, value in {**THREADS, **({} if debugging() else QUIET)}.items():
+    threads = {} if "OMP_WAIT_POLICY" in os.environ else THREADS
+    for name, value in {**threads, **({} if debugging() else QUIET)}.items():
         os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a letter that a code page lacks must not make the command fail
