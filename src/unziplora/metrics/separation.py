@@ -1,4 +1,4 @@
-"""Did content and style come apart? A check of two LoRAs that needs no truth, only the image that they learned from.
+"""Check that content and style came apart. It needs no truth, only the image that the two LoRAs learned from.
 
 Each LoRA draws alone. Its images are compared with the learned image, and with those that the base draws without any
 LoRA for the same words and seeds. A good content LoRA draws the learned subject and leaves the style to the words; a
@@ -48,12 +48,12 @@ class Part:
 
     @property
     def gain(self) -> float:
-        """What the LoRA adds, as a share of what the base lacks: 0 nothing, 1 all."""
+        """Share of what the base lacks that the LoRA adds: 0 nothing, 1 all."""
         return (self.learned - self.learned_before) / max(1 - self.learned_before, 1e-6)
 
     @property
     def leak(self) -> float:
-        """What comes along that belongs to the other LoRA, as a share of what the base lacks of it."""
+        """The same share of what belongs to the other LoRA, which should not come along."""
         return (self.leaked - self.leaked_before) / max(1 - self.leaked_before, 1e-6)
 
     @property

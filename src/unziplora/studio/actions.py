@@ -18,7 +18,7 @@ from unziplora.jobs.state import clear_failure, state_of
 from unziplora.jobs.trainings import TRAININGS, check, training_of
 from unziplora.runs.folder import IMAGES, RunFolder, with_absolute_paths
 from unziplora.studio import libraries
-from unziplora.utils.files import absolute, atomic_write, explain, free_folder, safe_name, write_png
+from unziplora.utils.files import absolute, atomic_write, explained, free_folder, safe_name, write_png
 from unziplora.utils.inputs import read_toml
 
 TRASH = ".trash"
@@ -212,11 +212,9 @@ def state(run: RunFolder, job: Job | None) -> str:
 
 
 def _move(source: Path, target: Path) -> None:
-    try:
+    with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
-    except OSError as error:
-        raise explain(target, error) from None
 
 
 def _moved(settings: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from unziplora.studio import runs as all_runs
 from unziplora.studio.events import Follower, quietly
 from unziplora.studio.safety import UPLOAD_LIMIT, Guard, is_local
 from unziplora.studio.workers import Workers
-from unziplora.utils.files import explain
+from unziplora.utils.files import explained
 
 USER = "studio"
 """User name on the page that asks for the password."""
@@ -131,10 +131,8 @@ def prepare(runs: Path) -> Path:
         MachineError: it cannot be written.
     """
     cache = runs / ".studio" / "cache"
-    try:
+    with explained(runs):
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise explain(runs, error) from None
     os.environ["GRADIO_TEMP_DIR"] = str(cache)
     return cache
 

@@ -269,18 +269,14 @@ def _queue(runs: Path, workers: Workers, follower: Follower, chosen: Watch, reus
 
     def asked(action: Callable[[Queue, Any], object]) -> Callable[[int | None], tuple[Any, ...]]:
         def handler(number: int | None) -> tuple[Any, ...]:
-            if number is None:
-                raise UserError("choose a job first")
-            action(Queue(runs), number)
+            action(Queue(runs), _named(number))
             workers.ensure()
             return refresh(None)
 
         return shown(handler)
 
     def waiting(number: int | None) -> RunSummary:
-        if number is None:
-            raise UserError("choose a job first")
-        run = Queue(runs).job(number).run
+        run = Queue(runs).job(_named(number)).run
         if run.log_file.exists():
             raise UserError(f"{run.path.name}: this run has begun; start a new one from its settings")
         return _run(runs, run.path.relative_to(runs).as_posix())
@@ -306,3 +302,14 @@ def _later(queue: Queue, number: Any) -> None:
     numbers = [job.number for job in queue.jobs()]
     if number in numbers[:-1]:
         queue.move(numbers[numbers.index(number) + 1], number)
+
+
+def _named(job: int | None) -> int:
+    """Return the number of the chosen job.
+
+    Raises:
+        UserError: none is chosen.
+    """
+    if job is None:
+        raise UserError("choose a job first")
+    return job

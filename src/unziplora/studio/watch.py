@@ -15,9 +15,7 @@ from unziplora.studio.events import run_list, shown
 from unziplora.studio.workers import Workers
 
 _NOTHING = look.empty("No run yet", "Start one above: its steps and samples will grow here.")
-_IDLE = (
-    "Nobody works on the queue: the worker was stopped or has died. Nothing is lost. It writes what it does into {}."
-)
+_IDLE = "Nobody works on the queue: the worker was stopped or has died. Nothing is lost. The worker's log is {}."
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from unziplora.jobs.worker import workers
-from unziplora.utils.files import explain
+from unziplora.utils.files import explained
 
 _PATIENCE = 60.0
 """Seconds that a new worker may need until it leaves its mark."""
@@ -51,21 +51,16 @@ class Workers:
             self.starting.acquire()
             try:
                 self.process = None if self.present() else self._started()
-            except BaseException:
-                self.starting.release()
-                raise
-            threading.Thread(target=self._release_when_marked, args=(self.process,), daemon=True).start()
+            finally:
+                threading.Thread(target=self._release_when_marked, args=(self.process,), daemon=True).start()
 
     def _started(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "unziplora", "worker", "--runs", str(self.runs), "--quiet"]
-        try:
-            with self.log.open("ab") as output:
-                return subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                    env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
-                )  # fmt: skip
-        except OSError as error:
-            raise explain(self.log, error) from None
+        with explained(self.log), self.log.open("ab") as output:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
+            )  # fmt: skip
 
     def _release_when_marked(self, process: subprocess.Popen[bytes] | None) -> None:
         """Release the lock as soon as other studios can see the worker, or there is none."""

@@ -1,4 +1,4 @@
-"""Check of a finished split: did content and style come apart?
+"""Check that the content and the style of a finished split came apart.
 
 The content LoRA alone draws in two styles, the style LoRA alone draws two subjects. `metrics.separation` compares
 these images with those that the base draws for the same words and seeds, and with the learned ones. On the bundled base
