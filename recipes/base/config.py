@@ -114,6 +114,8 @@ class UnetSettings(StageSettings):
     heads: list[int] = [2, 4, 6]
     transformer_layers: list[int] = [1, 1, 2]
     time_embedding: int = 32
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices, AdamW for the rest; needs torch 2.9."""
     ema_every: int = 8
     ema_decay: float = 0.995
     kinds: dict[str, float] = {"full": 0.63, "content": 0.15, "style": 0.1, "empty": 0.12}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.base.config import Recipe, StageSettings
+from recipes.base.muon import MuonAdamW
 
 Figures = dict[str, float | Tensor]
 """Figures of a step for the log. Tensors are read only when the log is written, so that no step waits for a GPU."""
@@ -72,7 +73,7 @@ class Stage(ABC):
     name: str
     settings: StageSettings
     modules: dict[str, nn.Module]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | MuonAdamW
     tokens = 0
     """Length of the longest sequence that any attention of the stage covers."""
 
@@ -163,7 +164,7 @@ def update(stage: Stage, step: int) -> Figures:
     with precision, training_attention(stage.device, stage.tokens):
         loss, figures = stage.loss(step)
     loss.backward()
-    parameters = [p for group in stage.optimizer.param_groups for p in group["params"]]
+    parameters = [p for module in stage.modules.values() for p in module.parameters() if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     if torch.isfinite(norm):
         stage.optimizer.step()

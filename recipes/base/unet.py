@@ -21,6 +21,7 @@ from recipes.base.dataset import training_images
 from recipes.base.draws import Batch, Batches, Deck
 from recipes.base.latents import stored_latents
 from recipes.base.loop import Figures, Stage, adamw
+from recipes.base.muon import MuonAdamW
 from recipes.base.sheets import sheet
 from recipes.base.text import TextEncoders
 from recipes.base.vae import broad_images, open_vae
@@ -125,7 +126,8 @@ class UnetStage(Stage):
         self.unet = self.start(init).to(self.device)
         self.ema = copy.deepcopy(self.unet).eval().requires_grad_(False)
         self.modules = {"unet": self.unet, "ema": self.ema}
-        self.optimizer = adamw({"unet": self.unet}, s.lr)
+        muon = s.optimizer == "muon"
+        self.optimizer = MuonAdamW(self.unet, s.lr) if muon else adamw({"unet": self.unet}, s.lr)
         self.forward = torch.compile(self.unet) if s.compile else self.unet
         self.scheduler = build_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(self.device)

@@ -66,6 +66,25 @@ def test_unet_stage_writes_sheet_and_finite_losses(trained: Recipe) -> None:
 
 
 @pytest.mark.slow
+def test_unet_with_muon_resumes_as_if_never_stopped(trained: Recipe, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    export(trained, base)
+    settings = trained.unet.model_copy(update={"optimizer": "muon"})
+
+    def stage(name: str) -> UnetStage:
+        return UnetStage(trained.model_copy(update={"output": tmp_path / name, "unet": settings}), base)
+
+    straight = stage("straight")
+    start = weights(straight)
+    assert train(straight, After(1000))
+    assert not train(stage("again"), After(3))
+    resumed = stage("again")
+    assert train(resumed, After(1000))
+    assert torch.equal(weights(straight), weights(resumed))
+    assert not torch.equal(start, weights(resumed))
+
+
+@pytest.mark.slow
 def test_trained_recipe_is_judged_exported_and_loaded(
     trained: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
