@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from recipes.base.captions import Kind, draw_prompt
 from recipes.base.config import Recipe
 from recipes.base.dataset import training_images
-from recipes.base.loop import Log, Stage, adamw
+from recipes.base.loop import Log, Stage
+from recipes.base.optimizers import adamw
 from recipes.base.text import TextEncoders, build_encoder
 from recipes.base.tokenizer import build_tokenizer, read_merges
 from recipes.base.vae import broad_images, to_tensor

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from recipes.base.config import Recipe
 from recipes.base.grades import grade_some
-from recipes.base.loop import Stage, adamw
+from recipes.base.loop import Stage
+from recipes.base.optimizers import adamw
 from recipes.base.vae import broad_images, crop_batch, edge_loss, report_reconstructions, to_tensor
 
 

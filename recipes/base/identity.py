@@ -19,7 +19,8 @@ from recipes.base.config import Recipe, StageSettings
 from recipes.base.dataset import Images
 from recipes.base.grades import Grade
 from recipes.base.identity_data import disturb, natural_and_filtered, open_world
-from recipes.base.loop import Stage, Stop, adamw, train
+from recipes.base.loop import Stage, Stop, train
+from recipes.base.optimizers import adamw
 from unziplora.metrics.measures import WEIGHTS
 from unziplora.metrics.networks import ShapeNet, StyleNet
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from recipes.base.clip import ImageEncoder
 from recipes.base.config import Recipe
 from recipes.base.dataset import Images, render_items, training_images
-from recipes.base.loop import Stage, Stop, adamw, train
+from recipes.base.loop import Stage, Stop, train
+from recipes.base.optimizers import adamw
 from recipes.base.vae import to_tensor
 from recipes.base.world import Item, World
 

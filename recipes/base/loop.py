@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.base.config import Recipe, StageSettings
-from recipes.base.muon import MuonAdamW
+from recipes.base.optimizers import MuonAdamW
 
 Figures = dict[str, float | Tensor]
 """Figures of a step for the log. Tensors are read only when the log is written, so that no step waits for a GPU."""
@@ -99,17 +99,6 @@ class Stage(ABC):
         """Return the random numbers of a step, and seed torch for it."""
         torch.manual_seed(self.recipe.seed * 1_000_003 + step)
         return np.random.default_rng((self.recipe.seed, step))
-
-
-def adamw(
-    modules: dict[str, nn.Module],
-    lr: float,
-    weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.99),
-) -> torch.optim.AdamW:
-    """Return fused AdamW over the trainable parameters of the modules."""
-    parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
 
 
 def rate(step: int, settings: StageSettings) -> float:

@@ -20,8 +20,8 @@ from recipes.base.config import Recipe, UnetSettings
 from recipes.base.dataset import training_images
 from recipes.base.draws import Batch, Batches, Deck
 from recipes.base.latents import stored_latents
-from recipes.base.loop import Figures, Stage, adamw
-from recipes.base.muon import MuonAdamW
+from recipes.base.loop import Figures, Stage
+from recipes.base.optimizers import MuonAdamW, adamw
 from recipes.base.sheets import sheet
 from recipes.base.text import TextEncoders
 from recipes.base.vae import broad_images, open_vae

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from recipes.base.config import Recipe, VaeSettings
 from recipes.base.dataset import Images, render_items, stored_images, training_images, unseen_drawings
 from recipes.base.grades import grade_some
-from recipes.base.loop import Log, Stage, adamw
+from recipes.base.loop import Log, Stage
+from recipes.base.optimizers import adamw
 from recipes.base.pca import start_as_pca
 from recipes.base.sheets import sheet, to_pixels
 from recipes.base.widen import widen_vae

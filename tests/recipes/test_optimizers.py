@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from recipes.base.muon import MuonAdamW
+from recipes.base.optimizers import MuonAdamW
 
 
 def network() -> nn.ModuleDict:

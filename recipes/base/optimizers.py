@@ -1,4 +1,4 @@
-"""Muon for the matrices of a network and AdamW for the rest, as one optimizer."""
+"""Optimizers of the stages: AdamW, and Muon with AdamW as one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from torch import nn
 
 OUTER = ("conv_in", "conv_out", "embedding")
 """Layers that read or write what is not hidden: Muon is meant for the matrices between them."""
+
+
+def adamw(
+    modules: dict[str, nn.Module],
+    lr: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.99),
+) -> torch.optim.AdamW:
+    """Return fused AdamW over the trainable parameters of the modules."""
+    parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
 
 
 class MuonAdamW:
@@ -26,7 +37,7 @@ class MuonAdamW:
         rest = [p for name, p in named if name not in hidden]
         self.parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(self.matrices, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True),
+            adamw({"rest": nn.ParameterList(rest)}, lr, weight_decay),
         )
 
     @property
@@ -42,7 +53,7 @@ class MuonAdamW:
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for parameter in [*self.kernels, *self.matrices]:
             parameter.grad = None
         self.parts[1].zero_grad(set_to_none=set_to_none)
