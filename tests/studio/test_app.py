@@ -168,6 +168,12 @@ def test_page_of_before_a_restart_causes_no_traceback(client: TestClient) -> Non
     assert '"session_not_found":true' in answer.text.replace(" ", "")
 
 
+def test_page_of_before_an_upgrade_is_asked_to_load_again(client: TestClient) -> None:
+    event = {"data": [], "fn_index": 10**6, "session_hash": "old"}
+    answer = client.post("/gradio_api/queue/join", json=event)
+    assert (answer.status_code, "load it again" in answer.text) == (409, True)
+
+
 def test_password_opens_the_page_and_nothing_else_does(tmp_path: Path) -> None:
     with client_of(tmp_path / "runs", "open sesame") as client:
         assert client.get("/config").status_code == 401

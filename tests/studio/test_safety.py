@@ -58,7 +58,7 @@ def runs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def guard(runs: Path) -> Guard:
-    return Guard(answering(), runs, runs / ".studio" / "cache", 7860)
+    return Guard(answering(), runs, runs / ".studio" / "cache", 7860, events=[3])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost:7860", "[::1]:7860"])
@@ -73,7 +73,7 @@ def test_other_host_names_are_refused(guard: Guard, host: str) -> None:
 
 
 def test_any_host_name_is_served_behind_a_password(runs: Path) -> None:
-    guard = Guard(answering(), runs, runs, 7860, any_host=True)
+    guard = Guard(answering(), runs, runs, 7860, events=[3], any_host=True)
     assert ask(guard, "/", headers={"host": "workstation.local:7860"})[0] == 200
 
 
@@ -132,7 +132,7 @@ def test_only_images_and_loras_of_the_runs_folder_are_served(guard: Guard, runs:
     ['[{"path": "%s"}]', '{"background": {"path": "%s", "meta": {}}, "layers": []}', '[[[{"a": {"path": "%s"}}]]]'],
 )
 def test_actions_may_name_only_files_that_are_served(runs: Path, tmp_path: Path, data: str) -> None:
-    echo = Guard(echoing, runs, runs / ".studio" / "cache", 7860)
+    echo = Guard(echoing, runs, runs / ".studio" / "cache", 7860, events=[3])
     (tmp_path / "secret.png").touch()
     (runs / ".studio" / "cache" / "cat.png").touch()
 
@@ -165,7 +165,7 @@ def test_refused_upload_is_deleted_and_explained_by_its_name(runs: Path) -> None
     good, bad = cache / "a.png", cache / "b.safetensors"
     Image.new("RGB", (16, 16)).save(good)
     bad.write_bytes(pickle.dumps({"weights": 1}))
-    guard = Guard(answering(json.dumps([str(good), str(bad)])), runs, cache, 7860)
+    guard = Guard(answering(json.dumps([str(good), str(bad)])), runs, cache, 7860, events=[3])
     status, _, text = ask(guard, "/gradio_api/upload", "POST", {"content-length": "2"})
     assert status == 400
     assert text.startswith("b.safetensors")
@@ -177,13 +177,15 @@ def test_sound_upload_passes(runs: Path) -> None:
     cache = runs / ".studio" / "cache"
     save_file({"a": torch.zeros(1)}, cache / "a.safetensors")
     answer = json.dumps([str(cache / "a.safetensors")])
-    guard = Guard(answering(answer), runs, cache, 7860)
+    guard = Guard(answering(answer), runs, cache, 7860, events=[3])
     assert ask(guard, "/gradio_api/upload", "POST", {"content-length": "2"})[::2] == (200, answer)
 
 
 def test_upload_outside_the_cache_is_refused_and_stays(runs: Path, tmp_path: Path) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "mine.png")
-    guard = Guard(answering(json.dumps([str(tmp_path / "mine.png")])), runs, runs / ".studio" / "cache", 7860)
+    guard = Guard(
+        answering(json.dumps([str(tmp_path / "mine.png")])), runs, runs / ".studio" / "cache", 7860, events=[3]
+    )
     assert ask(guard, "/gradio_api/upload", "POST", {"content-length": "2"})[0] == 400
 
 

@@ -114,7 +114,7 @@ def application(runs: Path, workers: Workers, port: int, password: str | None = 
         head=poll.SCRIPT,
     )
     blocks._queue.sleep_when_free = LATENCY
-    return Guard(mounted, runs, cache, port, any_host=password is not None)
+    return Guard(mounted, runs, cache, port, blocks.fns, any_host=password is not None)
 
 
 def _asking_for(password: str) -> Callable[[str, str], bool]:

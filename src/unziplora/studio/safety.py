@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Container, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -49,18 +49,22 @@ class Guard:
     """ASGI middleware around the whole server.
 
     Refuses requests of other origins and under other host names (DNS rebinding), bodies without or above a size, files
-    that are neither the studio's own nor results of runs, and uploads that are neither images nor safetensors.
+    that are neither the studio's own nor results of runs, uploads that are neither images nor safetensors, and events
+    that the page does not know.
     """
 
-    def __init__(self, app: App, runs: Path, cache: Path, port: int, any_host: bool = False) -> None:
+    def __init__(
+        self, app: App, runs: Path, cache: Path, port: int, events: Container[int], any_host: bool = False
+    ) -> None:
         """Wrap an application.
 
         Args:
             runs: the runs folder.
             cache: the studio's own files, all of which are served.
+            events: numbers of the events that the page knows.
             any_host: answer under any host name, for a server that is protected by a password.
         """
-        self.app, self.runs, self.cache = app, runs.resolve(), cache.resolve()
+        self.app, self.runs, self.cache, self.events = app, runs.resolve(), cache.resolve(), events
         self.hosts = None if any_host else {f"{name}:{port}" for name in LOOPBACK}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,8 +129,12 @@ class Guard:
             message = await receive()
             body.extend(message.get("body", b""))
             more = message.get("more_body", False)
-        if not all(map(self._serves, _named_files(body))):
+        value = _json(body)
+        if not all(map(self._serves, _named_files(value))):
             await _answer(send, 403, "this file is not an upload")
+            return
+        if not self._knows_event(value):
+            await _answer(send, 409, "this page is older than the studio: load it again")
             return
         messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
@@ -134,6 +142,11 @@ class Guard:
             return next(messages, None) or await receive()
 
         await self.app(scope, again, _with_headers(send))
+
+    def _knows_event(self, request: Any) -> bool:
+        """Return False for an event of a page that was loaded before the studio changed; Gradio fails at it."""
+        number = request.get("fn_index") if isinstance(request, dict) else None
+        return not isinstance(number, int) or number in self.events
 
     async def _events(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the application send its events to a page, and end the answer if it does not know the page.
@@ -200,12 +213,17 @@ def _has_files(headers: dict[str, str]) -> bool:
     return headers.get("content-type", "").lower().startswith("multipart/form-data")
 
 
-def _named_files(body: bytes | bytearray) -> Iterator[str]:
-    """Yield the paths of all files that a JSON text names, as Gradio writes them; nothing of another text."""
+def _json(body: bytes | bytearray) -> Any:
+    """Return the value of a JSON text, None for another text."""
     try:
-        open_values = [json.loads(body)]
+        return json.loads(body)
     except (ValueError, RecursionError):
-        return
+        return None
+
+
+def _named_files(request: Any) -> Iterator[str]:
+    """Yield the paths of all files that a JSON value names, as Gradio writes them."""
+    open_values = [request]
     while open_values:
         value = open_values.pop()
         if isinstance(value, dict):
