@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.base.config import Recipe, StageSettings
-from recipes.base.optimizers import MuonAdamW
+from recipes.base.optimizers import MuonAdamW, trainable
 
 Figures = dict[str, float | Tensor]
 """Figures of a step for the log. Tensors are read only when the log is written, so that no step waits for a GPU."""
@@ -153,11 +153,10 @@ def update(stage: Stage, step: int) -> Figures:
     with precision, training_attention(stage.device, stage.tokens):
         loss, figures = stage.loss(step)
     loss.backward()
-    parameters = [p for module in stage.modules.values() for p in module.parameters() if p.requires_grad]
-    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    norm = nn.utils.clip_grad_norm_(trainable(stage.modules), 1.0)
     if torch.isfinite(norm):
         stage.optimizer.step()
-    stage.optimizer.zero_grad(set_to_none=True)
+    stage.optimizer.zero_grad()
     stage.after_step(step)
     return figures
 

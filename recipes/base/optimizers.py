@@ -11,6 +11,11 @@ OUTER = ("conv_in", "conv_out", "embedding")
 """Layers that read or write what is not hidden: Muon is meant for the matrices between them."""
 
 
+def trainable(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of the modules that are trained."""
+    return [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+
+
 def adamw(
     modules: dict[str, nn.Module],
     lr: float,
@@ -18,8 +23,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.99),
 ) -> torch.optim.AdamW:
     """Return fused AdamW over the trainable parameters of the modules."""
-    parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
+    return torch.optim.AdamW(trainable(modules), lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
 
 
 class MuonAdamW:
@@ -52,11 +56,12 @@ class MuonAdamW:
         for part in self.parts:
             part.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self) -> None:
         """Clear the gradients."""
-        for parameter in [*self.kernels, *self.matrices]:
-            parameter.grad = None
-        self.parts[1].zero_grad(set_to_none=set_to_none)
+        for part in self.parts:
+            part.zero_grad()
+        for kernel in self.kernels:
+            kernel.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of both parts."""
