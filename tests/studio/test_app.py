@@ -171,7 +171,7 @@ def test_page_of_before_a_restart_causes_no_traceback(client: TestClient) -> Non
 def test_page_of_before_an_upgrade_is_asked_to_load_again(client: TestClient) -> None:
     event = {"data": [], "fn_index": 10**6, "session_hash": "old"}
     answer = client.post("/gradio_api/queue/join", json=event)
-    assert (answer.status_code, "load it again" in answer.text) == (409, True)
+    assert (answer.status_code, "load it again" in answer.json()["detail"]) == (409, True)
 
 
 def test_password_opens_the_page_and_nothing_else_does(tmp_path: Path) -> None:

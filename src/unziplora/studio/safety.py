@@ -119,7 +119,7 @@ class Guard:
         return inside and not any(part.startswith(".") for part in path.relative_to(self.runs).parts)
 
     async def _action(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on if all files that it names are the studio's own or results of runs.
+        """Pass a request on if all files that it names are the studio's own or results of runs, and its event is known.
 
         Gradio checks few of these names. It opens what they lead to, on this machine or another one, and copies it into
         its cache, from where it is served.
@@ -134,7 +134,10 @@ class Guard:
             await _answer(send, 403, "this file is not an upload")
             return
         if not self._knows_event(value):
-            await _answer(send, 409, "this page is older than the studio: load it again")
+            from starlette.responses import JSONResponse
+
+            outdated = {"detail": "this page is older than the studio: load it again"}  # as Gradio's page reads it
+            await JSONResponse(outdated, 409)(scope, receive, _with_headers(send))
             return
         messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
