@@ -119,7 +119,7 @@ class TestSizes:
         assert sizes.unet == 2_567_463_684
         assert sizes.vae == 83_653_863
         attention = filter_targets(sizes.names, ["attention"])
-        assert (len(sizes.names), len(attention)) == (722, 560)
+        assert (len(sizes.names), len(attention)) == (771, 560)
         assert sizes.adapter(64, attention) == 92_897_280
         assert sizes.resolution == 1024
         assert sizes.assumed

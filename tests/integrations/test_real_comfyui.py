@@ -22,7 +22,7 @@ from unziplora.errors import UserError
 from unziplora.formats.files import write_lora
 from unziplora.formats.header import metadata_for
 from unziplora.formats.sdxl import to_sgm
-from unziplora.lora.inject import TARGETS, target_linears
+from unziplora.lora.inject import TARGETS, target_layers
 from unziplora.lora.weights import Lora
 from unziplora.models.base import load_base
 from unziplora.models.sizes import FULL_SIZE
@@ -128,7 +128,7 @@ def loras(base):
     result = {}
     for seed, kind in enumerate(("content", "style")):
         draw = torch.Generator().manual_seed(seed)
-        modules = tiny.random_lora(base.unet, seed, target_linears(base.unet, TARGETS))
+        modules = tiny.random_lora(base.unet, seed, target_layers(base.unet, TARGETS))
         shapes = [(32, 32), (64, 32)]
         text = {
             path: (torch.randn(2, i, generator=draw), torch.randn(o, 2, generator=draw))
@@ -193,7 +193,7 @@ def test_every_key_of_a_full_size_export_loads(comfy, layout, tmp_path, caplog):
     model = config.get_model(state, "", torch.device("meta"))
     clip = comfy.sdxl_clip.SDXLClipModel(device=torch.device("meta"), dtype=torch.float16)
 
-    paths = target_linears(unet, TARGETS)
+    paths = target_layers(unet, TARGETS)
     shapes = {path: tuple(unet.get_submodule(path).weight.shape) for path in paths}
     modules = {path: (torch.ones(1, i), torch.ones(o, 1)) for path, (o, i) in shapes.items()}
     encoders = {"text_encoder": (12, 768), "text_encoder_2": (32, 1280)}

@@ -1,14 +1,15 @@
-"""The branched layer against a dense derivation of y = W0 x + Σ_i diag(m_i) B_i A_i x_i."""
+"""The branched layers against a dense derivation of y = W0 x + Σ_i diag(m_i) B_i A_i x_i."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unziplora.lora.inject import adapted_layers, add_lora, attention_linears, inject, remove
+from unziplora.lora.inject import TARGETS, adapted_layers, add_lora, attention_linears, inject, remove, target_layers
 from unziplora.lora.layer import BranchedLinear
 
 RANK, IN, OUT = 3, 8, 6
+RANKS = (("content", 3), ("style", 2))
 
 
 def pair(seed: int) -> tuple[Tensor, Tensor]:
@@ -120,6 +121,44 @@ def test_low_rank_products_run_in_the_precision_of_autocast(layer):
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.2)
 
 
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
+def test_a_convolution_with_branches_equals_one_with_the_dense_kernel(kernel, stride, padding):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(IN, OUT, kernel, stride, padding).requires_grad_(False)
+    model, x = nn.ModuleDict({"conv": conv}), torch.randn(2, IN, 7, 5)
+    pairs = {name: (torch.randn(rank, IN, kernel, kernel), torch.randn(OUT, rank, 1, 1)) for name, rank in RANKS}
+    branches = {name: add_lora(model, name, {"conv": pair}, strength=0.5)["conv"] for name, pair in pairs.items()}
+    leaves = {name: [factor.clone().requires_grad_() for factor in pair] for name, pair in pairs.items()}
+    added = [0.5 * torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down) for down, up in leaves.values()]
+    expected = F.conv2d(x, conv.weight + sum(added), conv.bias, stride, padding)
+    y = model["conv"](x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    weight = torch.randn_like(y)
+    (y * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for name, branch in branches.items():
+        torch.testing.assert_close(branch.down.grad, leaves[name][0].grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(branch.up.grad, leaves[name][1].grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(branches["style"].delta(), added[1].detach())
+    branches["style"].strength = 0.0
+    without = F.conv2d(x, conv.weight + added[0], conv.bias, stride, padding)
+    torch.testing.assert_close(model["conv"](x), without, rtol=1e-4, atol=1e-4)
+    branches["content"].strength = 0.0
+    assert torch.equal(model["conv"](x), conv(x)), "the frozen layer exactly"
+
+
+def test_targets_name_all_layers_of_the_blocks_but_those_of_time(tiny_base):
+    unet = tiny_base.unet
+    layers = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    others = {name for name in layers if "block" not in name or name.endswith(".time_emb_proj")}
+    targets = target_layers(unet, TARGETS)
+    assert set(targets) == layers - others
+    inject(unet, targets)
+    assert target_layers(unet, TARGETS) == targets, "adapted layers keep their names"
+    remove(unet)
+    assert not adapted_layers(unet)
+
+
 def test_injection_adapts_every_attention_layer_and_removal_restores_the_unet(tiny_base):
     unet = tiny_base.unet
     paths = attention_linears(unet)
@@ -137,7 +176,7 @@ def test_injection_adapts_every_attention_layer_and_removal_restores_the_unet(ti
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("up_blocks.9.attn", "no layer"), ("down_blocks.0", "not a linear layer")],
+    [("up_blocks.9.attn", "no layer"), ("down_blocks.0", "neither a linear layer nor a convolution")],
 )
 def test_injection_refuses_missing_and_other_layers(tiny_base, path, message):
     with pytest.raises(ValueError, match=message):

@@ -96,7 +96,7 @@ class TestConfig:
             ({"content": None}, "nothing to learn: give a word"),
             ({"prompts": ["a", "b", "c"]}, "3 prompts for 2 images"),
             ({"content": " "}, "must not be blank"),
-            ({"targets": ["convolutions"]}, "targets"),
+            ({"targets": ["embeddings"]}, "targets"),
             ({"optimizer": "prodigy"}, "set learning_rate to 1"),
             (
                 {"optimizer": "prodigy", "learning_rate": 1.0, "text_encoders": True},
@@ -115,11 +115,20 @@ class TestConfig:
         )
 
 
-def test_only_the_lora_trains_and_only_in_its_targets(tiny_base: Base, config: Make):
+@pytest.mark.parametrize(
+    ("targets", "ends"),
+    [
+        (["feed-forward", "projections"], (".proj", ".net.2", "proj_in", "proj_out")),
+        (["convolutions"], (".conv1", ".conv2", ".conv_shortcut", ".conv")),
+    ],
+)
+def test_only_the_lora_trains_and_only_in_its_targets(
+    tiny_base: Base, config: Make, targets: list[str], ends: tuple[str, ...]
+):
     frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
-    method = build(tiny_base, config(targets=["feed-forward", "projections"]))
+    method = build(tiny_base, config(targets=targets))
     run(method)
-    assert all(path.endswith((".proj", ".net.2", "proj_in", "proj_out")) for path in method.branches["content"])
+    assert all(path.endswith(ends) for path in method.branches["content"])
     assert all(branch.delta().abs().max() > 0 for branch in method.branches["content"].values())
     assert {"content"} == {name for layer in adapted_layers(tiny_base.unet).values() for name in layer.branches}
     remove(tiny_base.unet)

@@ -22,7 +22,7 @@ from unziplora.errors import MachineError, UserError
 from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.safetensors import body_hash, read_tensors
 from unziplora.lora.algebra import fold_output
-from unziplora.lora.inject import adapted_layers, add_lora, attention_linears
+from unziplora.lora.inject import TARGETS, adapted_layers, add_lora, attention_linears, target_layers
 from unziplora.lora.weights import Lora
 from unziplora.models.base import Base, Scale
 from unziplora.models.text import Prompts
@@ -149,7 +149,7 @@ def test_base_is_restored(tiny_base: Base, shared_base: Base, cat: Path):
     assert tiny_base.unet.state_dict().keys() == shared_base.unet.state_dict().keys()
 
 
-def test_convolutions_and_text_encoders_are_loaded_through_diffusers(fresh_base, shared_base: Base, tmp_path: Path):
+def test_convolutions_and_text_encoders_act_and_are_removed(fresh_base, shared_base: Base, tmp_path: Path):
     base = fresh_base()
     paths = [*attention_linears(base.unet), "down_blocks.1.resnets.0.conv1"]
     q = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
@@ -162,9 +162,18 @@ def test_convolutions_and_text_encoders_are_loaded_through_diffusers(fresh_base,
     assert not torch.allclose(changed, plain, atol=1e-2)
     torch.testing.assert_close(latents(SampleConfig(**{**config.model_dump(), "content_strength": 0}), base), plain)
     torch.testing.assert_close(generate_latents(base, "a cat", [0], FAST), plain)
-    both = SampleConfig(content=file, style=file, mode="separate", prompts=["x"], content_prompt="x", style_prompt="x")
-    with pytest.raises(UserError, match="--mode direct"):
-        latents(both, base)
+
+
+def test_convolutions_of_both_loras_act_with_separate_prompts(fresh_base, tmp_path: Path):
+    """Convolutions read no prompt: with three equal prompts both modes are the same."""
+    base = fresh_base()
+    paths = [*attention_linears(base.unet), "down_blocks.0.resnets.0.conv1", "up_blocks.0.upsamplers.0.conv"]
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("content", "style")}
+    for seed, file in enumerate(files.values()):
+        write_lora(Lora(tiny.random_lora(base.unet, seed, paths)), file, dtype="fp32")
+    direct = latents(SampleConfig(**files, mode="direct", prompts=["x"]), base)
+    words = {"prompts": ["x"], "content_prompt": "x", "style_prompt": "x"}
+    torch.testing.assert_close(latents(SampleConfig(**files, mode="separate", **words), base), direct)
 
 
 def test_text_encoder_lora_acts_on_all_prompts_has_a_strength_and_is_removed(fresh_base, shared_base: Base, tmp_path):
@@ -188,10 +197,11 @@ def test_text_encoder_lora_acts_on_all_prompts_has_a_strength_and_is_removed(fre
     )
 
 
-def test_diffusers_and_our_branches_agree(fresh_base, tmp_path: Path):
-    """The same file, once through PEFT and once through BranchedLinear."""
-    file = tmp_path / "lora.safetensors"
-    write_lora(Lora(tiny.random_lora(fresh_base().unet, 1)), file, dtype="fp32")
+@pytest.mark.parametrize("targets", [["attention"], TARGETS])
+def test_diffusers_and_our_branches_agree(fresh_base, tmp_path: Path, targets: list[str]):
+    """The same file, once through PEFT and once through our layers."""
+    file, unet = tmp_path / "lora.safetensors", fresh_base().unet
+    write_lora(Lora(tiny.random_lora(unet, 1, target_layers(unet, targets))), file, dtype="fp32")
     ours = latents(SampleConfig(content=file, prompts=["a cat"], content_strength=0.7), fresh_base())
     base = fresh_base()
     base.pipe.load_lora_weights(str(file), adapter_name="x")

@@ -60,6 +60,9 @@ SAVED = {
 }
 """Tensors saved by a forward pass with both LoRAs and prompt separation, counted one by one."""
 
+SAVED_BY_ALL = {(16, 128, 1): (25.6, 28.2), (16, 128, 4): (71.1, 73.3), (64, 256, 1): (101.4, 117.8)}
+"""The same of the bundled base, if both LoRAs adapt feed-forward layers too, and if they adapt convolutions too."""
+
 
 @pytest.fixture(scope="module")
 def sdxl() -> Sizes:
@@ -243,6 +246,15 @@ class TestActivations:
                 )
                 bound = 0.25 if checkpointing and base == "bundled" else 0.05
                 assert activation_bytes(config, sizes, loras, half) == pytest.approx(count * MIB, rel=bound)
+
+    def test_feed_forward_layers_and_convolutions_are_near_the_counts(self) -> None:
+        sizes = inspect_base("bundled")
+        for (rank, side, batch), counts in SAVED_BY_ALL.items():
+            for target, count in zip(("feed-forward", "convolutions"), counts, strict=True):
+                paths = filter_targets(sizes.names, ["attention", target])
+                config = recipe(rank=rank, resolution=side, batch_size=batch, base="bundled")
+                saved = activation_bytes(config, sizes, {"content": paths, "style": paths}, False)
+                assert saved == pytest.approx(count * MIB, rel=0.06)
 
     def test_blocks_before_the_first_adapted_one_keep_nothing(self, sdxl: Sizes) -> None:
         attention = filter_targets(sdxl.names, ["attention"])

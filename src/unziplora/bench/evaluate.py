@@ -90,7 +90,7 @@ def _present(**loras: Lora | None) -> dict[str, Lora]:
 def sample_task(base: Base, task: Task, seeds: Sequence[int], steps: int, guidance: float) -> list[Image.Image]:
     """Sample one image per seed and restore the base. Raises as `AttachedLoras` and `generate`."""
     loras = [NamedLora(name, lora, {}, f"{name} LoRA") for name, lora in task.loras.items()]
-    with AttachedLoras(base, loras, separate=task.prompts.separate):
+    with AttachedLoras(base, loras):
         return generate(base, task.prompts, seeds, Settings(steps=steps, guidance=guidance, batch_size=len(seeds)))
 
 

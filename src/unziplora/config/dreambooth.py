@@ -8,9 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from unziplora.config.recipe import expert, key
-from unziplora.config.training import SMALL, ImageConfig
-
-Target = Literal["attention", "feed-forward", "projections"]
+from unziplora.config.training import SMALL, ImageConfig, Target
 
 
 class DreamBoothConfig(ImageConfig):

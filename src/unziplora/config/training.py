@@ -13,6 +13,7 @@ from unziplora.config.recipe import Precision, Recipe, distinct, expert, key, na
 from unziplora.config.templates import fill, plain_words
 
 Fit = Literal["crop", "bucket", "pad"]
+Target = Literal["attention", "feed-forward", "projections", "convolutions"]
 
 SMALL: dict[str, Any] = {
     "rank": 16,

@@ -6,30 +6,33 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from unziplora.lora.algebra import shape
 from unziplora.lora.factors import JointFactors
-from unziplora.lora.layer import Branch, BranchedLinear, LayerGroup
+from unziplora.lora.layer import AdaptedLayer, Branch, BranchedConv, BranchedLinear, LayerGroup
 
 TARGETS = {
     "attention": (".to_q", ".to_k", ".to_v", ".to_out.0"),
     "feed-forward": (".ff.net.0.proj", ".ff.net.2"),
     "projections": (".proj_in", ".proj_out"),
+    "convolutions": (".conv1", ".conv2", ".conv_shortcut", "samplers.0.conv"),
 }
-"""Kinds of linear layers in a UNet's transformers → endings of their paths."""
+"""Kinds of layers in a UNet's blocks → endings of their paths; the convolutions are those between the transformers."""
 
 
-def adapted_layers(unet: nn.Module) -> dict[str, BranchedLinear]:
+def adapted_layers(unet: nn.Module) -> dict[str, AdaptedLayer]:
     """Return the adapted layers of a UNet by module path, such as `mid_block…attn1.to_q`."""
-    return {name: module for name, module in unet.named_modules() if isinstance(module, BranchedLinear)}
+    return {name: module for name, module in unet.named_modules() if isinstance(module, AdaptedLayer)}
 
 
-def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
-    """Wrap the named linear layers of a UNet in place, unless they are already, and return the adapted layers by path.
+def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, AdaptedLayer]:
+    """Wrap the named layers of a UNet in place, unless they are already, and return the adapted layers by path.
 
     Raises:
-        ValueError: a path is not that of a linear layer of this UNet.
+        ValueError: a path is not that of a linear layer or a convolution of this UNet.
     """
-    layers: dict[str, BranchedLinear] = {}
-    group: LayerGroup | None = next((layer.group for layer in adapted_layers(unet).values()), None)
+    layers: dict[str, AdaptedLayer] = {}
+    linears = (layer for layer in adapted_layers(unet).values() if isinstance(layer, BranchedLinear))
+    group: LayerGroup | None = next((layer.group for layer in linears), None)
     for path in paths:
         try:
             module = unet.get_submodule(path)
@@ -39,8 +42,11 @@ def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, BranchedLinear]:
             group = group or JointFactors(unet)
             module = group.layers[path] = BranchedLinear(module, group)
             unet.set_submodule(path, module)
-        if not isinstance(module, BranchedLinear):
-            raise ValueError(f"{path!r} is a {type(module).__name__}, not a linear layer")
+        elif isinstance(module, nn.Conv2d):
+            module = BranchedConv(module)
+            unet.set_submodule(path, module)
+        if not isinstance(module, AdaptedLayer):
+            raise ValueError(f"{path!r} is a {type(module).__name__}, neither a linear layer nor a convolution")
         layers[path] = module
     return layers
 
@@ -52,7 +58,7 @@ def add_lora(
     strength: float = 1.0,
     stream: str = "full",
 ) -> dict[str, Branch]:
-    """Add a LoRA (module path → A [rank, in], B [out, rank]) to a UNet in place and return its branches by path.
+    """Add a LoRA (module path → A and B, see `Branch`) to a UNet in place and return its branches by path.
 
     Raises:
         ValueError: a module is missing or of another shape.
@@ -61,8 +67,8 @@ def add_lora(
     for path, layer in inject(unet, modules).items():
         down, up = modules[path]
         weight = layer.base.weight
-        if (up.shape[0], down.shape[1]) != tuple(weight.shape):
-            raise ValueError(f"{path}: the LoRA is {up.shape[0]}×{down.shape[1]}, the layer {tuple(weight.shape)}")
+        if shape((down, up)) != tuple(weight.shape):
+            raise ValueError(f"{path}: the LoRA is {shape((down, up))}, the layer {tuple(weight.shape)}")
         branch = Branch(down.to(weight.device), up.to(weight.device), strength, stream)
         layer.branches[name] = branches[path] = branch
     return branches
@@ -71,11 +77,12 @@ def add_lora(
 def unwrap(unet: nn.Module, path: str) -> None:
     """Replace one adapted layer with its frozen linear layer."""
     layer = unet.get_submodule(path)
-    assert isinstance(layer, BranchedLinear), f"{path} is not adapted"
+    assert isinstance(layer, AdaptedLayer), f"{path} is not adapted"
     unet.set_submodule(path, layer.base)
-    del layer.group.layers[path]
-    if not layer.group.layers:
-        layer.group.detach()
+    if isinstance(layer, BranchedLinear):
+        del layer.group.layers[path]
+        if not layer.group.layers:
+            layer.group.detach()
 
 
 def remove(unet: nn.Module) -> None:
@@ -84,10 +91,10 @@ def remove(unet: nn.Module) -> None:
         unwrap(unet, path)
 
 
-def target_linears(unet: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Return the paths of some kinds of linear layers (`TARGETS`) in a UNet's transformers, in module order."""
-    linears = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, BranchedLinear))]
-    return filter_targets([name for name in linears if ".attentions." in name], targets)
+def target_layers(unet: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Return the paths of some kinds of layers (`TARGETS`) in a UNet's blocks, in module order."""
+    kinds = (nn.Linear, nn.Conv2d, AdaptedLayer)
+    return filter_targets([name for name, module in unet.named_modules() if isinstance(module, kinds)], targets)
 
 
 def filter_targets(paths: Iterable[str], targets: Iterable[str]) -> list[str]:
@@ -98,4 +105,4 @@ def filter_targets(paths: Iterable[str], targets: Iterable[str]) -> list[str]:
 
 def attention_linears(unet: nn.Module) -> list[str]:
     """Return the paths of q, k, v and out of every attention of a UNet, in module order (560 for SDXL)."""
-    return target_linears(unet, ["attention"])
+    return target_layers(unet, ["attention"])

@@ -1,4 +1,4 @@
-"""A frozen linear layer with any number of LoRA branches, each with its own input stream and column scale."""
+"""Frozen layers with any number of LoRA branches, each with its own column scale and, if linear, input stream."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from unziplora.lora.algebra import delta
 
 Factors = tuple[Tensor, Tensor]
 """Stacked A's [R, in] and diag(columns) B's [out, R] of branches that read the same input; R is the sum of ranks."""
@@ -20,11 +22,11 @@ STREAMS = ("full", "content", "style")
 
 
 class Branch(nn.Module):
-    """One LoRA of one linear layer: ΔW = strength · diag(mask ⊙ scale) B A (arXiv 2106.09685, 2412.04465).
+    """One LoRA of one layer: ΔW = strength · diag(mask ⊙ scale) B A (arXiv 2106.09685, 2412.04465).
 
     Attributes:
-        down: A, [rank, in].
-        up: B, [out, rank]. A new LoRA starts with zeros, so that ΔW = 0.
+        down: A, [rank, in], of a convolution [rank, in, kh, kw].
+        up: B, [out, rank], of a convolution [out, rank, 1, 1]. A new LoRA starts with zeros, so that ΔW = 0.
         scale: soft column scale, [out], one factor per output feature.
         mask: hard column mask, [out], 0 or 1; all ones if every column trains.
         strength: alpha / rank, times the strength set at inference.
@@ -53,9 +55,13 @@ class Branch(nn.Module):
         columns = self.mask * self.scale
         return columns if self.strength == 1.0 else columns * self.strength
 
+    def scaled_up(self) -> Tensor:
+        """Return diag(columns) B, in the shape of B."""
+        return self.columns().view(-1, *[1] * (self.up.dim() - 1)) * self.up
+
     def delta(self) -> Tensor:
-        """Return the dense update ΔW = diag(columns) B A, [out, in], in fp32."""
-        return (self.columns()[:, None] * self.up.float()) @ self.down.float()
+        """Return the dense update ΔW = diag(columns) B A in fp32, [out, in] or [out, in, kh, kw]."""
+        return delta((self.down, self.scaled_up()))
 
 
 class LayerGroup(Protocol):
@@ -67,7 +73,22 @@ class LayerGroup(Protocol):
         """Remove what the group has added to the UNet."""
 
 
-class BranchedLinear(nn.Module):
+class AdaptedLayer(nn.Module):
+    """A frozen layer, `base`, with LoRA branches by name."""
+
+    def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self.base = base
+        self.branches = nn.ModuleDict()
+
+    def branch(self, name: str) -> Branch:
+        """Return a branch by name."""
+        branch = self.branches[name]
+        assert isinstance(branch, Branch)
+        return branch
+
+
+class BranchedLinear(AdaptedLayer):
     """A frozen linear layer with LoRA branches: y = W0 x₀ + b + Σ_i ΔW_i x_i.
 
     An input of `n · in` features is n prompts' embeddings joined on the feature axis (`STREAMS`). The frozen layer
@@ -82,19 +103,13 @@ class BranchedLinear(nn.Module):
         factors: factors by stream, if the group has computed them for this forward pass.
     """
 
+    base: nn.Linear
+
     def __init__(self, base: nn.Linear, group: LayerGroup) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.group = group
-        self.branches = nn.ModuleDict()
         self.streams = 1
         self.factors: dict[int, Factors] | None = None
-
-    def branch(self, name: str) -> Branch:
-        """Return a branch by name."""
-        branch = self.branches[name]
-        assert isinstance(branch, Branch)
-        return branch
 
     @property
     def in_features(self) -> int:
@@ -170,7 +185,26 @@ class _Observed(torch.autograd.Function):
         return grad @ up.to(grad.dtype) @ down.to(grad.dtype), None, None, None, None
 
 
+class BranchedConv(AdaptedLayer):
+    """A frozen convolution with LoRA branches: y = W0 ∗ x + b + Σ_i B_i (A_i ∗ x) (LoCon, arXiv 2309.14859).
+
+    A convolution reads no prompt, so all branches have the same input. Each has the stride and the padding of W0.
+    """
+
+    base: nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in, h, w] to [B, out, h', w']."""
+        y = self.base(x)
+        branches = [branch for branch in map(self.branch, self.branches) if branch.strength]
+        if not branches:
+            return y
+        down, up = (factor.to(x.dtype) for factor in layer_factors(branches))
+        inner = F.conv2d(x, down, None, self.base.stride, self.base.padding, self.base.dilation)
+        return y + F.conv2d(inner, up)
+
+
 def layer_factors(branches: Sequence[Branch]) -> Factors:
     """Return the factors of one layer, whose branches may have any ranks and strengths."""
     down = torch.cat([branch.down for branch in branches])
-    return down, torch.cat([branch.columns()[:, None] * branch.up for branch in branches], dim=1)
+    return down, torch.cat([branch.scaled_up() for branch in branches], dim=1)

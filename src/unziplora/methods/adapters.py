@@ -174,30 +174,31 @@ def new_branches(
     stream: str = "full",
     official_code: bool = False,
 ) -> Branches:
-    """Add an untrained LoRA to a UNet's linear layers; its column scales are ones, and frozen."""
+    """Add an untrained LoRA to layers of a UNet; its column scales are ones, and frozen."""
     modules = {}
     for path, layer in inject(unet, paths).items():
         draw = generator(config.seed, "init", name, path)
-        modules[path] = initial_pair(layer.in_features, layer.out_features, config.rank, official_code, draw)
+        modules[path] = initial_pair(layer.base.weight.shape, config.rank, official_code, draw)
     branches = add_lora(unet, name, modules, (config.alpha or config.rank) / config.rank, stream)
     for branch in branches.values():
         branch.scale.requires_grad_(False)
     return branches
 
 
-def initial_pair(in_features: int, out_features: int, rank: int, official_code: bool, draw: torch.Generator) -> Pair:
+def initial_pair(weight: Sequence[int], rank: int, official_code: bool, draw: torch.Generator) -> Pair:
     """Draw the start of a LoRA: A [r, in] uniform in ±1/√in, B [out, r] zero, so that ΔW = 0 (arXiv 2106.09685).
 
     Args:
+        weight: shape of the layer's weight; of a convolution, in · kh · kw counts as `in`.
         official_code: draw both from a normal distribution with std 1/r, as UnZipLoRA's official code does.
     """
+    out, *inputs = weight
+    down_shape, up_shape = (rank, *inputs), (out, rank, *[1] * (len(inputs) - 1))
     if official_code:
-        shapes = (rank, in_features), (out_features, rank)
-        down, up = (torch.randn(shape, generator=draw) / rank for shape in shapes)
+        down, up = (torch.randn(shape, generator=draw) / rank for shape in (down_shape, up_shape))
         return down, up
-    bound = 1 / math.sqrt(in_features)
-    down = (torch.rand(rank, in_features, generator=draw) * 2 - 1) * bound
-    return down, torch.zeros(out_features, rank)
+    bound = 1 / math.sqrt(math.prod(inputs))
+    return (torch.rand(down_shape, generator=draw) * 2 - 1) * bound, torch.zeros(up_shape)
 
 
 def matrices(*loras: Branches) -> list[nn.Parameter]:
@@ -207,7 +208,7 @@ def matrices(*loras: Branches) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def folded(branches: Branches) -> dict[str, Pair]:
-    """Return a LoRA as pairs (A [r, in], B [out, r]) of strength 1: masks, scales and alpha folded into B."""
+    """Return a LoRA as pairs of A and B (see `Branch`) of strength 1: masks, scales and alpha folded into B."""
     parts = {path: fold_output((b.down, b.up), b.columns()) for path, b in branches.items()}
     return {path: (down.cpu(), up.cpu()) for path, (down, up) in parts.items()}
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from unziplora.config.dreambooth import DreamBoothConfig
-from unziplora.lora.inject import filter_targets, target_linears
+from unziplora.lora.inject import filter_targets, target_layers
 from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches
 from unziplora.methods.data import class_examples, image_examples
 from unziplora.models.base import Base
@@ -35,7 +35,7 @@ class DreamBooth(AdapterMethod[DreamBoothConfig, TrainingData]):
 
     def add_loras(self) -> None:
         name, config = self.config.product, self.config
-        self.branches = {name: new_branches(self.unet, name, target_linears(self.unet, config.targets), config)}
+        self.branches = {name: new_branches(self.unet, name, target_layers(self.unet, config.targets), config)}
         self.text = {name: self.data.text} if self.data.text else {}
 
     @classmethod

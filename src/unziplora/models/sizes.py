@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from unziplora.config.bases import BUNDLED_BASE, is_bundled
 from unziplora.errors import UserError
-from unziplora.lora.inject import TARGETS, target_linears
+from unziplora.lora.inject import TARGETS, target_layers
 from unziplora.models.base import BUNDLED, Scale, described, latent_side
 from unziplora.models.folder import PARTS, check_folder, read_config, usable_config
 from unziplora.models.hub import names_a_model
@@ -32,7 +32,8 @@ class Sizes(BaseModel):
         assumed: the base is not on this machine, and these are SDXL's sizes.
         resolution: the base's own, in pixels.
         text_features: sum of the in and out features of all q, k, v, out layers of the text encoders.
-        layers: (in, out) of every linear layer of the UNet's transformers, by module path.
+        layers: (in, out) of every layer of the UNet that a LoRA can adapt, by module path; of a convolution
+            (in · kh · kw, out).
     """
 
     source: str
@@ -75,7 +76,7 @@ def _inspect_folder(source: str, folder: Path | None) -> Sizes:
         parts = {name: build_part(folder, name, index) for name in PARTS}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     unet = parts["unet"]
-    layers = {path: unet.get_submodule(path) for path in target_linears(unet, TARGETS)}
+    layers = {path: unet.get_submodule(path) for path in target_layers(unet, TARGETS)}
     scale = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     return Sizes(
         source=source,
@@ -90,7 +91,7 @@ def _inspect_folder(source: str, folder: Path | None) -> Sizes:
             for path, module in part.named_modules()
             if path.rpartition(".")[2] in TEXT_TARGETS
         ),
-        layers={path: (layer.in_features, layer.out_features) for path, layer in layers.items()},
+        layers={path: (layer.weight[0].numel(), layer.weight.shape[0]) for path, layer in layers.items()},
         unet_config={key: value for key, value in unet.config.items() if not key.startswith("_")},
     )
 

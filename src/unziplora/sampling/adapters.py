@@ -1,4 +1,4 @@
-"""LoRAs attached to a base with adjustable strengths: our own branches where possible, PEFT's adapters otherwise."""
+"""LoRAs attached to a base with adjustable strengths: our own branches in the UNet, PEFT's in the text encoders."""
 
 from __future__ import annotations
 
@@ -38,14 +38,11 @@ class NamedLora:
 class AttachedLoras:
     """LoRAs in a base's UNet and text encoders, all at strength 1 at first; a context that removes them at its end."""
 
-    def __init__(self, base: Base, loras: list[NamedLora], separate: bool = False) -> None:
+    def __init__(self, base: Base, loras: list[NamedLora]) -> None:
         """Attach LoRAs to a base; `remove` restores it.
 
-        Args:
-            separate: the LoRAs see prompts of their own, which needs our own branches.
-
         Raises:
-            UserError: a LoRA does not fit the base, has no block of a name, or cannot see a prompt of its own.
+            UserError: a LoRA does not fit the base, or has no block of a name.
         """
         self.base = base
         self.names = [named.name for named in loras]
@@ -54,21 +51,11 @@ class AttachedLoras:
         loras = [replace(named, lora=scale_blocks(named.lora, named.blocks, named.source)) for named in loras]
         for named in loras:
             check_fits(named.lora, base.unet, named.source, f"base {base.name}")
-        convolutional = [named for named in loras if _has_convolutions(base, named)]
-        if convolutional and separate:
-            raise UserError(
-                f"{convolutional[0].source}: it changes convolutions, which cannot see a prompt of their own; use "
-                "--mode direct"
-            )
-        self._peft_unet = bool(convolutional)
-        self._peft_names = [named.name for named in loras if self._peft_unet or named.lora.text]
+        self._peft_names = [named.name for named in loras if named.lora.text]
         self._strengths = dict.fromkeys(self.names, 1.0)
         try:
             for named in loras:
-                if self._peft_unet:
-                    _load_peft(base, named)
-                else:
-                    self._add(named)
+                self._add(named)
             self.set_strengths()  # PEFT activates only the adapter that was loaded last
         except UserError:
             self.remove()
@@ -82,10 +69,9 @@ class AttachedLoras:
 
     def _add(self, named: NamedLora) -> None:
         stream = named.name if named.name in STREAMS else "full"
-        pairs = {path: (down.flatten(1), up.flatten(1)) for path, (down, up) in named.lora.modules.items()}
-        self._branches[named.name] = add_lora(self.base.unet, named.name, pairs, stream=stream)
+        self._branches[named.name] = add_lora(self.base.unet, named.name, named.lora.modules, stream=stream)
         if named.lora.text:
-            _load_peft(self.base, replace(named, lora=replace(named.lora, modules={})))
+            _load_text_encoders(self.base, named)
 
     def set_strengths(self, **strengths: float) -> None:
         """Set the strength of LoRAs by name; block strengths are part of their weights."""
@@ -134,31 +120,15 @@ def _delete_adapters(model: nn.Module, names: list[str], active: list[str]) -> N
     own = [name for name in names if name in present]
     if present - set(own):
         model.set_adapter(active)  # type: ignore[operator]
-    if own and isinstance(model, PreTrainedModel):
-        model.delete_adapter(own)
-    elif own:
-        model.delete_adapters(own)  # type: ignore[operator]
-    if present and present == set(own):
-        if isinstance(model, PreTrainedModel):
+    if own:  # of a text encoder
+        model.delete_adapter(own)  # type: ignore[operator]
+        if present == set(own):
             recurse_remove_peft_layers(model)
-        else:
-            model.unload_lora()  # type: ignore[operator]
 
 
-def _has_convolutions(base: Base, named: NamedLora) -> bool:
-    return any(isinstance(base.unet.get_submodule(path), nn.Conv2d) for path in named.lora.modules)
-
-
-def _load_peft(base: Base, named: NamedLora) -> None:
-    """Load the UNet's modules by diffusers' loader, whose default alpha is the rank: the pairs count as they are."""
-    state: dict[str, Tensor] = {}
-    for path, (down, up) in named.lora.modules.items():
-        state[f"unet.{path}.lora_A.weight"] = down.clone()
-        state[f"unet.{path}.lora_B.weight"] = up.clone()
+def _load_text_encoders(base: Base, named: NamedLora) -> None:
     try:
         with quiet(), base.forked_rng():
-            if state:
-                base.pipe.load_lora_weights(state, adapter_name=named.name)
             for name, encoder in zip(ENCODERS, base.text_encoders, strict=True):
                 _load_text(base, name, encoder, named)
     except (ValueError, RuntimeError, KeyError) as error:

@@ -189,7 +189,7 @@ def _ready(base: Base, prompts: Prompts) -> Iterator[None]:
         try:
             inject(unet, added)
         except ValueError as error:
-            raise UserError(f"three separate prompts need LoRAs on linear layers alone ({error})") from None
+            raise UserError(f"three separate prompts need cross-attentions without PEFT's adapters ({error})") from None
     try:
         yield
     finally:

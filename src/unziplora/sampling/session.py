@@ -67,8 +67,7 @@ def open_session(config: GenerationConfig, base: Base | None = None) -> Iterator
     files = {Path(named.source): named.lora.metadata.get("sshs_model_hash") for named in plan.loras}
     hashes = {shared_name(file): recorded or body_hash(file) for file, recorded in files.items()}
     kinds = {named.name: shared_name(Path(named.source)) for named in plan.loras}
-    separate = plan.prompts[0].separate
-    with computing_on(base.device), AttachedLoras(base, plan.loras, separate) as loras:
+    with computing_on(base.device), AttachedLoras(base, plan.loras) as loras:
         loras.set_strengths(**{name: getattr(config, f"{name}_strength") for name in loras.names})
         yield SamplingSession(base, loras, plan.prompts, plan.settings, hashes, kinds)
 
