@@ -121,6 +121,8 @@ def test_unknown_key_suggests_the_nearest() -> None:
         ({"crop": 7}, "crop: Input should be a valid list"),
         ({"fit": "stretch"}, "fit: "),
         ({"steps": 30}, "30 steps leave no room for 3 column warm-ups of 10"),
+        ({"targets": ["convolutions"]}, "convolutions have none: take 'convolutions' out of targets"),
+        ({"targets": []}, "targets"),
     ],
 )
 def test_each_wrong_value_is_named(changes: dict[str, Any], message: str) -> None:

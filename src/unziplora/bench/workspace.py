@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from unziplora.bench.cases import Case, Example
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import resolve
+from unziplora.config.split import SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.jobs.trainings import function_of
@@ -128,6 +129,8 @@ def training_settings(config: TrainingConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=without)
     settings["sample_steps"] = settings.pop("generated_steps")
     settings["sample_guidance"] = settings.pop("generated_guidance")
+    if isinstance(config, SplitConfig) and config.targets == ["attention"]:  # as before there was a choice
+        del settings["targets"]
     if settings.get("method") != "null-space":
         settings.pop("projection", None)
     if "official_code" in settings:

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from unziplora.config.bases import is_bundled
 from unziplora.config.recipe import expert, key
-from unziplora.config.training import SMALL, ImageConfig
+from unziplora.config.training import SMALL, ImageConfig, Target
 
 # The published recipe (paper, section 4, and the official code), with those faults of the code that
 # change the method (docs/method.md).
@@ -18,6 +18,7 @@ PAPER: dict[str, Any] = {
     "column_separation": True,
     "block_separation": True,
     "phrase_steps": 0,
+    "targets": ["attention"],
     "content_alone": 0.0,
     "content_variants": False,
     "style_alone": 0.0,
@@ -78,6 +79,7 @@ class SplitConfig(ImageConfig):
     scale_learning_rate: float = expert(5e-3, "Learning rate of the column scales.", "Training", ge=0)
 
     # method (UnZipLoRA, arXiv 2412.04465)
+    targets: list[Target] = expert(["attention"], "Layers of the UNet to adapt.", "Method", min_length=1)
     prompt_separation: bool = expert(True, "Give each LoRA its own prompt in cross-attention K and V.", "Method")
     column_separation: bool = expert(True, "Train only the most important output columns of each LoRA.", "Method")
     block_separation: bool = expert(True, "Train one LoRA fully in blocks known for content or style.", "Method")
@@ -177,6 +179,11 @@ class SplitConfig(ImageConfig):
                 f"{self.steps} steps leave no room for {self.column_periods} column warm-ups of "
                 f"{self.column_warmup}: raise steps, lower column_warmup or column_periods, "
                 "or switch column_separation off"
+            )
+        if self.column_separation and "convolutions" in self.targets:
+            raise ValueError(
+                "column separation chooses columns of linear layers, and convolutions have none: take 'convolutions' "
+                "out of targets, or switch column_separation off"
             )
         if (self.dino is None) != (self.clip is None):
             raise ValueError("the check takes two models, dino for the subject, clip for the style: set both or none")

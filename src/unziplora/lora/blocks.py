@@ -79,7 +79,7 @@ def check_blocks(blocks: BlockMap, paths: list[str]) -> None:
     """
     for block in (*blocks.content, *blocks.style):
         if not any(path.startswith(block + ".") for path in paths):
-            raise UserError(f"block map: the base has no attention layers in {block!r}")
+            raise UserError(f"block map: the LoRAs have no layers in {block!r}")
 
 
 _BLOCK_DEPTH = {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}

@@ -11,7 +11,7 @@ from splits import build, config, examples, scheduler
 
 from unziplora.errors import UserError
 from unziplora.lora.blocks import SDXL_BLOCKS, read_blocks
-from unziplora.lora.inject import adapted_layers, remove
+from unziplora.lora.inject import TARGETS, adapted_layers, remove, target_layers
 from unziplora.methods.adapters import TrainingData
 from unziplora.methods.unziplora.method import UnZipLora
 from unziplora.models.text import Conditioning
@@ -52,7 +52,23 @@ def test_every_combination_of_switches_trains_both_loras_and_never_the_base(tiny
     assert all(torch.equal(after[name], frozen[name]) for name in frozen)
 
 
-def test_untrained_loras_do_not_change_the_loss(tiny_base):
+def test_both_loras_learn_all_layers_that_are_targets(tiny_base):
+    frozen = {name: value.clone() for name, value in tiny_base.unet.state_dict().items()}
+    paths = target_layers(tiny_base.unet, TARGETS)
+    method = build(tiny_base, steps=3, column_separation=False, block_separation=False, targets=list(TARGETS))
+    run(method)
+    for name in ("content", "style"):
+        assert [path for path, b in method.branches[name].items() if b.delta().abs().max() > 0] == paths
+        for path, (down, up) in method.export()[name].modules.items():
+            dense = torch.einsum("or...,ri...->oi...", up, down)
+            torch.testing.assert_close(dense, method.branches[name][path].delta().detach())
+    remove(tiny_base.unet)
+    after = tiny_base.unet.state_dict()
+    assert all(torch.equal(after[name], frozen[name]) for name in frozen)
+
+
+@pytest.mark.parametrize("targets", [["attention"], list(TARGETS)])
+def test_untrained_loras_do_not_change_the_loss(tiny_base, targets):
     data = examples(tiny_base)
     plain = Examples(
         data.latents,
@@ -60,7 +76,7 @@ def test_untrained_loras_do_not_change_the_loss(tiny_base):
     )
     args = {"batch_size": 2}
     before = denoising_loss(tiny_base.unet, scheduler(tiny_base), plain, draw=generator("x"), **args)
-    build(tiny_base)
+    build(tiny_base, column_separation=False, targets=targets)
     after = denoising_loss(tiny_base.unet, scheduler(tiny_base), data, draw=generator("x"), **args)
     assert before.item() == after.item(), "ΔW = 0 at step 0"
 
@@ -361,7 +377,7 @@ def test_block_maps_are_read_from_files_and_checked(tmp_path, tiny_base, monkeyp
     assert blocks.owner("up_blocks.1.attentions.2.x") == "style"
     assert blocks.owner("up_blocks.10.attentions.2.x") is None
     file.write_text('content = ["up_blocks.7"]\nstyle = []')
-    with pytest.raises(UserError, match=r"no attention layers in 'up_blocks\.7'"):
+    with pytest.raises(UserError, match=r"the LoRAs have no layers in 'up_blocks\.7'"):
         build(tiny_base, blocks=str(file))
     file.write_text('content = ["mid_block"]\nstyle = ["mid_block"]')
     with pytest.raises(UserError, match="both content and style"):

@@ -21,7 +21,7 @@ from torch import Tensor
 from unziplora.config.recipe import KINDS
 from unziplora.config.split import SplitConfig
 from unziplora.lora.blocks import check_blocks, read_blocks
-from unziplora.lora.inject import attention_linears, filter_targets
+from unziplora.lora.inject import filter_targets, target_layers
 from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches, pair_views
 from unziplora.methods.unziplora import style_phrase
 from unziplora.methods.unziplora.check import check_loras, check_models
@@ -39,7 +39,7 @@ from unziplora.utils.progress import Callback
 
 
 class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
-    """A content and a style LoRA on all attentions of a UNet.
+    """A content and a style LoRA on a UNet; the paper's are on all its attentions.
 
     Attributes:
         columns: state of column separation, or None without it.
@@ -50,7 +50,7 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
     def add_loras(self) -> None:
         config = self.config
         self.text = {"style": self.data.text} if self.data.text else {}
-        paths, blocks = attention_linears(self.unet), read_blocks(config.blocks)
+        paths, blocks = target_layers(self.unet, config.targets), read_blocks(config.blocks)
         if config.block_separation:
             check_blocks(blocks, paths)
         owners = {path: blocks.owner(path) if config.block_separation else None for path in paths}
@@ -80,7 +80,7 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
 
     @classmethod
     def layers(cls, config: SplitConfig, paths: list[str]) -> dict[str, list[str]]:
-        return dict.fromkeys(KINDS, filter_targets(paths, ["attention"]))
+        return dict.fromkeys(KINDS, filter_targets(paths, config.targets))
 
     @classmethod
     def build(cls, config: SplitConfig, setup: Setup) -> UnZipLora:
