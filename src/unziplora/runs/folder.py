@@ -325,14 +325,18 @@ class RunFolder:
     def config(self, model: type[R]) -> R:
         """Read the configuration that the run began with.
 
+        The file has every key of the version that wrote it. A newer key is at its default, not as a preset has it now.
+
         Raises:
             UserError: this folder contains no run, or its configuration is damaged.
         """
         if not self.config_file.is_file():
             raise UserError(f"{self.path}: no run to resume here (it has no config.toml); leave --resume out")
         settings = read_toml(self.config_file)
+        fields = {name: field for name, field in model.model_fields.items() if not field.is_required()}
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
         try:
-            return resolve(model, settings)
+            return resolve(model, {name: value for name, value in defaults.items() if value is not None}, settings)
         except UserError as error:
             raise UserError(
                 f"{self.config_file}: {error}\nThis is a run of another command, or the file was edited or is damaged"
