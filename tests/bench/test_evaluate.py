@@ -228,16 +228,19 @@ class TestMethods:
 
     def test_ablation_adds_one_separation_at_a_time_to_the_same_settings(self, workspace: Workspace, cases: Cases):
         more = {"phrase_steps": 3, "content_alone": 0.5, "content_variants": True, "style_alone": 0.1}
+        more |= {"targets": ["attention", "convolutions"], "column_separation": False}
         workspace = replace(workspace, overrides={"unziplora": {**SMALL, **more}})
-        seen, told = [], []
+        seen, told, targets = [], [], []
         for name in ABLATION:
             (recipe,) = METHODS[name].recipes(workspace, cases["cat"], 0)
             assert isinstance(recipe, SplitConfig)
             assert recipe.steps == 2
             seen.append((recipe.prompt_separation, recipe.column_separation, recipe.block_separation))
             told.append((recipe.phrase_steps, recipe.content_alone, recipe.content_variants, recipe.style_alone))
+            targets.append(recipe.targets)
         assert seen[:4] == [(False,) * 3, (True, False, False), (True, True, False), (True,) * 3]
-        assert told == [*[(0, 0.0, False, 0.0)] * 4, (3, 0.0, False, 0.0), (3, 0.5, True, 0.1)]
+        assert told == [*[(0, 0.0, False, 0.0)] * 4, (3, 0.0, False, 0.0), *[(3, 0.5, True, 0.1)] * 2]
+        assert targets == [*[["attention"]] * 6, ["attention", "convolutions"]]
 
     def test_paper_has_published_settings_and_the_size_of_the_base(self, workspace: Workspace, cases: Cases):
         bundled = replace(workspace, config=workspace.config.model_copy(update={"base": "bundled"}))
@@ -251,7 +254,7 @@ class TestMethods:
             assert recipe.column_separation
             assert recipe.block_separation
             assert (recipe.optimizer, recipe.precision, recipe.column_warmup) == ("adamw", "fp32", 1)
-        assert (small.rank, small.content_learning_rate, small.steps) == (16, 2e-3, 240)
+        assert (small.rank, small.content_learning_rate, small.steps) == (16, 1e-3, 240)
         assert (large.rank, large.content_learning_rate, large.steps) == (64, 5e-5, 600)
 
     def test_oracle_trains_longer_with_a_prompt_per_image(self, workspace: Workspace, cases: Cases):

@@ -22,7 +22,7 @@ from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import resolve
 from unziplora.config.split import BUNDLED, PAPER, SplitConfig
 from unziplora.config.training import SMALL as SMALL_BASE
-from unziplora.config.trial import ADDITIONS, TrialConfig
+from unziplora.config.trial import ADDITIONS, CONVOLUTIONS, TrialConfig
 from unziplora.errors import Interrupted, MachineError, UserError
 from unziplora.jobs.queue import Queue
 from unziplora.jobs.state import find_runs
@@ -112,8 +112,13 @@ class TestArms:
         assert changed == {"out", *ADDITIONS}
         assert {name: getattr(more, name) for name in ADDITIONS} == {name: BUNDLED[name] for name in ADDITIONS}
         tied = {*SMALL_BASE, "content_learning_rate", "style_learning_rate", "schedule", "blocks", "phrase_words"}
-        tied |= {"column_separation", "block_separation", "column_warmup", "score_timesteps"}
-        assert set(BUNDLED) == {*ADDITIONS, *tied}
+        tied |= {"column_warmup", "score_timesteps"}
+        assert set(BUNDLED) == {*ADDITIONS, *CONVOLUTIONS, *tied}
+
+    def test_convolutions_come_without_columns_and_blocks(self, recipes: dict[str, list[Any]]):
+        (plain,), (more,) = recipes["default"], recipes["convolutions"]
+        assert {name for name, value in more if value != getattr(plain, name)} == {"out", *CONVOLUTIONS}
+        assert more.targets == ["attention", "convolutions"]
 
     def test_paper_is_the_preset_with_an_optimizer_that_runs_everywhere(self, recipes: dict[str, list[Any]]):
         (recipe,) = recipes["paper"]

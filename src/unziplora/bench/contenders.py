@@ -238,11 +238,14 @@ class Zipped(Contender):
 JOINT: dict[str, Any] = {"content_alone": 0.0, "content_variants": False, "style_alone": 0.0}
 """Settings that train both LoRAs in every step, on the unfiltered image."""
 
+ATTENTION: dict[str, Any] = {"targets": ["attention"]}
+"""Settings that adapt the layers that the paper adapts."""
+
 
 def _separations(count: int) -> dict[str, Any]:
     """Return settings with only the first `count` separations of the paper, and nothing beyond the paper."""
     names = ("prompt_separation", "column_separation", "block_separation")
-    return {**{name: number < count for number, name in enumerate(names)}, **JOINT, "phrase_steps": 0}
+    return {**{name: number < count for number, name in enumerate(names)}, **JOINT, **ATTENTION, "phrase_steps": 0}
 
 
 METHODS: dict[str, Contender] = {
@@ -255,7 +258,8 @@ METHODS: dict[str, Contender] = {
         Split("prompt", _separations(1)),
         Split("column", _separations(2)),
         Split("block", _separations(3)),
-        Split("words", JOINT),
+        Split("words", {**JOINT, **ATTENTION}),
+        Split("attention", ATTENTION),
         DreamBoothPair("dreambooth"),
         BLoraHalves("blora"),
         Zipped("ziplora", "zip"),

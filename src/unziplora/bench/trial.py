@@ -45,7 +45,10 @@ ARMS: dict[str, Contender] = {
     arm.name: arm
     for arm in (
         Untrained("base"),
-        *(Split(name, split_settings(name), name) for name in ("default", "default-x3", "default-x10", "additions")),
+        *(
+            Split(name, split_settings(name), name)
+            for name in ("default", "default-x3", "default-x10", "additions", "convolutions")
+        ),
         Paper("paper"),
         BLoraHalves("blora"),
         DreamBoothPair("dreambooth"),

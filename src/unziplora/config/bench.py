@@ -18,6 +18,7 @@ MethodName = Literal[
     "column",
     "block",
     "words",
+    "attention",
     "dreambooth",
     "blora",
     "ziplora",
@@ -25,9 +26,9 @@ MethodName = Literal[
     "direct",
     "oracle",
 ]
-ABLATION: tuple[MethodName, ...] = ("joint", "prompt", "column", "block", "words", "unziplora")
+ABLATION: tuple[MethodName, ...] = ("joint", "prompt", "column", "block", "words", "attention", "unziplora")
 """Joint training of two LoRAs without separation; then with one more of the paper's separations each; then the preset
-without its steps alone; then the preset."""
+on attention layers without its steps alone; then on attention layers; then the preset."""
 
 SEARCHED: tuple[MethodName, ...] = ("unziplora", "paper", "dreambooth", "blora", "ziplora")
 """Methods with settings of their own; the others inherit them from these, or have none to choose."""
@@ -55,8 +56,9 @@ class BenchConfig(Recipe):
     methods: list[MethodName] = key(
         [name for name in get_args(MethodName) if name != "paper"],
         "base: no LoRA; unziplora: its preset; paper: as published; joint, prompt, column, block: no separation, then "
-        "one more of the paper's each; words: the preset without its steps alone; dreambooth; ziplora, null-space, "
-        "direct: its LoRAs merged or added; blora; oracle: trained on the truth. The scale needs base and oracle.",
+        "one more of the paper's each; words: the preset on attention layers without its steps alone; attention: with "
+        "them; dreambooth; ziplora, null-space, direct: its LoRAs merged or added; blora; oracle: trained on the "
+        "truth. The scale needs base and oracle.",
         "Method",
         min_length=1,
     )

@@ -35,7 +35,7 @@ PAPER: dict[str, Any] = {
 BUNDLED: dict[str, Any] = {
     **SMALL,
     "steps": 240,
-    "content_learning_rate": 2e-3,
+    "content_learning_rate": 1e-3,
     "style_learning_rate": 1e-3,
     "schedule": "cosine",
     "column_separation": False,
@@ -50,6 +50,7 @@ BUNDLED: dict[str, Any] = {
         *("chalk drawing", "blueprint", "halftone", "pop", "flat icon", "ink line", "gradient cartoon"),
         *("black silhouette", "engraved", "cross stitch embroidery", "dots"),
     ],
+    "targets": ["attention", "convolutions"],  # the base has no attention where details are: at the latents' full size
     "content_alone": 0.6,
     "content_variants": True,
     "style_alone": 0.15,

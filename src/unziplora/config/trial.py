@@ -12,11 +12,16 @@ from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import Precision, Recipe, distinct, expert, key, natural_seeds
 from unziplora.config.split import BUNDLED, SplitConfig
 
-ArmName = Literal["base", "default", "default-x3", "default-x10", "additions", "paper", "blora", "dreambooth"]
+ArmName = Literal[
+    "base", "default", "default-x3", "default-x10", "additions", "convolutions", "paper", "blora", "dreambooth"
+]
 
 ADDITIONS = ("phrase_steps", "phrase_learning_rate", "content_alone", "content_variants", "style_alone")
 """Keys of the preset `bundled` that change the method. Its rates, rank, steps, batch, blocks, separations and words
 were chosen for the size and the world of the small base."""
+
+CONVOLUTIONS = ("targets", "column_separation", "block_separation")
+"""Keys of the preset `bundled` that adapt convolutions, which have no columns to separate."""
 
 FASTER = {"default-x3": 3, "default-x10": 10}
 """Arms that multiply the learning rates of the preset `default`."""
@@ -26,8 +31,8 @@ def split_settings(arm: str) -> dict[str, Any]:
     """Return the settings of an arm that trains by the preset `default` with changes."""
     names = ("content_learning_rate", "style_learning_rate") if arm in FASTER else ()
     rates = {name: FASTER[arm] * SplitConfig.model_fields[name].default for name in names}
-    added = {name: BUNDLED[name] for name in ADDITIONS} if arm == "additions" else {}
-    return {"preset": "default", **rates, **added}
+    added = {"additions": ADDITIONS, "convolutions": CONVOLUTIONS}.get(arm, ())
+    return {"preset": "default", **rates, **{name: BUNDLED[name] for name in added}}
 
 
 class TrialConfig(Recipe):
@@ -44,7 +49,8 @@ class TrialConfig(Recipe):
         list(get_args(ArmName)),
         "base: no LoRA; default: the preset; default-x3, default-x10: with 3 and 10 times its learning rates, because "
         "its LoRAs start at zero and the published code's at random; additions: with the preset bundled's phrase_steps "
-        "and steps alone; paper: the preset; blora; dreambooth: two LoRAs.",
+        "and steps alone; convolutions: with these too, and no columns or blocks; paper: the preset; blora; "
+        "dreambooth: two LoRAs.",
         "Method",
         min_length=1,
     )
