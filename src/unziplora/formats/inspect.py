@@ -17,6 +17,14 @@ from unziplora.formats.sdxl import has_sdxl_widths
 from unziplora.lora.algebra import norm
 from unziplora.lora.blocks import block_of
 
+_KINDS = {
+    "attention": r"\.attn[12]\.",
+    "feed-forward": r"\.ff\.",
+    "proj": r"\.proj_(in|out)$",
+    "convolution": r"\.conv\w*$",
+}
+"""Kinds of modules → patterns of their paths."""
+
 
 class Block(BaseModel):
     """Modules of one block and their share of the whole update: Σ‖ΔW‖² of the block over that of the file."""
@@ -137,10 +145,7 @@ def _problems(broken: list[str], untrained: bool, unread: list[str]) -> list[str
 
 
 def _kind(path: str) -> str:
-    for pattern, kind in ((r"\.attn[12]\.", "attention"), (r"\.ff\.", "feed-forward"), (r"\.proj_(in|out)$", "proj")):
-        if re.search(pattern, path):
-            return kind
-    return "other"
+    return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, path)), "other")
 
 
 def _counts(counts: dict[int, int] | dict[str, int]) -> str:
