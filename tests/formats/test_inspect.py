@@ -104,9 +104,11 @@ def test_malformed_tags_yield_no_trigger_words(tmp_path):
 
 
 def test_convolutions_are_counted_apart(tmp_path):
-    paths = (
-        "down_blocks.0.resnets.0.conv1 up_blocks.0.resnets.0.conv_shortcut down_blocks.0.downsamplers.0.conv".split()
-    )
+    paths = [
+        "down_blocks.0.resnets.0.conv1",
+        "up_blocks.0.resnets.0.conv_shortcut",
+        "down_blocks.0.downsamplers.0.conv",
+    ]
     pairs = {path: (torch.ones(1, 4, 3, 3), torch.ones(4, 1, 1, 1)) for path in paths}
     write_lora(Lora({**make().modules, **pairs}), tmp_path / "a.safetensors")
     assert inspect(tmp_path / "a.safetensors").kinds == {"attention": len(make().modules), "convolution": 3}

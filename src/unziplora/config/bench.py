@@ -39,14 +39,12 @@ class BenchConfig(Recipe):
 
     out: Path = key(Path("bench"), "Folder for runs, scores and report; the same command continues it.", "Input")
     base: str = key("bundled", "Base model: 'bundled', a diffusers folder, a hub id or a .safetensors file.", "Input")
-    split: Literal["dev", "test"] = key(
-        "dev", "dev: cases for choosing settings; test: cases for the final figures.", "Input"
-    )
+    split: Literal["dev", "test"] = key("dev", "dev: cases to choose settings on; test: for final figures.", "Input")
     cases: list[str] = expert([], "Cases by name; default: all of the split.", "Input")
     pictures: Path | None = key(
         None, "Folder of photos and words.toml to measure instead, by the models of clip, dino and csd.", "Input"
     )
-    quick: bool = key(False, "Only the first two cases and the first seed.", "Input")
+    quick: bool = key(False, "Only the first two cases and one seed.", "Input")
     settings: Path | None = key(
         None,
         "TOML file with settings per method, as a search writes it; a search keeps the keys that it does not try.",
@@ -56,9 +54,9 @@ class BenchConfig(Recipe):
     methods: list[MethodName] = key(
         [name for name in get_args(MethodName) if name != "paper"],
         "base: no LoRA; unziplora: its preset; paper: as published; joint, prompt, column, block: no separation, then "
-        "one more of the paper's each; words: the preset on attention layers without its steps alone; attention: with "
-        "them; dreambooth; ziplora, null-space, direct: its LoRAs merged or added; blora; oracle: trained on the "
-        "truth. The scale needs base and oracle.",
+        "one more of the paper's each; words, attention: the preset on attention, without and with its steps "
+        "alone; dreambooth; ziplora, null-space, direct: its LoRAs merged; blora; oracle: trained on the truth. The "
+        "scale needs base and oracle.",
         "Method",
         min_length=1,
     )

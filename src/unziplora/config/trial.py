@@ -47,10 +47,9 @@ class TrialConfig(Recipe):
 
     arms: list[ArmName] = key(
         list(get_args(ArmName)),
-        "base: no LoRA; default: the preset; default-x3, default-x10: with 3 and 10 times its learning rates, because "
-        "its LoRAs start at zero and the published code's at random; additions: with the preset bundled's phrase_steps "
-        "and steps alone; convolutions: with these too, and no columns or blocks; paper: the preset; blora; "
-        "dreambooth: two LoRAs.",
+        "base: no LoRA; default: the preset; default-x3, default-x10: with 3 and 10 times its learning rates; "
+        "additions: with the preset bundled's phrase_steps and steps alone; convolutions: with these as targets too, "
+        "without columns and blocks; paper: the preset; blora; dreambooth: two LoRAs.",
         "Method",
         min_length=1,
     )
