@@ -46,6 +46,7 @@ from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
 
 Make = Callable[..., ZipConfig]
+CONVOLUTION = "up_blocks.1.resnets.0.conv1"
 FEED = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
@@ -55,18 +56,24 @@ def pairs(unet: nn.Module, paths: list[str], rank: int, seed: int) -> dict[str, 
     draw = torch.Generator().manual_seed(seed)
     shapes = {path: unet.get_submodule(path).weight.shape for path in paths}
     return {
-        path: (torch.randn(rank, wide, generator=draw) / 4, torch.randn(out, rank, generator=draw) / 4)
-        for path, (out, wide) in shapes.items()
+        path: (
+            torch.randn(rank, *wide, generator=draw) / 4,
+            torch.randn(out, rank, *[1] * (len(wide) - 1), generator=draw) / 4,
+        )
+        for path, (out, *wide) in shapes.items()
     }
 
 
 @pytest.fixture(scope="session")
 def loras(shared_base: Base) -> dict[str, Lora]:
-    """A content LoRA of rank 2 on all attentions, a style LoRA of rank 3 on those of the decoder and one more layer."""
+    """A content LoRA of rank 2 on all attentions, a style LoRA of rank 3 on those of the decoder and one more layer.
+
+    Both change one convolution.
+    """
     attention = attention_linears(shared_base.unet)
-    decoder = [path for path in attention if path.startswith("up_blocks")]
+    decoder = [CONVOLUTION, *(path for path in attention if path.startswith("up_blocks"))]
     return {
-        "content": Lora(pairs(shared_base.unet, attention, 2, 1)),
+        "content": Lora(pairs(shared_base.unet, [*attention, CONVOLUTION], 2, 1)),
         "style": Lora(pairs(shared_base.unet, [*decoder, FEED], 3, 2)),
     }
 
@@ -145,6 +152,13 @@ class TestScale:
         torch.testing.assert_close(branch.delta(), torch.tensor([[10.0, 2.0], [30.0, 4.0]]))
         torch.testing.assert_close(branch.delta(), delta((torch.diag(columns), update)))
         assert not torch.equal(branch.delta(), delta((torch.eye(2), columns[:, None] * update)))
+
+    def test_scale_acts_on_the_input_channels_of_a_convolution(self):
+        down, up, columns = torch.randn(3, 4, 3, 3), torch.randn(5, 3, 1, 1), torch.rand(4)
+        branch = Branch(down.clone(), up.clone())
+        scale_input(branch).columns.data = columns
+        dense = torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+        torch.testing.assert_close(branch.delta(), torch.einsum("oihw,ij->ojhw", dense, torch.diag(columns)))
 
     def test_scale_switched_off_leaves_the_lora_unchanged(self):
         branch = Branch(torch.eye(2), torch.ones(2, 2))
@@ -235,7 +249,10 @@ class TestLoss:
             )[0]
 
         schedule = DDPMScheduler.from_config(plain.scheduler.config)
-        scaled = [{path: u * columns[n].get(path, 1.0) for path, u in updates[n].items()} for n in updates]
+        scaled = [  # input features are the second axis, of convolutions too
+            {p: (u.movedim(1, -1) * columns[n].get(p, 1.0)).movedim(-1, 1) for p, u in updates[n].items()}
+            for n in updates
+        ]
         derived = []
         for row, name in enumerate(("content", "style")):
             step = generator(5, "zip", name, 7)
@@ -477,9 +494,10 @@ class TestDirect:
         for path, pair in content.items():
             expected = delta(pair)
             if path in style:
-                _, s, vh = torch.linalg.svd(delta(style[path]))
+                _, s, vh = torch.linalg.svd(delta(style[path]).flatten(1))
                 kept = next(k for k in range(1, len(s) + 1) if (s[:k] ** 2).sum() >= 0.9 * (s**2).sum())
-                expected = expected @ (torch.eye(len(vh)) - share * vh[:kept].T @ vh[:kept])
+                projection = torch.eye(len(vh)) - share * vh[:kept].T @ vh[:kept]
+                expected = (expected.flatten(1) @ projection).reshape(expected.shape)
                 torch.testing.assert_close(delta(merged[path]), expected + delta(style[path]), rtol=1e-2, atol=1e-3)
             torch.testing.assert_close(delta(projected[path]), expected, rtol=1e-2, atol=1e-3)
         assert "null-space projection (arXiv 2511.11051)" in run.card.read_text()
@@ -584,13 +602,9 @@ class TestTextEncoders:
 
 
 class TestRefusals:
-    def test_convolutions_and_loras_without_common_layers_are_refused(
+    def test_loras_without_common_layers_are_refused(
         self, config: Make, loras: dict[str, Lora], files: dict[str, Path]
     ):
-        conv = {"down_blocks.0.resnets.0.conv1": (torch.ones(1, 8, 3, 3), torch.ones(8, 1, 1, 1))}
-        write_lora(Lora({**loras["style"].modules, **conv}), files["style"])
-        with pytest.raises(UserError, match="convolutions"):
-            zip_loras(config())
         write_lora(Lora({FEED: loras["style"].modules[FEED]}), files["style"])
         with pytest.raises(UserError, match=r"no layer in common(.|\n)*--method direct"):
             zip_loras(config())

@@ -117,16 +117,11 @@ def _summed(parts: list[dict[str, Pair]]) -> dict[str, Pair]:
 
 
 def check_zippable(config: ZipConfig, loras: Mapping[str, Lora]) -> None:
-    """Check that column scales can be put on the LoRAs: no convolutions, and a common layer.
+    """Check that the LoRAs have a common layer, whose columns can be scaled.
 
     Raises:
-        UserError: they cannot.
+        UserError: they have none.
     """
-    for name, lora in loras.items():
-        if any(down.dim() > 2 for down, _ in lora.modules.values()):
-            raise UserError(
-                f"{config.loras[name]}: it changes convolutions, which have no column scales; use --method direct"
-            )
     if not shared_layers(loras):
         raise UserError(
             f"{config.content_lora} and {config.style_lora} have no layer in common, so there is nothing "

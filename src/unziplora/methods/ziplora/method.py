@@ -74,7 +74,10 @@ SCALES = "scales"
 
 
 class InputScale(nn.Module):
-    """Soft scale m, [in], of a LoRA's input features, ones at the start: A diag(m) for A [rank, in]."""
+    """Soft scale m, [in], of a LoRA's input features, ones at the start: A diag(m) for A [rank, in].
+
+    The input features of a convolution, A [rank, in, kh, kw], are its channels.
+    """
 
     def __init__(self, down: Tensor) -> None:
         super().__init__()
@@ -82,7 +85,7 @@ class InputScale(nn.Module):
         self.on = True
 
     def forward(self, down: Tensor) -> Tensor:
-        return down * self.columns if self.on else down
+        return down * self.columns.view(-1, *[1] * (down.dim() - 2)) if self.on else down
 
 
 def scale_input(branch: Branch) -> InputScale:
