@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
     [
         ("dev", "dev", "dev"),
         ("gentle", "dev", "gentle"),
+        ("oracle-convolutions", "dev", "oracle-convolutions"),
         ("ablation", "dev", "ablation"),
         ("test", "test", "dev"),
         ("test-300", "test", "ablation"),
