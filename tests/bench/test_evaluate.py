@@ -228,7 +228,7 @@ class TestMethods:
 
     def test_ablation_adds_one_separation_at_a_time_to_the_same_settings(self, workspace: Workspace, cases: Cases):
         more = {"phrase_steps": 3, "content_alone": 0.5, "content_variants": True, "style_alone": 0.1}
-        more |= {"targets": ["attention", "convolutions"], "column_separation": False}
+        more |= {"style_variants": True, "targets": ["attention", "convolutions"], "column_separation": False}
         workspace = replace(workspace, overrides={"unziplora": {**SMALL, **more}})
         seen, told, targets = [], [], []
         for name in ABLATION:
@@ -236,10 +236,12 @@ class TestMethods:
             assert isinstance(recipe, SplitConfig)
             assert recipe.steps == 2
             seen.append((recipe.prompt_separation, recipe.column_separation, recipe.block_separation))
-            told.append((recipe.phrase_steps, recipe.content_alone, recipe.content_variants, recipe.style_alone))
+            alone = recipe.content_alone, recipe.content_variants, recipe.style_alone, recipe.style_variants
+            told.append((recipe.phrase_steps, *alone))
             targets.append(recipe.targets)
         assert seen[:4] == [(False,) * 3, (True, False, False), (True, True, False), (True,) * 3]
-        assert told == [*[(0, 0.0, False, 0.0)] * 4, (3, 0.0, False, 0.0), *[(3, 0.5, True, 0.1)] * 2]
+        joint = (0.0, False, 0.0, False)
+        assert told == [*[(0, *joint)] * 4, (3, *joint), *[(3, 0.5, True, 0.1, True)] * 2]
         assert targets == [*[["attention"]] * 6, ["attention", "convolutions"]]
 
     def test_paper_has_published_settings_and_the_size_of_the_base(self, workspace: Workspace, cases: Cases):

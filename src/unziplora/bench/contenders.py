@@ -235,8 +235,8 @@ class Zipped(Contender):
         return Adapters(merged, merged, merged) if self.method == "direct" else Adapters(content, style, merged)
 
 
-JOINT: dict[str, Any] = {"content_alone": 0.0, "content_variants": False, "style_alone": 0.0}
-"""Settings that train both LoRAs in every step, on the unfiltered image."""
+JOINT: dict[str, Any] = {"content_alone": 0.0, "content_variants": False, "style_alone": 0.0, "style_variants": False}
+"""Settings that train both LoRAs in every step, on the image as it is."""
 
 ATTENTION: dict[str, Any] = {"targets": ["attention"]}
 """Settings that adapt the layers that the paper adapts."""

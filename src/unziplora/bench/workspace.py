@@ -129,8 +129,10 @@ def training_settings(config: TrainingConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=without)
     settings["sample_steps"] = settings.pop("generated_steps")
     settings["sample_guidance"] = settings.pop("generated_guidance")
-    if isinstance(config, SplitConfig) and config.targets == ["attention"]:  # as before there was a choice
-        del settings["targets"]
+    if isinstance(config, SplitConfig):  # as before there was a choice
+        for key, only in {"targets": ["attention"], "style_variants": False}.items():
+            if settings[key] == only:
+                del settings[key]
     if settings.get("method") != "null-space":
         settings.pop("projection", None)
     if "official_code" in settings:

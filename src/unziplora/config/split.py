@@ -22,6 +22,7 @@ PAPER: dict[str, Any] = {
     "content_alone": 0.0,
     "content_variants": False,
     "style_alone": 0.0,
+    "style_variants": False,
     "column_warmup": 1,
     "score_timesteps": 1,
     "official_code": True,
@@ -51,9 +52,10 @@ BUNDLED: dict[str, Any] = {
         *("black silhouette", "engraved", "cross stitch embroidery", "dots"),
     ],
     "targets": ["attention", "convolutions"],  # the base has no attention where details are: at the latents' full size
-    "content_alone": 0.6,
+    "content_alone": 0.5,
     "content_variants": True,
-    "style_alone": 0.15,
+    "style_alone": 0.3,
+    "style_variants": True,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER, "bundled": BUNDLED}
@@ -136,6 +138,9 @@ class SplitConfig(ImageConfig):
         ge=0,
         lt=1,
     )
+    style_variants: bool = expert(
+        False, "In the steps of style_alone, train on the image turned and mirrored too.", "Method"
+    )
     content_prior: float = expert(0.0, "Weight of prior preservation for the content LoRA.", "Method", ge=0)
     style_prior: float = expert(0.0, "Weight of prior preservation for the style LoRA.", "Method", ge=0)
     prior_images: int = expert(16, "Number of class images per prior; the base generates them.", "Method", ge=1)
@@ -174,6 +179,11 @@ class SplitConfig(ImageConfig):
             raise ValueError(
                 "content_variants needs steps in which the content LoRA trains alone, and learned phrases; "
                 "set content_alone and phrase_steps above 0"
+            )
+        if self.style_variants and not self.style_alone:
+            raise ValueError(
+                "style_variants needs steps in which the style LoRA trains alone; set style_alone above 0, or switch "
+                "style_variants off"
             )
         if self.column_separation and self.steps // self.column_periods <= self.column_warmup:
             raise ValueError(

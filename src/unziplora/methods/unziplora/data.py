@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from unziplora.config.split import SplitConfig
+from unziplora.images.preprocess import to_tensor
 from unziplora.methods.adapters import TrainingData
 from unziplora.methods.data import class_examples, conditioning_of, image_examples, sizes_of
 from unziplora.methods.unziplora.style_phrase import learn_style_phrase
+from unziplora.models.offload import on_cpu
 from unziplora.models.text import Prompts
+from unziplora.models.vae import encode_images
 from unziplora.training.loss import Examples, to_device
 from unziplora.training.method import IMAGES, Setup
 
@@ -21,20 +27,43 @@ def encode_training_data(config: SplitConfig, setup: Setup) -> TrainingData:
         name: class_examples(setup, config, text, config.prior_images) for name, text in _class_prompts(config).items()
     }
     examples = image_examples(setup, config, prompts)
+    style_examples = in_all_orientations(setup, examples) if config.style_variants else examples
+    sizes = sizes_of(setup.images.groups[IMAGES])
 
-    def with_prompts(prompts: Prompts) -> Examples:
-        rows = conditioning_of(setup.base, prompts, sizes_of(setup.images.groups[IMAGES]))
+    def with_prompts(examples: Examples, prompts: Prompts) -> Examples:
+        rows = conditioning_of(setup.base, prompts, sizes).repeat(len(examples.latents) // len(sizes))
         return to_device(replace(examples, conditioning=rows), setup.base)
 
     text, alone = None, {}
-    if config.phrase_steps:
+    if config.phrase_steps:  # from here on the VAE may be on the CPU
         text, variants = learn_style_phrase(setup, config, images, examples)
-        examples = with_prompts(prompts)
+        examples = with_prompts(examples, prompts)
         if variants is not None:
             alone["content"] = variants
     if config.style_alone:  # not the full prompt, which names the content
-        alone["style"] = with_prompts(_shared(config, texts["style"]))
+        alone["style"] = with_prompts(style_examples, _shared(config, texts["style"]))
     return TrainingData(examples, alone, priors, text, images)
+
+
+def in_all_orientations(setup: Setup, examples: Examples) -> Examples:
+    """Return the images turned and mirrored, their weights too: all a first way, then all a second, and so on.
+
+    A style stays what it is; a drawing that comes in all orientations is harder to learn.
+    """
+    ways = zip(*(orientations(to_tensor(image)) for image in setup.images.of()), strict=True)
+    pixels = [image for way in ways for image in way]
+    weights = None if examples.weights is None else torch.cat(orientations(examples.weights))
+    with on_cpu([setup.base.unet]):
+        latents = encode_images(setup.base, pixels)
+    conditioning = examples.conditioning.repeat(len(latents) // len(examples.latents))
+    return to_device(Examples(latents, conditioning, weights), setup.base)
+
+
+def orientations(image: Tensor) -> list[Tensor]:
+    """Turn and mirror an image, [..., H, W]: in eight ways if it is square, else in the four of the same shape."""
+    turned = [image.rot90(quarters, (-2, -1)) for quarters in range(4)]
+    same = [way for way in turned if way.shape == image.shape]
+    return same + [way.flip(-1) for way in same]
 
 
 def check_prompts(config: SplitConfig) -> None:
