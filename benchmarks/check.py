@@ -43,7 +43,7 @@ class Checked(NamedTuple):
 def draw(base: Base, config: SplitConfig, prompts: list[str], lora: Lora | None) -> list[Image.Image]:
     """Draw as the check does, with one LoRA or with none."""
     settings = Settings(steps=drawing_steps(config), guidance=config.sample_guidance, batch_size=len(SEEDS))
-    with AttachedLoras(base, [NamedLora("lora", lora, {}, "lora")] if lora else [], separate=False):
+    with AttachedLoras(base, [NamedLora("lora", lora, {}, "lora")] if lora else []):
         return [image for prompt in prompts for image in generate(base, prompt, SEEDS, settings)]
 
 

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 from PIL import Image
@@ -48,8 +49,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder, "cat.png")
         Image.new("RGB", (64, 64)).save(image)
-        words = {"images": [image], "content": "cat", "style": "ink", "base": "bundled", "device": "cpu"}
-        rows = [Row(str(number), SplitConfig(out=Path(folder, str(number)), **words)) for number in range(count)]
+        words: dict[str, Any] = {"images": [image], "content": "cat", "style": "ink", "base": "bundled"}
+        recipes = (SplitConfig(out=Path(folder, str(number)), device="cpu", **words) for number in range(count))
+        rows = [Row(str(number), recipe) for number, recipe in enumerate(recipes)]
         start, before = time.perf_counter(), 0
         for done, result in enumerate(pick_engine("ray", "local")(rows, lambda event: None), 1):
             assert result.outcome == "finished", result.reason

@@ -67,9 +67,10 @@ def settings(name: str, options: argparse.Namespace, folder: Path) -> SplitConfi
     image = folder / "image.png"
     Image.effect_mandelbrot((1024, 1024), (-2, -1.5, 1, 1.5), 60).convert("RGB").save(image)
     # One choice of columns, in the first half, whose steps are not timed.
-    short = {"steps": options.steps, "column_periods": 1, "column_warmup": 1, "sample_seeds": [0], "sample_steps": 4}
-    place = {"images": [image], "content": "cat", "style": "ink", "out": folder / name, "base": str(options.base)}
-    return SplitConfig(**place, **short, device=options.device, **RUNS[name])
+    short: dict[str, Any] = {"steps": options.steps, "column_periods": 1, "column_warmup": 1}
+    short |= {"sample_seeds": [0], "sample_steps": 4}
+    place: dict[str, Any] = {"images": [image], "content": "cat", "style": "ink", "base": str(options.base)}
+    return SplitConfig(out=folder / name, **place, **short, device=options.device, **RUNS[name])
 
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -110,7 +111,7 @@ def main() -> None:
     if options.card:
         room = torch.cuda.get_device_properties(options.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.card * 2**30 / room))
-    result = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "runs": {}}
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "runs": {}}
     print(f"{result['device']}; torch {result['torch']}\n{HEAD}")
     with tempfile.TemporaryDirectory() as folder:
         for run in options.runs:

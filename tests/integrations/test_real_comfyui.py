@@ -253,7 +253,7 @@ def conditioning(base, texts, embedding=embed):
 
 def attached(base, loras, content=0.9, style=-0.6):
     named = [NamedLora(kind, Lora(lora.modules), {}, kind) for kind, lora in loras.items()]
-    result = AttachedLoras(base, named, separate=True)
+    result = AttachedLoras(base, named)
     result.set_strengths(content=content, style=style)
     return result
 
