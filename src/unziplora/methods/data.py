@@ -24,8 +24,13 @@ from unziplora.training.method import IMAGES, Setup
 
 def latents_of(base: Base, images: Sequence[Image.Image]) -> Tensor:
     """Encode images, [N, C, h, w]; the UNet makes room on a GPU."""
+    return latents_of_tensors(base, [to_tensor(image) for image in images])
+
+
+def latents_of_tensors(base: Base, images: Sequence[Tensor]) -> Tensor:
+    """Encode images in −1…1, [3, H, W] each, as `latents_of` does."""
     with on_cpu([base.unet]):
-        return encode_images(base, [to_tensor(image) for image in images])
+        return encode_images(base, images)
 
 
 def conditioning_of(base: Base, prompts: Prompts | list[str], sizes: Tensor) -> Conditioning:

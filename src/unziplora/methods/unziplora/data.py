@@ -10,11 +10,9 @@ from torch import Tensor
 from unziplora.config.split import SplitConfig
 from unziplora.images.preprocess import to_tensor
 from unziplora.methods.adapters import TrainingData
-from unziplora.methods.data import class_examples, conditioning_of, image_examples, sizes_of
+from unziplora.methods.data import class_examples, conditioning_of, image_examples, latents_of_tensors, sizes_of
 from unziplora.methods.unziplora.style_phrase import learn_style_phrase
-from unziplora.models.offload import on_cpu
 from unziplora.models.text import Prompts
-from unziplora.models.vae import encode_images
 from unziplora.training.loss import Examples, to_device
 from unziplora.training.method import IMAGES, Setup
 
@@ -48,15 +46,13 @@ def encode_training_data(config: SplitConfig, setup: Setup) -> TrainingData:
 def in_all_orientations(setup: Setup, examples: Examples) -> Examples:
     """Return the images turned and mirrored, their weights too: all a first way, then all a second, and so on.
 
-    A style stays what it is; a drawing that comes in all orientations is harder to learn.
+    A style stays what it is; a drawing that comes in all orientations is harder to learn. The conditioning is not
+    repeated: the caller replaces it.
     """
     ways = zip(*(orientations(to_tensor(image)) for image in setup.images.of()), strict=True)
-    pixels = [image for way in ways for image in way]
+    latents = latents_of_tensors(setup.base, [image for way in ways for image in way])
     weights = None if examples.weights is None else torch.cat(orientations(examples.weights))
-    with on_cpu([setup.base.unet]):
-        latents = encode_images(setup.base, pixels)
-    conditioning = examples.conditioning.repeat(len(latents) // len(examples.latents))
-    return to_device(Examples(latents, conditioning, weights), setup.base)
+    return replace(examples, latents=latents, weights=weights)
 
 
 def orientations(image: Tensor) -> list[Tensor]:
