@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
 from unziplora.lora.algebra import shape
 from unziplora.lora.factors import JointFactors
-from unziplora.lora.layer import AdaptedLayer, Branch, BranchedConv, BranchedLinear, LayerGroup
+from unziplora.lora.layer import AdaptedLayer, Branch, BranchedConv, BranchedLinear, LayerGroup, beneath_adapters
 
 TARGETS = {
     "attention": (".to_q", ".to_k", ".to_v", ".to_out.0"),
@@ -38,12 +39,13 @@ def inject(unet: nn.Module, paths: Iterable[str]) -> dict[str, AdaptedLayer]:
             module = unet.get_submodule(path)
         except AttributeError:
             raise ValueError(f"the UNet has no layer {path!r}") from None
-        if isinstance(module, nn.Linear):
+        frozen = beneath_adapters(module)  # PEFT's layer has the attributes of the one beneath that matter here
+        if isinstance(frozen, nn.Linear):
             group = group or JointFactors(unet)
-            module = group.layers[path] = BranchedLinear(module, group)
+            module = group.layers[path] = BranchedLinear(cast("nn.Linear", module), group)
             unet.set_submodule(path, module)
-        elif isinstance(module, nn.Conv2d):
-            module = BranchedConv(module)
+        elif isinstance(frozen, nn.Conv2d):
+            module = BranchedConv(cast("nn.Conv2d", module))
             unet.set_submodule(path, module)
         if not isinstance(module, AdaptedLayer):
             raise ValueError(f"{path!r} is a {type(module).__name__}, neither a linear layer nor a convolution")
@@ -75,7 +77,7 @@ def add_lora(
 
 
 def unwrap(unet: nn.Module, path: str) -> None:
-    """Replace one adapted layer with its frozen linear layer."""
+    """Replace one adapted layer with its frozen layer."""
     layer = unet.get_submodule(path)
     assert isinstance(layer, AdaptedLayer), f"{path} is not adapted"
     unet.set_submodule(path, layer.base)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,7 +75,7 @@ class LayerGroup(Protocol):
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen layer, `base`, with LoRA branches by name."""
+    """A frozen layer, `base`, with LoRA branches by name; adapters of PEFT that others added to it stay in `base`."""
 
     def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
@@ -195,13 +196,20 @@ class BranchedConv(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, in, h, w] to [B, out, h', w']."""
+        frozen = beneath_adapters(self.base)
+        assert isinstance(frozen, nn.Conv2d)
         y = self.base(x)
         branches = [branch for branch in map(self.branch, self.branches) if branch.strength]
         if not branches:
             return y
         down, up = (factor.to(x.dtype) for factor in layer_factors(branches))
-        inner = F.conv2d(x, down, None, self.base.stride, self.base.padding, self.base.dilation)
+        inner = F.conv2d(x, down, None, frozen.stride, frozen.padding, frozen.dilation)
         return y + F.conv2d(inner, up)
+
+
+def beneath_adapters(layer: nn.Module) -> nn.Module:
+    """Return a layer without the adapters of PEFT around it."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def layer_factors(branches: Sequence[Branch]) -> Factors:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig
-from torch import Tensor, nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unziplora.errors import UserError, first_line
@@ -47,16 +48,15 @@ class AttachedLoras:
         self.base = base
         self.names = [named.name for named in loras]
         self._branches: dict[str, dict[str, Branch]] = {}
-        self._active = {model: _active_adapters(model) for model in (base.unet, *base.text_encoders)}
+        self._active = {encoder: _active_adapters(encoder) for encoder in base.text_encoders}
         loras = [replace(named, lora=scale_blocks(named.lora, named.blocks, named.source)) for named in loras]
         for named in loras:
             check_fits(named.lora, base.unet, named.source, f"base {base.name}")
-        self._peft_names = [named.name for named in loras if named.lora.text]
         self._strengths = dict.fromkeys(self.names, 1.0)
         try:
             for named in loras:
                 self._add(named)
-            self.set_strengths()  # PEFT activates only the adapter that was loaded last
+            self.set_strengths()  # transformers activates only the adapter that was loaded last
         except UserError:
             self.remove()
             raise
@@ -76,8 +76,8 @@ class AttachedLoras:
     def set_strengths(self, **strengths: float) -> None:
         """Set the strength of LoRAs by name; block strengths are part of their weights."""
         self._strengths.update(strengths)
-        if self._peft_names:
-            self.base.pipe.set_adapters(self._peft_names, [self._strengths[name] for name in self._peft_names])
+        for encoder in self.base.text_encoders:
+            _set_adapters(encoder, self._active[encoder], {_peft_name(name): s for name, s in self._strengths.items()})
         for name, branches in self._branches.items():
             for branch in branches.values():
                 branch.strength = self._strengths[name]
@@ -94,9 +94,8 @@ class AttachedLoras:
 
     def remove(self) -> None:
         """Detach these LoRAs; branches and adapters that others attached stay, and are active as before."""
-        if self._peft_names:
-            for model, active in self._active.items():
-                _delete_adapters(model, self._peft_names, active)
+        for encoder, active in self._active.items():
+            _delete_adapters(encoder, list(map(_peft_name, self.names)), active)
         unet = self.base.unet
         for name, branches in self._branches.items():
             for path in branches:
@@ -104,26 +103,44 @@ class AttachedLoras:
                 del layer.branches[name]
                 if not layer.branches:
                     unwrap(unet, path)
-        self._branches, self._peft_names = {}, []
+        self._branches = {}
 
 
-def _active_adapters(model: nn.Module) -> list[str]:
-    if not getattr(model, "peft_config", None):
-        return []
-    active = model.active_adapters()  # type: ignore[operator]
-    return [active] if isinstance(active, str) else list(active)
+def _adapters(encoder: PreTrainedModel) -> set[str]:
+    return set(getattr(encoder, "peft_config", {}))
 
 
-def _delete_adapters(model: nn.Module, names: list[str], active: list[str]) -> None:
-    """Activate the adapters of others again and delete our own by name; PEFT's layers go with the last adapter."""
-    present = set(getattr(model, "peft_config", {}))
+def _active_adapters(encoder: PreTrainedModel) -> list[str]:
+    return list(encoder.active_adapters()) if _adapters(encoder) else []
+
+
+def _peft_name(name: str) -> str:
+    """Return the name of our adapter in a text encoder; `Run.load_into` and others may have taken the LoRA's own."""
+    return f"unziplora_{name}"
+
+
+def _set_adapters(encoder: PreTrainedModel, others: list[str], strengths: Mapping[str, float]) -> None:
+    """Set the strengths of our adapters by name, as far as the encoder has them; those of others stay active."""
+    own = {name: strength for name, strength in strengths.items() if name in _adapters(encoder)}
+    if own:
+        encoder.set_adapter([*others, *own])
+    for module in encoder.modules():
+        if isinstance(module, BaseTunerLayer):
+            for name, strength in own.items():
+                module.set_scale(name, strength)
+
+
+def _delete_adapters(encoder: PreTrainedModel, names: list[str], active: list[str]) -> None:
+    """Delete our own adapters and activate those of others again; PEFT's layers go with the last adapter."""
+    present = _adapters(encoder)
     own = [name for name in names if name in present]
+    if not own:
+        return
     if present - set(own):
-        model.set_adapter(active)  # type: ignore[operator]
-    if own:  # of a text encoder
-        model.delete_adapter(own)  # type: ignore[operator]
-        if present == set(own):
-            recurse_remove_peft_layers(model)
+        encoder.set_adapter(active)
+    encoder.delete_adapter(own)
+    if present == set(own):
+        recurse_remove_peft_layers(encoder)
 
 
 def _load_text_encoders(base: Base, named: NamedLora) -> None:
@@ -158,5 +175,5 @@ def _load_text(base: Base, name: str, encoder: PreTrainedModel, named: NamedLora
         state |= {f"{path}.lora_A.weight": down.clone(), f"{path}.lora_B.weight": up.clone()}
     if state:
         config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)  # strength 1
-        encoder.load_adapter(adapter_name=named.name, adapter_state_dict=state, peft_config=config)
+        encoder.load_adapter(adapter_name=_peft_name(named.name), adapter_state_dict=state, peft_config=config)
         encoder.to(dtype=encoder.dtype)  # PEFT creates adapters in fp32
