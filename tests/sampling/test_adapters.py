@@ -6,12 +6,13 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from unziplora.errors import UserError
 from unziplora.formats import writers
 from unziplora.lora.algebra import Pair
-from unziplora.lora.weights import Lora
+from unziplora.lora.weights import Lora, check_fits
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts, encode_batch
 from unziplora.sampling.adapters import AttachedLoras, NamedLora
@@ -145,11 +146,25 @@ def test_other_adapters_stay_active_in_text_encoders(fresh_base) -> None:
     assert not any("lora" in name for encoder in base.text_encoders for name, _ in encoder.named_parameters())
 
 
+def test_other_adapters_stay_active_in_the_unet(fresh_base) -> None:
+    base = fresh_base()
+    convolution = {"down_blocks.1.resnets.0.conv1": (torch.ones(2, 8, 3, 3), torch.ones(16, 2, 1, 1))}
+    other = LoraConfig(r=2, target_modules=["down_blocks.0.resnets.0.conv1"])
+    base.unet.add_adapter(other, adapter_name="theirs")
+    with AttachedLoras(base, [NamedLora("style", Lora(convolution), {}, "style.safetensors")]):
+        assert any("style" in name for name, _ in base.unet.named_parameters())
+        assert base.unet.active_adapters() == ["theirs"]
+    assert set(base.unet.peft_config) == {"theirs"}
+    assert base.unet.active_adapters() == ["theirs"]
+    assert not any("style" in name for name, _ in base.unet.named_parameters())
+
+
 def image(base: Base, prompts: Prompts | str = "a cat") -> Tensor:
     return generate_latents(base, prompts, [0], Settings(steps=2))
 
 
 LAYERS = ["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.1.resnets.0.conv1"]
+THEIRS = [*LAYERS, "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"]  # reads the prompts
 
 
 @torch.no_grad()
@@ -157,8 +172,8 @@ def test_adapters_of_others_add_up_with_ours_in_the_same_layers(fresh_base) -> N
     """The same two LoRAs, once both through PEFT and once one of them attached, under a name that is taken."""
     base = fresh_base()
     theirs, ours = (
-        Lora(tiny.random_lora(base.unet, seed, LAYERS), text=pairs(base, text))
-        for seed, text in ((1, CONTENT), (2, STYLE))
+        Lora(tiny.random_lora(base.unet, seed, layers), text=pairs(base, text))
+        for seed, layers, text in ((1, THEIRS, CONTENT), (2, LAYERS, STYLE))
     )
     for name, lora in (("style", theirs), ("ours", ours)):
         base.pipe.load_lora_weights(writers.diffusers({**lora.modules, **lora.text}, None)[0], adapter_name=name)
@@ -171,7 +186,8 @@ def test_adapters_of_others_add_up_with_ours_in_the_same_layers(fresh_base) -> N
         loras.set_strengths(style=0.5)
         for prompts in ("a cat", Prompts("a cat", "a cat", "a cat")):
             torch.testing.assert_close(image(base, prompts), expected, rtol=1e-4, atol=1e-4)
+        check_fits(ours, base.unet)
     torch.testing.assert_close(image(base), before, rtol=0, atol=0)
     assert base.pipe.get_active_adapters() == ["style"]
     base.pipe.unload_lora_weights()
-    assert all(type(base.unet.get_submodule(path)) in (nn.Linear, nn.Conv2d) for path in LAYERS)
+    assert all(type(base.unet.get_submodule(path)) in (nn.Linear, nn.Conv2d) for path in THEIRS)

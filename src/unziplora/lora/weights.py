@@ -37,7 +37,7 @@ def check_fits(lora: Lora, unet: nn.Module, name: str = "the LoRA", base: str = 
         UserError: a module is missing or of another shape; the message names the base that the LoRA was made for.
     """
     weights = {
-        path.removesuffix(".base").removesuffix(".base_layer"): tuple(module.weight.shape)
+        path.removesuffix(".base_layer").removesuffix(".base"): tuple(module.weight.shape)
         for path, module in unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }

@@ -76,8 +76,8 @@ class AttachedLoras:
     def set_strengths(self, **strengths: float) -> None:
         """Set the strength of LoRAs by name; block strengths are part of their weights."""
         self._strengths.update(strengths)
-        for encoder in self.base.text_encoders:
-            _set_adapters(encoder, self._active[encoder], {_peft_name(name): s for name, s in self._strengths.items()})
+        for encoder, others in self._active.items():
+            _set_adapters(encoder, others, {_peft_name(name): value for name, value in self._strengths.items()})
         for name, branches in self._branches.items():
             for branch in branches.values():
                 branch.strength = self._strengths[name]
@@ -94,8 +94,8 @@ class AttachedLoras:
 
     def remove(self) -> None:
         """Detach these LoRAs; branches and adapters that others attached stay, and are active as before."""
-        for encoder, active in self._active.items():
-            _delete_adapters(encoder, list(map(_peft_name, self.names)), active)
+        for encoder, others in self._active.items():
+            _delete_adapters(encoder, others, list(map(_peft_name, self.names)))
         unet = self.base.unet
         for name, branches in self._branches.items():
             for path in branches:
@@ -122,22 +122,23 @@ def _peft_name(name: str) -> str:
 def _set_adapters(encoder: PreTrainedModel, others: list[str], strengths: Mapping[str, float]) -> None:
     """Set the strengths of our adapters by name, as far as the encoder has them; those of others stay active."""
     own = {name: strength for name, strength in strengths.items() if name in _adapters(encoder)}
-    if own:
-        encoder.set_adapter([*others, *own])
+    if not own:
+        return
+    encoder.set_adapter([*others, *own])
     for module in encoder.modules():
         if isinstance(module, BaseTunerLayer):
             for name, strength in own.items():
                 module.set_scale(name, strength)
 
 
-def _delete_adapters(encoder: PreTrainedModel, names: list[str], active: list[str]) -> None:
+def _delete_adapters(encoder: PreTrainedModel, others: list[str], names: list[str]) -> None:
     """Delete our own adapters and activate those of others again; PEFT's layers go with the last adapter."""
     present = _adapters(encoder)
     own = [name for name in names if name in present]
     if not own:
         return
     if present - set(own):
-        encoder.set_adapter(active)
+        encoder.set_adapter(others)
     encoder.delete_adapter(own)
     if present == set(own):
         recurse_remove_peft_layers(encoder)

@@ -186,10 +186,7 @@ def _ready(base: Base, prompts: Prompts) -> Iterator[None]:
     if prompts.separate:
         cross = [name for name, _ in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
         added = [name for name in cross if not isinstance(unet.get_submodule(name), BranchedLinear)]
-        try:
-            inject(unet, added)
-        except ValueError as error:
-            raise UserError(f"three separate prompts need cross-attentions without PEFT's adapters ({error})") from None
+        inject(unet, added)
     try:
         yield
     finally:
