@@ -25,11 +25,14 @@ from recipes.base.optimizers import MuonAdamW, adamw
 from recipes.base.sheets import sheet
 from recipes.base.text import TextEncoders
 from recipes.base.vae import broad_images, open_vae
-from recipes.base.widen import widen_unet
+from recipes.base.widen import widen_first_level, widen_unet
 from recipes.base.world import World
 
 SHEET_STEPS = 20
 """Sampling steps of the images on a sheet."""
+
+TIME_WIDTH = 256
+"""Width of the timestep embedding, whatever the width of the first level."""
 
 
 def build_unet(settings: UnetSettings, latent_channels: int, text_width: int, pooled: int) -> UNet2DConditionModel:
@@ -45,6 +48,7 @@ def build_unet(settings: UnetSettings, latent_channels: int, text_width: int, po
         transformer_layers_per_block=tuple(settings.transformer_layers),
         attention_head_dim=tuple(settings.heads),
         cross_attention_dim=text_width,
+        time_embedding_dim=TIME_WIDTH,
         addition_embed_type="text_time",
         addition_time_embed_dim=settings.time_embedding,
         projection_class_embeddings_input_dim=6 * settings.time_embedding + pooled,
@@ -140,11 +144,13 @@ class UnetStage(Stage):
         self.batches = Batches(deck, s, recipe.seed, self.text.tokenizers)
 
     def start(self, init: Path | None) -> UNet2DConditionModel:
-        """Return an untrained UNet or that of an exported base, with the channels of the autoencoder."""
-        channels = self.vae.config.latent_channels
+        """Return an untrained UNet or that of an exported base, widened to the autoencoder and the recipe."""
+        channels, first_level = self.vae.config.latent_channels, self.settings.channels[0]
         if init:
             unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet", torch_dtype=torch.float32)
-            return widen_unet(unet, channels) if unet.config.in_channels < channels else unet
+            unet = widen_unet(unet, channels) if unet.config.in_channels < channels else unet
+            wider = unet.config.block_out_channels[0] < first_level
+            return widen_first_level(unet, first_level) if wider else unet
         width = sum(encoder.config.hidden_size for encoder in self.text.encoders)
         return build_unet(self.settings, channels, width, self.text.encoders[1].config.projection_dim)
 

@@ -21,7 +21,7 @@ from recipes.base.loop import train
 from recipes.base.roundtrip import roundtrip
 from recipes.base.unet import UnetStage, trained_pipeline
 from recipes.base.vae import VaeStage, broad_images, to_tensor
-from recipes.base.widen import widen_unet, widen_vae
+from recipes.base.widen import copied_channels, share_inputs, sources_along, widen_first_level, widen_unet, widen_vae
 from recipes.base.world import World
 from unziplora.bench.cases import load_cases
 
@@ -66,6 +66,51 @@ def test_wider_unet_keeps_predictions_and_predicts_zero_for_new_channels(folder:
         new = more(latents, t, hidden, added_cond_kwargs=added).sample
     assert torch.allclose(new[:, :16], old, atol=1e-5)
     assert torch.equal(new[:, 16:], torch.zeros_like(new[:, 16:]))
+
+
+class TestWiderFirstLevel:
+    """More channels at the latents' full size."""
+
+    def test_channels_are_copied_within_the_groups_of_norms(self):
+        assert copied_channels(8, 12, groups=2).tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 6, 7]
+
+    def test_channels_of_other_levels_come_first_and_stay(self):
+        sources = torch.tensor([0, 1, 0])
+        assert sources_along(4, 4, 2, sources).tolist() == [0, 1, 2, 3]
+        assert sources_along(6, 5, 2, sources).tolist() == [0, 1, 2, 3, 4, 3]
+        assert sources_along(6, 4, 2, sources).tolist() == [0, 1, 0, 2, 3, 2]
+
+    def test_readers_of_equal_copies_compute_what_they_did(self):
+        weight, index = torch.randn(5, 4, 3, 3), torch.tensor([0, 1, 2, 3, 1, 3])
+        wide, images = share_inputs(weight, index, torch.Generator().manual_seed(0)), torch.randn(2, 4, 6, 6)
+        before = torch.nn.functional.conv2d(images, weight)
+        after = torch.nn.functional.conv2d(images[:, index], wide)
+        assert torch.allclose(after, before, atol=1e-5)
+        assert not torch.allclose(wide[:, 1], wide[:, 4], atol=1e-3)  # or both would learn the same for ever
+
+    def test_unet_predicts_about_the_same(self, folder: Path):
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+        wide = widen_first_level(unet, 48)
+        assert wide.config.block_out_channels == (48, 32, 32)
+        latents, t = torch.randn(2, 16, 4, 4), torch.tensor([10, 700])
+        hidden, added = torch.randn(2, 77, 48), {"text_embeds": torch.randn(2, 32), "time_ids": torch.ones(2, 6)}
+        with torch.no_grad():
+            old = unet(latents, t, hidden, added_cond_kwargs=added).sample
+            new = wide(latents, t, hidden, added_cond_kwargs=added).sample
+        assert (new - old).square().mean() < 0.05 * old.square().mean()
+
+    def test_level_as_wide_as_the_next_is_refused(self, folder: Path):
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+        with pytest.raises(ValueError, match="cannot have 32 channels"):
+            widen_first_level(unet, 32)
+
+    def test_stage_widens_the_base_to_the_recipe(self, folder: Path, trained: Recipe, tmp_path: Path):
+        settings = trained.unet.model_copy(update={"channels": [48, 32, 32], "steps": 1})
+        recipe = trained.model_copy(update={"output": tmp_path / "next", "unet": settings})
+        assert train(UnetStage(recipe, folder), After(1000))
+        pipe, _ = trained_pipeline(recipe)
+        assert pipe.unet.config.block_out_channels == (48, 32, 32)
+        assert pipe("a key", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
 
 
 @pytest.mark.slow
