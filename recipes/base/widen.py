@@ -8,8 +8,10 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 TIMESTEPS = 1000
+"""Timesteps of the schedule that the base is trained with."""
+
 COPY_NOISE = 0.3
-"""Noise on the weights of copied inputs, as a share of the weights' spread. Copies that are equal stay equal."""
+"""Noise on the weights of copied inputs, as a share of their spread. Without it, equal copies would stay equal."""
 
 
 @torch.no_grad()
@@ -47,7 +49,7 @@ def widen_first_level(unet: UNet2DConditionModel, channels: int) -> UNet2DCondit
     Norms over groups with copied channels and the finer timestep frequencies change the result a little.
 
     Raises:
-        ValueError: the second level has as many channels, and so no layer that fits the first level's to its own.
+        ValueError: the second level has as many channels. It would have no shortcut convolution, and the base has one.
     """
     width, second = unet.config.block_out_channels[:2]
     if channels == second:
