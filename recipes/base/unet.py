@@ -57,6 +57,18 @@ def build_unet(settings: UnetSettings, latent_channels: int, text_width: int, po
     )
 
 
+def check_levels(unet: UNet2DConditionModel, settings: UnetSettings, init: Path) -> None:
+    """Raise ValueError if a recipe would not build this UNet: its checkpoint could not be exported."""
+    for key, name in (
+        ("channels", "block_out_channels"),
+        ("heads", "attention_head_dim"),
+        ("transformer_layers", "transformer_layers_per_block"),
+    ):
+        has, asked = list(unet.config[name]), getattr(settings, key)
+        if has != asked:
+            raise ValueError(f"unet.{key} is {asked} in the recipe and {has} in {init}: set it to {has}")
+
+
 def build_scheduler() -> DDIMScheduler:
     """Return a v-prediction scheduler with SDXL's betas, rescaled so that the last step is pure noise.
 
@@ -144,13 +156,19 @@ class UnetStage(Stage):
         self.batches = Batches(deck, s, recipe.seed, self.text.tokenizers)
 
     def start(self, init: Path | None) -> UNet2DConditionModel:
-        """Return an untrained UNet or that of an exported base, widened to the autoencoder and the recipe."""
+        """Return an untrained UNet or that of an exported base, widened to the autoencoder and the recipe.
+
+        Raises:
+            ValueError: the base's UNet has other levels than the recipe, besides a narrower first one.
+        """
         channels, first_level = self.vae.config.latent_channels, self.settings.channels[0]
         if init:
             unet = UNet2DConditionModel.from_pretrained(init, subfolder="unet", torch_dtype=torch.float32)
             unet = widen_unet(unet, channels) if unet.config.in_channels < channels else unet
-            wider = unet.config.block_out_channels[0] < first_level
-            return widen_first_level(unet, first_level) if wider else unet
+            if unet.config.block_out_channels[0] < first_level:
+                unet = widen_first_level(unet, first_level)
+            check_levels(unet, self.settings, init)
+            return unet
         width = sum(encoder.config.hidden_size for encoder in self.text.encoders)
         return build_unet(self.settings, channels, width, self.text.encoders[1].config.projection_dim)
 

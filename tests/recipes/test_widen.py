@@ -112,6 +112,16 @@ class TestWiderFirstLevel:
         assert pipe.unet.config.block_out_channels == (48, 32, 32)
         assert pipe("a key", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
 
+    @pytest.mark.parametrize(
+        "change", [{"channels": [16, 32, 64]}, {"heads": [1, 1, 2]}, {"transformer_layers": [1, 1, 1]}]
+    )
+    def test_stage_refuses_a_base_with_other_levels(self, folder: Path, trained: Recipe, tmp_path: Path, change: dict):
+        settings = trained.unet.model_copy(update=change)
+        recipe = trained.model_copy(update={"output": tmp_path / "next", "unet": settings})
+        (key,) = change
+        with pytest.raises(ValueError, match=rf"unet\.{key} is .* in the recipe and .* in .*base"):
+            UnetStage(recipe, folder)
+
 
 @pytest.mark.slow
 def test_wider_base_trains_and_exports(folder: Path, wide: Recipe, tmp_path: Path) -> None:
