@@ -8,6 +8,9 @@ from pathlib import Path
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
+SDXL_FILE = "sd_xl_base_1.0"
+"""Start of the name of Stability's own files of it; one has another VAE."""
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """A model's name on the hub, owner/name."""
 

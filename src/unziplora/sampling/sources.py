@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unziplora.config.bases import SDXL, is_bundled
+from unziplora.config.bases import SDXL, SDXL_FILE, is_bundled
 from unziplora.config.recipe import KINDS
 from unziplora.config.sample import GenerationConfig
 from unziplora.config.templates import fill
@@ -37,7 +37,7 @@ class LoraSource:
     def base(self) -> str | None:
         """Base that the LoRA was trained on, as its run or its header names it; None if neither does."""
         name = str(self.settings.get("base") or self.header.get("ss_sd_model_name") or "")
-        if name.startswith("sd_xl_base_1.0"):  # the name of Stability's own file
+        if name.startswith(SDXL_FILE):
             return SDXL
         return "bundled" if name and is_bundled(name) else name or None
 
@@ -177,13 +177,19 @@ def training_base(sources: Iterable[LoraSource]) -> str | None:
         UserError: they were trained on different ones.
     """
     bases = {source.base: source.file for source in sources if source.base}
-    for base in list(bases):  # headers contain only the last part of a path
-        if any(base != other and base == Path(other).name for other in bases):
+    for base in list(bases):
+        if any(base != other and _is_last_part(base, other) for other in bases):
             del bases[base]
     if len(bases) > 1:
         pairs = ", ".join(f"{file} on {base}" for base, file in bases.items())
         raise UserError(f"the LoRAs were trained on different bases ({pairs}): choose one with --base")
     return next(iter(bases), None)
+
+
+def _is_last_part(base: str, other: str) -> bool:
+    """Return whether a base's name is all that a header tells of another's path: its last part, or SDXL's for it."""
+    name = Path(other).name
+    return base == name or (base == SDXL and name.startswith(SDXL_FILE))
 
 
 def require_available(base: str | None, sources: Iterable[LoraSource]) -> str | None:
