@@ -11,6 +11,12 @@ from unziplora.config.sample import SCHEDULERS
 from unziplora.errors import UserError
 from unziplora.models.base import Base
 
+_NOISE_SCHEDULE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    *("rescale_betas_zero_snr", "timestep_spacing", "steps_offset"),
+)
+"""Keys of a scheduler's configuration that belong to the base. The others, such as Karras sigmas, are the sampler's."""
+
 
 def make_scheduler(base: Base, name: str = "base") -> Any:
     """Create a scheduler of `SCHEDULERS`; 'base' is the one that the base comes with.
@@ -21,10 +27,12 @@ def make_scheduler(base: Base, name: str = "base") -> Any:
     Raises:
         UserError: it lacks zero-terminal SNR, which the base needs.
     """
+    config = base.scheduler.config
     if name == "base":
         kind, changes = type(base.scheduler), {}
     else:
         kind, changes = getattr(diffusers, SCHEDULERS[name][0]), dict(SCHEDULERS[name][1])
+        config = {key: config[key] for key in _NOISE_SCHEDULE if key in config}
     if base.zero_terminal_snr:
         if "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
             raise UserError(
@@ -32,4 +40,4 @@ def make_scheduler(base: Base, name: str = "base") -> Any:
                 "ddim or dpm++_2m"
             )
         changes["timestep_spacing"] = "trailing"
-    return kind.from_config(base.scheduler.config, **changes)
+    return kind.from_config(config, **changes)
