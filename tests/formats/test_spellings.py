@@ -4,6 +4,7 @@ import json
 import warnings
 
 import pytest
+import tiny
 import torch
 from lora_files import store
 
@@ -195,6 +196,43 @@ def test_peft_adapters_follow_their_configuration(tmp_path, start, use_rslora):
             alpha = {Q: 2, OUT: 16}.get(name, 6)
             strength = alpha / (RANK**0.5 if use_rslora else RANK)
             torch.testing.assert_close(dense(*found[name]), strength * dense(*factors), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("end", ["", "$"])
+def test_a_pattern_that_begins_with_a_caret_is_the_whole_path(tmp_path, end):
+    pairs = unet_pairs()
+    whole, part = f"^{Q}{end}".replace(".", r"\."), f"^{Q.partition('.')[2]}{end}"
+    config = {"unet.lora_alpha": 6, "unet.alpha_pattern": {part: 5, whole: 2}}
+    header = {"lora_adapter_metadata": json.dumps(config)}
+    path = write(tmp_path, {f"unet.{name}": factors for name, factors in pairs.items()}, ROLES["PEFT"], metadata=header)
+    found = read_lora(path).modules
+    for name, factors in pairs.items():
+        expected = (2 if name == Q else 6) / RANK * dense(*factors)
+        torch.testing.assert_close(dense(*found[name]), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("level", ["", "text_model."])
+def test_a_pattern_of_a_text_encoder_has_either_spelling(tmp_path, level):
+    name, factors = "encoder.layers.1.self_attn.q_proj", pair(16, 16)
+    config = {"text_encoder.lora_alpha": 6, "text_encoder.alpha_pattern": {f"^{level}{name}": 2}}
+    header = {"lora_adapter_metadata": json.dumps(config)}
+    path = write(tmp_path, {f"text_encoder.{name}": factors}, ROLES["PEFT"], metadata=header)
+    (found,) = read_lora(path).text.values()
+    torch.testing.assert_close(dense(*found), 2 / RANK * dense(*factors))
+
+
+def test_mixed_ranks_saved_again_by_diffusers_keep_their_updates(tmp_path):
+    pipe = tiny.pipeline()
+    paths = [f"mid_block.attentions.0.transformer_blocks.0.attn1.to_{letter}" for letter in "qkv"]
+    layers = [pipe.unet.get_submodule(path) for path in paths]
+    factors = [pair(layer.in_features, layer.out_features, number) for number, layer in enumerate(layers)]
+    wanted = dict(zip(paths, factors, strict=True))
+    wanted[paths[0]] = factors[0][0][:2], factors[0][1][:, :2]
+    pipe.load_lora_weights(write(tmp_path, {f"unet.{path}": one for path, one in wanted.items()}, ROLES["PEFT"]))
+    pipe.unet.save_lora_adapter(tmp_path / "again", weight_name="again.safetensors", adapter_name="default_0")
+    found = read_lora(tmp_path / "again" / "again.safetensors").modules
+    for path, one in wanted.items():
+        torch.testing.assert_close(dense(*found[path]), dense(*one))
 
 
 STARTS = ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "something new"]

@@ -31,11 +31,19 @@ class AdapterConfig:
 
     def alpha_of(self, path: str) -> float:
         """Return a module's alpha by the first pattern that is its path or the end of it, as PEFT does."""
-        return next((a for end, a in self.patterns.items() if f".{path}".endswith(f".{end}")), self.alpha)
+        return next((alpha for pattern, alpha in self.patterns.items() if _is_named(path, pattern)), self.alpha)
 
     def strength(self, path: str, rank: int) -> float:
         """Return the factor of a module's B A; with rsLoRA it is alpha / √rank (arXiv 2312.03732)."""
         return self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+
+def _is_named(path: str, pattern: str) -> bool:
+    """Return whether a pattern is a module's path or the end of it; one that begins with "^" is the whole path."""
+    if not pattern.startswith("^"):
+        return f".{path}".endswith(f".{pattern}")
+    whole = pattern[1:]
+    return path in (whole, f"text_model.{whole}")  # a level that transformers 5 leaves out
 
 
 def read_adapter_config(text: str, source: str) -> dict[str, AdapterConfig]:
@@ -67,8 +75,8 @@ def read_adapter_config(text: str, source: str) -> dict[str, AdapterConfig]:
 def _parse(config: dict[str, Any], source: str) -> AdapterConfig:
     patterns = {}
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        path = pattern.replace("\\.", ".")
-        if not re.fullmatch(r"[\w.-]+", path):
+        path = pattern.replace("\\.", ".").removesuffix("$")
+        if not re.fullmatch(r"\^?[\w.-]+", path):  # diffusers begins paths with "^"
             raise UserError(f"{source}: alpha_pattern has a regular expression, {pattern[:80]!r}; name the modules")
         patterns[path] = _alpha(alpha)
     return AdapterConfig(_alpha(config["lora_alpha"]), patterns, bool(config.get("use_rslora")))
