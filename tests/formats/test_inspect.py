@@ -2,6 +2,7 @@ import json
 
 import pytest
 import sdxl
+import tiny
 import torch
 from lora_files import TEXT, header_of, kohya, make, same, store
 from PIL import Image
@@ -185,6 +186,24 @@ def test_a_block_that_sdxl_does_not_have_is_of_another_base(tmp_path):
     deep = {"down_blocks.1.attentions.0.transformer_blocks.2.attn1.to_q": (torch.ones(1, 640), torch.ones(640, 1))}
     write_lora(Lora({**full(".attn1").modules, **deep}), tmp_path / "a.safetensors")
     assert inspect(tmp_path / "a.safetensors").base == "a base of SDXL's topology, of another size"
+
+
+@pytest.mark.parametrize(
+    "kind", ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"]
+)
+@pytest.mark.parametrize("small", [True, False])
+def test_layers_outside_transformers_tell_the_size_of_the_base_too(tmp_path, kind, small):
+    unet = tiny.unet() if small else sdxl.unet()
+    weights = {path: module.weight for path, module in unet.named_modules() if path.endswith(f".{kind}")}
+    pairs = {
+        path: (torch.ones(1, *weight.shape[1:]), torch.ones(len(weight), 1, *[1] * (weight.ndim - 2)))
+        for path, weight in weights.items()
+    }
+    assert len(pairs) >= 2
+    write_lora(Lora(pairs), tmp_path / "a.safetensors")
+    found = inspect(tmp_path / "a.safetensors")
+    assert found.base == ("a base of SDXL's topology, of another size" if small else "SDXL")
+    assert found.loads_in["ComfyUI"].answer == ("no" if small else "yes")
 
 
 def test_verdict_on_an_unchecked_layout_is_unknown(tmp_path):

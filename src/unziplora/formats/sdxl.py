@@ -187,12 +187,15 @@ def text_module(name: str) -> str:
 _CROSS = re.compile(r"attn2\.to_[kv]$")
 _SELF = re.compile(r"attn1\.to_[qkv]$")
 _SQUARE = re.compile(r"attn1\.to_[kv]$|attn[12]\.to_(q|out\.0)$|attentions\.\d+\.proj_(in|out)$")
+_LEVEL_WIDE = re.compile(r"\.(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv)$")
 _SIZES = {  # block → width, and blocks per transformer
+    "down_blocks.0": (320, 0),
     "down_blocks.1": (640, 2),
     "down_blocks.2": (1280, 10),
     "mid_block": (1280, 10),
     "up_blocks.0": (1280, 10),
     "up_blocks.1": (640, 2),
+    "up_blocks.2": (320, 0),
 }
 
 
@@ -219,11 +222,13 @@ def other_unet(shapes: Mapping[str, tuple[int, ...]], cross_attention: int | Non
 
 
 def has_sdxl_widths(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether the transformer layers among these modules are layers of SDXL itself, not of another base."""
+    """Return whether the modules inside blocks are those of SDXL itself, not of another base."""
     for path, shape in shapes.items():
         width, depth = next((size for block, size in _SIZES.items() if path.startswith(block + ".")), (0, 0))
         index = re.search(r"\.transformer_blocks\.(\d+)\.", path)
         if _expected_shape(path, width) not in (None, shape) or (index and int(index[1]) >= depth):
+            return False
+        if _LEVEL_WIDE.search(path) and shape[0] != width:
             return False
     return True
 
