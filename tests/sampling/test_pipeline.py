@@ -1,8 +1,10 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from tiny import random_lora
 
@@ -151,6 +153,17 @@ def test_progress_counts_the_steps_of_all_images(shared_base: Base):
     assert reports == [(2, 6), (4, 6), (5, 6), (6, 6)]
 
 
+def test_progress_of_a_scheduler_with_two_timesteps_per_step_ends_at_its_total(shared_base: Base):
+    reports: list[tuple[int, int]] = []
+    settings = Settings(steps=3, scheduler="heun", batch_size=1)
+    generate_latents(shared_base, "a cat", [0, 1], settings, lambda *report: reports.append(report))
+    done = [steps for steps, total in reports if total == 6]
+    assert len(done) == len(reports) == 10
+    assert done == sorted(done)
+    assert done[4] == 3
+    assert done[-1] == 6
+
+
 def test_unet_is_left_in_training_mode(tiny_base: Base):
     tiny_base.unet.train()
     generate_latents(tiny_base, CAT, [0], FAST)
@@ -180,6 +193,20 @@ def test_zero_terminal_snr_starts_at_the_last_timestep(tiny_base: Base):
     assert torch.isfinite(generate_latents(tiny_base, "a cat", [0], FAST)).all()
     with pytest.raises(UserError, match="zero-terminal SNR"):
         make_scheduler(tiny_base, "heun")
+
+
+@pytest.mark.parametrize("options", [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_named_scheduler_has_no_options_of_the_bases_own(shared_base: Base, name: str, options: dict):
+    schedule = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "timestep_spacing": "leading"}
+    own, plain = (
+        SimpleNamespace(name="own", zero_terminal_snr=False, scheduler=DPMSolverMultistepScheduler(**schedule, **more))
+        for more in ({"algorithm_type": "sde-dpmsolver++", **options}, {})
+    )
+    first, second = make_scheduler(own, name), make_scheduler(plain, name)
+    assert first.config == second.config
+    assert schedule.items() <= first.config.items()
+    assert make_scheduler(own, "base").config.algorithm_type == "sde-dpmsolver++"
 
 
 def test_out_of_memory_is_a_machine_error(tiny_base: Base, monkeypatch: pytest.MonkeyPatch):

@@ -29,8 +29,16 @@ from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import Settings, generate_latents
 from unziplora.sampling.prompts import plan_prompts
 from unziplora.sampling.sample import sample, write_image
-from unziplora.sampling.session import open_session, plan_sampling, shared_name
-from unziplora.sampling.sources import LoraSource, choose_base, choose_size, find_lora, find_loras, loras_of
+from unziplora.sampling.session import open_session, plan_sampling, shared_names
+from unziplora.sampling.sources import (
+    LoraSource,
+    choose_base,
+    choose_size,
+    find_lora,
+    find_loras,
+    loras_of,
+    training_base,
+)
 
 FAST = Settings(steps=2)
 
@@ -385,6 +393,17 @@ class TestBaseOfAFile:
         with pytest.raises(UserError, match="different bases"):
             choose_base(other, find_loras(other))
 
+    @pytest.mark.parametrize("run", ["/models/sd_xl_base_1.0.safetensors", "/models/sd_xl_base_1.0_0.9vae.safetensors"])
+    def test_path_of_stabilitys_file_is_the_base_that_a_header_names(self, run: str, tmp_path: Path):
+        content = LoraSource("content", tmp_path / "content.safetensors", settings={"base": run})
+        style = LoraSource(
+            "style", tmp_path / "a.safetensors", header={"ss_sd_model_name": "sd_xl_base_1.0.safetensors"}
+        )
+        assert training_base([content, style]) == training_base([style, content]) == run
+        other = LoraSource("style", tmp_path / "a.safetensors", header={"ss_sd_model_name": "pony.safetensors"})
+        with pytest.raises(UserError, match="different bases"):
+            training_base([content, style, other])
+
     def test_missing_prompt_error_names_trigger_words(self, tiny_base: Base, tmp_path: Path):
         tags = json.dumps({"10_cat": {"mycat": 10, "sitting": 3}})
         file = headed(tmp_path, tiny_base, "content", ss_tag_frequency=tags)
@@ -468,9 +487,16 @@ def test_scheduler_is_found_by_its_usual_names():
 def test_shared_name_is_that_of_the_link_and_keeps_other_dots(tmp_path: Path):
     (tmp_path / "31e35c80").touch()
     (tmp_path / "ink.safetensors").symlink_to(tmp_path / "31e35c80")
-    assert shared_name(tmp_path / "ink.safetensors") == "ink"
-    assert shared_name(tmp_path / "ink-v1.5.safetensors") == "ink-v1.5"
-    assert shared_name(tmp_path / "ink-v1.5") == "ink-v1.5"
+    files = [tmp_path / name for name in ("ink.safetensors", "ink-v1.5.safetensors", "ink-v1.6")]
+    assert list(shared_names(files).values()) == ["ink", "ink-v1.5", "ink-v1.6"]
+
+
+def test_files_of_one_name_are_shared_under_different_names(tmp_path: Path):
+    names = ["cat/style", "cat/pytorch_lora_weights", "ink/pytorch_lora_weights", "x/a/lora", "y/a/lora"]
+    files = [tmp_path / f"{name}.safetensors" for name in names]
+    shared = ["cat-style", "cat-pytorch_lora_weights", "ink-pytorch_lora_weights", "a-lora", "a-lora-2"]
+    assert shared_names(files) == dict(zip(files, shared, strict=True))
+    assert shared_names(files[1:2]) == {files[1]: "pytorch_lora_weights"}
 
 
 @pytest.mark.slow

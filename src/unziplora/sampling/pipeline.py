@@ -90,6 +90,7 @@ def _denoise(
     report: StepCallback | None,
 ) -> Tensor:
     """Denoise a batch of seeds by diffusers' own SDXL pipeline around the UNet alone."""
+    scheduler = make_scheduler(base, settings.scheduler)
     pipe = StableDiffusionXLPipeline(
         vae=None,
         text_encoder=None,
@@ -97,7 +98,7 @@ def _denoise(
         tokenizer=None,
         tokenizer_2=None,
         unet=base.unet,
-        scheduler=make_scheduler(base, settings.scheduler),
+        scheduler=scheduler,
         add_watermarker=False,
     )
     pipe.vae_scale_factor = base.pipe.vae_scale_factor
@@ -109,7 +110,8 @@ def _denoise(
 
     def step_done(pipe: object, step: int, timestep: object, tensors: dict) -> dict:
         if report:
-            report(step + 1, settings.steps)
+            # Heun's scheduler has two timesteps per step.
+            report((step + 1) * settings.steps // len(scheduler.timesteps), settings.steps)
         return {}
 
     prompt = positive.repeat(len(seeds))

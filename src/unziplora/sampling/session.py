@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from unziplora.config.recipe import KINDS
@@ -65,8 +67,9 @@ def open_session(config: GenerationConfig, base: Base | None = None) -> Iterator
         device = pick_device(config.device)
         base = load_base(plan.base, pick_dtype(config.precision, device), device)
     files = {Path(named.source): named.lora.metadata.get("sshs_model_hash") for named in plan.loras}
-    hashes = {shared_name(file): recorded or body_hash(file) for file, recorded in files.items()}
-    kinds = {named.name: shared_name(Path(named.source)) for named in plan.loras}
+    shared = shared_names(files)
+    hashes = {shared[file]: recorded or body_hash(file) for file, recorded in files.items()}
+    kinds = {named.name: shared[Path(named.source)] for named in plan.loras}
     with computing_on(base.device), AttachedLoras(base, plan.loras) as loras:
         loras.set_strengths(**{name: getattr(config, f"{name}_strength") for name in loras.names})
         yield SamplingSession(base, loras, plan.prompts, plan.settings, hashes, kinds)
@@ -102,8 +105,18 @@ def _unet_config(base: str) -> dict[str, object] | None:
     return None if folder is None else read_config(folder / "unet" / "config.json")
 
 
-def shared_name(file: Path) -> str:
-    """Return a LoRA file's name for others; if every run has a file of that name, its run's name comes first."""
-    path = absolute(file)
-    stem = file_stem(path)
-    return f"{path.parent.name}-{stem}" if stem in (*KINDS, MERGED) else stem
+def shared_names(files: Iterable[Path]) -> dict[Path, str]:
+    """Return a name of each LoRA file for others: its own, after its folder's if runs or the other files have it too.
+
+    Those of equal folders are numbered.
+    """
+    paths = {file: absolute(file) for file in files}
+    common = Counter(file_stem(path) for path in paths.values()) + Counter([*KINDS, MERGED] * 2)
+    names: dict[Path, str] = {}
+    for file, path in paths.items():
+        stem = file_stem(path)
+        name = f"{path.parent.name}-{stem}" if common[stem] > 1 else stem
+        taken = set(names.values())
+        numbered = (f"{name}-{number}" for number in count(2))
+        names[file] = name if name not in taken else next(one for one in numbered if one not in taken)
+    return names
