@@ -83,11 +83,17 @@ batch_command = BatchCommand(
     dry_run="check the rows and train nothing",
     arguments=[click.Argument(["source"], type=ExpandedPath())],
     notes={
-        "out": ["default: runs/SOURCE"],
         "content": ["for rows without a word of their own"],
         "style": ["for rows without a phrase of their own"],
     },
 )
+_HELP_OF = {
+    "out": "Folder for the runs, the report and the contact sheet.  [default: runs/SOURCE]",
+    "dry_run": "Check the rows, list their run folders (with --json all settings), and train nothing.",
+}
+for _param in batch_command.params:
+    if isinstance(_param, click.Option) and _param.name in _HELP_OF:
+        _param.help = _HELP_OF[_param.name]
 batch_command.params = [
     click.Option(
         ["--engine"],

@@ -80,7 +80,7 @@ def convert_command(source: Path, target: Path, layout: str, dtype: str | None, 
     """Write a LoRA file in another layout.
 
     A file that diffusers saved does nothing in most user interfaces; this makes it work there.
-    Every update and the metadata stay as they are.
+    Every update stays as it is, and so do the header's entries, but for those about the layout.
 
     \b
       unziplora convert pytorch_lora_weights.safetensors cat.safetensors

@@ -72,7 +72,8 @@ def _section(title: str, model: type[Recipe], below: type[Recipe] | None = None,
     Args:
         below: a model whose keys are left out, because the section `called` lists them.
     """
-    lines = [f"## {title}", "", str(model.__doc__).strip()]
+    about = str(model.__doc__).strip()
+    lines = [f"## {title}", *([] if about.rstrip(".") == title else ["", about])]
     if below is not None:
         lines += ["", f"The keys of “{called}”, and:"]
     inherited = below.model_fields if below is not None else {}

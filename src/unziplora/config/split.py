@@ -147,7 +147,7 @@ class SplitConfig(ImageConfig):
     content_class_prompt: str = expert("a {content}", "Class prompt of the content prior.", "Method")
     style_class_prompt: str = expert("an image", "Class prompt of the style prior.", "Method")
 
-    seeds: int = key(1, "Train so many seeds; keep the best.", "Training", ge=1, le=100)
+    seeds: int = key(1, "Seeds to train; the best run is kept.", "Training", ge=1, le=100)
     dino: str | None = expert(
         None,
         "With clip: DINO model that compares subjects, to check after the training whether content and style came "
