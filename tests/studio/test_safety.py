@@ -3,6 +3,7 @@
 import asyncio
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ HERE = {"host": "127.0.0.1:7860"}
 
 
 def ask(
-    guard: Guard, path: str, method: str = "GET", headers: dict[str, str] | None = None, body: bytes = b""
+    guard: Guard,
+    path: str,
+    method: str = "GET",
+    headers: dict[str, str] | None = None,
+    body: bytes = b"",
+    again: Sequence[tuple[str, str]] = (),
 ) -> tuple[int, dict[str, str], str]:
     """Send a request: status, headers and text of the answer."""
     messages: list[Any] = []
@@ -29,7 +35,7 @@ def ask(
     async def send(message: Any) -> None:
         messages.append(message)
 
-    pairs = [(name.encode(), value.encode()) for name, value in {**HERE, **(headers or {})}.items()]
+    pairs = [(name.encode(), value.encode()) for name, value in [*{**HERE, **(headers or {})}.items(), *again]]
     scope = {"type": "http", "method": method, "path": path, "headers": pairs}
     asyncio.run(guard(scope, receive, send))
     start, *rest = messages
@@ -99,6 +105,17 @@ def test_bodies_need_a_length_below_the_limit(guard: Guard) -> None:
     assert ask(guard, "/gradio_api/upload", "POST")[0] == 411
     assert ask(guard, "/gradio_api/upload", "POST", {"content-length": str(UPLOAD_LIMIT + 1)})[0] == 413
     assert ask(guard, "/x", "POST", {"content-length": "-1"})[0] == 411
+
+
+@pytest.mark.parametrize(
+    "again",
+    [("content-type", "multipart/form-data; boundary=x"), ("content-length", "2"), ("host", "127.0.0.1:7860")],
+)
+def test_headers_that_decide_may_not_be_repeated(guard: Guard, again: tuple[str, str]) -> None:
+    own = {"content-length": "2", "content-type": "application/json"}
+    assert ask(guard, "/gradio_api/queue/join", "POST", own, b"{}")[0] == 200
+    status, _, text = ask(guard, "/gradio_api/queue/join", "POST", own, b"{}", [again])
+    assert (status, text) == (400, f"{again[0]} is sent twice")
 
 
 def test_only_images_and_loras_of_the_runs_folder_are_served(guard: Guard, runs: Path, tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ _EVENTS = "/gradio_api/queue/data"
 _FILES, _UPLOAD = ("/gradio_api/file=", "/gradio_api/file/"), "/gradio_api/upload"
 _CLOSED = ("/gradio_api/proxy=", "/gradio_api/stream", "/monitoring", "/gradio_api/runs", "/gradio_api/run-history")
 
+_DECIDING = {"content-length", "content-type", "host", "origin", "sec-fetch-mode", "sec-fetch-site"}
+"""Headers of a request that are looked at here."""
+
 _HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -87,6 +90,8 @@ class Guard:
         """Return the status and the reason of a refusal; None if the request may pass."""
         if scope["type"] != "http":
             return 403, "only HTTP is spoken here"
+        if repeated := _repeated(scope):
+            return 400, f"{repeated} is sent twice"
         headers = _headers(scope)
         host, path = headers.get("host", ""), scope["path"]
         if self.hosts is not None and host not in self.hosts:
@@ -209,6 +214,12 @@ class Guard:
 
 def _headers(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _repeated(scope: Scope) -> str:
+    """Return a header that decides about the request and is there twice; other programs may read another of the two."""
+    names = [name.decode("latin-1") for name, _ in scope["headers"]]
+    return next((name for name in sorted(_DECIDING) if names.count(name) > 1), "")
 
 
 def _has_files(headers: dict[str, str]) -> bool:
