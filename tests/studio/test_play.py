@@ -61,6 +61,22 @@ def test_dials_become_a_sample_configuration(runs: Path) -> None:
     assert (config.prompts, config.content_blocks) == ([], ["mid_block=0"])
 
 
+def test_pictures_are_made_on_the_device_and_in_the_format_of_the_settings(tiny_folder: Path) -> None:
+    player, keys = play.Player(), {"base": str(tiny_folder), "prompts": ["a cat"], "steps": 1, "seeds": [0]}
+    player.make("sample", {**keys, "precision": "bf16"}, lambda _: None)
+    first = player.base
+    assert first is not None
+    assert first.unet.dtype == torch.bfloat16
+    player.make("sample", {**keys, "precision": "bf16"}, lambda _: None)
+    assert player.base is first
+    player.make("sample", keys, lambda _: None)
+    assert player.base is not first
+    assert player.base is not None
+    assert player.base.unet.dtype == torch.float32
+    with pytest.raises(UserError, match="'mps' is not available"):
+        player.make("sample", {**keys, "device": "mps"}, lambda _: None)
+
+
 def test_recipe_of_a_picture_names_its_loras_by_their_hashes(runs: Path) -> None:
     run = runs / "cat"
     hashes = {"a": body_hash(run / "cat-style.safetensors"), "b": body_hash(run / "cat-content.safetensors")}

@@ -39,6 +39,17 @@ def base_on_cpu(base: Base) -> Iterator[None]:
 
 
 @contextmanager
+def base_at_work(base: Base) -> Iterator[None]:
+    """Temporarily move a whole base that waits on the CPU to the device where it computes, and free that again."""
+    try:
+        with moved_to([base.unet, base.vae, *base.text_encoders], base.device):
+            yield
+    finally:
+        if base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextmanager
 def text_encoders_ready(base: Base) -> Iterator[None]:
     """Prepare a base for encoding prompts: text encoders that are elsewhere come, and then the UNet makes room."""
     absent = any(_device(encoder) != base.device for encoder in base.text_encoders)

@@ -14,7 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from unziplora.config.recipe import KINDS, resolve
-from unziplora.config.sample import GridConfig, SampleConfig
+from unziplora.config.sample import GenerationConfig, GridConfig, SampleConfig
 from unziplora.errors import UserError
 from unziplora.jobs.state import find_runs
 from unziplora.studio import libraries, live, look
@@ -44,12 +44,15 @@ _DIALS = ("content", "style", "content_strength", "style_strength", "prompts", "
 
 
 class Player:
-    """Makes pictures, one request at a time, on a base that stays loaded until another one is needed."""
+    """Makes pictures, one request at a time, on a base that stays loaded until another one is needed.
+
+    Between two pictures it waits in the memory of the computer, because the worker may need that of the GPU.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.base: Base | None = None
-        self.name = ""
+        self.key: tuple[object, ...] = ()
 
     def make(self, action: str, keys: dict[str, Any], report: Any) -> list[Image.Image]:
         """Return pictures or one grid; each contains its recipe.
@@ -61,17 +64,29 @@ class Player:
             UserError, MachineError: as the functions of the same name.
         """
         libraries.load()
-        from unziplora.api import grid, load_base, sample
-        from unziplora.sampling.sources import choose_base, find_loras
+        from unziplora.api import grid, sample
+        from unziplora.models.offload import base_at_work
 
         config = resolve(GridConfig if action == "grid" else SampleConfig, keys)
         with self.lock:
-            name = choose_base(config, find_loras(config))
-            if name != self.name:
-                self.base, self.name = None, ""
-                self.base, self.name = load_base(name), name
-            keys = {**keys, "base": self.base, "progress": report}
-            return [grid(**keys)] if action == "grid" else sample(**keys)
+            base = self._load(config)
+            keys = {**keys, "base": base, "progress": report}
+            with base_at_work(base):
+                return [grid(**keys)] if action == "grid" else sample(**keys)
+
+    def _load(self, config: GenerationConfig) -> Base:
+        """Return the base of a configuration, in the number format that it is used in, on the CPU."""
+        from unziplora.api import load_base
+        from unziplora.models.device import pick_device, pick_dtype
+        from unziplora.sampling.sources import choose_base, find_loras
+
+        device, name = pick_device(config.device), choose_base(config, find_loras(config))
+        key = (name, pick_dtype(config.precision, device), device)
+        if self.base is None or key != self.key:
+            self.base = None  # before the next one needs the memory
+            self.base, self.key = load_base(name, key[1]), key
+            self.base.device = device
+        return self.base
 
 
 def tab(runs: Path, follower: Follower) -> None:
