@@ -139,11 +139,17 @@ def test_trashed_run_comes_back_where_it_was(tmp_path: Path) -> None:
     assert back.card.exists()
 
 
-def test_trashing_a_waiting_run_cancels_its_job(tmp_path: Path) -> None:
-    job = Queue(tmp_path).submit(recipe(tmp_path / "cat"))
-    actions.trash(tmp_path, job.run)
+def test_waiting_run_in_the_trash_leaves_the_queue_and_comes_back_with_its_pictures(tmp_path: Path) -> None:
+    job = actions.start(tmp_path, "split", WORDS, "rocket", [image()], Image.new("L", (128, 128), 255))
+    settings = read_toml(job.run.config_file)
+    target = actions.trash(tmp_path, job.run)
     assert Queue(tmp_path).jobs() == []
     assert find_runs(tmp_path) == []
+    back = actions.restore(tmp_path, RunFolder(target))
+    assert read_toml(back.config_file) == settings
+    assert Image.open(settings["images"][0]).tobytes() == image().tobytes()
+    assert Path(settings["masks"][0]).is_file()
+    assert actions.go_on(tmp_path, back).state == "queued"
 
 
 def test_run_in_work_is_neither_renamed_nor_trashed(tmp_path: Path) -> None:
@@ -153,6 +159,7 @@ def test_run_in_work_is_neither_renamed_nor_trashed(tmp_path: Path) -> None:
             with pytest.raises(UserError):
                 action()
     assert job.run.path.is_dir()
+    assert [one.request for one in Queue(tmp_path).jobs()] == [""]
 
 
 def test_waiting_run_gets_other_settings_and_another_picture(tmp_path: Path) -> None:

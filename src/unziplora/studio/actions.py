@@ -168,13 +168,17 @@ def trash(runs: Path, run: RunFolder) -> Path:
     Raises:
         UserError: the run is being worked on.
     """
+    job = waiting(runs, run)
+    if job:
+        Queue(runs).pause(job.number)  # so that no worker takes it meanwhile
     if is_worked_on(run):
+        if job and not job.request:
+            Queue(runs).retry(job.number)
         raise UserError(f"{run.path.name}: this run is being worked on; cancel it first")
-    if job := waiting(runs, run):
-        Queue(runs).cancel(job.number)
     target = free_folder(runs / TRASH / run.path.relative_to(runs))
-    if run.path.exists():  # canceling removes a run that has learned nothing
-        _move(run.path, target)
+    _move(run.path, target)
+    if job:
+        Queue(runs).cancel(job.number)  # after the folder has gone, which it would remove if nothing was learned
     return target
 
 
