@@ -10,6 +10,7 @@ from PIL import Image
 from unziplora.errors import UserError
 from unziplora.jobs.queue import Queue
 from unziplora.jobs.state import RunSummary, find_runs, record_failure
+from unziplora.runs.folder import RunFolder
 from unziplora.studio import live, look
 
 SCRIPT = "<script>alert(1)</script>"
@@ -32,6 +33,27 @@ def test_steps_that_learn_words_count_in_the_progress(tmp_path: Path) -> None:
     assert live.progress_of(RunSummary(run)) == (3, 104)
     run.log(step=2, loss=0.5)
     assert live.progress_of(RunSummary(run)) == (102, 104)
+
+
+def test_progress_of_several_seeds_counts_the_words_of_each_once_it_has_learned_them(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "cat")
+    with RunFolder.created(run.path, recipe(run.path, seeds=3)):
+        pass
+    log = run.path / "worker.log"
+    for logged, count, done in (
+        (0, 60, 60),
+        (2, 102, 102),
+        (4, 104, 104),
+        (4, 150, 150),
+        (5, 205, 205),
+        (12, 312, 312),
+    ):
+        log.write_text(f"step {count}/312  loss 1.0\n")
+        if logged:
+            run.log(step=logged, loss=0.5)
+        assert live.progress_of(RunSummary(run)) == (done, 312)
+    log.write_text("step 101/312  loss 1.0\n")  # it is written less often than the steps
+    assert live.progress_of(RunSummary(run)) == (312, 312)
 
 
 def test_words_and_logs_are_escaped(tmp_path: Path) -> None:

@@ -89,9 +89,11 @@ def progress_of(summary: RunSummary) -> tuple[int, int]:
     done = next((int(line["step"]) for line in reversed(lines) if "step" in line), 0)
     steps = summary.steps or 0
     counts = (match for line in reversed(log_tail(summary.run)) if (match := _STEP.match(line)))
-    if (count := next(counts, None)) and int(count[2]) > steps:
-        phase = int(count[2]) - steps
-        return (phase + done if done else min(int(count[1]), phase)), int(count[2])
+    if steps and (count := next(counts, None)) and int(count[2]) > steps:
+        seeds = summary.settings.get("seeds", 1)
+        phase = (int(count[2]) - steps) // seeds  # each seed learns the words anew
+        begun = -(-done * seeds // steps)
+        return max(done + phase * begun, min(int(count[1]), done + phase * min(begun + 1, seeds))), int(count[2])
     return done, steps
 
 

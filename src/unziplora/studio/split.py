@@ -362,11 +362,13 @@ def remarks(forecast: Forecast) -> list[str]:
 
 def predicted(runs: Path, config: ImageConfig) -> str:
     """Return the time that a run will take, as the steps of the last one with the same model and size took."""
+    from unziplora.jobs.trainings import method_of
+
     for summary in find_runs(runs):
         same = ("base", "resolution", "batch_size", "gradient_checkpointing")
         alike = all(summary.settings.get(name) == getattr(config, name) for name in same)
         if alike and (speed := live.seconds_per_step(summary.run, 200)):
-            steps = config.steps + getattr(config, "phase_steps", getattr(config, "phrase_steps", 0))
+            steps = (method_of(config).phase_steps(config) + config.steps) * getattr(config, "seeds", 1)
             return f"about {duration(steps * speed)} (as fast as “{summary.run.path.name}”)"
     return "known after the first run on this computer"
 
