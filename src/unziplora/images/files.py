@@ -13,9 +13,13 @@ from typing import IO
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from unziplora.errors import MachineError, UserError, first_line
+from unziplora.images.colors import to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "PSD")
 """Formats that are opened. Pillow reads more, but some start other programs (EPS) or contain no image."""
+
+PNG_MODES = ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")
+"""Modes that a PNG file can contain."""
 
 PIXEL_LIMIT = 150_000_000
 """Largest number of pixels. 150 megapixels take 450 MB of memory, and no camera needs more."""
@@ -80,6 +84,16 @@ def open_upright(
     if repeated:
         warnings.warn(f"{path} has several {repeated}: only the first is used", stacklevel=3)
     return image, size
+
+
+def as_png_keeps(image: Image.Image) -> Image.Image:
+    """Return an image in memory as its file would be read: upright, and in RGB if PNG lacks its mode."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in PNG_MODES:
+        return image
+    converted = to_rgb(image)
+    converted.info.pop("icc_profile", None)  # of the mode before
+    return converted
 
 
 def _read(path: Path, side: int | None) -> tuple[Image.Image, tuple[int, int], str | None]:

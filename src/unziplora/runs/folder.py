@@ -209,6 +209,9 @@ class RunFolder:
         Raises:
             UserError: the folder contains something, or the run that is to be resumed began with other images.
         """
+        from unziplora.images.files import as_png_keeps
+
+        images = {number: as_png_keeps(image) for number, image in images.items()}
         files = {number: self.path / IMAGES / f"{number}.png" for number in images}
         if images and not resume:
             self.check_free()
