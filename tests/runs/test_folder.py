@@ -14,11 +14,13 @@ from typing import Any, BinaryIO
 
 import pytest
 from crashes import snapshots
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 from safetensors import SafetensorError
 
 from unziplora.config.split import SplitConfig
 from unziplora.errors import MachineError, UserError, disk_full
+from unziplora.images.colors import to_rgb
+from unziplora.images.files import open_upright
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import base_name
 from unziplora.sampling.sources import find_lora, loras_of
@@ -465,6 +467,40 @@ class TestImagesInMemory:
             assert files[1].is_file()
         with pytest.raises(UserError, match="image 1: another content"), run.stored({1: Image.new("L", (8, 8))}, True):
             pass
+
+    @pytest.mark.parametrize("mode", ["RGB", "CMYK", "YCbCr", "HSV", "LAB", "L", "F"])
+    def test_image_is_stored_as_its_file_is_read(self, tmp_path: Path, mode: str) -> None:
+        image = Image.effect_noise((32, 16), 90).convert("RGB").convert(mode)
+        image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        suffix = {"RGB": "jpg", "CMYK": "jpg", "YCbCr": "jpg", "L": "jpg"}.get(mode, "tif")
+        if mode != "HSV":  # no file has it
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = 6
+            options = {} if mode in ("LAB", "CMYK") else {"icc_profile": image.info["icc_profile"]}
+            image.save(tmp_path / f"a.{suffix}", exif=exif, **options)
+            image = Image.open(tmp_path / f"a.{suffix}")
+        with RunFolder(tmp_path / "cat").stored({1: image}) as files:
+            stored, size = open_upright(files[1], 8, to_rgb)
+            if mode != "HSV":
+                file, turned = open_upright(tmp_path / f"a.{suffix}", 8, to_rgb)
+                assert size == turned == (16, 32)
+                assert stored.tobytes() == file.tobytes()
+            else:
+                assert stored.tobytes() == image.convert("RGB").tobytes()
+
+
+def test_resumed_run_keeps_settings_that_may_change_for_the_next_process(run: RunFolder) -> None:
+    before = run.config_file.read_text()
+    resume(run.path, run.config(SplitConfig))
+    assert run.config_file.read_text() == before
+    resume(run.path, recipe(run.path, precision="fp32", gradient_checkpointing=True))
+    after = run.config(SplitConfig)
+    assert (after.precision, after.gradient_checkpointing, after.rank) == ("fp32", True, recipe(run.path).rank)
+    assert run.config_file.read_text().count("\n") == before.count("\n")
+    run.checkpoint(2, fill_file)
+    resume(run.path, recipe(run.path, precision="bf16", rank=3))  # who reads the checkpoint refuses another rank
+    after = run.config(SplitConfig)
+    assert (after.precision, after.rank) == ("bf16", recipe(run.path).rank)
 
 
 def test_new_run_that_fails_before_it_learns_leaves_no_trace(tmp_path: Path) -> None:

@@ -285,7 +285,16 @@ class RunFolder:
                 remove_leftovers(folder)
             run.samples.mkdir(exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
+            if not run.card.exists():
+                run._take_over(saved, config)
             yield run
+
+    def _take_over(self, saved: R, config: R) -> None:
+        """Store the settings that were changed for the rest of the run, so that the next process has them too."""
+        changes = {name: getattr(config, name) for name in config.marked("may_change")}
+        settings = to_toml(with_absolute_paths(saved.model_copy(update=changes)))
+        if settings != to_toml(with_absolute_paths(saved)):
+            atomic_write(self.config_file, settings)
 
     def settings_to_extend(self, model: type[R], steps: int) -> dict[str, Any]:
         """Return the settings of this finished run with so many more steps.
