@@ -205,6 +205,8 @@ class TestPrior:
         assert [p.tobytes() for p in again[:3]] == [p.tobytes() for p in first]
         assert class_images(tiny_base, "a cat", 2, settings, messages.append)[0].tobytes() == first[0].tobytes()
         assert len(messages) == 2
+        (folder / "._0.png").write_bytes(b"what macOS keeps of a file on other drives")
+        assert class_images(tiny_base, "a cat", 2, settings, messages.append)[0].tobytes() == first[0].tobytes()
         class_images(tiny_base, "a dog", 1, settings, messages.append)
         assert len(messages) == 3
 

@@ -32,7 +32,7 @@ from unziplora.models.base import Base
 from unziplora.models.device import computing_on, pick_device
 from unziplora.models.sizes import inspect_base
 from unziplora.runs.folder import RunFolder, with_absolute_paths
-from unziplora.utils.files import IMAGE_SUFFIXES
+from unziplora.utils.files import image_files
 from unziplora.utils.progress import Callback
 
 FEWEST = 4
@@ -256,7 +256,7 @@ def load_images(folder: Path, side: int) -> dict[str, Case]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with images and {WORDS}")
-    files = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = [file.name for file in image_files(folder)]
     if not files:
         raise UserError(f"{folder}: contains no images; put some there, and {WORDS} with their words")
     if not (folder / WORDS).is_file():

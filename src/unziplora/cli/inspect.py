@@ -66,7 +66,8 @@ def inspect_command(files: tuple[Path, ...], as_json: bool) -> None:
 def _loras(path: Path) -> list[Path]:
     """Return a file itself, or the LoRA files in a folder and its subfolders, except those of checkpoints."""
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else []
-    return [file for file in files if "checkpoints" not in file.relative_to(path).parts] or [path]
+    shown = [file for file in files if not file.name.startswith(".")]
+    return [file for file in shown if "checkpoints" not in file.relative_to(path).parts] or [path]
 
 
 @click.command("convert", short_help="Write a LoRA file in another layout.")

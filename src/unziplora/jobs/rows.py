@@ -13,12 +13,13 @@ from typing import Any, get_origin
 from pydantic.fields import FieldInfo
 
 from unziplora.config.recipe import resolve, with_paths_from
+from unziplora.config.split import SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.jobs.state import state_of
 from unziplora.jobs.trainings import TRAININGS, check
 from unziplora.runs.folder import RunFolder, changed_settings
-from unziplora.utils.files import IMAGE_SUFFIXES, file_stem, numbered, safe_name
+from unziplora.utils.files import IMAGE_SUFFIXES, file_stem, image_files, numbered, safe_name
 from unziplora.utils.inputs import parse_json, read_text, read_toml, tomllib
 
 
@@ -85,8 +86,7 @@ def _places(places: list[str]) -> str:
 def _read(source: Path) -> list[_Source]:
     try:
         if source.is_dir():
-            files = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-            return [_Source(path.name, {"images": [path.name]}) for path in files if not path.name.startswith(".")]
+            return [_Source(path.name, {"images": [path.name]}) for path in image_files(source)]
         if source.suffix == ".toml":
             return list(_read_toml(source))
         if source.suffix in (".jsonl", ".ndjson"):

@@ -16,7 +16,7 @@ from PIL import Image
 from unziplora.images.preprocess import load_image
 from unziplora.models.base import Base
 from unziplora.sampling.pipeline import Settings, decode, generate_latents
-from unziplora.utils.files import IMAGE_SUFFIXES, explained, write_png
+from unziplora.utils.files import explained, image_files, write_png
 
 FIRST_SEED = 1_000_000
 """First seed of class images, far from the seeds of samples."""
@@ -41,7 +41,7 @@ def class_images(
     size = settings.width or base.resolution, settings.height or base.resolution
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)[:count]
+        files = image_files(folder)[:count]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* is cut off")  # of any image of the class, a part will do
         images = {path: load_image(path, size) for path in files}

@@ -220,7 +220,7 @@ def chosen_keys(runs: Path, dials: dict[str, Any], seed: Any, others: dict[str, 
 def lora_names(runs: Path) -> list[str]:
     """Return what can be chosen as a LoRA: runs that have one, and uploaded files."""
     names = [live.name_of(runs, one) for one in find_runs(runs) if one.run.loras]
-    return names + [f"{LORAS}/{file.name}" for file in sorted((runs / LORAS).glob("*.safetensors"))]
+    return names + [f"{LORAS}/{file.name}" for file in sorted((runs / LORAS).glob("[!.]*.safetensors"))]
 
 
 def offered(names: list[str]) -> Any:

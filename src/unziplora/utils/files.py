@@ -197,6 +197,16 @@ def free_folder(folder: Path) -> Path:
     return next(one for one in numbered(folder) if not one.exists())
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Return the images in a folder by their names' endings, sorted, without hidden files, such as macOS's `._cat.png`.
+
+    Raises:
+        OSError: the folder is missing or cannot be read.
+    """
+    names = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in names if not path.name.startswith("."))
+
+
 def files_below(folder: Path, without: Collection[str] = ()) -> Iterator[Path]:
     """Yield the paths of a folder's files relative to it, except hidden ones and those under some names."""
     for path in sorted(folder.rglob("*")):
