@@ -115,7 +115,7 @@ class Split(Contender):
     def train(self, workspace: Workspace, case: Case, seed: int) -> Adapters:
         recipe = self.recipe(workspace, case, seed)
         run = workspace.train_once(recipe)
-        prompts = (recipe.content_prompt, recipe.style_prompt) if recipe.prompt_separation else None
+        prompts = (recipe.content_prompt, recipe.style_prompt) if recipe.separates_prompts else None
         return Adapters(read_lora(run.content), read_lora(run.style), prompts=prompts)
 
 

@@ -206,6 +206,11 @@ class SplitConfig(ImageConfig):
         self.check_rates(content_learning_rate=self.content_learning_rate, style_learning_rate=self.style_learning_rate)
         return self
 
+    @property
+    def separates_prompts(self) -> bool:
+        """True if each LoRA reads a prompt of its own, in attention: no other layer reads prompts."""
+        return self.prompt_separation and "attention" in self.targets
+
     def is_checked(self) -> bool:
         """Return True if the finished LoRAs are checked on their samples."""
         return bool(self.sample_seeds) and (self.dino is not None or is_bundled(self.base))

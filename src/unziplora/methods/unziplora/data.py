@@ -20,7 +20,7 @@ from unziplora.training.method import IMAGES, Setup
 def encode_training_data(config: SplitConfig, setup: Setup) -> TrainingData:
     """Generate class images, encode images and prompts, and learn the style phrase if configured."""
     texts, images = config.prompts(), setup.images.of()
-    prompts = Prompts(**texts) if config.prompt_separation else Prompts(texts["full"])
+    prompts = Prompts(**texts) if config.separates_prompts else Prompts(texts["full"])
     priors = {  # before the phrase is learned: class images are the base's own
         name: class_examples(setup, config, text, config.prior_images) for name, text in _class_prompts(config).items()
     }
@@ -81,4 +81,4 @@ def _class_prompts(config: SplitConfig) -> dict[str, Prompts]:
 
 def _shared(config: SplitConfig, text: str) -> Prompts:
     """Return one prompt for the base and both LoRAs."""
-    return Prompts(text, text, text) if config.prompt_separation else Prompts(text)
+    return Prompts(text, text, text) if config.separates_prompts else Prompts(text)

@@ -103,7 +103,7 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
                     "the style", config.style_trigger(config.style_prompt), "Pair with any content LoRA."
                 ),
             },
-            separate_prompts=config.prompt_separation,
+            separate_prompts=config.separates_prompts,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -206,7 +206,7 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
 
     def views(self) -> list[View]:
         prompts = self.config.prompts()
-        together = Prompts(**prompts) if self.config.prompt_separation else Prompts(prompts["full"])
+        together = Prompts(**prompts) if self.config.separates_prompts else Prompts(prompts["full"])
         return pair_views(self.config, together, prompts["content"], "{style}")
 
 

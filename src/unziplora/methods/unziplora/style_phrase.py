@@ -163,7 +163,7 @@ def encode_variant_prompts(offsets: PhraseOffsets, examples: Examples, config: S
     count = len(examples.latents)
     with offsets.applied(torch.arange(count) * offsets.variants // count):
         rows = encode_batch(offsets.base, [config.prompts()["full"]] * count)
-    tokens = join_streams(*[rows.tokens] * 3) if config.prompt_separation else rows.tokens
+    tokens = join_streams(*[rows.tokens] * 3) if config.separates_prompts else rows.tokens
     return replace(examples, conditioning=Conditioning(tokens, rows.pooled, examples.conditioning.time_ids))
 
 
