@@ -104,6 +104,7 @@ def test_wrong_requests_are_reported_in_one_message(call: Call, tmp_path: Path, 
         ("[oracle.contents]\nsteps = 7", "[oracle] has two trainings"),
         ("[base]\nsteps = 7", "[base] is the base without LoRA and has no settings"),
         ("[magic]", "unknown method 'magic'"),
+        ("[unziplora]\nseeds = 3", "measures each seed: remove them"),
     ],
 )
 def test_settings_that_nothing_reads_are_refused_by_a_dry_run_too(call: Call, tmp_path: Path, settings, message):

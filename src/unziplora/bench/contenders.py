@@ -283,6 +283,8 @@ def read_settings(file: Path | None) -> dict[str, Any]:
         if not isinstance(table, dict):
             raise UserError(f"{file}: {name} is {table!r}; make it a table of settings, [{name}]")
         method = METHODS[name]
+        if "seeds" in table:
+            raise UserError(f"{file}: [{name}] has seeds; the benchmark measures each seed: remove them")
         if isinstance(method, Untrained) and table:
             raise UserError(f"{file}: [{name}] is the base without LoRA and has no settings: remove them")
         if isinstance(method, DreamBoothPair):
