@@ -12,7 +12,7 @@ from unziplora.jobs import remote, rows
 
 @pytest.fixture
 def table(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rows, "check", lambda config: None)
+    monkeypatch.setattr(rows, "check", lambda config: config)
     monkeypatch.setattr(remote, "Trainer", FakeTrainer)
     (tmp_path / "animals.csv").write_text("image,content\ncat.png,cat\nowl.png,owl\nfox.png,fox\n")
     return call

@@ -15,6 +15,7 @@ from unziplora.errors import UserError
 from unziplora.jobs import rows as module
 from unziplora.jobs.rows import Row, read_rows
 from unziplora.jobs.trainings import TRAININGS, training_of
+from unziplora.methods.unziplora.seeds import settle_seed
 from unziplora.runs.folder import RunFolder
 from unziplora.utils.inputs import read_toml
 
@@ -31,7 +32,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "check", lambda config: None)
+    monkeypatch.setattr(module, "check", lambda config: config)
 
 
 def read(source: Path, text: str | None = None, **defaults: object) -> list[Row]:
@@ -168,6 +169,42 @@ def test_finished_and_begun_runs_must_have_the_same_settings(photos: Path) -> No
     assert len(read(photos, content="cat", style="ink", sample_steps=3)) == 2
     with pytest.raises(UserError, match=r"cat\.png: .*cat contains a run with other settings \(style\)"):
         read(photos, content="cat", style="oil")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_finished_run_of_several_seeds_is_the_same_row_again(photos: Path) -> None:
+    (row, _) = read(photos, content="cat", style="ink", seeds=3)[::-1]
+    with RunFolder.created(row.config.out, row.config) as run:
+        pass
+    train(run, lambda _: None)
+    for seed in (0, 1):
+        (run.path / "seeds" / str(seed)).mkdir(parents=True)
+    run.check_file.write_text(json.dumps({"seed": 2}))
+    settle_seed(run)
+    assert "seeds = 1" in run.config_file.read_text()
+    assert len(read(photos, content="cat", style="ink", seeds=3)) == 2
+    with pytest.raises(UserError, match=r"other settings \(seeds\)"):
+        read(photos, content="cat", style="ink", seeds=2)
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        read(photos, content="cat", style="ink", seed=1, seeds=3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_finished_run_that_was_trained_on_is_the_same_row_again(photos: Path) -> None:
+    (row, _) = read(photos, content="cat", style="ink", steps=4)[::-1]
+    with RunFolder.created(row.config.out, row.config) as run:
+        pass
+    train(run, lambda _: None)
+    run.reopen(row.config.model_copy(update={"steps": 6}))
+    run.card.write_text("# cat")
+    assert len(read(photos, content="cat", style="ink", steps=4)) == 2
+    with pytest.raises(UserError, match=r"other settings \(steps\)"):
+        read(photos, content="cat", style="ink", steps=8)
+
+
+def test_row_has_the_recipe_that_the_check_completed(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "check", lambda config: config.model_copy(update={"rank": 5}))
+    assert [row.config.rank for row in read(photos, content="cat", style="ink")] == [5, 5]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, get_origin
@@ -63,10 +63,8 @@ def read_rows(source: Path, out: Path, defaults: Mapping[str, Any]) -> list[Row]
     for entry in _read(source):
         try:
             row = _row(entry, folder, out, defaults, runs)
-            if not _is_finished(row.config):
-                check(row.config)
             _check_repeated(row, recipes)
-            rows.append(row)
+            rows.append(row if _is_finished(row.config) else replace(row, config=check(row.config)))
         except UserError as error:
             for line in str(error).splitlines():
                 faults.setdefault(line, []).append(entry.place)
@@ -207,11 +205,25 @@ def _is_finished(config: TrainingConfig) -> bool:
     finished = state_of(run) == "finished"
     if not run.unfinished and not finished:
         run.check_free()
-    changes = set(changed_settings(run.config(type(config)), config)) & config.model_fields_set
+    changes = set(changed_settings(_as_begun(run, config), config)) & config.model_fields_set
     if changes:
         names = ", ".join(sorted(changes))
         raise UserError(f"{config.out} contains a run with other settings ({names}); give this row another name")
     return finished
+
+
+def _as_begun(run: RunFolder, config: TrainingConfig) -> TrainingConfig:
+    """Read the recipe that a run began with, as far as the row's recipe tells it from what became of a finished run.
+
+    After several seeds its settings are those of the best one, and it may have been trained on.
+    """
+    saved = run.config(type(config))
+    changes: dict[str, Any] = {}
+    if isinstance(saved, SplitConfig) and (others := run.other_seeds) and run.card.exists():
+        changes = {"seed": min(saved.seed, *others), "seeds": 1 + len(others)}
+    if run.card.exists() and saved.steps > config.steps:
+        changes["steps"] = config.steps
+    return saved.model_copy(update=changes)
 
 
 def _check_repeated(row: Row, recipes: dict[str, str]) -> None:

@@ -47,6 +47,9 @@ MERGED = "lora"
 LORAS = ("content", "style", MERGED)
 """Names of the LoRAs that a run may contain."""
 
+SEEDS = "seeds"
+"""Subfolder of a run for those of its seeds."""
+
 LOCK, LOCK_OWNER = ".lock", ".lock.pid"
 """Names of the lock of a process that trains into the folder, and of the file with the number of the process."""
 
@@ -142,6 +145,12 @@ class RunFolder:
     def check_file(self) -> Path:
         """Path of the figures of the check of the finished LoRAs; not every run has them."""
         return self.path / "check.json"
+
+    @property
+    def other_seeds(self) -> list[int]:
+        """Seeds that this run was compared with; only a run of several seeds has them."""
+        names = [entry.name for entry in (self.path / SEEDS).glob("*")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     @property
     def unfinished(self) -> bool:

@@ -18,7 +18,7 @@ from unziplora.errors import Interrupted, MachineError
 from unziplora.formats.files import read_lora
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
-from unziplora.runs.folder import RunFolder, with_absolute_paths
+from unziplora.runs.folder import SEEDS, RunFolder, with_absolute_paths
 from unziplora.runs.model_card import folder_argument
 from unziplora.training.export import write_card
 from unziplora.training.method import Method
@@ -27,9 +27,6 @@ from unziplora.training.runner import in_run_folder, named_settings, run_trainin
 from unziplora.utils.files import atomic_write, explained, files_below
 from unziplora.utils.inputs import read_json
 from unziplora.utils.progress import Callback, Progress
-
-SEEDS = "seeds"
-"""Subfolder of a run for those of its seeds."""
 
 
 def best_of_seeds(
@@ -57,7 +54,7 @@ def best_of_seeds(
             raise MachineError(f"{run.path / SEEDS}: no seed could be checked; choose the best one by its samples")
         best = max(scores, key=lambda seed: scores[seed])
         chosen = recipes[best]
-        _adopt(kind, run, chosen.model_copy(update={"out": config.out}), RunFolder(chosen.out), scores)
+        _adopt(kind, run, config, best, scores)
         shutil.rmtree(chosen.out.parent, ignore_errors=True)
         for other in trained:
             other.drop_checkpoints(keep=0)
@@ -112,7 +109,7 @@ def _score(config: SplitConfig) -> float | None:
 
 
 def _adopt(
-    kind: type[Method[SplitConfig]], run: RunFolder, config: SplitConfig, best: RunFolder, scores: dict[int, float]
+    kind: type[Method[SplitConfig]], run: RunFolder, recipe: SplitConfig, seed: int, scores: dict[int, float]
 ) -> None:
     """Make a run what its best seed is: copy the files, then the settings, then the card.
 
@@ -121,6 +118,8 @@ def _adopt(
     Raises:
         MachineError: disk full, no permission.
     """
+    config = next(one for one in seed_configs(recipe) if one.seed == seed)
+    best = RunFolder(config.out)
     run.drop_checkpoints(keep=0)
     for path in files_below(best.path, {"config.toml", "README.md"}):  # these are written anew
         target = run.path / path
@@ -130,11 +129,11 @@ def _adopt(
     found = read_json(best.check_file)
     ranked = ", ".join(f"seed {seed} {score:.2f}" for seed, score in sorted(scores.items(), key=lambda item: -item[1]))
     lines = [*found["findings"], f"Best of {len(scores)} by this check: {ranked}."]
-    figures = {**found, "findings": lines, "seed": config.seed, SEEDS: {str(seed): scores[seed] for seed in scores}}
+    figures = {**found, "findings": lines, "seed": seed, SEEDS: {str(one): score for one, score in scores.items()}}
     atomic_write(run.check_file, json.dumps(figures, indent=1) + "\n")
     settle_seed(run)
     loras = {name: read_lora(file) for name, file in run.loras.items()}
-    write_card(run, config, kind.describe(config), loras, lines)
+    write_card(run, config.model_copy(update={"out": recipe.out}), kind.describe(config), loras, lines)
 
 
 def settle_seed(run: RunFolder) -> None:
