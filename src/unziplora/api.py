@@ -31,7 +31,7 @@ from unziplora.formats.convert import resize_file as resize
 from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.inspect import inspect
 from unziplora.jobs.batch import Result, default_folder, run_batch
-from unziplora.jobs.queue import Queue
+from unziplora.jobs.queue import Queue, refuse_waiting
 from unziplora.jobs.remote import EngineName, pick_engine
 from unziplora.jobs.rows import read_rows
 from unziplora.jobs.state import find_runs
@@ -362,11 +362,17 @@ def _train(
     sources = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
     if (resume or extend) and out is None:
         raise UserError(f"{'extend' if extend else 'resume'} needs the run folder: give out=")
-    folder = Path(out) if out is not None else _default_folder(sources, name or str(settings.get("content") or ""))
+    folder = (
+        Path(out).expanduser()
+        if out is not None
+        else _default_folder(sources, name or str(settings.get("content") or ""))
+    )
     keys = {**_set(settings), "out": folder}
     saved = RunFolder(folder).settings(model) if resume else {}
     if extend:
         saved = RunFolder(folder).settings_to_extend(model, extend)
+    if not resume and not extend:
+        refuse_waiting(folder)
     in_memory = {number: image for number, image in enumerate(sources, 1) if isinstance(image, Image.Image)}
     with RunFolder(folder).stored(in_memory, resume or bool(extend)) as files:
         if sources:

@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from fake_jobs import FakeTrainer
+from safetensors.torch import save_file
 
 from unziplora.cli import queue
 
 
 @pytest.fixture(autouse=True)
 def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queue, "check", lambda config: None)
+    monkeypatch.setattr(queue, "check", lambda config: config)
     monkeypatch.setattr(queue, "Trainer", FakeTrainer)
 
 
@@ -44,7 +46,9 @@ def test_added_command_line_becomes_a_run_folder_with_its_settings(filled, tmp_p
 def test_other_trainings_and_unfinished_runs_are_added_too(call, tmp_path: Path) -> None:
     (tmp_path / "cat.png").touch()
     assert call("queue", "add", "train", "dreambooth", "cat.png", "--content", "cat", "--out", "runs/a")[0] == 0
-    assert call("queue", "add", "--first", "zip", "runs/a", "b.safetensors", "--out", "runs/b")[0] == 0
+    for name in "ab":
+        save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    assert call("queue", "add", "--first", "zip", "a.safetensors", "b.safetensors", "--out", "runs/b")[0] == 0
     assert call("queue", "cancel", "a")[0] == 0
     assert [Path(job["run"]).name for job in jobs(call)] == ["b"]
     assert call("queue", "add", "train", "blora", "cat.png", "--out", "runs/c")[0] == 0

@@ -10,13 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from fake_jobs import begin, recipe
+from safetensors.torch import save_file
 
+from unziplora import api
+from unziplora.config.zip import ZipConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.jobs import queue as queues
+from unziplora.jobs.batch import claim_row
 from unziplora.jobs.claim import HEARTBEAT, Claim
-from unziplora.jobs.queue import Queue
+from unziplora.jobs.queue import Queue, refuse_waiting
+from unziplora.jobs.rows import Row
 from unziplora.jobs.state import record_failure
+from unziplora.methods.ziplora.inputs import complete
 from unziplora.runs.folder import RunFolder
 
 
@@ -46,6 +53,41 @@ def test_submitted_job_is_a_run_folder_with_its_settings(queue: Queue) -> None:
     assert job.run.config_file.is_file()
     assert "rank = 8" in job.run.config_file.read_text()
     assert [(one.number, one.run.path, one.request) for one in queue.jobs()] == [(1, queue.folder / "cat", "")]
+
+
+def test_merge_is_submitted_with_what_it_takes_from_its_runs(queue: Queue, tmp_path: Path) -> None:
+    for name in ("cat", "fox"):
+        run = begin(tmp_path / name)
+        for lora in ("content", "style"):
+            save_file({"a": torch.zeros(1)}, run.lora(lora))
+        run.card.write_text("done")
+    loras = {"content_lora": tmp_path / "cat", "style_lora": tmp_path / "fox"}
+    job = queue.submit(ZipConfig(**loras, out=queue.folder / "both"))
+    config = job.run.config(ZipConfig)
+    assert (config.base, config.content_prompt, config.style_prompt) == (
+        "bundled",
+        "a sks cat",
+        "an image in ink style",
+    )
+    assert complete(config) == config  # so that its worker finds no other settings
+
+
+def test_run_that_waits_is_not_begun_anew_by_others(queue: Queue, tmp_path: Path) -> None:
+    submit(queue, "cat", style="ink")
+    other = Queue(tmp_path)
+    for begin_anew in (
+        lambda: refuse_waiting(queue.folder / "cat"),
+        lambda: other.submit(recipe(queue.folder / "cat", style="oil")),
+        lambda: api.split(tmp_path / "cat.png", content="cat", style="oil", out=queue.folder / "cat", progress=False),
+    ):
+        with pytest.raises(UserError, match=r"cat: in the queue already; cancel that job first"):
+            begin_anew()
+    row = Row("line 1", recipe(queue.folder / "cat", style="oil"))
+    assert "in the queue already" in claim_row(row).reason
+    assert 'style = "ink"' in queue.jobs()[0].run.config_file.read_text()
+    refuse_waiting(queue.folder / "fox")
+    queue.cancel("cat")
+    refuse_waiting(queue.folder / "cat")
 
 
 def test_jobs_are_claimed_in_their_order_and_leave_when_they_are_finished(queue: Queue) -> None:

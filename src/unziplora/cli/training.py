@@ -15,6 +15,7 @@ from unziplora.cli.output import memory_advice
 from unziplora.config.templates import warn_of_ui_syntax
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
+from unziplora.jobs.queue import refuse_waiting
 from unziplora.jobs.trainings import foresee, function_of
 from unziplora.runs.folder import RunFolder
 from unziplora.utils.files import file_stem, safe_name, write_png
@@ -65,6 +66,8 @@ def _layers(model: type[ImageConfig], words: str, params: Mapping[str, Any], fil
 
 def train(config: TrainingConfig, progress: Callback, resume: bool) -> Output:
     """Train as configured, and list the files of the run."""
+    if not resume:
+        refuse_waiting(config.out)
     with memory_advice(config):
         return _output(function_of(config)(config, resume=resume, progress=progress))
 

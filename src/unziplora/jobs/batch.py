@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from unziplora.errors import Interrupted, MachineError, UserError
 from unziplora.images.sheet import sheet
 from unziplora.jobs.claim import Claim
+from unziplora.jobs.queue import refuse_waiting
 from unziplora.jobs.rows import Row
 from unziplora.jobs.state import read_failure, state_of
 from unziplora.jobs.worker import Train, execute
@@ -114,6 +115,7 @@ def claim_row(row: Row) -> Claim | Result:
         return Result(row, "skipped")
     try:
         if state_of(run) != "running" and (run.is_free() or not run.unfinished):
+            refuse_waiting(run.path)
             with RunFolder.created(run.path, row.config):
                 pass
         claim = Claim(run)

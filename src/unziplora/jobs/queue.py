@@ -20,8 +20,12 @@ from unziplora.config.training import TrainingConfig
 from unziplora.errors import MachineError, UserError
 from unziplora.jobs.claim import HEARTBEAT, Claim
 from unziplora.jobs.state import State, clear_failure, find_runs, is_open, state_of
+from unziplora.jobs.trainings import completed
 from unziplora.runs.folder import RunFolder
 from unziplora.utils.files import UNSUPPORTED, absolute, explained
+
+FILE = "queue.sqlite"
+"""Name of the file of a queue in its folder."""
 
 PATIENCE = 30.0
 """Seconds to wait for another process that is changing the queue."""
@@ -68,14 +72,16 @@ class Queue:
 
     def __init__(self, folder: str | os.PathLike[str] = "runs") -> None:
         self.folder = absolute(Path(folder).expanduser())
-        self.file = self.folder / "queue.sqlite"
+        self.file = self.folder / FILE
 
     def submit(self, config: TrainingConfig, first: bool = False) -> Job:
-        """Create the run folder of a new job, and append the job or put it first.
+        """Create the run folder of a new job with its completed recipe, and append the job or put it first.
 
         Raises:
-            UserError: the folder is taken, or in the queue already.
+            UserError: the folder is taken, or in a queue already, or a run that the recipe builds on is not usable.
         """
+        config = completed(config)
+        refuse_waiting(config.out)
         with self._changing() as db:
             number = self._insert(db, config.out, first)
             with RunFolder.created(config.out, config):
@@ -87,7 +93,7 @@ class Queue:
         Raises:
             UserError: one of them is not an unfinished run, or in the queue already.
         """
-        folders = [RunFolder(absolute(Path(run))) for run in runs]
+        folders = [RunFolder(absolute(Path(run).expanduser())) for run in runs]
         for run in folders:
             if not run.unfinished:
                 fault = "finished already" if run.card.exists() else "no run (it has no config.toml and checkpoints)"
@@ -107,6 +113,11 @@ class Queue:
         """Return the jobs in their order; their states are computed when they are asked for."""
         with self._opened() as db:
             return list(map(Job._make, db.execute(f"{_ROWS} ORDER BY place LIMIT ?", [str(self.folder), limit])))
+
+    def contains(self, run: Path) -> bool:
+        """Return True if a run is a job of the queue."""
+        with self._opened() as db:
+            return db.execute("SELECT 1 FROM jobs WHERE run = ?", [self._key(run)]).fetchone() is not None
 
     def count(self) -> int:
         """Return the number of jobs."""
@@ -237,7 +248,7 @@ class Queue:
         try:
             number = db.execute("INSERT INTO jobs (run, place) VALUES (?, 0)", [self._key(path)]).lastrowid
         except sqlite3.IntegrityError:
-            raise UserError(f"{path}: in the queue already; cancel that job first, or choose another --out") from None
+            raise _in_queue(path) from None
         edge = "min(place) - 1" if first else "max(place) + 1"
         db.execute(f"UPDATE jobs SET place = (SELECT {edge} FROM jobs) WHERE number = ?", [number])
         clear_failure(RunFolder(path))
@@ -360,3 +371,21 @@ def _remove_stale(lock: Path) -> None:
     with suppress(OSError):
         if time.time() - lock.stat().st_mtime > HEARTBEAT:
             lock.rmdir() if lock.is_dir() else lock.unlink()
+
+
+def refuse_waiting(run: Path) -> None:
+    """Refuse to begin a run in the folder of one that waits in a queue, whose settings would be lost.
+
+    Only queues in the folders above it are found.
+
+    Raises:
+        UserError: it waits in one.
+        MachineError: a queue cannot be read.
+    """
+    run = absolute(run.expanduser())
+    if run.exists() and any((folder / FILE).is_file() and Queue(folder).contains(run) for folder in run.parents):
+        raise _in_queue(run)
+
+
+def _in_queue(run: Path) -> UserError:
+    return UserError(f"{run}: in the queue already; cancel that job first, or choose another --out")

@@ -165,7 +165,7 @@ def find_runs(folder: str | os.PathLike[str] = "runs", words: Sequence[str] = ()
     Args:
         words: each must occur in a run's name, words, prompts or image names.
     """
-    runs = [RunSummary(RunFolder(path)) for path in _run_folders(Path(folder), depth=2)]
+    runs = [RunSummary(RunFolder(path)) for path in _run_folders(Path(folder).expanduser(), depth=2)]
     matches = [run for run in runs if all(run.matches(word) for word in words)]
     return sorted(matches, key=lambda run: -run.changed)
 

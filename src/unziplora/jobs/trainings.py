@@ -99,9 +99,11 @@ def check(config: C) -> C:
 
 def completed(config: C) -> C:
     """Return a recipe with what it takes from the runs that it builds on."""
+    if not isinstance(config, ZipConfig):
+        return config
     from unziplora.methods.ziplora.inputs import complete
 
-    return cast(C, complete(config)) if isinstance(config, ZipConfig) else config
+    return cast(C, complete(config))
 
 
 def needs_base(config: TrainingConfig) -> bool:
