@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 import unziplora
+from unziplora.config.split import SplitConfig
 from unziplora.models.base import Base, load_base
+from unziplora.runs.folder import RunFolder
 
 TINY = {
     "steps": 2,
@@ -79,6 +81,32 @@ def test_image_in_memory_gives_what_its_file_gives(tiny_folder: Path, image: Ima
     for name in ("content", "style"):
         first, second = (unziplora.read_lora(run.loras[name]).modules for run in (one, two))
         assert all(torch.equal(a, b) for path in first for a, b in zip(first[path], second[path], strict=True))
+
+
+def test_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = RunFolder(tmp_path / "home" / "runs" / "cat")
+    config = SplitConfig(images=["cat.png"], content="cat", style="ink", base="bundled", out=run.path)
+    with RunFolder.created(run.path, config):
+        run.log(step=1)
+    run.checkpoint(1, lambda file: file.write(b"state"))
+    assert [one.run.path for one in unziplora.find_runs("~/runs")] == [run.path]
+    assert unziplora.Queue("~/runs").add("~/runs/cat")[0].run.path == run.path
+    for request in ({"resume": True}, {"extend": 2}):
+        with pytest.raises(unziplora.UserError, match=r"home/runs/cat|cat\.png"):
+            unziplora.split(out="~/runs/cat", progress=False, **request)
+    with pytest.raises(unziplora.UserError, match=r"home/photos: a batch is a folder|home/photos: no such"):
+        unziplora.batch("~/photos", content="cat", style="ink", progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["feed-forward", "convolutions"])
+def test_layers_that_read_no_prompts_learn_alone(tiny_folder: Path, image: Image.Image, target: str) -> None:
+    settings = {"content": "cat", "style": "ink", "base": tiny_folder, **TINY, "block_separation": False}
+    run = unziplora.split(image, out="cat", targets=[target], phrase_steps=2, **settings)
+    found = unziplora.read_lora(run.loras["content"]).modules
+    assert found
+    assert not any(".attn" in path for path in found)
 
 
 @pytest.mark.slow

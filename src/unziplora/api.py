@@ -300,9 +300,9 @@ def batch(
         MachineError: the Ray cluster does not answer.
         Interrupted: stopped on request after saving.
     """
-    trained = pick_engine(engine, address)
-    folder = default_folder(Path(source)) if out is None else Path(out)
-    rows = read_rows(Path(source), folder, settings)
+    trained, path = pick_engine(engine, address), Path(source).expanduser()
+    folder = default_folder(path) if out is None else Path(out).expanduser()
+    rows = read_rows(path, folder, settings)
     with _view(progress) as report:
         return run_batch(rows, folder, trained, report)
 
