@@ -41,7 +41,7 @@ def attributions(world: World) -> str:
     """Return a table of the drawing sets that the weights were trained on."""
     used = {s for style in world.settings.styles.values() for s in style.sets} | set(world.settings.drawings)
     rows = [f"| {key} | {world.sets[key]['licence']} | {world.sets[key].get('package', '')} |" for key in sorted(used)]
-    return "\n".join(["| set | licence | source |", "|---|---|---|", *rows])
+    return "\n".join(["| set | license | source |", "|---|---|---|", *rows])
 
 
 def scores_table(evaluation: dict, judges: dict) -> str:

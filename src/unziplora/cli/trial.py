@@ -63,7 +63,7 @@ trial_command = RecipeCommand(
       unziplora trial photos --base models/sdxl --clip models/clip --dino models/dino --csd models/csd --dry-run
       unziplora trial photos --base models/sdxl --clip models/clip --dino models/dino --csd models/csd
 
-    Writes report.md, contact sheets, and report.zip to send to the authors: figures, settings and versions, without
+    Writes report.md, contact sheets, and report.zip to share: figures, settings and versions, without
     images, words, names and paths. The same command continues after an interruption. The trainings are runs in
     OUT/runs: see unziplora runs --runs OUT/runs, and start unziplora worker --runs OUT/runs on another GPU to help.
     """,
