@@ -57,6 +57,17 @@ def test_other_trainings_and_unfinished_runs_are_added_too(call, tmp_path: Path)
     assert {Path(job["run"]).name for job in jobs(call)} == {"b", "c"}
 
 
+def test_folder_of_the_queue_is_that_of_its_runs(call, tmp_path: Path) -> None:
+    (tmp_path / "cat.png").touch()
+    words = ("split", "cat.png", "--content", "cat", "--style", "ink")
+    code, out, _ = call("queue", "add", "--runs", "other", *words, "--json")
+    assert code == 0
+    (job,) = json.loads(out)["jobs"]
+    assert Path(job["run"]) == tmp_path / "other" / "cat"
+    assert call("queue", "add", "--runs", "other", *words, "--out", "runs/cat")[0] == 0
+    assert (tmp_path / "runs" / "cat" / "config.toml").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -12,6 +12,7 @@ import click
 from unziplora.cli.command import RecipeCommand
 from unziplora.cli.options import json_option, quiet_option, runs_option
 from unziplora.cli.output import emit, note, stdout_to_stderr
+from unziplora.cli.training import RUNS
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
 from unziplora.jobs.queue import Job, Queue
@@ -98,9 +99,8 @@ def _add(what: tuple[str, ...], folder: Path, first: bool, unfinished: bool, as_
         raise UserError("nothing to add: name a training such as `split cat.jpg --content cat`, or a run folder")
     if what and what[0] in ("split", "train", "zip"):
         with stdout_to_stderr():
-            config = _recipe(what)
-            check(config)
-        jobs = [queue.submit(config, first)]
+            config, json_too = _recipe(what, folder)
+            jobs, as_json = [queue.submit(check(config), first)], as_json or json_too
     elif what:
         jobs = queue.add(*what, first=first)
     if unfinished:
@@ -108,8 +108,12 @@ def _add(what: tuple[str, ...], folder: Path, first: bool, unfinished: bool, as_
     _report(jobs, "added", as_json)
 
 
-def _recipe(words: Sequence[str]) -> TrainingConfig:
-    """Resolve the command line of a training as that command would."""
+def _recipe(words: Sequence[str], folder: Path) -> tuple[TrainingConfig, bool]:
+    """Resolve the command line of a training as that command would; return whether it has `--json` too.
+
+    Args:
+        folder: of the run, unless the command line names one.
+    """
     from unziplora.cli import cli
 
     command: click.Command | None = cli
@@ -125,7 +129,8 @@ def _recipe(words: Sequence[str]) -> TrainingConfig:
                 raise UserError(
                     f"--{flag.replace('_', '-')} does not go with a queue; unfinished runs are added by folder"
                 )
-        return command.recipe(ctx)
+        ctx.meta[RUNS] = folder
+        return command.recipe(ctx), ctx.params["as_json"]
 
 
 @queue_command.command("list")

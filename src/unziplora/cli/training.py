@@ -22,6 +22,9 @@ from unziplora.utils.files import file_stem, safe_name, write_png
 from unziplora.utils.inputs import read_json
 from unziplora.utils.progress import Callback
 
+RUNS = "unziplora.runs"
+"""Entry of a context's `meta`: the folder of the runs, if it is not `runs`."""
+
 
 def training_command(
     words: str,
@@ -104,12 +107,15 @@ def run_layers(
 
     Args:
         words: the command's words after `unziplora`.
-        name: name of the run's folder in `runs` unless `out` is set; None if nothing to name it after is known.
+        name: name of the run's folder in the folder of the runs, unless `out` is set; None if nothing to name it after
+            is known.
 
     Raises:
         UserError: there is no run to resume, or no finished one to extend.
     """
-    named = None if name is None else str(Path("runs") / safe_name(name, "image"))
+    context = click.get_current_context(silent=True)
+    runs = context.meta.get(RUNS, Path("runs")) if context else Path("runs")
+    named = None if name is None else str(runs / safe_name(name, "image"))
     out = flags.get("out") or file.get("out") or named
     if extend and (resume or "steps" in flags):
         raise UserError("--extend says how many more steps: leave --resume and --steps out")
