@@ -139,6 +139,20 @@ def test_trashed_run_comes_back_where_it_was(tmp_path: Path) -> None:
     assert back.card.exists()
 
 
+def test_run_whose_process_was_killed_while_it_was_canceled_can_go_on(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    job = queue.submit(recipe(tmp_path / "cat"))
+    with queue.claimed():
+        job.run.log(step=1)
+        queue.cancel(job.number)
+        assert state(tmp_path, job.run) == "canceling"
+        killed = queue.jobs()[0]
+        assert killed.request == "cancel"
+        (job.run.path / ".claim.json").unlink()
+        assert state(tmp_path, job.run) == "interrupted"
+        assert actions.go_on(tmp_path, job.run).request == ""
+
+
 def test_waiting_run_in_the_trash_leaves_the_queue_and_comes_back_with_its_pictures(tmp_path: Path) -> None:
     job = actions.start(tmp_path, "split", WORDS, "rocket", [image()], Image.new("L", (128, 128), 255))
     settings = read_toml(job.run.config_file)

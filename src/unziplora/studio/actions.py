@@ -210,9 +210,10 @@ def state(run: RunFolder, job: Job | None) -> str:
         job: of the run; None if it is not in the queue.
     """
     now = state_of(run, queued=job is not None)
-    if job is not None and job.request == "pause" and now != "running":
-        return "paused"
-    return {"pause": "pausing", "cancel": "canceling"}.get(job.request, now) if job is not None else now
+    request = job.request if job is not None else ""
+    if now != "running":  # a process that was asked to cancel and then killed has left the run as it is
+        return "paused" if request == "pause" else now
+    return {"pause": "pausing", "cancel": "canceling"}.get(request, now)
 
 
 def _move(source: Path, target: Path) -> None:

@@ -279,6 +279,8 @@ def _queue(runs: Path, workers: Workers, follower: Follower, chosen: Watch, reus
         run = Queue(runs).job(_named(number)).run
         if run.log_file.exists():
             raise UserError(f"{run.path.name}: this run has begun; start a new one from its settings")
+        if not run.path.is_relative_to(runs):
+            raise UserError(f"{run.path}: this run is in another folder; cancel it, and start a new one here")
         return _run(runs, run.path.relative_to(runs).as_posix())
 
     fill, fields = reuse(waiting, change=True)
