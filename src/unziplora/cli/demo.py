@@ -16,7 +16,9 @@ from unziplora.utils.progress import show
     "--out", type=ExpandedPath(), default="runs/demo", show_default=True, help="Folder to create for both runs."
 )
 @click.option("--base", default="bundled", show_default=True, help="Another base to try it on.")
-@click.option("--steps", type=click.IntRange(min=1), help="Fewer steps are faster and worse.  [default: the preset's]")
+@click.option(
+    "--steps", type=click.IntRange(min=1), help="Training steps; fewer give worse results.  [default: the preset's]"
+)
 @json_option
 @quiet_option
 def demo_command(out: Path, base: str, steps: int | None, as_json: bool, quiet: bool) -> None:
