@@ -15,7 +15,7 @@ from unziplora.errors import UserError
 from unziplora.formats.safetensors import body_hash
 from unziplora.models.text import Prompts
 from unziplora.sampling.sample import settings_text
-from unziplora.sampling.session import shared_name
+from unziplora.sampling.session import shared_names
 
 from .pair import Pair
 
@@ -35,7 +35,8 @@ def recipe(pair: Pair, image: Image.Image, base: str, prompts: Prompts, seed: in
         keys |= {kind: part.source.file, f"{kind}_strength": part.strength, f"{kind}_blocks": list(part.blocks)}
     config = resolve(SampleConfig, keys)
     sources = {kind: part.source for kind, part in pair.parts.items()}
-    kinds = {kind: shared_name(source.file) for kind, source in sources.items()}
+    names = shared_names(source.file for source in sources.values())
+    kinds = {kind: names[source.file] for kind, source in sources.items()}
     hashes = {
         kinds[kind]: source.header.get("sshs_model_hash") or body_hash(source.file) for kind, source in sources.items()
     }

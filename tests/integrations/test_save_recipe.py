@@ -13,7 +13,7 @@ from unziplora.errors import UserError
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import Settings
 from unziplora.sampling.sample import describe
-from unziplora.sampling.session import SamplingSession, plan_sampling, shared_name
+from unziplora.sampling.session import SamplingSession, plan_sampling, shared_names
 
 GRAPH = {"1": {"inputs": {"ckpt_name": "xl/sd_xl_base_1.0.safetensors"}}, "2": {"inputs": {"steps": 5}}}
 VALUES = {"seed": 3, "steps": 5, "cfg": 4.0, "filename_prefix": "cat", "sampler": "euler", "negative": "blurry"}
@@ -46,7 +46,8 @@ def test_text_is_that_of_unziplora_sample(nodes, monkeypatch, model, clip, files
         height=16,
     )
     sources = {kind: part.source for kind, part in nodes.patches.pair_of(pair).parts.items()}
-    kinds = {kind: shared_name(source.file) for kind, source in sources.items()}
+    names = shared_names(source.file for source in sources.values())
+    kinds = {kind: names[source.file] for kind, source in sources.items()}
     hashes = {kinds[kind]: source.header["sshs_model_hash"] for kind, source in sources.items()}
     base = SimpleNamespace(name="sd_xl_base_1.0")
     session = SamplingSession(base, None, [PROMPTS], Settings(guidance=4.0), hashes, kinds)
