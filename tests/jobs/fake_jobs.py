@@ -18,8 +18,8 @@ def recipe(out: Path, **changes: object) -> SplitConfig:
     return SplitConfig(**{**words, "out": out, **changes})
 
 
-def begin(path: Path) -> RunFolder:
-    with RunFolder.created(path, recipe(path)) as run:
+def begin(path: Path, **changes: object) -> RunFolder:
+    with RunFolder.created(path, recipe(path, **changes)) as run:
         return run
 
 

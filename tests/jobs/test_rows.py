@@ -41,6 +41,12 @@ def read(source: Path, text: str | None = None, **defaults: object) -> list[Row]
     return read_rows(source, source.parent / "out", {"base": "bundled", **defaults})
 
 
+def finished(row: Row) -> RunFolder:
+    with RunFolder.created(row.config.out, row.config) as run:
+        train(run, lambda _: None)
+    return run
+
+
 def test_folder_gives_a_row_for_each_image(photos: Path) -> None:
     rows = read(photos, content="cat", style="ink")
     assert [(row.place, row.config.out.name) for row in rows] == [("Dog 1.jpg", "Dog-1"), ("cat.png", "cat")]
@@ -174,9 +180,7 @@ def test_finished_and_begun_runs_must_have_the_same_settings(photos: Path) -> No
 @pytest.mark.usefixtures("unchecked")
 def test_finished_run_of_several_seeds_is_the_same_row_again(photos: Path) -> None:
     (row, _) = read(photos, content="cat", style="ink", seeds=3)[::-1]
-    with RunFolder.created(row.config.out, row.config) as run:
-        pass
-    train(run, lambda _: None)
+    run = finished(row)
     for seed in (0, 1):
         (run.path / "seeds" / str(seed)).mkdir(parents=True)
     run.check_file.write_text(json.dumps({"seed": 2}))
@@ -192,9 +196,7 @@ def test_finished_run_of_several_seeds_is_the_same_row_again(photos: Path) -> No
 @pytest.mark.usefixtures("unchecked")
 def test_finished_run_that_was_trained_on_is_the_same_row_again(photos: Path) -> None:
     (row, _) = read(photos, content="cat", style="ink", steps=4)[::-1]
-    with RunFolder.created(row.config.out, row.config) as run:
-        pass
-    train(run, lambda _: None)
+    run = finished(row)
     run.reopen(row.config.model_copy(update={"steps": 6}))
     run.card.write_text("# cat")
     assert len(read(photos, content="cat", style="ink", steps=4)) == 2

@@ -10,7 +10,6 @@ from PIL import Image
 from unziplora.errors import UserError
 from unziplora.jobs.queue import Queue
 from unziplora.jobs.state import RunSummary, find_runs, record_failure
-from unziplora.runs.folder import RunFolder
 from unziplora.studio import live, look
 
 SCRIPT = "<script>alert(1)</script>"
@@ -36,9 +35,7 @@ def test_steps_that_learn_words_count_in_the_progress(tmp_path: Path) -> None:
 
 
 def test_progress_of_several_seeds_counts_the_words_of_each_once_it_has_learned_them(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "cat")
-    with RunFolder.created(run.path, recipe(run.path, seeds=3)):
-        pass
+    run = begin(tmp_path / "cat", seeds=3)
     log = run.path / "worker.log"
     for logged, count, done in (
         (0, 60, 60),
