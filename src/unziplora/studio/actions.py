@@ -193,9 +193,8 @@ def restore(runs: Path, run: RunFolder) -> RunFolder:
 
 def jobs(runs: Path) -> dict[Path, Job]:
     """Return the jobs of the queue in their order, by the absolute paths of their runs."""
-    if not (runs / "queue.sqlite").is_file():
-        return {}
-    return {absolute(job.run.path): job for job in Queue(runs).jobs()}
+    queue = Queue(runs)
+    return {absolute(job.run.path): job for job in queue.jobs()} if queue.file.is_file() else {}
 
 
 def waiting(runs: Path, run: RunFolder) -> Job | None:

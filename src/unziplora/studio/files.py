@@ -67,8 +67,7 @@ def tab(runs: Path, follower: Follower) -> None:
 def lora_files(runs: Path) -> dict[str, Path]:
     """Return the LoRA files in the runs folder by their names in the list."""
     own = (file for one in find_runs(runs) for file in one.run.loras.values())
-    added = sorted((runs / play.LORAS).glob("[!.]*.safetensors"))
-    return {file.relative_to(runs).as_posix(): file for file in (*own, *added)}
+    return {file.relative_to(runs).as_posix(): file for file in (*own, *play.uploaded_loras(runs))}
 
 
 def file_of(runs: Path, name: str) -> Path:

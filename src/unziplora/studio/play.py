@@ -81,10 +81,11 @@ class Player:
         from unziplora.sampling.sources import choose_base, find_loras
 
         device, name = pick_device(config.device), choose_base(config, find_loras(config))
-        key = (name, pick_dtype(config.precision, device), device)
+        dtype = pick_dtype(config.precision, device)
+        key = (name, dtype, device)
         if self.base is None or key != self.key:
             self.base = None  # before the next one needs the memory
-            self.base, self.key = load_base(name, key[1]), key
+            self.base, self.key = load_base(name, dtype), key
             self.base.device = device
         return self.base
 
@@ -220,7 +221,12 @@ def chosen_keys(runs: Path, dials: dict[str, Any], seed: Any, others: dict[str, 
 def lora_names(runs: Path) -> list[str]:
     """Return what can be chosen as a LoRA: runs that have one, and uploaded files."""
     names = [live.name_of(runs, one) for one in find_runs(runs) if one.run.loras]
-    return names + [f"{LORAS}/{file.name}" for file in sorted((runs / LORAS).glob("[!.]*.safetensors"))]
+    return names + [f"{LORAS}/{file.name}" for file in uploaded_loras(runs)]
+
+
+def uploaded_loras(runs: Path) -> list[Path]:
+    """Return the uploaded LoRA files, without hidden ones."""
+    return sorted((runs / LORAS).glob("[!.]*.safetensors"))
 
 
 def offered(names: list[str]) -> Any:
