@@ -213,9 +213,9 @@ def _is_finished(config: TrainingConfig) -> bool:
 
 
 def _as_begun(run: RunFolder, config: TrainingConfig) -> TrainingConfig:
-    """Read the recipe that a run began with, as far as the row's recipe tells it from what became of a finished run.
+    """Read the recipe of a run as it was when it began, to compare that of a row with it.
 
-    After several seeds its settings are those of the best one, and it may have been trained on.
+    A finished run of several seeds has the settings of the best one, and a run that was trained on has more steps.
     """
     saved = run.config(type(config))
     changes: dict[str, Any] = {}

@@ -106,9 +106,10 @@ def _unet_config(base: str) -> dict[str, object] | None:
 
 
 def shared_names(files: Iterable[Path]) -> dict[Path, str]:
-    """Return a name of each LoRA file for others: its own, after its folder's if runs or the other files have it too.
+    """Return the name under which others see each LoRA file.
 
-    Those of equal folders are numbered.
+    It is the file's own, with that of its folder in front if every run, or another of the files, has the same. Names
+    that are still equal are numbered.
     """
     paths = {file: absolute(file) for file in files}
     common = Counter(file_stem(path) for path in paths.values()) + Counter([*KINDS, MERGED] * 2)

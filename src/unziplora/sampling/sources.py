@@ -187,7 +187,7 @@ def training_base(sources: Iterable[LoraSource]) -> str | None:
 
 
 def _is_last_part(base: str, other: str) -> bool:
-    """Return whether a base's name is all that a header tells of another's path: its last part, or SDXL's for it."""
+    """Return whether a base named in a header is the one at a path: its last part, or SDXL for Stability's own file."""
     name = Path(other).name
     return base == name or (base == SDXL and name.startswith(SDXL_FILE))
 
