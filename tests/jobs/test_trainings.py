@@ -59,25 +59,17 @@ def test_jobs_of_one_base_load_it_once_and_give_what_a_single_run_gives(
     assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 
-def test_base_in_another_precision_is_loaded_again(
-    tiny_folder: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_base_is_dropped_after_a_fault_of_the_machine(
+    fresh_base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bases, "load_base", lambda *_: object())
-    config = SplitConfig(images=[image], content="cat", style="ink", base=str(tiny_folder), out=tmp_path / "run")
-    trainer = Trainer()
-    first = trainer.load(config, silent)
-    assert trainer.load(config, silent) is first
-    assert trainer.load(config.model_copy(update={"precision": "bf16"}), silent) is not first
-
-
-def test_base_is_dropped_after_a_fault_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fake_jobs
 
-    trainer = Trainer(base=object(), key=("some",))
+    trainer = Trainer()
+    trainer.kept.base = fresh_base()
     monkeypatch.setattr(Trainer, "load", lambda *_: (_ for _ in ()).throw(MachineError("out of memory")))
     with pytest.raises(MachineError):
         trainer(fake_jobs.begin(tmp_path / "run"), silent)
-    assert trainer.base is None
+    assert trainer.kept.base is None
 
 
 def test_unusable_recipes_are_refused_before_a_folder_exists(tmp_path: Path, image: Path, tiny_folder: Path) -> None:

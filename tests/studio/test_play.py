@@ -64,15 +64,15 @@ def test_dials_become_a_sample_configuration(runs: Path) -> None:
 def test_pictures_are_made_on_the_device_and_in_the_format_of_the_settings(tiny_folder: Path) -> None:
     player, keys = play.Player(), {"base": str(tiny_folder), "prompts": ["a cat"], "steps": 1, "seeds": [0]}
     player.make("sample", {**keys, "precision": "bf16"}, lambda _: None)
-    first = player.base
+    first = player.kept.base
     assert first is not None
     assert first.unet.dtype == torch.bfloat16
     player.make("sample", {**keys, "precision": "bf16"}, lambda _: None)
-    assert player.base is first
+    assert player.kept.base is first
     player.make("sample", keys, lambda _: None)
-    assert player.base is not first
-    assert player.base is not None
-    assert player.base.unet.dtype == torch.float32
+    assert player.kept.base is not first
+    assert player.kept.base is not None
+    assert player.kept.base.unet.dtype == torch.float32
     with pytest.raises(UserError, match="'mps' is not available"):
         player.make("sample", {**keys, "device": "mps"}, lambda _: None)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -17,6 +15,7 @@ from unziplora.config.templates import ui_syntax
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import MachineError, UserError
+from unziplora.models.kept import KeptBase
 from unziplora.runs.folder import RunFolder
 from unziplora.utils.inputs import read_toml
 from unziplora.utils.progress import Callback
@@ -170,12 +169,11 @@ def import_whole(config: TrainingConfig) -> None:
         raise KeyboardInterrupt
 
 
-@dataclass
 class Trainer:
     """Trains the runs of one process. The base stays loaded while the next run needs the same one."""
 
-    base: Base | None = None
-    key: tuple[object, ...] = field(default=())
+    def __init__(self) -> None:
+        self.kept = KeptBase()
 
     def __call__(self, run: RunFolder, progress: Callback) -> None:
         """Train a run to its end, from the step that it has reached.
@@ -189,12 +187,11 @@ class Trainer:
             base = self.load(config, progress)
             function_of(config)(config, resume=True, progress=progress, base=base)
         except (MachineError, MemoryError, RuntimeError):  # the memory may be needed, and the state is uncertain
-            self.drop()
+            self.kept.drop()
             raise
 
     def load(self, config: TrainingConfig, progress: Callback) -> Base | None:
         """Return the base of a recipe, which is loaded unless the last run had it; None if the recipe needs none."""
-        from unziplora.models.base import load_base
         from unziplora.models.device import pick_device, pick_dtype
         from unziplora.utils.progress import Progress
 
@@ -202,21 +199,6 @@ class Trainer:
         if not needs_base(config):
             return None
         device = pick_device(config.device)
-        dtype, path = pick_dtype(config.precision, device), Path(config.base).expanduser()
-        key = (config.base, path.stat().st_mtime_ns if path.exists() else 0, dtype, device)
-        if self.base is None or key != self.key:
-            self.drop()
-            progress(Progress(message=f"loading base {config.base}"))
-            self.base, self.key = load_base(config.base, dtype, device), key
-        return self.base
-
-    def drop(self) -> None:
-        """Free the memory of the base."""
-        if self.base is None:
-            return
-        import torch
-
-        self.base = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        loading = Progress(message=f"loading base {config.base}")
+        dtype = pick_dtype(config.precision, device)
+        return self.kept.load(config.base, dtype, device, before=lambda: progress(loading))

@@ -17,6 +17,7 @@ from unziplora.config.recipe import KINDS, resolve
 from unziplora.config.sample import GenerationConfig, GridConfig, SampleConfig
 from unziplora.errors import UserError
 from unziplora.jobs.state import find_runs
+from unziplora.models.kept import KeptBase
 from unziplora.studio import libraries, live, look
 from unziplora.studio.events import Follower, shown
 from unziplora.studio.forms import Form, copy_panel, settled
@@ -51,8 +52,7 @@ class Player:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.base: Base | None = None
-        self.key: tuple[object, ...] = ()
+        self.kept = KeptBase()
 
     def make(self, action: str, keys: dict[str, Any], report: Any) -> list[Image.Image]:
         """Return pictures or one grid; each contains its recipe.
@@ -76,18 +76,11 @@ class Player:
 
     def _load(self, config: GenerationConfig) -> Base:
         """Return the base of a configuration, in the number format that it is used in, on the CPU."""
-        from unziplora.api import load_base
         from unziplora.models.device import pick_device, pick_dtype
         from unziplora.sampling.sources import choose_base, find_loras
 
         device, name = pick_device(config.device), choose_base(config, find_loras(config))
-        dtype = pick_dtype(config.precision, device)
-        key = (name, dtype, device)
-        if self.base is None or key != self.key:
-            self.base = None  # before the next one needs the memory
-            self.base, self.key = load_base(name, dtype), key
-            self.base.device = device
-        return self.base
+        return self.kept.load(name, pick_dtype(config.precision, device), device, waiting=True)
 
 
 def tab(runs: Path, follower: Follower) -> None:
