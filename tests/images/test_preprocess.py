@@ -563,6 +563,13 @@ class TestProportions:
         square = save(Image.new("RGB", (80, 80), "black"), tmp_path / "b.png")
         assert load_images([ImageFile(square)], [(64, 64)], whole=True)[0].inside is None
 
+    @pytest.mark.parametrize("size", [(6400, 64), (64, 6400)])
+    def test_a_strip_that_would_become_too_thin_is_refused(self, tmp_path: Path, size: Size) -> None:
+        strip = [ImageFile(save(Image.new("RGB", size, "black"), tmp_path / "a.png"))]
+        with pytest.raises(UserError, match=r"thinner than 8 pixels .* 64×64: choose a part with --crop"):
+            load_images(strip, [(64, 64)], whole=True)
+        assert load_images(strip, [(64, 64)])[0].image.size == (64, 64)
+
     def test_a_mask_is_padded_like_its_image(self, tmp_path: Path) -> None:
         mask = Image.new("L", (120, 60), 0)
         mask.paste(255, (0, 0, 60, 60))

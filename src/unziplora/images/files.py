@@ -30,7 +30,9 @@ PROFILE_LIMIT = 2**26
 Box = tuple[int, int, int, int]
 """Left, top, width and height in pixels."""
 
-_SMALLEST_SIDE = 8
+SMALLEST_SIDE = 8
+"""Pixels below which an image is too thin to learn from: one pixel of SDXL's latents."""
+
 _SIDEWAYS = range(5, 9)
 """EXIF orientations that swap width and height."""
 
@@ -203,7 +205,7 @@ def _check_file(path: Path) -> None:
 def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > PIXEL_LIMIT:
         raise UserError(_too_large(path, f"{width}×{height}"))
-    if min(width, height) < _SMALLEST_SIDE:
+    if min(width, height) < SMALLEST_SIDE:
         raise UserError(f"{path}: {width}×{height} pixels are too few to learn from; use a larger image")
 
 

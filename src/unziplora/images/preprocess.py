@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unziplora.errors import UserError
 from unziplora.images.colors import to_gray, to_rgb
-from unziplora.images.files import Box, open_upright
+from unziplora.images.files import SMALLEST_SIDE, Box, open_upright
 
 Size = tuple[int, int]
 """Width and height in pixels."""
@@ -233,8 +233,18 @@ def _centering(one: _Opened, size: Size) -> tuple[float, float]:
 
 
 def _padded(one: _Opened, size: Size) -> TrainingImage:
-    """Scale an image so that all of it is inside a size, in the middle, on white."""
-    flaws = _enlarged(one, size, min(size[0] / one.size[0], size[1] / one.size[1]))
+    """Scale an image so that all of it is inside a size, in the middle, on white.
+
+    Raises:
+        UserError: it would be too thin to learn from; its mask is black.
+    """
+    factor = min(size[0] / one.size[0], size[1] / one.size[1])
+    if factor * min(one.size) < SMALLEST_SIDE:
+        raise UserError(
+            f"{one.file.path} ({one.size[0]}×{one.size[1]}) would be thinner than {SMALLEST_SIDE} pixels if all of it "
+            f"were scaled into {size[0]}×{size[1]}: choose a part with --crop X,Y,W,H"
+        )
+    flaws = _enlarged(one, size, factor)
     padded = ImageOps.pad(one.image, size, Image.Resampling.LANCZOS, color="white")
     everywhere = Image.new("L", one.image.size, 255)
     inside = _tensor(ImageOps.pad(everywhere, size, Image.Resampling.BOX, color=0))
