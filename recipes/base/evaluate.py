@@ -28,9 +28,13 @@ class Question:
     style: str | None = None
 
 
-def questions(recipe: Recipe, count: int, seed: int = 0) -> dict[str, list[Question]]:
-    """Return prompts of seen and of unseen pairs, contents alone and styles alone, at most about `count` of each."""
-    world, styles = World(recipe.world), recipe.world.styles
+def questions(recipe: Recipe, judged: list[str], count: int, seed: int = 0) -> dict[str, list[Question]]:
+    """Return prompts of seen and of unseen pairs, contents alone and styles alone, at most about `count` of each.
+
+    The styles are those of the recipe that the judge knows; a recipe may have more.
+    """
+    world = World(recipe.world)
+    styles = {name: settings for name, settings in recipe.world.styles.items() if name in judged}
 
     def ask(kind: Kind, concept: str | None = None, style: str | None = None) -> Question:
         caption = world.caption(concept) if concept else None
@@ -83,7 +87,7 @@ def evaluate(
     """Score every group of questions; write sheets of the samples to the recipe's output folder."""
     judge_concept, judge_style = (Judge.load(recipe.name, axis, judges_folder) for axis in AXES)
     scores = {}
-    for name, group in questions(recipe, count).items():
+    for name, group in questions(recipe, judge_style.labels, count).items():
         pixels = answer(pipe, group, recipe.world.resolution, guidance or recipe.unet.guidance, steps)
         concepts, styles = judge_concept(pixels), judge_style(pixels)
         scores[name] = score(group, concepts, styles)
