@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from unziplora.config.recipe import KINDS, resolve
-from unziplora.config.sample import SampleConfig, read_blocks
+from unziplora.config.recipe import KINDS
+from unziplora.config.sample import read_blocks
 from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
 from unziplora.lora.weights import Lora, scale_blocks
 from unziplora.methods.ziplora.inputs import project_content
-from unziplora.sampling.prompts import plan_prompts
+from unziplora.sampling.prompts import default_prompt
 from unziplora.sampling.sources import LoraSource, find_lora
 
 
@@ -98,8 +98,5 @@ def words_of(pair: Pair) -> Words:
     sources = {kind: part.source for kind, part in pair.parts.items()}
     triggers = ", ".join(source.trigger for source in sources.values() if source.trigger)
     own = {kind: source.filled_prompt(kind) or "" for kind, source in sources.items()}
-    full = ""
-    if any(source.prompt("full") or source.prompt(kind) for kind, source in sources.items()):
-        files = {kind: source.file for kind, source in sources.items()}
-        full = plan_prompts(resolve(SampleConfig, files), list(sources.values()))[0].full
+    full = default_prompt(list(sources.values())) or ""
     return Words(triggers, full, own.get("content", ""), own.get("style", ""))

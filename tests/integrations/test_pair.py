@@ -57,6 +57,14 @@ def test_files_without_words_leave_the_prompts_empty(nodes, model, clip, state):
     path.unlink()
 
 
+def test_one_file_without_words_leaves_the_common_prompt_empty(nodes, model, clip, files, state):
+    path = state.root / "loras" / "bare.safetensors"
+    write_lora(Lora({f"{BLOCK}.to_q": (torch.ones(1, 6), torch.ones(6, 1))}), path)
+    assert run(nodes, model, clip, content="bare.safetensors")[3:] == ("", "", "an image in ink style")
+    assert run(nodes, model, clip, style="bare.safetensors")[3:] == ("", "a sks cat", "")
+    path.unlink()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -11,6 +11,7 @@ from unziplora.config.zip import joined_prompt
 from unziplora.errors import UserError
 from unziplora.models.text import Prompts
 from unziplora.sampling.sources import LoraSource
+from unziplora.utils.files import file_stem
 
 
 def plan_prompts(config: GenerationConfig, sources: Sequence[LoraSource]) -> list[Prompts]:
@@ -21,25 +22,38 @@ def plan_prompts(config: GenerationConfig, sources: Sequence[LoraSource]) -> lis
     """
     by_kind = {source.kind: source for source in sources}
     words = _words(by_kind)
-    fulls = [fill(prompt, words) for prompt in config.prompts] or [_default_prompt(sources, words)]
+    fulls = [fill(prompt, words) for prompt in config.prompts] or [_required_prompt(sources)]
     if not _separate(config, by_kind):
         return [Prompts(full) for full in fulls]
     content, style = (_own_prompt(config, by_kind[kind], words) for kind in KINDS)
     return [Prompts(full, content, style) for full in fulls]
 
 
+def default_prompt(sources: Sequence[LoraSource]) -> str | None:
+    """Return the prompt that the runs of one LoRA, or of a content and a style, trained with; None if it is not known.
+
+    Raises:
+        UserError: a recorded prompt has an unknown placeholder.
+    """
+    if len(sources) == 2:
+        return _combined_prompt(sources[0], sources[1], _words({source.kind: source for source in sources}))
+    return next((source.filled_prompt("full" if source.merged else source.kind) for source in sources), None)
+
+
 def _words(by_kind: Mapping[str, LoraSource]) -> dict[str, str]:
-    """Return the words of all placeholders: the style's run has the style, the content's run all others."""
+    """Return the words of all placeholders: the style LoRA has the style, the content LoRA all others.
+
+    The style of the content's image is none of them if there is a style LoRA.
+    """
     content, style = (by_kind[kind].words if kind in by_kind else {} for kind in KINDS)
     words = {**style, **content}
-    return words | {"style": style["style"]} if "style" in style else words
+    if "style" in by_kind:
+        words.pop("style", None)
+    return words | {name: word for name, word in style.items() if name == "style"}
 
 
-def _default_prompt(sources: Sequence[LoraSource], words: Mapping[str, str]) -> str:
-    if len(sources) == 2:
-        prompt = _combined_prompt(sources[0], sources[1], words)
-    else:
-        prompt = next((source.filled_prompt("full" if source.merged else source.kind) for source in sources), None)
+def _required_prompt(sources: Sequence[LoraSource]) -> str:
+    prompt = default_prompt(sources)
     if prompt is None:
         files = ", ".join(str(source.file) for source in sources)
         triggers = ", ".join(source.trigger for source in sources if source.trigger)
@@ -56,14 +70,19 @@ def _combined_prompt(content: LoraSource, style: LoraSource, words: Mapping[str,
     that was trained alone, the style's words follow.
     """
     prompt = content.prompt("full")
-    one_run = content.file.parent == style.file.parent
-    if not one_run and not (prompt and "{style}" in prompt and style.settings.get("style")):
+    if not _of_one_run(content, style) and not (prompt and "{style}" in prompt and "style" in words):
         own, manner = content.filled_prompt("content"), style.filled_prompt("style")
         if own and manner:
             return joined_prompt(own, manner)
     if prompt and not content.settings.get("full_prompt") and "style" in words:
         prompt = f"{prompt} in {{style}} style"
-    return prompt and fill(prompt, words)
+    return fill(prompt, words) if prompt and ("style" in words or "{style}" not in prompt) else None
+
+
+def _of_one_run(content: LoraSource, style: LoraSource) -> bool:
+    """Return whether two files come from one run. The folder does not tell: many lie in one, such as `models/loras`."""
+    names = [file_stem(source.file).removesuffix(source.kind) for source in (content, style)]
+    return content.wording == style.wording and names[0] == names[1]
 
 
 def _separate(config: GenerationConfig, by_kind: Mapping[str, LoraSource]) -> bool:

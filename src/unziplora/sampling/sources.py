@@ -57,6 +57,12 @@ class LoraSource:
         return {name: str(self.settings[name]) for name in ("token", "content", "style") if self.settings.get(name)}
 
     @property
+    def wording(self) -> dict[str, Any]:
+        """Words and prompts of the run, as far as they are recorded."""
+        prompts = {name: text for name, text in self.settings.items() if name == "prompts" or name.endswith("_prompt")}
+        return {**self.words, **prompts}
+
+    @property
     def merged(self) -> bool:
         if method := self.header.get("unziplora.method"):
             return method.endswith(f", {MERGED} LoRA")
