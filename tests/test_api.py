@@ -221,11 +221,14 @@ def test_loaded_runs_equal_dense_products_and_replace_each_other(tiny_folder: Pa
     run.load_into(pipe, content=0.7, style=0.3)
     both = dense(plain, {"content": 0.7, "style": 0.3}, run)
     torch.testing.assert_close(prediction(pipe), prediction(both), rtol=1e-4, atol=1e-5)
-    run.load_into(pipe, content=1.0, style=0)
+    run.load_into(pipe, content=1.0, style=None)
     changed = dense(plain, {"content": 1.0, "style": 0.3}, run)
     torch.testing.assert_close(prediction(pipe), prediction(changed), rtol=1e-4, atol=1e-5)
     pipe.set_adapters(["content", "style"], [0.5, 0.0])
     half = dense(plain, {"content": 0.5}, run)
+    torch.testing.assert_close(prediction(pipe), prediction(half), rtol=1e-4, atol=1e-5)
+    run.load_into(pipe, content=0.5, style=0)
+    assert pipe.get_list_adapters() == {"unet": ["content"]}
     torch.testing.assert_close(prediction(pipe), prediction(half), rtol=1e-4, atol=1e-5)
 
 

@@ -25,7 +25,6 @@ from unziplora.config.split import SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
-from unziplora.formats import writers
 from unziplora.formats.convert import convert
 from unziplora.formats.convert import resize_file as resize
 from unziplora.formats.files import read_lora, write_lora
@@ -38,8 +37,6 @@ from unziplora.jobs.state import find_runs
 from unziplora.jobs.trainings import Trainer, function_of
 from unziplora.jobs.worker import Work
 from unziplora.jobs.worker import work as work_on
-from unziplora.lora.algebra import scale
-from unziplora.lora.weights import Lora, check_fits
 from unziplora.models.base import Base, borrowed, load_base
 from unziplora.probe import probe
 from unziplora.runs.folder import RunFolder
@@ -47,7 +44,6 @@ from unziplora.sampling import grid as grids
 from unziplora.sampling import sample as samples
 from unziplora.sampling.sources import loras_of
 from unziplora.utils.files import file_stem, free_folder, safe_name
-from unziplora.utils.logging import quiet
 from unziplora.utils.progress import Callback, counted, show
 
 if TYPE_CHECKING:
@@ -77,20 +73,26 @@ class Run(RunFolder):
         content, style: its LoRA files.
     """
 
-    def load_into(self, pipe: StableDiffusionXLPipeline, *, content: float = 1.0, style: float = 1.0) -> None:
+    def load_into(
+        self, pipe: StableDiffusionXLPipeline, *, content: float | None = 1.0, style: float | None = 1.0
+    ) -> None:
         """Load the LoRAs into a diffusers pipeline, as adapters named `content` and `style`.
 
-        An adapter of the same name is replaced; a strength of 0 leaves that LoRA out; all others stay as they are. So
-        `cat.load_into(pipe, style=0)` and then `fox.load_into(pipe, content=0)` combine two runs. A merged run is
-        one adapter, `lora`, at the strength `content`.
+        An adapter of the same name is replaced, and at strength 0 removed; all others stay as they are. None leaves a
+        LoRA out: `cat.load_into(pipe, style=None)` and then `fox.load_into(pipe, content=None)` combine two runs. A
+        merged run is one adapter, `lora`, at the strength `content`.
 
         Raises:
             UserError: a file is damaged, or does not fit the pipeline.
         """
+        from unziplora.sampling.pipelines import load_adapter, remove_adapter
+
         strengths = {"content": content, "style": style, "lora": content}
         for name, file in self.loras.items():
-            if strengths[name]:
-                load_adapter(pipe, name, read_lora(file, pipe.unet.config), strengths[name])
+            if strength := strengths[name]:
+                load_adapter(pipe, name, read_lora(file, pipe.unet.config), strength)
+            elif strength is not None:
+                remove_adapter(pipe, name)
 
     def _repr_png_(self) -> bytes | None:
         return self.sheets[-1].read_bytes() if self.sheets else None
@@ -317,33 +319,6 @@ def work(folder: Location = "runs", *, until_empty: bool = True, progress: bool 
     """
     with _view(progress) as report:
         return work_on(Queue(folder), Trainer(), report, until_empty)
-
-
-def load_adapter(pipe: StableDiffusionXLPipeline, name: str, lora: Lora, strength: float) -> None:
-    """Load a LoRA into a diffusers pipeline as an adapter; other adapters keep their strengths.
-
-    The strength becomes part of the weights, so that `pipe.set_adapters` starts from 1.
-
-    Raises:
-        UserError: the LoRA does not fit the pipeline's UNet.
-    """
-    check_fits(lora, pipe.unet, f"the {name} LoRA", "this pipeline")
-    pairs = {path: scale(pair, strength) for path, pair in {**lora.modules, **lora.text}.items()}
-    tensors, _ = writers.diffusers(pairs, None)
-    active = {other: _adapter_strength(pipe, other) for other in pipe.get_active_adapters() if other != name}
-    if any(name in adapters for adapters in pipe.get_list_adapters().values()):
-        pipe.delete_adapters(name)
-    with quiet():
-        pipe.load_lora_weights(tensors, adapter_name=name)
-    pipe.set_adapters([*active, name], [*active.values(), 1.0])
-
-
-def _adapter_strength(pipe: StableDiffusionXLPipeline, name: str) -> float:
-    """Read the strength of an adapter from the first layer that has it."""
-    for module in pipe.unet.modules():
-        if name in getattr(module, "scaling", {}):
-            return float(module.scaling[name] * module.r[name] / module.lora_alpha[name])
-    return 1.0
 
 
 def _train(

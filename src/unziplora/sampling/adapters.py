@@ -145,36 +145,55 @@ def _delete_adapters(encoder: PreTrainedModel, others: list[str], names: list[st
 
 
 def _load_text_encoders(base: Base, named: NamedLora) -> None:
+    where = f"base {base.name}"
     try:
         with quiet(), base.forked_rng():
             for name, encoder in zip(ENCODERS, base.text_encoders, strict=True):
-                _load_text(base, name, encoder, named)
+                load_text(encoder, name, named.lora, _peft_name(named.name), named.source, where)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise wrong_base_error(named.lora, named.source, f"base {base.name}", first_line(error)) from error
+        raise wrong_base_error(named.lora, named.source, where, first_line(error)) from error
 
 
-def _load_text(base: Base, name: str, encoder: PreTrainedModel, named: NamedLora) -> None:
-    """Load a text encoder's modules as an adapter of PEFT, with the rank of each module.
+def load_text(encoder: PreTrainedModel, component: str, lora: Lora, adapter: str, source: str, base: str) -> None:
+    """Load a LoRA's modules of a text encoder as an adapter of PEFT, with the rank of each module.
 
     diffusers' own loader infers ranks from attention layers alone: it fails if there are none, or if others differ.
+
+    Args:
+        component: the encoder's name in a pipeline, with which the LoRA's paths begin.
+        source, base: names for messages.
+
+    Raises:
+        UserError: as `text_paths`.
     """
-    shapes = {
-        path: (module.out_features, module.in_features)
-        for path, module in encoder.named_modules()
-        if hasattr(module, "in_features")
-    }
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for full, pair in named.lora.text.items():
-        component, _, path = full.partition(".")
-        if component != name:
-            continue
-        path = path if path in shapes else path.removeprefix("text_model.")  # transformers 5 leaves out this level
-        check_shape(named.lora, full, pair, shapes.get(path), named.source, f"base {base.name}")
-        down, up = pair
+    for full, path in text_paths(encoder, component, lora, source, base).items():
+        down, up = lora.text[full]
         ranks[path] = down.shape[0]
         state |= {f"{path}.lora_A.weight": down.clone(), f"{path}.lora_B.weight": up.clone()}
     if state:
         config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)  # strength 1
-        encoder.load_adapter(adapter_name=_peft_name(named.name), adapter_state_dict=state, peft_config=config)
+        encoder.load_adapter(adapter_name=adapter, adapter_state_dict=state, peft_config=config)
         encoder.to(dtype=encoder.dtype)  # PEFT creates adapters in fp32
+
+
+def text_paths(encoder: PreTrainedModel | None, component: str, lora: Lora, source: str, base: str) -> dict[str, str]:
+    """Return the path in a text encoder of each of a LoRA's modules for it, by the path in the LoRA.
+
+    Raises:
+        UserError: the encoder has no such module, or another shape of it.
+    """
+    shapes = {
+        path.removesuffix(".base_layer"): (module.out_features, module.in_features)
+        for path, module in (encoder.named_modules() if encoder else ())
+        if hasattr(module, "in_features")
+    }
+    paths = {}
+    for full, pair in lora.text.items():
+        name, _, path = full.partition(".")
+        if name == component:
+            # transformers 5 leaves out this level
+            paths[full] = path if path in shapes else path.removeprefix("text_model.")
+            check_shape(lora, full, pair, shapes.get(paths[full]), source, base)
+    return paths
