@@ -3,6 +3,7 @@ import sdxl
 
 from unziplora.formats import identify
 
+TRANSFORMER = "a diffusion transformer (SD3, FLUX, Qwen-Image, LTX …)"
 SDXL_CHECKPOINT = (
     "model.diffusion_model.label_emb.0.0.weight",
     "first_stage_model.decoder.conv_in.weight",
@@ -19,8 +20,12 @@ SDXL_CHECKPOINT = (
         ([f"unet.{path}.lora_B.weight" for _, path, _ in sdxl.recorded()], identify.LORA, None),
         ([path + ".weight" for _, path, _ in sdxl.recorded()], "a UNet alone (plain weights)", None),
         (["unet.mid_block.attentions.0.proj_in.hada_w1_a"], identify.LORA, None),
-        (["model.diffusion_model.double_blocks.0.img_mod.lin.weight"], identify.CHECKPOINT, "FLUX"),
-        (["lora_unet_double_blocks_0_img_mod_lin.lora_up.weight"], identify.LORA, "FLUX"),
+        (["model.diffusion_model.double_blocks.0.img_mod.lin.weight"], identify.CHECKPOINT, "FLUX or HunyuanVideo"),
+        (["lora_unet_double_blocks_0_img_mod_lin.lora_up.weight"], identify.LORA, "FLUX or HunyuanVideo"),
+        (["transformer_blocks.0.attn.add_q_proj.lora_A.weight"], identify.LORA, TRANSFORMER),
+        (["diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight"], identify.LORA, TRANSFORMER),
+        (["lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight"], identify.LORA, TRANSFORMER),
+        (["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_up.weight"], identify.LORA, None),
         ([*SDXL_CHECKPOINT, "edm_mean"], identify.CHECKPOINT, "Playground 2.5 (EDM noise schedule)"),
         ([*SDXL_CHECKPOINT, "edm_vpred.sigma_max"], identify.CHECKPOINT, "CosXL (EDM noise schedule)"),
         (["control_model.x", "model.diffusion_model.x"], "a ControlNet", None),

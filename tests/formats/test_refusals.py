@@ -160,6 +160,7 @@ BLOCKS = ("down_blocks_0", "mid_block", "up_blocks_3")
             "for FLUX",
         ),
         (factors(["diffusion_model.joint_blocks.0.x_block.attn.proj"]), "for Stable Diffusion 3"),
+        (factors(["diffusion_model.transformer_blocks.0.attn1.to_q"]), "for a diffusion transformer"),
         (
             factors(["transformer.transformer_blocks.0.attn.to_q"], parts=("lora_A.weight", "lora_B.weight")),
             "transformer",

@@ -269,7 +269,16 @@ def test_a_regular_expression_for_alphas_is_refused_and_never_run(tmp_path):
         read_lora(path)
 
 
-@pytest.mark.parametrize("keys", [["bundle_emb.sks.clip_l", "bundle_emb.sks.clip_g"], ["emb_params"], ["epoch"]])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["bundle_emb.sks.clip_l", "bundle_emb.sks.clip_g"],
+        ["bundle_emb.sks.clip_l", "bundle_emb.sks.clip_l_out"],  # OneTrainer's output embedding
+        ["bundle_emb.flora.clip_l"],
+        ["emb_params"],
+        ["epoch"],
+    ],
+)
 def test_what_is_not_part_of_the_lora_is_named(tmp_path, keys):
     factors = pair(16, 16)
     tensors = {f"unet.{Q}.lora_A.weight": factors[0], f"unet.{Q}.lora_B.weight": factors[1]}

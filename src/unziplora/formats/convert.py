@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unziplora.errors import UserError
 from unziplora.formats.files import DTYPES, read_lora, write_lora
+from unziplora.formats.readers import is_factor
 from unziplora.lora.algebra import Pair, norm, resize
 from unziplora.lora.weights import Lora
 
@@ -112,7 +113,7 @@ def _result(path: Path, old: dict[str, Pair], new: dict[str, Pair]) -> ResizeRes
 def _stored_dtype(path: Path) -> str:
     """Return the number format of a file's factors by `write_lora`'s name; fp32 if there are several or another."""
     with safe_open(path, "pt") as file:
-        dtypes = {file.get_slice(name).get_dtype() for name in file.keys() if not name.endswith(".alpha")}  # noqa: SIM118
+        dtypes = {file.get_slice(name).get_dtype() for name in filter(is_factor, file.keys())}
     return {"F16": "fp16", "BF16": "bf16"}.get(dtypes.pop(), "fp32") if len(dtypes) == 1 else "fp32"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from unziplora.formats.adapter_config import ADAPTER_CONFIG, AdapterConfig, read
 from unziplora.formats.header import LAYERS_KEY, complete_metadata
 from unziplora.formats.names import is_peft, unwrap
 from unziplora.formats.quantization import dequantized
-from unziplora.formats.readers import FileModules, group_by_module, shown
+from unziplora.formats.readers import FileModules, group_by_module, shown, split_embeddings
 from unziplora.formats.safetensors import read_tensors, write_safetensors
 from unziplora.formats.sdxl import LAYERS, has_sdxl_widths, other_unet
 from unziplora.lora.algebra import balance, shape
@@ -73,16 +74,17 @@ def read_modules(
     """
     if (kind := identify.kind(tensors)) != identify.LORA:
         raise UserError(f"{path}: this is {kind}, not a LoRA")
-    if family := identify.family(map(unwrap, tensors)):
+    own, embeddings = split_embeddings(tensors)
+    if family := identify.family(map(unwrap, own)):
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
     config = dict(unet_config or {})
     with faults_of(path):
-        configs = _adapter_configs(path, tensors, metadata)
-        modules = group_by_module(dequantized(tensors), configs, _layers(metadata, config))
+        configs = _adapter_configs(path, own, metadata)
+        modules = group_by_module(dequantized(own), configs, _layers(metadata, config))
     family = other_unet(modules.shapes, config.get("cross_attention_dim"))
     if family and "unziplora.version" not in metadata:  # our own files are for SDXL's topology, whatever its widths
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")
-    return modules
+    return replace(modules, unread=[*modules.unread, *embeddings])
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -44,15 +44,16 @@ _KINDS = {
     r"\.weight$": "a file of plain weights",
 }
 _FAMILIES = {  # all but SDXL base
-    r"single_transformer_blocks|double_blocks|single_blocks": "FLUX",
-    r"joint_blocks|context_embedder|(attn|attn2)[._]add_[qkv]_proj": "Stable Diffusion 3",
+    r"single_transformer_blocks|double_blocks|single_blocks": "FLUX or HunyuanVideo",
+    r"joint_blocks": "Stable Diffusion 3",
     r"^cond_stage_model\.model\.": "Stable Diffusion 2",
     r"^cond_stage_model\.transformer\.": "Stable Diffusion 1",
     r"^conditioner\.embedders\.0\.model\.": "the SDXL refiner",
     r"^edm_mean": "Playground 2.5 (EDM noise schedule)",
     r"^edm_vpred\.": "CosXL (EDM noise schedule)",
     r"^lora_prior_": "Stable Cascade",
-    r"^(transformer|lora_transformer)[._]": "a diffusion transformer (SD3, FLUX, PixArt, Qwen-Image …)",
+    r"^(transformer|lora_transformer)[._]|^(diffusion_model\.|lora_unet_)?transformer_blocks[._]\d"
+    r"|context_embedder|(attn|attn2)[._]add_[qkv]_proj": "a diffusion transformer (SD3, FLUX, Qwen-Image, LTX …)",
     r"^(diffusion_model\.|lora_unet_)?(blocks|layers|model_blocks)[._]\d+": "a video or transformer model",
 }
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -32,8 +33,13 @@ _ENDINGS = {  # of the layouts that programs know by name
     "diffusers": r"\.lora_[AB]\.weight",
     "diffusers-old": r"([._]lora|\.lora_linear_layer)\.(down|up)\.weight",
 }
+_EMBEDDING = "bundle_emb."
+"""Beginning of the keys of an embedding that OneTrainer or kohya's trainer stores with a LoRA."""
+
 _PARTS = {"down": "down", "A": "down", "up": "up", "B": "up"}
 _LONGEST_KEY = 500
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,17 @@ def _collect(tensors: Mapping[str, Tensor], layers: int) -> tuple[dict[str, dict
             )
         modules[module][role] = tensor
     return modules, _layout(layouts[True], layouts[False]), unread
+
+
+def split_embeddings(tensors: Mapping[str, T]) -> tuple[dict[str, T], list[str]]:
+    """Return a file's tensors without its embeddings, whose names may look like anything, and the embeddings' keys."""
+    embeddings = [key for key in tensors if key.startswith(_EMBEDDING)]
+    return {key: tensor for key, tensor in tensors.items() if key not in embeddings}, embeddings
+
+
+def is_factor(key: str) -> bool:
+    """Return whether a key is that of an A or a B."""
+    return bool(_FACTOR.search(key)) and not key.startswith(_EMBEDDING)
 
 
 def shown(keys: Sequence[str]) -> str:
