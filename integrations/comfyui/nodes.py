@@ -15,7 +15,19 @@ from unziplora.errors import UserError
 
 CATEGORY = "unziplora"
 NONE = "none"
-_FILE = io.Custom("COMBO")  # an output of this type connects to a list of files
+
+
+class _ListOfFiles(str):
+    """Type of an output that connects to any list of files. ComfyUI compares types by ``!=``, and a list is a type."""
+
+    __hash__ = str.__hash__
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, list) and str.__ne__(self, other)
+
+
+_FILE = io.Custom("COMBO")
+_FILE.io_type = _ListOfFiles("COMBO")
 
 
 def _choices(folder: str) -> list[str]:
@@ -83,9 +95,10 @@ class UnziploraPair(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, content: str = NONE, style: str = NONE, **_: Any) -> str:
-        """Return a text that changes when one of the files does."""
-        paths = [folder_paths.get_full_path("loras", name) for name in (content, style) if name != NONE]
+    def fingerprint_inputs(cls, content: str | None = NONE, style: str | None = NONE, **_: Any) -> str:
+        """Return a text that changes when one of the files does. An input that is a link is None here."""
+        names = [name for name in (content, style) if name not in (None, NONE)]
+        paths = [folder_paths.get_full_path("loras", name) for name in names]
         return repr([(path, Path(path).stat().st_mtime_ns) for path in paths if path])
 
     @classmethod

@@ -48,6 +48,11 @@ class Pair:
     projection: float = 0.0
     separate: bool = False
 
+    @property
+    def two_prompts(self) -> bool:
+        """True if two LoRAs read a prompt each; `unziplora sample` knows no other images with several prompts."""
+        return self.separate and len(self.parts) == 2
+
 
 @dataclass(frozen=True)
 class Words:

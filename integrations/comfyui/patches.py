@@ -31,8 +31,10 @@ def check_model(model: Any) -> dict[str, int]:
     """Check that a MODEL is SDXL; return `layers_per_block` and `cross_attention_dim` of its UNet.
 
     Raises:
-        UserError: it is of another family.
+        UserError: it is of another family, or there is none.
     """
+    if model is None:
+        raise UserError("there is no MODEL: connect a loader of checkpoints")
     if not isinstance(model.model, comfy.model_base.SDXL):
         raise UserError(
             f"this MODEL is {type(model.model).__name__}, and the LoRAs are for SDXL: load an SDXL, Pony, Illustrious "
@@ -50,12 +52,14 @@ def apply_pair(model: Any, clip: Any, pair: Pair) -> tuple[Any, Any]:
     """Return clones of a model and of its text encoders with the LoRAs of a pair merged; the model carries the pair.
 
     Raises:
-        UserError: a LoRA does not fit.
+        UserError: a LoRA does not fit, or needs text encoders where there are none.
     """
     layers = check_model(model)["layers_per_block"]
-    model, clip = model.clone(), clip.clone()
+    if clip is None and any(part.lora.text for part in pair.parts.values()):
+        raise UserError("a LoRA changes the text encoders, and there is no CLIP: connect that of the checkpoint")
+    model, clip = model.clone(), clip and clip.clone()
     unet_keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    text_keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    text_keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip else {}
     shapes = {key: tuple(weight.shape) for key, weight in model.model.state_dict().items()}
     parts = {}
     for kind, part in pair.parts.items():

@@ -29,8 +29,7 @@ def recipe(pair: Pair, image: Image.Image, base: str, prompts: Prompts, seed: in
     Raises:
         UserError: an image with a prompt for each LoRA lacks one, or a setting is not one of `unziplora sample`.
     """
-    keys: dict[str, Any] = {**settings, "prompts": [prompts.full], "mode": "separate" if pair.separate else "direct"}
-    keys |= {"width": image.width, "height": image.height}
+    keys: dict[str, Any] = {**settings, "prompts": [prompts.full], "mode": "separate" if pair.two_prompts else "direct"}
     for kind, part in pair.parts.items():
         keys |= {kind: part.source.file, f"{kind}_strength": part.strength, f"{kind}_blocks": list(part.blocks)}
     config = resolve(SampleConfig, keys)
@@ -55,7 +54,7 @@ def prompts_of(pair: Pair, full: str, content: str, style: str) -> Prompts:
     """
     if not full.strip():
         raise UserError("prompt is empty: connect the text that the image was made with")
-    if not pair.separate:
+    if not pair.two_prompts:
         return Prompts(full)
     return Prompts(full, content, style)
 
@@ -68,5 +67,6 @@ def workflow_text(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str, str
 
 def model_name(prompt: Mapping[str, Any] | None) -> str:
     """Return the name of the checkpoint in a graph, without folders; an empty text if there is none, or several."""
-    names = {str(node.get("inputs", {}).get("ckpt_name")) for node in (prompt or {}).values()} - {"None"}
+    values = [node.get("inputs", {}).get("ckpt_name") for node in (prompt or {}).values()]
+    names = {value for value in values if isinstance(value, str)}  # a link to another node is a list
     return Path(names.pop().replace("\\", "/")).stem if len(names) == 1 else ""

@@ -1,5 +1,7 @@
 """Node 1: files, dials, blocks, projection and words; and the patches that ComfyUI merges."""
 
+from operator import ne
+
 import pytest
 import torch
 from comfy_stub import Patcher
@@ -90,6 +92,27 @@ def test_lora_of_another_shape_is_refused(nodes, model, clip, state):
 def test_model_of_another_family_is_refused(nodes, clip, files):
     with pytest.raises(UserError, match="this MODEL is Linear, and the LoRAs are for SDXL: load an SDXL"):
         run(nodes, Patcher(torch.nn.Linear(1, 1)), clip)
+
+
+def test_a_checkpoint_without_text_encoders_takes_loras_without_text(nodes, model, files):
+    patched, text, *_ = run(nodes, model, None, style="none")
+    assert text is None
+    assert patched.patches
+    with pytest.raises(UserError, match="there is no CLIP: connect"):
+        run(nodes, model, None)
+    with pytest.raises(UserError, match="there is no MODEL: connect"):
+        run(nodes, None, None)
+
+
+def test_linked_files_have_a_fingerprint_that_does_not_change(nodes, files):
+    linked = nodes.nodes.UnziploraPair.fingerprint_inputs(content=None, style=None)
+    assert linked == nodes.nodes.UnziploraPair.fingerprint_inputs(content="none", style="none")
+
+
+def test_files_of_a_split_connect_to_every_list_of_files_and_to_nothing_else(nodes):
+    others = ["cat-content.safetensors", "cat-style.safetensors"], "COMBO", "STRING"
+    differs = [ne(nodes.nodes._FILE.io_type, other) for other in others]  # as ComfyUI compares the types of a link
+    assert differs == [False, False, True]
 
 
 def test_changed_file_changes_the_fingerprint(nodes, files, state):

@@ -20,11 +20,11 @@ VALUES = {"seed": 3, "steps": 5, "cfg": 4.0, "filename_prefix": "cat", "sampler"
 PROMPTS = Prompts("a sks cat in ink style", "a sks cat", "an image in ink style")
 
 
-def save(nodes, monkeypatch, model, **more):
+def save(nodes, monkeypatch, model, size=(8, 16), **more):
     node = nodes.nodes.UnziploraSaveRecipe
     monkeypatch.setattr(node, "hidden", SimpleNamespace(prompt=GRAPH, extra_pnginfo={"workflow": {"id": 1}}))
     texts = {"prompt": PROMPTS.full, "content_prompt": PROMPTS.content, "style_prompt": PROMPTS.style}
-    (saved,) = node.execute(torch.zeros(1, 16, 8, 3), model, **{**texts, **VALUES, **more}).ui["images"]
+    (saved,) = node.execute(torch.zeros(1, size[1], size[0], 3), model, **{**texts, **VALUES, **more}).ui["images"]
     return saved["filename"]
 
 
@@ -69,6 +69,21 @@ def test_one_prompt_for_both_is_mode_direct(nodes, monkeypatch, model, clip, fil
     assert (settings["mode"], settings["content_prompt"], settings["projection"]) == ("direct", None, 0.5)
 
 
+def test_an_image_that_was_cropped_or_enlarged_is_saved_with_its_size(nodes, monkeypatch, model, clip, files, state):
+    name = save(nodes, monkeypatch, run(nodes, model, clip)[0], size=(1001, 9))
+    with Image.open(state.root / "output" / name) as image:
+        settings = json.loads(image.text["unziplora"])
+    assert (settings["width"], settings["height"]) == (1001, 9)
+
+
+def test_one_lora_with_a_prompt_of_its_own_is_saved_with_one_prompt(nodes, monkeypatch, model, clip, files, state):
+    patched = nodes.patches.separate_prompts(run(nodes, model, clip, style="none")[0])
+    name = save(nodes, monkeypatch, patched, style_prompt="")
+    with Image.open(state.root / "output" / name) as image:
+        settings = json.loads(image.text["unziplora"])
+    assert (settings["mode"], settings["prompt"], settings["content_prompt"]) == ("direct", PROMPTS.full, None)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [({"prompt": " "}, "prompt is empty: connect the text"), ({"style_prompt": ""}, "the style prompt is empty")],
@@ -82,3 +97,4 @@ def test_missing_prompts_are_refused(nodes, monkeypatch, model, clip, files, mor
 def test_graph_with_two_checkpoints_names_none(nodes):
     assert nodes.recipe.model_name({**GRAPH, "3": {"inputs": {"ckpt_name": "other.ckpt"}}}) == ""
     assert nodes.recipe.model_name(None) == ""
+    assert nodes.recipe.model_name({"1": {"inputs": {"ckpt_name": ["5", 0]}}}) == ""
