@@ -8,10 +8,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from unziplora.bench.contenders import Adapters
+from unziplora.bench.evaluate import make_tasks
 from unziplora.bench.photos import load_photos, photo_measures, photo_table
 from unziplora.bench.run import run_benchmark
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import resolve
+from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.models.base import Base
 
@@ -56,6 +59,26 @@ def test_photo_is_its_own_truth_and_tasks_use_other_words(photos: Path):
     assert all(example.images == (cat.image,) for example in (*cat.targets, *cat.others))
 
 
+def test_words_are_read_as_trainings_read_them(photos: Path):
+    (photos / "words.toml").write_text('["cat.jpg"]\ncontent = "A Guitar"\nstyle = "in an Oil Painting style"\n')
+    (case,) = load_photos(photos, 64).values()
+    config = SplitConfig(
+        images=[photos / "cat.jpg"], content="A Guitar", style="in an Oil Painting style", base="b", out=photos
+    )
+    assert (case.content, case.style) == (config.content, config.style) == ("Guitar", "Oil Painting")
+    assert "oil painting" not in [example.word for example in case.targets]
+    assert "guitar" not in [example.word for example in case.others]
+
+
+def test_prompts_have_one_style_at_their_end(photos: Path):
+    (photos / "words.toml").write_text('["cat.jpg"]\ncontent = "cat"\nstyle = "anime style"\n')
+    (case,) = load_photos(photos, 64).values()
+    prompts = {task.kind: task.prompts.full for task in make_tasks(case, case, Adapters(), Adapters(), "sks")}
+    assert prompts["content"] == "a sks cat in neon sign style"
+    assert prompts["style"] == "a penguin in anime style"
+    assert prompts["both"] == "a sks cat in anime style"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -66,6 +89,12 @@ def test_photo_is_its_own_truth_and_tasks_use_other_words(photos: Path):
             '["cat.jpg"]\ncontent = "a"\nstyle = "b"\n["cat.png"]\ncontent = "a"\nstyle = "b"\n',
             "two images are called cat",
         ),
+        (
+            '["cat.jpg"]\ncontent = "a"\nstyle = "b"\n["Cat.png"]\ncontent = "a"\nstyle = "b"\n',
+            "two images are called cat",  # their folders are one on Windows and macOS
+        ),
+        ('["cat.jpg"]\ncontent = ["cat"]\nstyle = "ink"\n', r"words\.toml: 'cat\.jpg' needs .* as text"),
+        ('["cat.jpg"]\ncontent = " "\nstyle = "ink"\n', r"words\.toml: 'cat\.jpg': content must not be blank"),
     ],
 )
 def test_unusable_words_file_is_refused(photos: Path, words: str, message: str):

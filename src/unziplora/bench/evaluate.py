@@ -18,6 +18,7 @@ from unziplora.bench.cases import Case
 from unziplora.bench.contenders import Adapters, Contender
 from unziplora.bench.scores import Comparison, leak
 from unziplora.bench.workspace import Workspace, json_hash, training_settings
+from unziplora.config.templates import fill
 from unziplora.lora.weights import Lora
 from unziplora.metrics.measures import CaseMeasure
 from unziplora.metrics.similarity import geometric_mean, similarity
@@ -57,13 +58,13 @@ class Task:
 def make_tasks(case: Case, partner: Case, alone: Adapters, mixed: Adapters, token: str) -> list[Task]:
     """List all tasks of a case for the LoRAs of a method; a case that is its own partner is not mixed."""
     words = {"token": token, **case.words}
-    content, style = alone.content_phrase.format(**words), alone.style_phrase.format(**words)
+    content, style = fill(alone.content_phrase, words), fill(f"in {alone.style_phrase} style", words)
     tasks = [
         Task("content", e.word, Prompts(f"{content} in {e.word} style"), _present(content=alone.content), e.images)
         for e in case.targets
     ]
     tasks += [
-        Task("style", e.word, Prompts(f"a {e.word} in {style} style"), _present(style=alone.style), e.images)
+        Task("style", e.word, Prompts(f"a {e.word} {style}"), _present(style=alone.style), e.images)
         for e in case.others
     ]
     tasks.append(_combined_task("both", case, case, alone, case.image, token))
@@ -77,8 +78,8 @@ def _combined_task(
 ) -> Task:
     """Make the task of a case's content in the style of `styled`."""
     words = {"token": token, **case.words, "style": styled.style}
-    full = f"{adapters.content_phrase} in {adapters.style_phrase} style".format(**words)
-    separate = [text.format(**words) for text in adapters.prompts or ()]
+    full = fill(f"{adapters.content_phrase} in {adapters.style_phrase} style", words)
+    separate = [fill(text, words) for text in adapters.prompts or ()]
     loras = _present(lora=adapters.merged) or _present(content=adapters.content, style=adapters.style)
     return Task(kind, styled.slug, Prompts(full, *separate), loras, (truth,))
 

@@ -16,6 +16,7 @@ from unziplora.bench.cases import Case, Example
 from unziplora.bench.report import Report, markdown_table, summarize
 from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import KINDS
+from unziplora.config.templates import plain_words, same_words
 from unziplora.errors import UserError
 from unziplora.images.preprocess import load_image
 from unziplora.methods.unziplora.check import CONTENTS, STYLES
@@ -39,8 +40,9 @@ def load_photos(folder: Path, side: int) -> dict[str, Case]:
     if not entries:
         raise UserError(f"{folder / WORDS}: names no image; add {EXAMPLE}")
     stems = [Path(name).stem for name in entries]
+    folded = [stem.casefold() for stem in stems]  # their folders are the same on Windows and macOS
     for stem in stems:
-        if stems.count(stem) > 1:
+        if folded.count(stem.casefold()) > 1:
             raise UserError(f"{folder / WORDS}: two images are called {stem}; rename one")
     return {
         stem: _read_photo(folder, name, words, side) for stem, (name, words) in zip(stems, entries.items(), strict=True)
@@ -48,19 +50,31 @@ def load_photos(folder: Path, side: int) -> dict[str, Case]:
 
 
 def _read_photo(folder: Path, name: str, words: object, side: int) -> Case:
-    if not isinstance(words, dict) or set(words) != set(KINDS):
-        raise UserError(f"{folder / WORDS}: {name!r} needs exactly the words content and style; write {EXAMPLE}")
+    content, style = _words(f"{folder / WORDS}: {name!r}", words)
     image = load_image(folder / name, side)
     return Case(
         slug=Path(name).stem,
-        content=str(words["content"]),
-        style=str(words["style"]),
+        content=content,
+        style=style,
         image=image,
-        targets=tuple(Example(style, (image,)) for style in STYLES if style != words["style"]),
-        others=tuple(Example(content, (image,)) for content in CONTENTS if content != words["content"]),
+        targets=tuple(Example(other, (image,)) for other in STYLES if not same_words(other, style)),
+        others=tuple(Example(other, (image,)) for other in CONTENTS if not same_words(other, content)),
         partner=Path(name).stem,  # this protocol does not mix two images
         mix=image,
     )
+
+
+def _words(where: str, words: object) -> tuple[str, str]:
+    """Return the content and the style of an entry, as trainings read them."""
+    if not isinstance(words, dict) or set(words) != set(KINDS) or not all(type(text) is str for text in words.values()):
+        raise UserError(f"{where} needs exactly the words content and style, as text; write {EXAMPLE}")
+    plain = {}
+    for kind in KINDS:
+        try:
+            plain[kind] = plain_words(words[kind], style=kind == "style")
+        except ValueError as error:
+            raise UserError(f"{where}: {kind} {error}") from None
+    return plain["content"], plain["style"]
 
 
 def photo_measures(config: BenchConfig, device: torch.device | str) -> list[ModelMeasure]:

@@ -70,6 +70,11 @@ def plain_words(text: str, style: bool = False) -> str:
     return _ARTICLE.sub("", text, count=1) if _ARTICLE.match(text) else text
 
 
+def same_words(one: str, other: str) -> bool:
+    """Return whether two styles or subjects are the same, whatever their case and a "style" at their end."""
+    return one.casefold().removesuffix(" style") == other.casefold().removesuffix(" style")
+
+
 def ui_syntax(prompts: Iterable[str]) -> list[str]:
     """Return the parts of prompts that user interfaces interpret; here they are read as letters."""
     return list(dict.fromkeys(match[0] for text in prompts for match in _UI_SYNTAX.finditer(text)))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unziplora.config.bases import is_bundled
 from unziplora.config.recipe import KINDS
 from unziplora.config.split import SplitConfig
+from unziplora.config.templates import same_words
 from unziplora.metrics.embedders import DINO, ImageModel, ModelMeasure
 from unziplora.metrics.measures import CaseMeasure, Trained
 from unziplora.metrics.separation import Alone, Separation, measure_separation
@@ -85,8 +86,8 @@ def drawing_steps(config: SplitConfig) -> int:
 def prompts_alone(config: SplitConfig) -> tuple[list[str], list[str]]:
     """Return the prompts of the content LoRA and of the style LoRA, without those that name what was learned."""
     words = config.prompts()["content"]
-    styles = [style for style in STYLES if style != config.style][:PROMPTS]
-    contents = [content for content in CONTENTS if content != config.content][:PROMPTS]
+    styles = [style for style in STYLES if not same_words(style, config.style)][:PROMPTS]
+    contents = [content for content in CONTENTS if not same_words(content, config.content)][:PROMPTS]
     return [f"{words} in {style} style" for style in styles], [
         config.fill(f"a {x} in {{style}} style") for x in contents
     ]
