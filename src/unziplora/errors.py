@@ -45,7 +45,9 @@ def faults_of(place: object) -> Iterator[None]:
 def out_of_memory(error: BaseException) -> bool:
     """Return True if an exception means that a GPU or the CPU ran out of memory. Does not import torch."""
     torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+    if isinstance(error, MemoryError | OutOfMemory) or (
+        torch is not None and isinstance(error, torch.OutOfMemoryError)
+    ):
         return True
     return isinstance(error, RuntimeError) and any(
         text in str(error) for text in ("allocate memory", "out of memory", "OUT_OF_MEMORY")

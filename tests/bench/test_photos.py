@@ -138,8 +138,8 @@ def test_the_table_has_a_row_per_method_without_the_oracle(config: BenchConfig, 
 
 
 def test_dino_compares_contents_clip_styles_and_csd_both(config: BenchConfig, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("unziplora.bench.photos.ImageModel", lambda kind, source, device: (kind, source))
-    first, second = photo_measures(config.model_copy(update={"clip": "b", "dino": "c", "csd": "a"}), "cpu")
+    monkeypatch.setattr("unziplora.bench.photos.ImageModel", lambda kind, source: (kind, source))
+    first, second = photo_measures(config.model_copy(update={"clip": "b", "dino": "c", "csd": "a"}))
     assert (first.contents, first.styles) == (("dino", "c"), ("clip", "b"))
     assert (second.contents, second.styles) == (("csd", "a"), ("csd", "a"))
 

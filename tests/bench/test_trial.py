@@ -1,7 +1,9 @@
 """A trial on tiny random models: its arms, its queue, its report and what is not in it."""
 
+import errno
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +17,7 @@ from safetensors.torch import load_file
 
 from unziplora.bench import trial_run
 from unziplora.bench.cost import COST, Cost, read_cost
-from unziplora.bench.photos import ModelMeasure
-from unziplora.bench.trial import ARMS, LocalScaling, Trial, load_images, moved, open_trial
+from unziplora.bench.trial import ARMS, LocalScaling, Trial, load_images, open_trial
 from unziplora.bench.trial_run import Forecast, announce, foresee, run_trial, submit
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.recipe import resolve
@@ -25,7 +26,7 @@ from unziplora.config.training import SMALL as SMALL_BASE
 from unziplora.config.trial import ADDITIONS, CONVOLUTIONS, TrialConfig
 from unziplora.errors import Interrupted, MachineError, UserError
 from unziplora.jobs.queue import Queue
-from unziplora.jobs.state import find_runs
+from unziplora.jobs.state import find_runs, record_failure
 from unziplora.jobs.trainings import Trainer
 from unziplora.metrics.embedders import ImageModel
 from unziplora.runs.folder import RunFolder
@@ -178,6 +179,32 @@ class TestOpening:
         after = marks()
         assert [slug for slug in IMAGES if before[slug] == after[slug]] == ["xerus-photo"]
 
+    def test_an_image_under_two_names_is_no_reference_of_itself(self, make: Make, photos: Path):
+        shutil.copy(photos / "xerus-photo.png", photos / "copy.png")
+        with (photos / "words.toml").open("a") as file:
+            file.write('["copy.png"]\ncontent = "xerus"\nstyle = "ink"\n')
+        trial = open_trial(make())
+        for slug in ("xerus-photo", "copy"):
+            *_, scaled = trial.case_measures(trial.cases[slug])
+            assert isinstance(scaled, LocalScaling)
+            others = [trial.cases[other].image for other in IMAGES if other != "xerus-photo"]
+            torch.testing.assert_close(scaled.reference, trial.measures[-1].style(others))
+
+    def test_other_models_under_the_same_name_score_again(self, make: Make, vision_models: dict[str, str]):
+        def marks() -> list[str]:
+            trial = open_trial(make())
+            return [measure.weights_hash for measure in trial.case_measures(trial.cases["xerus-photo"])]
+
+        before = marks()
+        file = Path(vision_models["csd"]) / "preprocessor_config.json"
+        text = file.read_text()
+        try:
+            file.write_text(json.dumps({**json.loads(text), "image_mean": [0.1, 0.1, 0.1]}))
+            after = marks()
+        finally:
+            file.write_text(text)
+        assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, False]
+
     def test_three_images_have_no_local_scaling(self, make: Make, photos: Path):
         only(photos, "okapi-photo", "xerus-photo", "numbat-photo")
         with pytest.warns(UserWarning, match="no CSLS read-out of CSD: it needs 4 images, and there are 3"):
@@ -212,20 +239,6 @@ class TestOpening:
     def test_contradictory_settings_are_refused(self, make: Make, keys: dict[str, Any], message: str):
         with pytest.raises(UserError, match=message):
             resolve(TrialConfig, {**make().model_dump(), **keys})
-
-
-def test_models_are_on_the_gpu_only_while_they_measure():
-    class Model:
-        def __init__(self) -> None:
-            self.places: list[str] = []
-
-        def to(self, device: torch.device | str) -> None:
-            self.places.append(str(device))
-
-    model = Model()
-    with moved([ModelMeasure("x", model, model)], torch.device("cuda")):  # type: ignore[arg-type]
-        assert set(model.places) == {"cuda"}
-    assert model.places[-1] == "cpu"
 
 
 class TestForecast:
@@ -435,6 +448,56 @@ class TestFailures:
         assert len(trial.results) == 7
         assert trial.seconds_left() == 0
 
+    @pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS")])
+    def test_nothing_is_trained_where_nothing_can_be_sampled(
+        self, trial: Trial, monkeypatch: pytest.MonkeyPatch, fault: Exception
+    ):
+        def failing(*_: Any) -> Any:
+            raise fault
+
+        messages: list[str] = []
+        trial.progress = lambda event: messages.append(event.message or "")
+        monkeypatch.setattr("unziplora.bench.trial.evaluate", failing)
+        with pytest.raises(MachineError, match=f"nothing can be sampled and scored here: {fault}"):
+            run_trial(trial.config)
+        assert f"base, okapi-photo, seed 0: no result: {fault}" in messages
+        assert {job.state for job in Queue(trial.workspace.runs).jobs()} == {"queued"}
+
+    def test_full_disk_ends_the_trial(self, trial: Trial, monkeypatch: pytest.MonkeyPatch):
+        def full(*_: Any) -> Any:
+            raise OSError(errno.ENOSPC, "no space")
+
+        monkeypatch.setattr("unziplora.bench.trial.evaluate", full)
+        with pytest.raises(OSError, match="no space"):
+            run_trial(trial.config)
+
+    def test_queue_is_that_of_the_present_settings(self, trial: Trial):
+        assert len(submit(trial).jobs()) == 4
+        trial.cases = {slug: trial.cases[slug] for slug in ("quokka-photo", "okapi-photo")}
+        assert [job.name for job in submit(trial).jobs()] == ["quokka-photo/default-0", "okapi-photo/default-0"]
+
+    def test_run_that_has_learned_nothing_gets_the_present_settings(self, trial: Trial):
+        submit(trial)
+        first = RunFolder(trial.workspace.runs / "okapi-photo" / "default-0")
+        trial.resolved = {
+            unit: [recipe.model_copy(update={"precision": "bf16", "rank": 3}) for recipe in trial.recipes(unit)]
+            for unit in trial.units
+        }
+        record_failure(first, UserError("a wrong word"))
+        assert {job.state for job in submit(trial).jobs()} == {"queued"}
+        saved = first.config(SplitConfig)
+        assert (saved.precision, saved.rank) == ("bf16", 3)
+
+    def test_all_runs_that_learned_with_other_settings_are_named(self, trial: Trial):
+        for job in submit(trial).jobs()[:2]:
+            job.run.card.write_text("# finished")
+        trial.resolved = {
+            unit: [recipe.model_copy(update={"rank": 3}) for recipe in trial.recipes(unit)] for unit in trial.units
+        }
+        with pytest.raises(UserError, match=r"(?s)default-0: this run was made with rank 2, not 3.*\n.*rank 2, not 3"):
+            submit(trial)
+        assert len(Queue(trial.workspace.runs).jobs()) == 4
+
     def test_run_in_the_hands_of_another_worker_is_waited_for(self, trial: Trial, monkeypatch: pytest.MonkeyPatch):
         waited: list[float] = []
         monkeypatch.setattr(trial_run.time, "sleep", waited.append)
@@ -445,12 +508,12 @@ class TestFailures:
         assert waited == [trial_run.POLL]
 
     def test_canceled_training_is_queued_again_and_a_waiting_one_only_once(self, trial: Trial):
-        assert [job.number for job in submit(trial).jobs()] == [1, 2, 3, 4]
         queue = submit(trial)
-        assert len(queue.jobs()) == 4
-        queue.cancel(1)
+        names = [job.name for job in queue.jobs()]
+        assert len(names) == 4
+        queue.cancel(names[0])
         assert len(queue.jobs()) == 3
-        assert len(submit(trial).jobs()) == 4
+        assert [job.name for job in submit(trial).jobs()] == [job.name for job in submit(trial).jobs()] == names
 
     def test_cost_is_noted_and_shown_per_image(self, trial: Trial):
         with pytest.raises(MachineError):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from unziplora.models.kept import KeptBase
+from unziplora.models.kept import KeptBase, free_memory
 
 CPU = torch.device("cpu")
 
@@ -60,3 +62,31 @@ def test_a_dropped_base_is_loaded_again(kept: KeptBase, folder: Path) -> None:
     kept.drop()
     assert kept.base is None
     assert kept.load(str(folder), torch.float32, CPU) is not first
+
+
+def test_what_the_frames_of_a_handled_error_hold_is_freed() -> None:
+    class Weights:
+        pass
+
+    held: list[weakref.ref[Weights]] = []
+
+    def train() -> None:
+        weights = Weights()
+        weights.itself = weights  # type: ignore[attr-defined]
+        held.append(weakref.ref(weights))
+        try:
+            raise MemoryError("inner")
+        except MemoryError:
+            raise RuntimeError("outer")  # noqa: B904
+
+    gc.disable()
+    try:
+        try:
+            train()
+        except RuntimeError as error:
+            kept = error
+            free_memory(error)
+    finally:
+        gc.enable()
+    assert str(kept) == "outer"
+    assert held[0]() is None

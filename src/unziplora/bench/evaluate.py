@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from unziplora.bench.scores import Comparison, leak
 from unziplora.bench.workspace import Workspace, json_hash, training_settings
 from unziplora.config.templates import fill
 from unziplora.lora.weights import Lora
+from unziplora.metrics.embedders import ModelMeasure
 from unziplora.metrics.measures import CaseMeasure
 from unziplora.metrics.similarity import geometric_mean, similarity
 from unziplora.models.base import Base
@@ -145,14 +146,18 @@ def evaluate(
         return stored
     samples, images = _train_and_sample(workspace, base, method, (case, cases[case.partner]), seed, settings)
     rows = []
-    for task, files in images:
-        opened = [Image.open(file).convert("RGB") for file in files]
-        values = {measure.name: score_images(measure, case, task, opened) for measure in measures}
-        rows += [
-            {"task": task.kind, "target": task.target, "seed": number, "file": f"samples/{file.name}"}
-            | {"values": {name: scores[number] for name, scores in values.items()}}
-            for number, file in enumerate(files)
-        ]
+    with ExitStack() as stack:
+        for measure in measures:
+            if isinstance(measure, ModelMeasure):
+                stack.enter_context(measure.on(base.device))
+        for task, files in images:
+            opened = [Image.open(file).convert("RGB") for file in files]
+            values = {measure.name: score_images(measure, case, task, opened) for measure in measures}
+            rows += [
+                {"task": task.kind, "target": task.target, "seed": number, "file": f"samples/{file.name}"}
+                | {"values": {name: scores[number] for name, scores in values.items()}}
+                for number, file in enumerate(files)
+            ]
     result = {"method": method.name, "case": case.slug, "seed": seed, "measures": names, "marks": hashes}
     result |= {**samples, "pictures": rows}
     atomic_write(folder / SCORES, json.dumps(result, indent=1) + "\n")

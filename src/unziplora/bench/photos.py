@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unziplora.bench.cases import Case, Example
 from unziplora.bench.report import Report, markdown_table, summarize
 from unziplora.config.bench import BenchConfig
@@ -77,7 +75,7 @@ def _words(where: str, words: object) -> tuple[str, str]:
     return plain["content"], plain["style"]
 
 
-def photo_measures(config: BenchConfig, device: torch.device | str) -> list[ModelMeasure]:
+def photo_measures(config: BenchConfig) -> list[ModelMeasure]:
     """Load the measures that the configured models make: CLIP-I for style with DINO for content, and CSD for both.
 
     Raises:
@@ -85,10 +83,10 @@ def photo_measures(config: BenchConfig, device: torch.device | str) -> list[Mode
     """
     measures = []
     if config.clip and config.dino:
-        dino, clip = ImageModel("dino", config.dino, device), ImageModel("clip", config.clip, device)
+        dino, clip = ImageModel("dino", config.dino), ImageModel("clip", config.clip)
         measures.append(ModelMeasure(f"dino-clip: {config.dino}, {config.clip}", dino, clip))
     if config.csd:
-        csd = ImageModel("csd", config.csd, device)
+        csd = ImageModel("csd", config.csd)
         measures.append(ModelMeasure(f"csd: {config.csd}", csd, csd))
     return measures
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from unziplora.bench.cases import Case, load_cases, select_cases
 from unziplora.bench.contenders import METHODS, Contender, read_settings
 from unziplora.bench.evaluate import evaluate
@@ -64,7 +62,7 @@ def open_session(
         raise UserError(f"--out {config.out} is a file; name a folder for runs, scores and report")
     overrides = read_settings(config.settings)
     device = pick_device(config.device)
-    measures = measures or load_measures(config, device)
+    measures = measures or load_measures(config)
     base = base or load_base(config.base, pick_dtype(config.precision, device), device)
     if cases is None:
         cases = load_photos(config.pictures, base.resolution) if config.pictures else load_cases(config.split)
@@ -79,12 +77,12 @@ def open_session(
     return Session(workspace, base, measures, cases, selection, methods, progress or (lambda _: None))
 
 
-def load_measures(config: BenchConfig, device: torch.device) -> Sequence[CaseMeasure]:
+def load_measures(config: BenchConfig) -> Sequence[CaseMeasure]:
     """Load the measures of a configuration.
 
     Raises:
         UserError: a package is not installed, or a model cannot be loaded.
     """
     if config.pictures is not None:
-        return photo_measures(config, device)
+        return photo_measures(config)
     return [MEASURES[name]() for name in config.measures]

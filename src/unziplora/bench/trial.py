@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from unziplora.bench.cases import Case
@@ -23,17 +21,17 @@ from unziplora.bench.workspace import Workspace, json_hash
 from unziplora.config.recipe import KINDS
 from unziplora.config.training import TrainingConfig
 from unziplora.config.trial import TrialConfig, split_settings
-from unziplora.errors import OutOfMemory, UserError, first_line, out_of_memory
+from unziplora.errors import Interrupted, UserError, disk_full, first_line
 from unziplora.jobs.state import state_of
 from unziplora.jobs.trainings import Trainer
 from unziplora.metrics.csls import csls
-from unziplora.metrics.embedders import ImageModel
 from unziplora.models.base import Base
 from unziplora.models.device import computing_on, pick_device
+from unziplora.models.kept import free_memory
 from unziplora.models.sizes import inspect_base
 from unziplora.runs.folder import RunFolder, with_absolute_paths
 from unziplora.utils.files import image_files
-from unziplora.utils.progress import Callback
+from unziplora.utils.progress import Callback, Progress
 
 FEWEST = 4
 """Images that local scaling needs: with fewer, the others do not show which likeness is usual."""
@@ -76,14 +74,19 @@ class TrialWorkspace(Workspace):
 
 @dataclass
 class LocalScaling(ModelMeasure):
-    """Likeness by the same models after local scaling; `weights_hash` marks the reference images.
+    """Likeness by the same models after local scaling.
 
     Attributes:
         reference: style embeddings of the other images, [R, D].
+        mark: hash of these images.
     """
 
     reference: Tensor
-    weights_hash: str
+    mark: str
+
+    @property
+    def weights_hash(self) -> str:
+        return json_hash([super().weights_hash, self.mark])
 
     def compare(self, features: Tensor, truths: Tensor) -> list[float]:
         """Return the mean over truths [M, D] of the scaled likeness of each image [N, D]."""
@@ -160,10 +163,10 @@ class Trial:
         """Return the measures of an image: cosines, and local scaling among the others."""
         if self.references is None:
             return self.measures
-        own = list(self.cases).index(case.slug)
-        reference = torch.cat([self.references[:own], self.references[own + 1 :]])
+        numbers = {digest: number for number, digest in enumerate(self.digests.values())}  # each image once
+        del numbers[self.digests[case.slug]]
+        reference, mark = self.references[list(numbers.values())], json_hash(list(numbers))
         csd = self.measures[-1]
-        mark = json_hash([digest for slug, digest in self.digests.items() if slug != case.slug])
         return [*self.measures, LocalScaling(f"csls: {self.config.csd}", csd.contents, csd.styles, reference, mark)]
 
     def score_ready(self) -> bool:
@@ -174,24 +177,28 @@ class Trial:
         ]
         if not ready:
             return False
-        with moved(self.measures, self.base().device):
-            for unit in ready:
-                self.score(unit)
+        for unit in ready:
+            self.score(unit)
         return True
 
     def score(self, unit: Unit) -> None:
-        """Sample and score a unit; a lack of memory is recorded and stops nothing else."""
+        """Sample and score a unit; a fault is recorded and stops nothing else, unless the disk is full."""
         name, slug, seed = unit
-        base, case = self.base(), self.cases[slug]
+        case = self.cases[slug]
         try:
+            base = self.base()
             with computing_on(base.device):
                 self.results[unit] = evaluate(
                     self.workspace, base, self.case_measures(case), self.arms[name], self.cases, case, seed
                 )
+        except Interrupted:
+            raise
         except Exception as error:
-            if not (isinstance(error, OutOfMemory) or out_of_memory(error)):
+            if disk_full(error):
                 raise
             self.faults[unit] = first_line(error)
+            self.progress(Progress(message=f"{name}, {slug}, seed {seed}: no result: {self.faults[unit]}"))
+            free_memory(error)
         for run in self.trainings(unit):
             run.drop_checkpoints(keep=0)  # nobody extends these runs, and a checkpoint of SDXL has gigabytes
 
@@ -237,14 +244,15 @@ def open_trial(
     settings = config.benchmark()
     if pick_device(settings.device).type == "cpu":
         warnings.warn("no GPU: a trial of SDXL needs one, and hardly ends on a CPU", stacklevel=2)
-    measures = photo_measures(settings, "cpu")
+    measures = photo_measures(settings)
     workspace = TrialWorkspace(settings, (folder or config.out).resolve(), overrides or {})
     arms: dict[str, Contender] = {name: ARMS[name] for name in config.arms}
     trial = Trial(config, workspace, cases, arms, measures, progress or (lambda _: None))
-    if config.csd and len(cases) >= FEWEST:
+    different = len(set(trial.digests.values()))
+    if config.csd and different >= FEWEST:
         trial.references = measures[-1].style([case.image for case in cases.values()])
     elif config.csd:
-        warnings.warn(f"no CSLS read-out of CSD: it needs {FEWEST} images, and there are {len(cases)}", stacklevel=2)
+        warnings.warn(f"no CSLS read-out of CSD: it needs {FEWEST} images, and there are {different}", stacklevel=2)
     return trial
 
 
@@ -265,16 +273,3 @@ def load_images(folder: Path, side: int) -> dict[str, Case]:
     if without := [name for name in files if Path(name).stem not in cases]:
         warnings.warn(f"{folder / WORDS}: no words for {', '.join(without)}, which are left out", stacklevel=2)
     return cases
-
-
-@contextmanager
-def moved(measures: Sequence[ModelMeasure], device: torch.device) -> Iterator[None]:
-    """Temporarily move the models of measures to a device; while a run trains, they must not take its memory."""
-    models: list[ImageModel] = [model for measure in measures for model in (measure.contents, measure.styles)]
-    try:
-        for model in models:
-            model.to(device)
-        yield
-    finally:
-        for model in models:
-            model.to("cpu")

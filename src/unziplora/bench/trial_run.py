@@ -5,19 +5,19 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from unziplora.bench.cost import Metered
 from unziplora.bench.run import resumable
 from unziplora.bench.trial import Trial, open_trial
-from unziplora.bench.trial_report import TrialReport, write_trial
+from unziplora.bench.trial_report import SHARED, TrialReport, write_trial
 from unziplora.bench.workspace import check_settings
 from unziplora.config.recipe import to_toml
-from unziplora.config.training import ImageConfig
+from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.config.trial import TrialConfig
-from unziplora.errors import Interrupted, MachineError, faults_of
+from unziplora.errors import Interrupted, MachineError, UserError, faults_of
 from unziplora.jobs.queue import Queue
 from unziplora.jobs.state import read_failure, state_of
 from unziplora.jobs.trainings import method_of
@@ -140,6 +140,8 @@ def run_trial(
 
     queue = submit(trial)
     score()  # the base without LoRA: faults of the set-up show before the first training
+    if trial.faults and not trial.results:
+        raise MachineError(f"nothing can be sampled and scored here: {next(iter(trial.faults.values()))}")
     while True:
         if work(queue, Metered(trial.trainer), trial.progress, until_empty=True, after=score).stopped:
             raise Interrupted
@@ -173,46 +175,69 @@ def tell_time(trial: Trial) -> None:
 
 
 def submit(trial: Trial) -> Queue:
-    """Put all trainings that are not finished into the queue of the trial; failed ones are tried again.
+    """Make the trial's queue that of its present settings: what is missing, in order; failed trainings are tried again.
+
+    Runs that have learned nothing are made anew, because settings may have changed since.
 
     Raises:
-        UserError: a run folder contains a run with other settings.
+        UserError: runs have learned with other settings.
     """
     queue = Queue(trial.workspace.runs)
     trial.workspace.runs.mkdir(parents=True, exist_ok=True)
-    waiting = {job.run.path: job for job in queue.jobs()}
-    for recipe in (recipe for unit in trial.units for recipe in trial.recipes(unit)):
+    recipes = [recipe for unit in trial.units for recipe in trial.recipes(unit)]
+    refuse_other_settings(recipes)
+    for job in queue.jobs():
+        if job.state != "running":
+            queue.cancel(job.number)
+    running = {job.run.path for job in queue.jobs()}
+    for recipe in recipes:
         run = RunFolder(recipe.out)
-        if run.config_file.is_file():
-            check_settings(run, recipe)
-        if run.card.exists():
+        if run.card.exists() or run.path in running:
             continue
-        if job := waiting.get(run.path):
-            if job.state == "failed":
-                queue.retry(job.number)
-        elif run.unfinished:
+        if run.steps():
             queue.add(run.path)
         else:
+            if run.config_file.is_file():
+                shutil.rmtree(run.path, ignore_errors=True)  # settings, and at most a failure with its log
             queue.submit(recipe)
     return queue
 
 
+def refuse_other_settings(recipes: Sequence[TrainingConfig]) -> None:
+    """Check that runs which have learned something have the settings of their recipes.
+
+    Raises:
+        UserError: some have not; the message names all of them.
+    """
+    faults = []
+    for recipe in recipes:
+        run = RunFolder(recipe.out)
+        if run.config_file.is_file() and (run.card.exists() or run.steps()):
+            try:
+                check_settings(run, recipe)
+            except UserError as error:
+                faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(faults))
+
+
 def check_complete(trial: Trial) -> None:
-    """Raise an error if a training failed or a result could not be sampled.
+    """Raise an error if a training failed or was canceled, or a result could not be sampled.
 
     Raises:
         MachineError: the first reason, and where the report is.
     """
     reasons = [
-        f"{run.path}: {failure.message}"
+        f"{run.path}: {failure.message if (failure := read_failure(run)) else 'canceled'}"
         for unit in trial.units
         if unit not in trial.results
         for run in trial.trainings(unit)
-        if state_of(run) == "failed" and (failure := read_failure(run))
+        if not run.card.exists()
     ]
     reasons += [f"{name}, {slug}, seed {seed}: {reason}" for (name, slug, seed), reason in trial.faults.items()]
     if reasons:
         raise MachineError(
             f"{len(reasons)} of the trial's trainings and results failed, the first because of\n  {reasons[0]}\n"
-            f"The report {trial.config.out / 'report.md'} contains the others; the same command tries these again"
+            f"The report {trial.config.out / 'report.md'} contains the others, and {trial.config.out / SHARED} can be "
+            "sent as it is; the same command tries these again"
         )

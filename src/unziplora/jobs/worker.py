@@ -19,6 +19,7 @@ from unziplora.errors import Interrupted, UnziploraError, UserError
 from unziplora.jobs.claim import Claim
 from unziplora.jobs.queue import Job, Queue
 from unziplora.jobs.state import LOG, clear_failure, record_failure
+from unziplora.models.kept import free_memory
 from unziplora.runs.folder import RunFolder
 from unziplora.utils.files import explained
 from unziplora.utils.progress import Callback, Lines, Progress
@@ -60,6 +61,7 @@ def execute(claim: Claim, train: Train, progress: Callback) -> Exception | None:
         with suppress(OSError):
             print(details, file=stream, flush=True)
         record_failure(run, error)
+        free_memory(error)  # a training that failed may hold the memory that the next one needs
         return error
     finally:
         with suppress(OSError):

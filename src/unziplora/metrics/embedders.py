@@ -8,7 +8,9 @@ token of DINO (arXiv 2104.14294, 2304.07193), and the style embedding of CSD (ar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +59,7 @@ class ImageModel:
             model, self._processor = load_vision_model(DINO, source)
             self._embed = lambda pixels: model(pixel_values=pixels).last_hidden_state[:, 0]
         self._model = model.to(device)
+        self._fingerprint = ""
 
     def to(self, device: torch.device | str) -> None:
         """Move the model."""
@@ -64,11 +67,13 @@ class ImageModel:
         self._device = device
 
     def fingerprint(self) -> str:
-        """Return the type of the model and 16 hex digits of a hash of its weights."""
-        digest = hashlib.sha256()
-        for name, tensor in self._model.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
-        return f"{self._model.config.model_type} {digest.hexdigest()[:16]}"
+        """Return the type of the model and 16 hex digits of a hash of its weights and of how images are prepared."""
+        if not self._fingerprint:
+            digest = hashlib.sha256(json.dumps(self._processor.to_dict(), sort_keys=True, default=str).encode())
+            for name, tensor in self._model.state_dict().items():
+                digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+            self._fingerprint = f"{self._model.config.model_type} {digest.hexdigest()[:16]}"
+        return self._fingerprint
 
     @torch.no_grad()
     def embed(self, images: Images) -> Tensor:
@@ -83,11 +88,28 @@ class ImageModel:
 
 @dataclass
 class ModelMeasure:
-    """Two image models as a measure; the name contains theirs, so that other models score again."""
+    """Two image models as a measure."""
 
     name: str
     contents: ImageModel
     styles: ImageModel
+
+    @property
+    def weights_hash(self) -> str:
+        """Mark of the models, so that others under the same name score again."""
+        return hashlib.sha256((self.contents.fingerprint() + self.styles.fingerprint()).encode()).hexdigest()[:16]
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Temporarily move the models to a device; while a run trains, they must not take its memory."""
+        models = (self.contents, self.styles)
+        try:
+            for model in models:
+                model.to(device)
+            yield
+        finally:
+            for model in models:
+                model.to("cpu")
 
     def content(self, images: Images) -> Tensor:
         """Embed the content, [N, D], rows of unit length."""

@@ -66,7 +66,12 @@ def load_vision_model(spec: VisionModelSpec, source: str) -> tuple[Any, Any]:
     extra = {"add_pooling_layer": False} if model_type == "vit" else {}  # DINO has no pooling layer
     with _explained(spec, source):
         model, info = getattr(transformers, spec.model).from_pretrained(
-            location, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra, **local
+            location,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **extra,
+            **local,
         )
         if missing := sorted(info["missing_keys"]):
             raise UserError(
@@ -78,9 +83,9 @@ def load_vision_model(spec: VisionModelSpec, source: str) -> tuple[Any, Any]:
 
 
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    """Return a folder, or a name on the hub, with the keywords that keep transformers from looking elsewhere."""
-    path = Path(source).expanduser()
-    return (str(path), {"local_files_only": True}) if path.is_dir() else (source, {})
+    """Return a folder, or a name on the hub, with the keywords that keep transformers from running a model's code."""
+    path, safely = Path(source).expanduser(), {"trust_remote_code": False}  # by default it asks on a terminal
+    return (str(path), {**safely, "local_files_only": True}) if path.is_dir() else (source, safely)
 
 
 @contextmanager

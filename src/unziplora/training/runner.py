@@ -18,7 +18,7 @@ import torch
 from torch.amp import GradScaler
 
 from unziplora.config.training import TrainingConfig
-from unziplora.errors import Interrupted, OutOfMemory, UserError, disk_full
+from unziplora.errors import Interrupted, OutOfMemory, UserError, disk_full, first_line, out_of_memory
 from unziplora.models.base import Base, load_base, restored
 from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.sizes import must_be_downloaded
@@ -283,7 +283,8 @@ class TrainingRun(Generic[C]):
             try:
                 return train(trainer, start, after_step, save, show)
             except NonFiniteLoss as error:
-                raise UserError(f"{error}. {self.after_divergence(half=self.base.dtype != torch.float32)}") from None
+                advice = self.after_divergence(half=self.base.dtype != torch.float32)
+                raise NonFiniteLoss(f"{error}. {advice}") from None
 
     def after_divergence(self, half: bool) -> str:
         """Advise what to do after a loss that is not finite.
@@ -335,8 +336,10 @@ class TrainingRun(Generic[C]):
         """Check the finished LoRAs and write the figures; a check that is not possible must not fail their run."""
         try:
             findings = self.method.check_loras(self.base)
-        except (UserError, OutOfMemory) as error:
-            warnings.warn(f"no check of the LoRAs, which are complete: {error}", stacklevel=2)
+        except Exception as error:
+            if not (isinstance(error, UserError) or out_of_memory(error)):
+                raise
+            warnings.warn(f"no check of the LoRAs, which are complete: {first_line(error)}", stacklevel=2)
             return None
         if findings is None:
             self.run.check_file.unlink(missing_ok=True)  # of the run that was extended

@@ -22,6 +22,7 @@ from unziplora.methods.unziplora import seeds
 from unziplora.methods.unziplora.method import split
 from unziplora.runs.folder import RunFolder
 from unziplora.training.method import Findings
+from unziplora.training.trainer import NonFiniteLoss
 from unziplora.utils.progress import Progress
 
 SCORES = {3: 0.2, 4: 0.7, 5: 0.4}
@@ -86,6 +87,26 @@ def test_the_run_is_that_of_its_best_seed_and_can_be_extended(config, alone: Run
     settings = resolve(SplitConfig, run.settings_to_extend(SplitConfig, 1), {"out": run.path})
     split(settings, resume=True)
     assert run.steps() == [3]
+
+
+@pytest.mark.slow
+def test_a_seed_that_diverges_is_left_out(config, alone: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    real, messages = seeds.run_training, []
+
+    def train(kind: object, one: SplitConfig, *rest: object) -> RunFolder:
+        if one.seed in diverging:
+            raise NonFiniteLoss("step 2: the loss is nan")
+        return real(kind, one, *rest)
+
+    monkeypatch.setattr(seeds, "run_training", train)
+    diverging = {3, 4, 5}
+    with pytest.raises(NonFiniteLoss):
+        split(config())
+    diverging = {3}
+    run = split(config(), progress=lambda event: messages.append(event.message))
+    assert "seed 3 is left out: step 2: the loss is nan" in messages
+    assert json.loads(run.check_file.read_text())["seeds"] == {"4": 0.7, "5": 0.4}
+    assert all(torch.equal(value, tensors(alone)[name]) for name, value in tensors(run).items())
 
 
 @pytest.mark.slow

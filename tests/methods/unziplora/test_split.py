@@ -189,6 +189,19 @@ def test_running_out_of_memory_in_samples_does_not_fail_the_run(config, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("error", [UserError, OutOfMemory, torch.OutOfMemoryError, MemoryError])
+def test_a_check_that_is_not_possible_does_not_fail_the_run(config, monkeypatch, error):
+    def failing(*_: object) -> None:
+        raise error("no room")
+
+    monkeypatch.setattr("unziplora.methods.unziplora.method.check_models", lambda _: None)
+    monkeypatch.setattr("unziplora.methods.unziplora.method.check_loras", failing)
+    with pytest.warns(UserWarning, match="no check of the LoRAs, which are complete: .*no room"):
+        run = split(config(dino="d", clip="c"))
+    assert run.card.is_file()
+
+
+@pytest.mark.slow
 def test_checkpoint_without_a_loss_scaler_is_resumed_with_one(config, monkeypatch):
     """A run may be resumed in another number format: `auto` depends on the device."""
 

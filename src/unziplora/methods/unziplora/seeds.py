@@ -24,6 +24,7 @@ from unziplora.training.export import write_card
 from unziplora.training.method import Method
 from unziplora.training.preflight import check_run
 from unziplora.training.runner import in_run_folder, named_settings, run_training
+from unziplora.training.trainer import NonFiniteLoss
 from unziplora.utils.files import atomic_write, explained, files_below
 from unziplora.utils.inputs import read_json
 from unziplora.utils.progress import Callback, Progress
@@ -48,7 +49,15 @@ def best_of_seeds(
         device = pick_device(config.device)
         loaded = base or load_base(config.base, pick_dtype(config.precision, device), device)
         recipes = {one.seed: one for one in seed_configs(config)}
-        trained = [_train(kind, one, loaded, report, run, config) for one in recipes.values()]
+        trained, diverged = [], None
+        for seed, one in recipes.items():
+            try:
+                trained.append(_train(kind, one, loaded, report, run, config))
+            except NonFiniteLoss as error:
+                diverged = error
+                report(Progress(0, 0, message=f"seed {seed} is left out: {error}"))
+        if diverged and not trained:
+            raise diverged
         scores = {seed: score for seed, one in recipes.items() if (score := _score(one)) is not None}
         if not scores:
             raise MachineError(f"{run.path / SEEDS}: no seed could be checked; choose the best one by its samples")
@@ -56,8 +65,8 @@ def best_of_seeds(
         chosen = recipes[best]
         _adopt(kind, run, config, best, scores)
         shutil.rmtree(chosen.out.parent, ignore_errors=True)
-        for other in trained:
-            other.drop_checkpoints(keep=0)
+        for one in recipes.values():
+            RunFolder(one.out).drop_checkpoints(keep=0)
         report(Progress(0, 0, message=f"seed {best} is the best of {len(trained)}"))
 
     return in_run_folder(config, resume, work)
