@@ -59,6 +59,12 @@ def test_photo_is_its_own_truth_and_tasks_use_other_words(photos: Path):
     assert all(example.images == (cat.image,) for example in (*cat.targets, *cat.others))
 
 
+def test_what_is_cut_off_is_named_without_flags_that_the_command_lacks(photos: Path):
+    with pytest.warns(UserWarning, match=r"20% of .*cat\.jpg \(100×80\) is cut off at the left and right") as caught:
+        load_photos(photos, 64)
+    assert all("--" not in str(warning.message) for warning in caught)
+
+
 def test_words_are_read_as_trainings_read_them(photos: Path):
     (photos / "words.toml").write_text('["cat.jpg"]\ncontent = "A Guitar"\nstyle = "in an Oil Painting style"\n')
     (case,) = load_photos(photos, 64).values()

@@ -254,6 +254,20 @@ class TestForecast:
         assert "on the disk, where" in text
 
     @pytest.mark.slow
+    def test_what_is_there_needs_no_disk_again(self, make: Make):
+        trial = open_trial(make(arms=["base", "default"]), overrides=OVERRIDES)
+        before = foresee(trial)
+        for unit in trial.units:
+            for run in trial.trainings(unit):
+                run.path.mkdir(parents=True)
+                run.card.touch()
+        trained = foresee(trial)
+        assert trained.disk == trained.samples * 3 * 64 * 64 < before.disk
+        for unit in trial.units:
+            trial.scores_file(unit).parent.mkdir(parents=True)
+            trial.scores_file(unit).touch()
+        assert foresee(trial).disk == 0
+
     def test_disk_of_the_loras_is_that_of_their_files(self, make: Make, photos: Path):
         only(photos, "okapi-photo")
         rank = {"default": {**TINY, "rank": 64}}

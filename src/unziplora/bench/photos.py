@@ -6,9 +6,12 @@ section 4).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from unziplora.bench.cases import Case, Example
 from unziplora.bench.report import Report, markdown_table, summarize
@@ -16,7 +19,7 @@ from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import KINDS
 from unziplora.config.templates import plain_words, same_words
 from unziplora.errors import UserError
-from unziplora.images.preprocess import load_image
+from unziplora.images.preprocess import Cut, ImageFile, load_images
 from unziplora.methods.unziplora.check import CONTENTS, STYLES
 from unziplora.metrics.embedders import ImageModel, ModelMeasure
 from unziplora.utils.files import atomic_write
@@ -49,7 +52,7 @@ def load_photos(folder: Path, side: int) -> dict[str, Case]:
 
 def _read_photo(folder: Path, name: str, words: object, side: int) -> Case:
     content, style = _words(f"{folder / WORDS}: {name!r}", words)
-    image = load_image(folder / name, side)
+    image = _middle_square(folder / name, side)
     return Case(
         slug=Path(name).stem,
         content=content,
@@ -60,6 +63,15 @@ def _read_photo(folder: Path, name: str, words: object, side: int) -> Case:
         partner=Path(name).stem,  # this protocol does not mix two images
         mix=image,
     )
+
+
+def _middle_square(file: Path, side: int) -> Image.Image:
+    """Load an image as a square, and warn of what that loses."""
+    (loaded,) = load_images([ImageFile(file)], [(side, side)])
+    for flaw in loaded.flaws:
+        cut = f"{flaw.loss}; crop the file if the middle is not what you mean" if isinstance(flaw, Cut) else ""
+        warnings.warn(cut or str(flaw), stacklevel=4)
+    return loaded.image
 
 
 def _words(where: str, words: object) -> tuple[str, str]:

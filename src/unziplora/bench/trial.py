@@ -15,7 +15,7 @@ from torch import Tensor
 from unziplora.bench.cases import Case
 from unziplora.bench.contenders import BLoraHalves, Contender, DreamBoothPair, Paper, Split, Untrained
 from unziplora.bench.cost import read_cost
-from unziplora.bench.evaluate import evaluate
+from unziplora.bench.evaluate import SCORES, evaluate
 from unziplora.bench.photos import EXAMPLE, WORDS, ModelMeasure, load_photos, photo_measures
 from unziplora.bench.workspace import Workspace, json_hash
 from unziplora.config.recipe import KINDS
@@ -149,6 +149,11 @@ class Trial:
     def trainings(self, unit: Unit) -> list[RunFolder]:
         """Return the run folders of a unit's trainings."""
         return [RunFolder(recipe.out) for recipe in self.recipes(unit)]
+
+    def scores_file(self, unit: Unit) -> Path:
+        """Return the file that a unit's scores are in, once there are any."""
+        name, slug, seed = unit
+        return self.workspace.run_folder(name, self.cases[slug], seed) / SCORES
 
     def base(self) -> Base:
         """Return the base, which stays loaded between trainings and samples."""

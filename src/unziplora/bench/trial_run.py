@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from unziplora.bench.cost import Metered
 from unziplora.bench.run import resumable
-from unziplora.bench.trial import Trial, open_trial
+from unziplora.bench.trial import Trial, Unit, open_trial
 from unziplora.bench.trial_report import SHARED, TrialReport, write_trial
 from unziplora.bench.workspace import check_settings
 from unziplora.config.recipe import to_toml
@@ -38,7 +38,7 @@ class Forecast(NamedTuple):
     """Forecast of a trial: the work, and what it needs.
 
     Attributes:
-        disk: bytes of LoRAs and images, and of the checkpoints of one run.
+        disk: bytes of the LoRAs and images that are missing, and of the checkpoints of one run.
         free: bytes free on the disk.
         memory: peak bytes of a training, by arm.
         tight: arms whose training does not fit into the memory that is free now.
@@ -88,18 +88,27 @@ def foresee(trial: Trial) -> Forecast:
             memory[name] = max(memory.get(name, 0), forecast.total)
             if forecast.fits is False:
                 tight[name] = None
-    prompts = sum(len(trial.cases[slug].targets) + len(trial.cases[slug].others) + 1 for _, slug, _ in units)
-    images = prompts * config.samples
+    images = {unit: config.samples * _prompts(trial, unit) for unit in units}
+    scored = {unit for unit in units if trial.scores_file(unit).is_file()}
+    trained = {unit for unit in units if all(run.card.exists() for run in trial.trainings(unit))}
+    missing = sum(loras[unit[0]] for unit in units if unit not in trained)
+    missing += sum(count * PIXEL * sizes.resolution**2 for unit, count in images.items() if unit not in scored)
     return Forecast(
         images=len(trial.cases),
         arms=list(trial.arms),
         trainings=sum(len(trial.recipes(unit)) for unit in units),
-        samples=images,
-        disk=sum(loras[name] for name, _, _ in units) + largest + images * PIXEL * sizes.resolution**2,
+        samples=sum(images.values()),
+        disk=missing + (largest if len(trained) < len(units) else 0),
         free=shutil.disk_usage(_existing(config.out)).free,
         memory=memory,
         tight=list(tight),
     )
+
+
+def _prompts(trial: Trial, unit: Unit) -> int:
+    """Return the number of prompts that a unit is sampled with."""
+    case = trial.cases[unit[1]]
+    return len(case.targets) + len(case.others) + 1
 
 
 def _existing(path: Path) -> Path:

@@ -65,7 +65,8 @@ trial_command = RecipeCommand(
 
     Writes report.md, contact sheets, and report.zip to share: figures, settings and versions, without
     images, words, names and paths. The same command continues after an interruption. The trainings are runs in
-    OUT/runs: see unziplora runs --runs OUT/runs, and start unziplora worker --runs OUT/runs on another GPU to help.
+    OUT/runs: see unziplora runs --runs OUT/runs. On another GPU CUDA_VISIBLE_DEVICES=1 unziplora worker --runs OUT/runs
+    helps.
     """,
     short_help="Compare methods on your images and GPU.",
     dry_run="check everything, and forecast disk and memory",

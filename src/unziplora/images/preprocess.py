@@ -66,12 +66,16 @@ class Cut(NamedTuple):
         wide = self.size[0] * self.learned[1] > self.size[1] * self.learned[0]
         return "left and right" if wide else "top and bottom"
 
-    def __str__(self) -> str:
+    @property
+    def loss(self) -> str:
+        """What is lost, without a remedy."""
         return (
             f"{self.share:.0%} of {'the subject in ' * self.of_subject}{self.path} ({self.size[0]}×{self.size[1]}) is "
-            f"cut off at the {self.sides} to make it {self.learned[0]}×{self.learned[1]}; choose the part with --crop "
-            "X,Y,W,H, or keep all of it with --fit pad"
+            f"cut off at the {self.sides} to make it {self.learned[0]}×{self.learned[1]}"
         )
+
+    def __str__(self) -> str:
+        return f"{self.loss}; choose the part with --crop X,Y,W,H, or keep all of it with --fit pad"
 
 
 Flaw = Enlarged | Cut

@@ -27,7 +27,7 @@ DINO = VisionModelSpec(
     "AutoModel",
     "AutoImageProcessor",
     ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"),
-    "a DINO, DINOv2 or DINOv3 vision transformer in .safetensors with its image processor",
+    "a DINO, DINOv2 or DINOv3 vision transformer in .safetensors with its image processor (DINOv3's needs torchvision)",
 )
 CSD = VisionModelSpec(
     "--csd",
@@ -35,7 +35,7 @@ CSD = VisionModelSpec(
     "AutoImageProcessor",
     ("clip_vision_model",),
     "a CLIPVisionModelWithProjection in .safetensors with its image processor, whose visual projection is the style "
-    "projection of CSD (the transpose of `last_layer_style` in the published checkpoint)",
+    "projection of CSD; python -m recipes.bench.csd makes one of the published checkpoint",
 )
 BATCH = 16
 
