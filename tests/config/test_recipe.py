@@ -222,7 +222,7 @@ def test_unreadable_toml_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not valid TOML"):
         read_toml(broken)
     broken.write_bytes(b"\xff\xfe\0r")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not text in UTF-8"):
         read_toml(broken)
     with pytest.raises(UserError, match="this is a folder, not a file"):
         read_toml(tmp_path)

@@ -238,6 +238,8 @@ def test_unknown_and_ambiguous_names_are_refused(queue: Queue) -> None:
         queue.job("cat")
     with pytest.raises(UserError, match="no such job"):
         queue.job("%")
+    with pytest.raises(UserError, match="no such job"):
+        queue.job(2**63)
     assert queue.job("one/cat") == queue.job(1) == queue.job(queue.folder / "one" / "cat")
 
 

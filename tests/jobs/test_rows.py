@@ -160,6 +160,32 @@ def test_unreadable_sources_are_refused(photos: Path, name: str, text: str, mess
         read(photos / name, text, content="cat", style="ink")
 
 
+def test_default_that_no_method_knows_is_refused(photos: Path) -> None:
+    with pytest.raises(UserError, match=r"^unknown key 'stpes': did you mean 'steps'\?$"):
+        read(photos, content="cat", style="ink", stpes=5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_only_cells_are_split(photos: Path) -> None:
+    Image.new("RGB", (64, 64)).save(photos / "a;b.png")
+    keys = {"images": "a;b.png", "content": "cat", "style": "ink"}
+    for name, text in {
+        "rows.toml": '[row]\nimages = "a;b.png"\ncontent = "cat"\nstyle = "ink"\n',
+        "rows.jsonl": json.dumps(keys),
+    }.items():
+        (row,) = read(photos / name, text)
+        assert [path.name for path in row.config.images] == ["a;b.png"]
+    (row,) = read(photos / "rows.csv", "images,content,style\ncat.png|Dog 1.jpg,cat,ink\n")
+    assert [path.name for path in row.config.images] == ["cat.png", "Dog 1.jpg"]
+
+
+def test_table_in_another_encoding_says_what_to_do(photos: Path) -> None:
+    for name, data in {"rows.csv": "image\nkäse.png".encode("cp1252"), "rows.toml": "a = 1".encode("utf-16")}.items():
+        (photos / name).write_bytes(data)
+        with pytest.raises(UserError, match="it is not text in UTF-8: save it as UTF-8"):
+            read(photos / name)
+
+
 def test_missing_source_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rows\.csv: no such file or folder"):
         read_rows(tmp_path / "rows.csv", tmp_path, {})

@@ -368,6 +368,9 @@ def test_device_and_precision_by_name():
     assert pick_device().type in ("cpu", "cuda", "mps")
     with pytest.raises(UserError, match="not available"):
         pick_device("toaster")
+    for name in ("meta", "hpu"):
+        with pytest.raises(UserError, match=f"device '{name}' is not available here"):
+            pick_device(name)
     assert pick_dtype("auto", "cpu") == torch.float32
     assert pick_dtype("bf16", "cpu") == torch.bfloat16
 
@@ -410,7 +413,7 @@ def test_computing_on_makes_a_gpu_current_only_inside(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "device", current)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: events.append("set"))
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.ones(1))
     device = pick_device("cuda:1")
     assert events == []
     with computing_on(device):

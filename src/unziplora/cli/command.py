@@ -134,7 +134,8 @@ class RecipeCommand(click.Command):
             with stdout_to_stderr():
                 plan = self.plan(config)
             data = {"config": plan.config.model_dump(mode="json"), **plan.data}
-            comments = "\n".join(f"# {line}" if line else "" for line in plan.comments)
+            lines = "\n".join(plan.comments).splitlines()  # a prompt may have several
+            comments = "\n".join(f"# {line}" if line else "" for line in lines)
             emit(data, f"{to_toml(plan.config)}\n{comments}", params["as_json"])
             return
         options = {"resume": params["resume"] or bool(params["extend"])} if self.resumable else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def studio_command(folder: Path, host: str, port: int, password_file: Path | Non
     local = is_local(host)
     password = _read_password(password_file) if password_file else None
     if not local and password is None:
-        password = click.prompt("Password for the page", hide_input=True, confirmation_prompt=True, err=True)
+        password = _ask_password()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from unziplora.studio.app import serve
 
@@ -60,6 +61,17 @@ def studio_command(folder: Path, host: str, port: int, password_file: Path | Non
             webbrowser.open(address)
 
     serve(folder.resolve(), host, port, password, worker, ready)
+
+
+def _ask_password() -> str:
+    try:
+        return str(click.prompt("Password for the page", hide_input=True, confirmation_prompt=True, err=True))
+    except click.Abort:
+        if sys.stdin is not None and sys.stdin.isatty():
+            raise
+        raise UserError(
+            "other machines need a password, and no terminal is here to ask for it: give --password-file"
+        ) from None
 
 
 def _read_password(file: Path) -> str:

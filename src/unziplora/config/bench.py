@@ -82,7 +82,7 @@ class BenchConfig(Recipe):
     workers: int = key(1, "Processes that share the work; more than one need Ray.", "Training", ge=1)
 
     samples: int = expert(2, "Images per prompt.", "Sampling", ge=1)
-    sample_steps: int = expert(20, "Denoising steps.", "Sampling", ge=1)
+    sample_steps: int = expert(20, "Denoising steps.", "Sampling", ge=1, le=1000)
     guidance: float = expert(2.5, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
 
     _natural = field_validator("seeds")(natural_seeds)

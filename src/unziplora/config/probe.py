@@ -52,7 +52,7 @@ class ProbeConfig(Recipe):
     style_blocks: int = expert(4, "Maximum number of blocks for style in the map.", "Method", ge=0)
 
     seeds: list[int] = key([0, 1], "Seeds; one image of each prompt per seed.", "Sampling", min_length=1)
-    steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
+    steps: int = key(30, "Denoising steps.", "Sampling", ge=1, le=1000)
     guidance: float = expert(5.0, "Classifier-free guidance; 1 switches it off.", "Sampling", ge=1)
     resolution: int | None = expert(None, "Side of the images in pixels; default: the base's own.", "Sampling", ge=8)
     batch_size: int = expert(1, "Seeds computed at once.", "Sampling", ge=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import reprlib
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -180,16 +181,31 @@ def resolve(model: type[R], *layers: dict[str, Any]) -> R:
         raise UserError(describe(error, model)) from None
 
 
-def describe(error: ValidationError, model: type[Recipe]) -> str:
-    """Describe each fault in a line, and suggest the nearest key for an unknown one."""
+def refuse_unknown(keys: Iterable[str], known: Collection[str]) -> None:
+    """Refuse keys that are not known.
+
+    Raises:
+        UserError: there are such keys; all are listed.
+    """
+    if unknown := [_unknown(key, known) for key in keys if key not in known]:
+        raise UserError("\n".join(unknown))
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    """Describe an unknown key, and suggest the nearest one."""
     from difflib import get_close_matches
 
+    near = get_close_matches(key, list(known), 1)
+    return f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else "")
+
+
+def describe(error: ValidationError, model: type[Recipe]) -> str:
+    """Describe each fault in a line, and suggest the nearest key for an unknown one."""
     lines = []
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            near = get_close_matches(name, model.model_fields, 1)
-            lines.append(f"unknown key {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            lines.append(_unknown(name, model.model_fields))
         elif fault["type"] == "missing":
             field = model.model_fields.get(name)
             lines.append(

@@ -67,7 +67,7 @@ class GenerationConfig(Recipe):
     )
     style_blocks: list[str] = expert([], "Strength per block of the style LoRA.", "Strength")
 
-    steps: int = key(30, "Denoising steps.", "Sampling", ge=1)
+    steps: int = key(30, "Denoising steps.", "Sampling", ge=1, le=1000)
     guidance: float | None = key(
         None, "Classifier-free guidance; 1 switches it off; default: as in the run, else 5.", "Sampling", ge=1
     )

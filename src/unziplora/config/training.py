@@ -82,6 +82,7 @@ class TrainingConfig(Recipe):
         "Denoising steps for images that a training generates itself: class images, ZipLoRA's teachers.",
         "Training",
         ge=1,
+        le=1000,
     )
     generated_guidance: float = expert(
         5.0, "Classifier-free guidance for images that a training generates itself.", "Training", ge=1
@@ -107,7 +108,7 @@ class TrainingConfig(Recipe):
         may_change=True,
     )
     sample_every: int = expert(0, "Steps between sample sheets; 0: only at the end.", "Output", ge=0, may_change=True)
-    sample_steps: int = expert(30, "Denoising steps of samples.", "Output", ge=1, may_change=True)
+    sample_steps: int = expert(30, "Denoising steps of samples.", "Output", ge=1, le=1000, may_change=True)
     sample_guidance: float = expert(5.0, "Classifier-free guidance of samples.", "Output", ge=1, may_change=True)
     sample_seeds: list[int] = expert(
         [0, 1], "Seeds of samples; none: no samples.", "Output", max_length=200, may_change=True

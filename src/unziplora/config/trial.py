@@ -64,7 +64,7 @@ class TrialConfig(Recipe):
 
     guidance: float = key(5.0, "Classifier-free guidance of the images that are scored.", "Sampling", ge=1)
     samples: int = expert(2, "Images per prompt.", "Sampling", ge=1)
-    sample_steps: int = expert(30, "Denoising steps.", "Sampling", ge=1)
+    sample_steps: int = expert(30, "Denoising steps.", "Sampling", ge=1, le=1000)
 
     _natural = field_validator("seeds")(natural_seeds)
     _once = field_validator("arms")(distinct)

@@ -132,7 +132,7 @@ class Queue:
         """
         text = str(name)
         conditions: list[tuple[str, list[str | int]]] = [
-            ("number = ?", [int(text) if text.isdecimal() else -1]),
+            ("number = ?", [int(text) if text.isdecimal() and len(text) < 19 else -1]),
             ("run IN (?, ?)", [self._key(Path(text)), self._key(self.folder / text)]),
             ("run LIKE ? ESCAPE '!'", ["%/" + re.sub(r"([!%_])", r"!\1", text)]),
         ]

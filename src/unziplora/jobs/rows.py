@@ -12,7 +12,7 @@ from typing import Any, get_origin
 
 from pydantic.fields import FieldInfo
 
-from unziplora.config.recipe import resolve, with_paths_from
+from unziplora.config.recipe import refuse_unknown, resolve, with_paths_from
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
@@ -36,6 +36,10 @@ class Row:
     config: TrainingConfig
 
 
+class _Cell(str):
+    """Text of a cell of a table, in which `;` and `|` separate the parts of a list."""
+
+
 @dataclass(frozen=True)
 class _Source:
     """Keys of a row as they were written, and the name of its table in TOML."""
@@ -53,8 +57,9 @@ def read_rows(source: Path, out: Path, defaults: Mapping[str, Any]) -> list[Row]
         defaults: keys of rows that do not set them; keys that a row's method does not have are left out.
 
     Raises:
-        UserError: rows are faulty; all faults are listed with their lines.
+        UserError: no method has one of the default keys; rows are faulty, all faults are listed with their lines.
     """
+    refuse_unknown(defaults, {"method"}.union(*(kind.recipe.model_fields for kind in TRAININGS.values())))
     folder = source if source.is_dir() else source.parent
     rows: list[Row] = []
     faults: dict[str, list[str]] = {}
@@ -142,7 +147,7 @@ def _read_csv(source: Path) -> Iterator[_Source]:
     head = text.partition("\n")[0]
     reader = csv.DictReader(StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     for cells in reader:
-        keys: dict[str, Any] = {name: cell for name, cell in cells.items() if name is not None and cell}
+        keys: dict[str, Any] = {name: _Cell(cell) for name, cell in cells.items() if name is not None and cell}
         if None in cells:
             keys[""] = "more cells than names in the first line"
         if keys:
@@ -188,7 +193,7 @@ def _listed(value: Any, field: FieldInfo | None) -> Any:
     """Return a list of a single value, or of the parts of a cell, if the key is a list."""
     if field is None or get_origin(field.annotation) not in (list, tuple) or isinstance(value, list):
         return value
-    return [part.strip() for part in re.split(r"[;|]", value)] if isinstance(value, str) else [value]
+    return [part.strip() for part in re.split(r"[;|]", value)] if isinstance(value, _Cell) else [value]
 
 
 def _first_name(values: Mapping[str, Any]) -> str:

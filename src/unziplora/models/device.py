@@ -21,8 +21,8 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()  # nothing can be read from `meta`
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
             f"device {name!r} is not available here ({first_line(error)}); use auto or cpu, or install torch "
             "with support for it"

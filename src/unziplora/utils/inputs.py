@@ -58,7 +58,10 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise UserError(f"{path}: larger than {limit // 2**20} MiB; this is not a settings file")
-    return data.decode("utf-8-sig")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8: save it as UTF-8") from None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -104,7 +107,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML ({first_line(error)})") from None
