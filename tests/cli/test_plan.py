@@ -28,6 +28,7 @@ def test_more_steps_than_timesteps_are_refused(call: Call) -> None:
 def test_studio_for_other_machines_needs_a_password_file_where_nobody_can_type(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("gradio")
     monkeypatch.setattr(sys, "stdin", StringIO(""))
     code, _, error = call("studio", "--host", "0.0.0.0")
     assert code == 2
