@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -212,6 +213,19 @@ def dense(pipe: object, loras: dict[str, float], run: unziplora.Run) -> object:
         for path, (down, up) in unziplora.read_lora(run.loras[name]).modules.items():
             changed.unet.get_submodule(path).weight.data += strength * up @ down
     return changed
+
+
+@pytest.mark.parametrize("images", [np.zeros((8, 8, 3)), [np.zeros((8, 8, 3))], torch.zeros(3, 8, 8), b"cat.png", None])
+def test_what_is_no_image_is_named(images: object) -> None:
+    with pytest.raises(unziplora.UserError, match=r"is neither a path nor a PIL image; Image\.fromarray"):
+        unziplora.split(images, content="cat", style="ink", base="bundled")  # type: ignore[arg-type]
+
+
+def test_base_is_opened_by_the_names_of_the_keys(tiny_folder: Path) -> None:
+    base = unziplora.load_base(tiny_folder, "bf16", device="cpu")
+    assert (base.unet.dtype, base.unet.device) == (torch.bfloat16, torch.device("cpu"))
+    with pytest.raises(unziplora.UserError, match="device 'toaster' is not available here"):
+        unziplora.load_base(tiny_folder, device="toaster")
 
 
 @pytest.mark.slow

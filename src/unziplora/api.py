@@ -7,7 +7,7 @@ errors.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from unziplora.config.bases import HUB_ID
 from unziplora.config.blora import BLoraConfig
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.probe import ProbeConfig
-from unziplora.config.recipe import Recipe, resolve
+from unziplora.config.recipe import Precision, Recipe, resolve
 from unziplora.config.sample import GridConfig, SampleConfig
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import TrainingConfig
@@ -37,7 +37,9 @@ from unziplora.jobs.state import find_runs
 from unziplora.jobs.trainings import Trainer, function_of
 from unziplora.jobs.worker import Work
 from unziplora.jobs.worker import work as work_on
-from unziplora.models.base import Base, borrowed, load_base
+from unziplora.models import base as bases
+from unziplora.models.base import Base, borrowed
+from unziplora.models.device import pick_device, pick_dtype
 from unziplora.probe import probe
 from unziplora.runs.folder import RunFolder
 from unziplora.sampling import grid as grids
@@ -321,6 +323,22 @@ def work(folder: Location = "runs", *, until_empty: bool = True, progress: bool 
         return work_on(Queue(folder), Trainer(), report, until_empty)
 
 
+def load_base(source: Location, precision: Precision = "auto", device: str = "auto") -> Base:
+    """Open a base in the number format and on the device that the commands choose; its `pipe` is diffusers' pipeline.
+
+    Args:
+        source: 'bundled', a diffusers folder, a hub id or a .safetensors checkpoint.
+        precision: auto, fp32, fp16 or bf16.
+        device: auto, cpu, cuda or mps.
+
+    Raises:
+        UserError: nothing is there, it is not of SDXL's topology, or there is no such device or number format.
+        MachineError: the hub cannot be reached, or memory does not suffice.
+    """
+    place = pick_device(device)
+    return bases.load_base(os.fspath(source), pick_dtype(precision, place), place)
+
+
 def _train(
     model: type[TrainingConfig],
     images: ImageSource | Sequence[ImageSource],
@@ -334,7 +352,7 @@ def _train(
     name: str = "",
 ) -> Run:
     """Resolve the configuration of a training, new, resumed or extended, and run it."""
-    sources = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
+    sources = _images(images)
     if (resume or extend) and out is None:
         raise UserError(f"{'extend' if extend else 'resume'} needs the run folder: give out=")
     folder = (
@@ -354,6 +372,22 @@ def _train(
             keys["images"] = [files.get(number, image) for number, image in enumerate(sources, 1)]
         with _prepared(model, saved, keys, base, pipe, progress) as (config, loaded, view):
             return Run(function_of(config)(config, resume=resume or bool(extend), progress=view, base=loaded).path)
+
+
+def _images(images: object) -> list[Any]:
+    """Return a list of one or several paths and PIL images.
+
+    Raises:
+        UserError: there is something else.
+    """
+    several = isinstance(images, Iterable) and not isinstance(images, (str, os.PathLike, Image.Image))
+    sources = list(images) if several and not hasattr(images, "shape") else [images]  # type: ignore[call-overload]
+    for source in sources:
+        if not isinstance(source, (str, os.PathLike, Image.Image)):
+            raise UserError(
+                f"images: {type(source).__name__} is neither a path nor a PIL image; Image.fromarray(array) makes one"
+            )
+    return sources
 
 
 def _default_folder(images: Sequence[ImageSource], name: str) -> Path:
