@@ -221,6 +221,14 @@ def test_what_is_no_image_is_named(images: object) -> None:
         unziplora.split(images, content="cat", style="ink", base="bundled")  # type: ignore[arg-type]
 
 
+def test_run_of_a_folder_without_loras_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = unziplora.Run("~/typo")  # type: ignore[arg-type]
+    assert run.path == tmp_path / "typo"
+    with pytest.raises(unziplora.UserError, match="typo: no finished run with LoRAs is here"):
+        run.load_into(None)  # type: ignore[arg-type]
+
+
 def test_base_is_opened_by_the_names_of_the_keys(tiny_folder: Path) -> None:
     base = unziplora.load_base(tiny_folder, "bf16", device="cpu")
     assert (base.unet.dtype, base.unet.device) == (torch.bfloat16, torch.device("cpu"))

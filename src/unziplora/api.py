@@ -75,6 +75,9 @@ class Run(RunFolder):
         content, style: its LoRA files.
     """
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path).expanduser())
+
     def load_into(
         self, pipe: StableDiffusionXLPipeline, *, content: float | None = 1.0, style: float | None = 1.0
     ) -> None:
@@ -85,8 +88,10 @@ class Run(RunFolder):
         merged run is one adapter, `lora`, at the strength `content`.
 
         Raises:
-            UserError: a file is damaged, or does not fit the pipeline.
+            UserError: there are no LoRAs, or a file is damaged or does not fit the pipeline.
         """
+        if not self.loras:
+            raise UserError(f"{self.path}: no finished run with LoRAs is here")
         from unziplora.sampling.pipelines import load_adapter, remove_adapter
 
         strengths = {"content": content, "style": style, "lora": content}

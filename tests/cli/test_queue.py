@@ -116,7 +116,7 @@ def test_jobs_are_moved_paused_retried_and_canceled(filled, tmp_path: Path) -> N
     assert "queued (pause)" in filled("queue", "list")[1]
     assert json.loads(filled("worker", "--until-empty", "--json")[1])["finished"] == [str(tmp_path / "runs" / "cat")]
     assert filled("queue", "retry", "fox")[0] == 0
-    assert filled("queue", "cancel", "owl", "fox")[0] == 0
+    assert filled("queue", "cancel", "owl", "fox", "owl")[0] == 0
     assert filled("queue", "list")[1] == "The queue is empty.\n"
     code, _, err = filled("queue", "cancel", "owl")
     assert code == 2

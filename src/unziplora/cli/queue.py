@@ -181,9 +181,8 @@ def _add_change(action: str, done: str, help: str) -> None:
     @json_option
     def change(jobs: tuple[str, ...], folder: Path, as_json: bool) -> None:
         queue = Queue(folder)
-        for job in jobs:
-            queue.job(job)  # all of them exist, or nothing is done
-        _report([getattr(queue, action)(job) for job in jobs], done, as_json)
+        numbers = dict.fromkeys(queue.job(job).number for job in jobs)  # all of them exist, or nothing is done
+        _report([getattr(queue, action)(number) for number in numbers], done, as_json)
 
 
 _add_change("pause", "paused", "Let jobs wait until they are retried; a running one saves its step first.")
