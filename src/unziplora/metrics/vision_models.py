@@ -66,12 +66,7 @@ def load_vision_model(spec: VisionModelSpec, source: str) -> tuple[Any, Any]:
     extra = {"add_pooling_layer": False} if model_type == "vit" else {}  # DINO has no pooling layer
     with _explained(spec, source):
         model, info = getattr(transformers, spec.model).from_pretrained(
-            location,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **extra,
-            **local,
+            location, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra, **local
         )
         if missing := sorted(info["missing_keys"]):
             raise UserError(

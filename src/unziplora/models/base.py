@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -120,9 +119,7 @@ class Base:
         return digest.hexdigest()[:16]
 
 
-def load_base(
-    source: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Base:
+def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Base:
     """Open 'bundled', a diffusers folder, a hub id or a single .safetensors checkpoint, frozen, in eval mode.
 
     A single file that is not of SDXL's own size needs its configuration next to it, see `config_folder`.
@@ -131,7 +128,6 @@ def load_base(
         UserError: nothing is there, a part is missing or damaged, or it is not of SDXL's topology.
         MachineError: the hub cannot be reached, or memory does not suffice.
     """
-    source = str(source)
     with _failures(source):
         path = _locate(source, dtype)
         with quiet():

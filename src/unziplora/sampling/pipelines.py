@@ -29,20 +29,20 @@ def load_adapter(pipe: StableDiffusionXLPipeline, name: str, lora: Lora, strengt
     if hasattr(pipe.unet, "_orig_mod"):
         raise UserError("the pipeline's UNet is compiled: load LoRAs before torch.compile, or use pipe.unet.compile()")
     check_fits(lora, pipe.unet, source, base)
-    for component in ENCODERS:
-        text_paths(getattr(pipe, component), component, lora, source, base)
-    scaled = Lora({path: scale(pair, strength) for path, pair in lora.modules.items()})
+    encoders = {component: getattr(pipe, component) for component in ENCODERS}
+    for component, encoder in encoders.items():
+        text_paths(encoder, component, lora, source, base)
     text = Lora({}, text={path: scale(pair, strength) for path, pair in lora.text.items()})
-    tensors, _ = writers.diffusers(scaled.modules, None)
-    parts = [part for part in (pipe.unet, *(getattr(pipe, name) for name in ENCODERS)) if part is not None]
+    tensors, _ = writers.diffusers({path: scale(pair, strength) for path, pair in lora.modules.items()}, None)
+    parts = [part for part in (pipe.unet, *encoders.values()) if part is not None]
     active = [_active_adapters(part) for part in parts]
     remove_adapter(pipe, name)
     try:
         with quiet():
             if tensors:
                 pipe.load_lora_weights(tensors, adapter_name=name)
-            for component in ENCODERS:
-                if encoder := getattr(pipe, component):
+            for component, encoder in encoders.items():
+                if encoder is not None:
                     load_text(encoder, component, text, name, source, base)
     except BaseException:
         remove_adapter(pipe, name)
