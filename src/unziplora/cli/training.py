@@ -12,6 +12,7 @@ import click
 from unziplora.cli.command import Keys, Output, Plan, RecipeCommand
 from unziplora.cli.options import ExpandedPath
 from unziplora.cli.output import memory_advice
+from unziplora.config.recipe import refuse_unknown
 from unziplora.config.templates import warn_of_ui_syntax
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
@@ -62,6 +63,7 @@ def _layers(model: type[ImageConfig], words: str, params: Mapping[str, Any], fil
         flags["images"] = [*params["image"], *flags.get("images", [])]
     images = flags.get("images") or file.get("images")
     if not images and not (params["resume"] or params["extend"]):
+        refuse_unknown(file, model.model_fields)  # `image` instead of `images`, for example
         raise UserError(f"no image to learn from: unziplora {words} IMAGE …; see unziplora {words} --help")
     name = file_stem(Path(str(images[0]))) if images and isinstance(images, list) else None
     return run_layers(model, words, file, flags, name, params["resume"], params["extend"])
@@ -126,7 +128,8 @@ def run_layers(
         raise UserError(f"{flag} needs the run folder: unziplora {words} {flag} --out runs/NAME")
     run = RunFolder(Path(str(out)).expanduser())
     if extend:
-        return [run.settings_to_extend(model, extend), flags, {"out": out}]
+        others = {name: value for name, value in file.items() if name != "steps"}
+        return [run.settings_to_extend(model, extend), others, flags, {"out": out}]
     return [run.settings(model), file, flags, {"out": out}]
 
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -77,9 +85,12 @@ class Recipe(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _check_size(cls, value: Any) -> Any:
-        """Refuse numbers too large for libraries, and text that can be neither a file name nor a prompt."""
-        for item in value if isinstance(value, (list, tuple)) else [value]:
+    def _check_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse numbers too large for libraries, true in their place, and text that is neither a name nor a prompt."""
+        switch = "bool" in str(cls.model_fields[str(info.field_name)].annotation)
+        for item in _items(value):
+            if isinstance(item, bool) and not switch:
+                raise ValueError("cannot be true or false")
             if isinstance(item, int) and abs(item) >= 2**63:
                 raise ValueError("the number is too large")
             if isinstance(item, (str, Path)) and _NO_TEXT.search(str(item)):
@@ -117,6 +128,13 @@ class Recipe(BaseModel):
     def marked(cls, mark: str) -> set[str]:
         """Return the names of the keys declared with a mark: `private`, `may_change` or `expert`."""
         return {name for name, field in cls.model_fields.items() if has_mark(field, mark)}
+
+
+def _items(value: Any) -> Collection[Any]:
+    """Return the values of a list or a table; any other value is its own only item."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def distinct(values: list[T]) -> list[T]:
