@@ -1,5 +1,6 @@
 """The command line, run in this process: results, faults with their exit codes, and what is printed where."""
 
+import errno
 import io
 import json
 import os
@@ -213,6 +214,11 @@ class TestWrongRequests:
         assert done.out == ""
         assert sorted(tmp_path.rglob("*")) == before
 
+    def test_a_misspelled_key_is_named_before_what_it_leaves_missing(self, call: Call) -> None:
+        Path("typo.toml").write_text('imges = ["cat.png"]\n')
+        done = call("split", "--config", "typo.toml")
+        assert (done.code, done.err) == (2, "error: unknown key 'imges': did you mean 'images'?\n")
+
     def test_after_a_missing_base_the_same_command_can_be_mended(self, call: Call, tiny_folder: Path) -> None:
         done = call(*SPLIT, "--base", "gone.safetensors", "--quiet")
         assert done.code == 2
@@ -347,12 +353,15 @@ class TestSplit:
         done = call("split", "--extend", "5", "--out", "r")
         assert (done.code, "continue it with --resume, then extend it" in done.err) == (2, True)
         RunFolder(Path("r")).card.touch()
+        Path("more.toml").write_text("steps = 9\nsave_every = 2\n")
         monkeypatch.setattr(
             "unziplora.methods.unziplora.method.split",
-            lambda config, resume, progress: seen.update(steps=config.steps, resume=resume) or RunFolder(config.out),
+            lambda config, resume, progress: (
+                seen.update(steps=config.steps, every=config.save_every) or RunFolder(config.out)
+            ),
         )
-        assert call("split", "--extend", "5", "--out", "r").code == 0
-        assert seen["steps"] == config.steps + 5
+        assert call("split", "--extend", "5", "--out", "r", "--config", "more.toml").code == 0
+        assert (seen["steps"], seen["every"]) == (config.steps + 5, 2)
 
     @pytest.mark.parametrize("flag", [["--resume"], ["--extend", "5"]])
     def test_damaged_settings_of_a_run_are_named_with_their_file(self, call: Call, flag: list[str]) -> None:
@@ -467,6 +476,14 @@ class TestFaultsOfTheMachine:
         with pytest.raises(MachineError, match="not enough memory"), memory_advice(resolve(ZipConfig, keys)):
             raise MemoryError
 
+    def test_what_the_system_refuses_is_no_bug(self, failing: Callable[..., Done]) -> None:
+        for number in (errno.EACCES, errno.EROFS, errno.EIO):
+            done = failing(OSError(number, os.strerror(number), "runs/a/a-style.safetensors"))
+            assert done.code == 1
+            assert done.err.startswith(
+                f"error: runs/a/a-style.safetensors: {os.strerror(number)}; check its permissions"
+            )
+
     def test_bug_is_reported_in_one_line_unless_debugging(
         self, failing: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -528,6 +545,11 @@ class TestFiles:
         Path("loras/run/checkpoints/000001.safetensors").touch()
         files = call("inspect", "loras", "--json").json["files"]
         assert [file["path"] for file in files] == ["loras/cat.safetensors", "loras/style/a/ink.safetensors"]
+
+    def test_inspect_of_a_folder_without_files(self, call: Call) -> None:
+        Path("empty").mkdir()
+        done = call("inspect", "empty")
+        assert (done.code, done.err) == (2, "error: empty: there is no .safetensors file in this folder\n")
 
     def test_inspect_of_a_folder_with_a_file_that_is_not_a_lora(self, call: Call) -> None:
         for path in (lora_file(Path("loras/a.safetensors")), Path("loras/b.safetensors"), Path("loras/c.txt")):

@@ -128,6 +128,12 @@ def test_changes_of_several_jobs_happen_to_all_or_none(filled) -> None:
     assert all(not job["request"] for job in jobs(filled))
 
 
+def test_a_run_in_the_queue_waits_in_the_list_of_runs_too(filled) -> None:
+    filled("queue", "pause", "owl")
+    states = {run["content"]: (run["state"], run["request"]) for run in json.loads(filled("runs", "--json")[1])["runs"]}
+    assert states == {"cat": ("queued", ""), "owl": ("queued", "pause"), "fox": ("queued", "")}
+
+
 def test_runs_are_listed_and_found_by_words(filled, tmp_path: Path) -> None:
     filled("worker", "--until-empty", "--quiet")
     code, out, _ = filled("runs", "fox", "--json")

@@ -1,5 +1,6 @@
 """The configuration: layers, presets, faults, TOML, and the generated documentation."""
 
+import errno
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,7 @@ from unziplora.config.recipe import Recipe, resolve, to_toml, with_paths_from
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
 from unziplora.config.zip import ZipConfig
-from unziplora.errors import UserError
+from unziplora.errors import MachineError, UserError
 from unziplora.utils.inputs import read_toml
 
 GIVEN: dict[str, Any] = {"images": ["cat.jpg"], "content": "cat", "style": "pencil sketch", "out": "runs/cat"}
@@ -214,7 +215,12 @@ def test_a_preset_of_another_type_and_infinity_are_refused() -> None:
     assert "max_grad_norm: Input should be a finite number" in fault(max_grad_norm=float("inf"))
 
 
-def test_unreadable_toml_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [{"steps": True}, {"rank": False}, {"images": [True]}, {"max_grad_norm": True}])
+def test_true_and_false_are_no_numbers(keys: dict[str, object]) -> None:
+    assert fault(**keys).startswith(f"{next(iter(keys))}: cannot be true or false")
+
+
+def test_unreadable_toml_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no such configuration file"):
         read_toml(tmp_path / "gone.toml")
     broken = tmp_path / "broken.toml"
@@ -226,6 +232,13 @@ def test_unreadable_toml_is_named(tmp_path: Path) -> None:
         read_toml(broken)
     with pytest.raises(UserError, match="this is a folder, not a file"):
         read_toml(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(MachineError, match=r"broken\.toml: cannot be read \(Permission denied\)"):
+        read_toml(broken)
 
 
 def test_prompts_take_the_words() -> None:

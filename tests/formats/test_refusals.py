@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.files import read_lora, write_lora
+from unziplora.formats.inspect import inspect
 from unziplora.formats.safetensors import read_header, read_tensors
 from unziplora.lora.weights import Lora
 from unziplora.utils import files
@@ -374,6 +375,14 @@ def test_an_unreadable_file_is_reported(file, monkeypatch):
     monkeypatch.setattr(type(file), "open", fail)
     for read in (read_lora, read_header):
         with pytest.raises(MachineError, match="cannot be read"):
+            read(file)
+
+
+def test_of_a_checkpoint_only_the_header_is_read(file, monkeypatch):
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 2)}, file)
+    monkeypatch.setattr("unziplora.formats.safetensors.load_file", None)
+    for read in (read_lora, inspect):
+        with pytest.raises(UserError, match="not a LoRA"):
             read(file)
 
 

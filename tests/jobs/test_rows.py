@@ -148,6 +148,7 @@ def test_fault_of_many_rows_is_told_once(photos: Path) -> None:
     [
         ("rows.jsonl", '{"image": "cat.png"', "line 1: not valid JSON"),
         ("rows.jsonl", "[1]", "line 1: not an object"),
+        ("ROWS.JSONL", "[1]", "line 1: not an object"),
         ("rows.toml", "[cat", "not valid TOML"),
         ("rows.toml", "a = 1\n\n['cat']\n", "line 3: unknown key 'a'"),
         ("rows.csv", "image\n", "names no image"),
@@ -187,8 +188,9 @@ def test_table_in_another_encoding_says_what_to_do(photos: Path) -> None:
 
 
 def test_missing_source_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"rows\.csv: no such file or folder"):
-        read_rows(tmp_path / "rows.csv", tmp_path, {})
+    for name in ("photso", "rows.csv"):
+        with pytest.raises(UserError, match=f"{name}: no such file or folder"):
+            read_rows(tmp_path / name, tmp_path, {})
 
 
 @pytest.mark.usefixtures("unchecked")

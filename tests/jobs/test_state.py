@@ -1,5 +1,6 @@
 """States, computed from what processes leave in a run folder."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -114,6 +115,24 @@ def test_runs_are_found_again_by_words(tmp_path: Path) -> None:
     assert [one.run.path.name for one in find_runs(tmp_path, ["fox"])] == ["c"]
     assert len(find_runs(tmp_path, ["cat.jpg"])) == 3
     assert find_runs(tmp_path / "missing") == []
+
+
+def test_a_folder_that_may_not_be_read_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        with RunFolder.created(tmp_path / name, recipe(tmp_path / name)):
+            pass
+    listdir = os.listdir
+
+    def refuse(path: Path) -> list[str]:
+        if Path(path).name == "a":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.warns(UserWarning, match="a: no permission to read this folder; it is left out"):
+        assert [one.run.path.name for one in find_runs(tmp_path)] == ["b"]
 
 
 def test_summary_contains_state_words_steps_and_time(run: RunFolder) -> None:

@@ -284,7 +284,15 @@ def test_truncated_and_foreign_files_are_refused(tiny_checkpoint: Path, tmp_path
 
 
 def test_missing_bases_are_refused(tmp_path: Path):
-    for source in (tmp_path / "nowhere", "nowhere.safetensors", "a/b.safetensors", "not a name"):
+    for source in (
+        tmp_path / "nowhere",
+        "nowhere.safetensors",
+        "a/b.safetensors",
+        "not a name",
+        "./a",
+        "../a",
+        "a/b--c",
+    ):
         with pytest.raises(UserError, match="no such file or folder"):
             load_base(str(source))
     with pytest.raises(UserError, match=r"model_index\.json is missing"):

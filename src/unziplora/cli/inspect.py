@@ -9,7 +9,7 @@ import click
 
 from unziplora.cli.options import ExpandedPath, json_option
 from unziplora.cli.output import emit, stdout_to_stderr
-from unziplora.errors import UserError
+from unziplora.errors import UnziploraError, UserError
 
 if TYPE_CHECKING:
     from unziplora.formats.inspect import Inspection
@@ -45,29 +45,33 @@ def inspect_command(files: tuple[Path, ...], as_json: bool) -> None:
         from unziplora.formats.inspect import inspect
 
         paths = [path for file in files for path in _loras(file)]
-        results: list[Inspection | UserError] = []
+        results: list[Inspection | UnziploraError] = []
         for path in paths:
             try:
                 results.append(inspect(path))
-            except UserError as error:  # a file that is not a LoRA must not hide the others
+            except UnziploraError as error:  # a file that is not a LoRA must not hide the others
                 if len(paths) == 1:
                     raise
                 results.append(error)
     data = [
-        {"path": str(path), "error": str(one)} if isinstance(one, UserError) else one.model_dump(mode="json")
+        {"path": str(path), "error": str(one)} if isinstance(one, UnziploraError) else one.model_dump(mode="json")
         for path, one in zip(paths, results, strict=True)
     ]
     text = "\n\n".join(str(one) for one in results)
     emit(data[0] if len(data) == 1 else {"files": data}, text, as_json)
-    if any(isinstance(one, UserError) for one in results):
-        raise click.exceptions.Exit(UserError.exit_code)
+    if codes := [one.exit_code for one in results if isinstance(one, UnziploraError)]:
+        raise click.exceptions.Exit(max(codes))
 
 
 def _loras(path: Path) -> list[Path]:
     """Return a file itself, or the LoRA files in a folder and its subfolders, except those of checkpoints."""
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else []
-    shown = [file for file in files if not file.name.startswith(".")]
-    return [file for file in shown if "checkpoints" not in file.relative_to(path).parts] or [path]
+    if not path.is_dir():
+        return [path]
+    shown = [file for file in sorted(path.rglob("*.safetensors")) if not file.name.startswith(".")]
+    files = [file for file in shown if "checkpoints" not in file.relative_to(path).parts]
+    if not files:
+        raise UserError(f"{path}: there is no .safetensors file in this folder")
+    return files
 
 
 @click.command("convert", short_help="Write a LoRA file in another layout.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -90,6 +91,10 @@ def memory_advice(config: TrainingConfig) -> Iterator[None]:
         ) from error
 
 
+_OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Errors of the system that no code can foresee, wherever a file is opened."""
+
+
 def report_error(error: BaseException, as_json: bool) -> int:
     """Print an exception as one message and return the exit code."""
     if isinstance(error, UnziploraError):
@@ -100,6 +105,8 @@ def report_error(error: BaseException, as_json: bool) -> int:
         code, text = 1, f"not enough memory ({first_line(error)}): close other programs, or choose smaller settings"
     elif disk_full(error):
         code, text = 1, f"the disk is full ({first_line(error)}): free some space, or write to another disk"
+    elif isinstance(error, OSError) and error.filename and error.errno in _OF_THE_MACHINE:
+        code, text = 1, f"{error.filename}: {error.strerror}; check its permissions and its disk"
     else:
         code = 1
         text = (

@@ -15,10 +15,11 @@ from unziplora.cli.output import emit, note, stdout_to_stderr
 from unziplora.cli.training import RUNS
 from unziplora.config.training import TrainingConfig
 from unziplora.errors import UserError
-from unziplora.jobs.queue import Job, Queue
+from unziplora.jobs.queue import FILE, Job, Queue
 from unziplora.jobs.state import RunSummary, find_runs, read_failure
 from unziplora.jobs.trainings import Trainer, check
 from unziplora.jobs.worker import work
+from unziplora.utils.files import absolute
 from unziplora.utils.progress import show
 
 SHOWN = 100
@@ -234,7 +235,11 @@ def runs_command(words: tuple[str, ...], folder: Path, everything: bool, as_json
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give --runs the folder that contains the runs")
     runs = find_runs(folder, words)
-    rows = [summary.as_dict() for summary in (runs if everything else runs[:SHOWN])]
+    jobs = {job.run.path: job for job in Queue(folder).jobs()} if (folder / FILE).is_file() else {}
+    rows = []
+    for summary in runs if everything else runs[:SHOWN]:
+        job = jobs.get(absolute(summary.run.path))
+        rows.append(summary.as_dict() | ({"state": job.state, "request": job.request} if job else {}))
     more = len(runs) - len(rows)
     text = _table(rows, ["state", "steps", "changed", "run", "words"]) if rows else "no runs"
     emit({"runs": rows, "more": more}, text + (f"\n… and {more} more (--all)" if more else ""), as_json)

@@ -11,7 +11,7 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_FILE = "sd_xl_base_1.0"
 """Start of the name of Stability's own files of it; one has another VAE."""
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?=.{3,96}$)\w(?:[\w.-]*\w)?/\w(?:[\w.-]*\w)?")
 """A model's name on the hub, owner/name."""
 
 BUNDLED_BASE = Path(__file__).parents[1] / "models" / "bundled" / "emoji-xl"

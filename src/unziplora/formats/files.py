@@ -19,7 +19,7 @@ from unziplora.formats.header import LAYERS_KEY, complete_metadata
 from unziplora.formats.names import is_peft, unwrap
 from unziplora.formats.quantization import dequantized
 from unziplora.formats.readers import FileModules, group_by_module, shown, split_embeddings
-from unziplora.formats.safetensors import read_tensors, write_safetensors
+from unziplora.formats.safetensors import read_header, read_tensors, write_safetensors
 from unziplora.formats.sdxl import LAYERS, has_sdxl_widths, other_unet
 from unziplora.lora.algebra import balance, shape
 from unziplora.lora.weights import Lora
@@ -43,7 +43,7 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
         MachineError: the file cannot be read.
     """
     path = Path(path).expanduser()
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_adapter(path)
     modules = read_modules(path, tensors, metadata, unet_config)
     if broken := not_finite(tensors):
         raise UserError(
@@ -61,6 +61,18 @@ def read_lora(path: str | Path, unet_config: Mapping[str, Any] | None = None) ->
     return Lora(unet, metadata, text, alphas.pop() if len(alphas) == 1 else None)
 
 
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a LoRA file; of any other file, which may have gigabytes, only the header.
+
+    Raises:
+        UserError: the file is missing, damaged or not a LoRA; the message names what it is instead.
+        MachineError: the file cannot be read.
+    """
+    if (kind := identify.kind(read_header(path).shapes)) != identify.LORA:
+        raise UserError(f"{path}: this is {kind}, not a LoRA")
+    return read_tensors(path)
+
+
 def read_modules(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -70,10 +82,8 @@ def read_modules(
     """Group a file's tensors by module.
 
     Raises:
-        UserError: the file is not a LoRA for a UNet of SDXL's topology; the message names what it is instead.
+        UserError: the file is not a plain LoRA for a UNet of SDXL's topology.
     """
-    if (kind := identify.kind(tensors)) != identify.LORA:
-        raise UserError(f"{path}: this is {kind}, not a LoRA")
     own, embeddings = split_embeddings(tensors)
     if family := identify.family(map(unwrap, own)):
         raise UserError(f"{path}: this LoRA is for {family}, not for SDXL")

@@ -8,11 +8,10 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from unziplora.formats.convert import count, dtype_name
-from unziplora.formats.files import not_finite, read_modules
+from unziplora.formats.files import not_finite, read_adapter, read_modules
 from unziplora.formats.header import trigger_words
 from unziplora.formats.programs import Verdict, verdicts_on
 from unziplora.formats.readers import StoredFactors, shown
-from unziplora.formats.safetensors import read_tensors
 from unziplora.formats.sdxl import has_sdxl_widths
 from unziplora.lora.algebra import norm
 from unziplora.lora.blocks import block_of
@@ -89,7 +88,7 @@ def inspect(path: str | Path) -> Inspection:
         MachineError: the file cannot be read.
     """
     path = Path(path).expanduser()
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_adapter(path)
     modules = read_modules(path, tensors, metadata)
     factors = modules.all
     untrained = [name for name, f in factors.items() if not f.up.float().any() or not f.down.float().any()]

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from unziplora.config.recipe import refuse_unknown, resolve, with_paths_from
 from unziplora.config.split import SplitConfig
 from unziplora.config.training import TrainingConfig
-from unziplora.errors import UserError
+from unziplora.errors import MachineError, UserError
 from unziplora.jobs.state import state_of
 from unziplora.jobs.trainings import TRAININGS, check
 from unziplora.runs.folder import RunFolder, changed_settings
@@ -90,15 +90,18 @@ def _read(source: Path) -> list[_Source]:
     try:
         if source.is_dir():
             return [_Source(path.name, {"images": [path.name]}) for path in image_files(source)]
-        if source.suffix == ".toml":
+        if not source.exists():
+            raise UserError(f"{source}: no such file or folder")
+        suffix = source.suffix.lower()
+        if suffix == ".toml":
             return list(_read_toml(source))
-        if source.suffix in (".jsonl", ".ndjson"):
+        if suffix in (".jsonl", ".ndjson"):
             return list(_read_json(source))
-        if source.suffix in (".csv", ".tsv"):
+        if suffix in (".csv", ".tsv"):
             return list(_read_csv(source))
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such file or folder") from None
-    except (OSError, ValueError, csv.Error) as error:
+    except OSError as error:
+        raise MachineError(f"{source}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{source}: cannot be read ({error})") from None
     raise UserError(f"{source}: a batch is a folder of images, or a .toml, .csv or .jsonl file")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from unziplora.errors import UserError
+from unziplora.errors import UnziploraError, UserError
 from unziplora.jobs.claim import OWNER, is_worked_on
 from unziplora.runs.folder import LOCK_OWNER, RunFolder
 from unziplora.utils.files import atomic_write
@@ -117,7 +118,7 @@ class RunSummary:
         """Keys that the run began with; empty if its configuration is damaged."""
         try:
             return read_toml(self.run.config_file)
-        except UserError:
+        except UnziploraError:
             return {}
 
     @property
@@ -176,7 +177,12 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_dir():
             continue
-        if (path / "config.toml").is_file():
+        try:
+            names = os.listdir(path)
+        except PermissionError:
+            warnings.warn(f"{path}: no permission to read this folder; it is left out", stacklevel=3)
+            continue
+        if "config.toml" in names:
             yield path
         elif depth > 1:
             yield from _run_folders(path, depth - 1)

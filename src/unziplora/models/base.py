@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
-from unziplora.config.bases import BUNDLED_BASE, SDXL, is_bundled
+from unziplora.config.bases import BUNDLED_BASE, is_bundled
 from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.formats.safetensors import Header, read_header
 from unziplora.lora.inject import adapted_layers, remove
 from unziplora.models import checkpoint as base_checkpoint
 from unziplora.models import folder as base_files
-from unziplora.models.hub import download, names_a_model
+from unziplora.models.hub import download, names_a_model, no_such_base
 from unziplora.models.quantized import rescale
 from unziplora.utils.files import absolute, file_stem
 from unziplora.utils.logging import quiet
@@ -207,10 +207,7 @@ def _locate(source: str, dtype: torch.dtype) -> Path:
         return path
     if names_a_model(source):
         return download(source, dtype)
-    raise UserError(
-        f"base {source!r}: no such file or folder. Give 'bundled', a diffusers folder, a .safetensors "
-        f"checkpoint or a hub id such as {SDXL!r}"
-    )
+    raise no_such_base(source)
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from unziplora.config.bases import HUB_ID
+from unziplora.config.bases import HUB_ID, SDXL
 from unziplora.errors import MachineError, UserError, first_line
 from unziplora.models import folder as base_files
 
@@ -15,6 +15,14 @@ from unziplora.models import folder as base_files
 def names_a_model(source: str) -> bool:
     """Check whether a source that is not on this machine may be a model of the hub rather than a missing file."""
     return HUB_ID.fullmatch(source) is not None and Path(source).suffix not in base_files.WEIGHT_SUFFIXES
+
+
+def no_such_base(source: str) -> UserError:
+    """Return the message for a base that is neither on this machine nor a model of the hub."""
+    return UserError(
+        f"base {source!r}: no such file or folder. Give 'bundled', a diffusers folder, a .safetensors "
+        f"checkpoint or a hub id such as {SDXL!r}"
+    )
 
 
 def download(source: str, dtype: torch.dtype) -> Path:

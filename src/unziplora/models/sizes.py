@@ -11,11 +11,10 @@ import torch
 from pydantic import BaseModel
 
 from unziplora.config.bases import BUNDLED_BASE, is_bundled
-from unziplora.errors import UserError
 from unziplora.lora.inject import TARGETS, target_layers
 from unziplora.models.base import BUNDLED, Scale, described, latent_side
 from unziplora.models.folder import PARTS, check_folder, read_config, usable_config
-from unziplora.models.hub import names_a_model
+from unziplora.models.hub import names_a_model, no_such_base
 from unziplora.models.text import TARGETS as TEXT_TARGETS
 from unziplora.utils.logging import quiet
 
@@ -129,7 +128,7 @@ def base_folder(source: str) -> Path | None:
         return described(path)[0]
     if not is_bundled(source) and names_a_model(source):
         return _downloaded(source)
-    raise UserError(f"base {source!r}: no such file or folder")
+    raise no_such_base(source)
 
 
 def stored_bytes(source: str) -> int | None:

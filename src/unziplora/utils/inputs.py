@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from unziplora.errors import UserError, first_line
+from unziplora.errors import MachineError, UserError, first_line
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -98,7 +98,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read one TOML file of keys.
 
     Raises:
-        UserError: the file is missing, unreadable or not TOML.
+        UserError: the file is missing or not TOML.
+        MachineError: it cannot be read.
     """
     try:
         text = read_text(path, TOML_LIMIT)
@@ -108,6 +109,6 @@ def read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise MachineError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML ({first_line(error)})") from None
