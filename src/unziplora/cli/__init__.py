@@ -96,19 +96,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # a letter that a code page lacks must not make the command fail
             stream.reconfigure(errors="backslashreplace")
     with steady_output() as out:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        code = _run(argv)
         out.flush()
         if out.error is not None and not isinstance(out.error, BrokenPipeError):
             note(f"error: the result cannot be written to stdout ({first_line(out.error)})")
         return code or int(out.error is not None)
 
 
-def _run(args: list[str]) -> int:
+def _run(argv: Sequence[str] | None) -> int:
+    args = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in args
     try:
         _check_encoding(args)
         with warnings_shown(quiet="--quiet" in args or "-q" in args):
-            code = cli.main(args, prog_name="unziplora", standalone_mode=False)
+            # click reads the words of this process itself: on Windows, whose shells do not, it expands * and ?
+            code = cli.main(argv and args, prog_name="unziplora", standalone_mode=False)
             return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         note(error.format_message())
