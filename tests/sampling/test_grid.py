@@ -168,5 +168,6 @@ def test_default_axes_depend_on_the_loras():
     assert GridConfig(content="a", style="b", rows="seed").axes() == ("seed", "style_strength")
     assert GridConfig(content="a", columns="content_strength").axes() == ("prompt", "content_strength")
     assert GridConfig(style="a", style_strengths=[0, 1]).axes() == ("prompt", "style_strength")
+    assert GridConfig(style="a", style_strengths=[0, 0.5, 1]).axes() == ("prompt", "style_strength")
     assert GridConfig(style="a", style_strength=0.85).axes() == ("prompt", "seed")
     assert GridConfig(content="a", style="b", prompts=["x", "y"], seeds=[1, 2]).axes() == ("prompt", "seed")

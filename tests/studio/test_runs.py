@@ -28,6 +28,13 @@ def test_thumbnail_shows_the_picture_of_the_run(tmp_path: Path) -> None:
     assert tab.thumbnail(tmp_path / "cache", summary) == file
 
 
+def test_thumbnail_of_deep_gray_is_as_it_is_learned(tmp_path: Path) -> None:
+    Image.new("I;16", (300, 300), 30000).save(tmp_path / "cat.png")
+    Queue(tmp_path).submit(recipe(tmp_path / "cat", images=[tmp_path / "cat.png"]))
+    with Image.open(tab.thumbnail(tmp_path / "cache", RunSummary(Queue(tmp_path).job("cat").run))) as image:
+        assert image.getpixel((9, 9)) == (117, 117, 117)  # 30000 / 65535 · 255
+
+
 @pytest.mark.parametrize("data", [b"", b"no image", None])
 def test_missing_and_damaged_pictures_leave_an_empty_tile(tmp_path: Path, data: bytes | None) -> None:
     if data is not None:

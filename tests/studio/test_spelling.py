@@ -36,6 +36,12 @@ def test_command_reads_back_as_the_same_recipe() -> None:
         assert split_command.recipe(ctx) == resolve(SplitConfig, SETTINGS)
 
 
+def test_command_of_a_form_takes_all_values_of_a_tuple_at_once() -> None:
+    assert spell("split", {"betas": ["0.5", "0.9"], "style": "red ink"}, "Command").endswith(
+        '--betas 0.5 0.9 --style "red ink"'
+    )
+
+
 def test_toml_reads_back_as_the_same_recipe() -> None:
     assert resolve(SplitConfig, tomllib.loads(spell("split", SETTINGS, "TOML"))) == resolve(SplitConfig, SETTINGS)
 
@@ -55,7 +61,15 @@ def test_command_of_a_merge_names_its_loras_first() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("gradient_checkpointing", True), ("rank", 8), ("sample_seeds", [3, 4]), ("betas", (0.5, 0.9)), ("fit", "pad")],
+    [
+        ("gradient_checkpointing", True),
+        ("rank", 8),
+        ("sample_seeds", [3, 4]),
+        ("betas", (0.5, 0.9)),
+        ("fit", "pad"),
+        ("phrase_words", []),
+        ("style_learning_rate", 1.23456789e-4),
+    ],
 )
 def test_text_of_a_component_reads_back_as_its_value(name: str, value: Any) -> None:
     field = SplitConfig.model_fields[name]

@@ -42,6 +42,17 @@ def test_cut_of_what_was_painted_over_is_named(tmp_path: Path) -> None:
     assert "50% of what you painted over is cut off" in html
 
 
+def test_picture_and_mask_come_back_as_they_were_learned(tmp_path: Path) -> None:
+    Image.new("I;16", (128, 128), 30000).save(tmp_path / "deep.png")
+    mask = Image.new("RGBA", (128, 128), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 64, 128))
+    mask.save(tmp_path / "mask.png")
+    again = split.edited_again({"images": [tmp_path / "deep.png"], "masks": [tmp_path / "mask.png"]})
+    image, painted = split.opened(again)
+    assert image.getpixel((9, 9)) == (117, 117, 117)  # 30000 / 65535 · 255
+    assert painted.getbbox() == (0, 0, 64, 128)
+
+
 def test_small_picture_is_named_with_its_size(tmp_path: Path) -> None:
     html = foreseen(tmp_path, (64, 64))
     assert "The picture has only 64 × 64 pixels and is enlarged to 128 × 128" in html

@@ -180,7 +180,7 @@ class GridConfig(GenerationConfig):
         return (rows if self.rows == "auto" else self.rows, columns if self.columns == "auto" else self.columns)
 
     def _chosen(self, name: str) -> bool:
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
+        return name in self.model_fields_set
 
 
 def read_blocks(entries: list[str]) -> dict[str, float]:

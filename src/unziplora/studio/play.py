@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from PIL import Image
 
+from unziplora.config.bases import HUB_ID, is_bundled
 from unziplora.config.recipe import KINDS, resolve
 from unziplora.config.sample import GenerationConfig, GridConfig, SampleConfig
-from unziplora.errors import UserError
+from unziplora.errors import OutOfMemory, UserError, first_line, out_of_memory
 from unziplora.jobs.state import find_runs
 from unziplora.models.kept import KeptBase
 from unziplora.studio import libraries, live, look
 from unziplora.studio.events import Follower, shown
 from unziplora.studio.forms import Form, copy_panel, settled
-from unziplora.studio.spelling import spell, write
+from unziplora.studio.spelling import read, spell, write
 from unziplora.utils.files import atomic_write, file_stem, free_file, safe_name
 from unziplora.utils.inputs import parse_json
 from unziplora.utils.progress import Progress
@@ -71,8 +72,14 @@ class Player:
         with self.lock:
             base = self._load(config)
             keys = {**keys, "base": base, "progress": report}
-            with base_at_work(base):
-                return [grid(**keys)] if action == "grid" else sample(**keys)
+            try:
+                with base_at_work(base):
+                    return [grid(**keys)] if action == "grid" else sample(**keys)
+            except Exception as error:
+                if out_of_memory(error):
+                    self.kept.drop()
+                    raise OutOfMemory(f"not enough memory for this picture ({first_line(error)})") from None
+                raise
 
     def _load(self, config: GenerationConfig) -> Base:
         """Return the base of a configuration, in the number format that it is used in, on the CPU."""
@@ -144,7 +151,8 @@ def tab(runs: Path, follower: Follower) -> None:
         return gr.update(value=pair, visible=True), gr.update(visible=False), values[7], _gallery(pictures(runs))
 
     def grid(rows: str, columns: str, *values: Any, progress: Any = gr.Progress()) -> tuple[str, Any]:  # noqa: B008
-        lists = {"content_strengths": _numbers(rows), "style_strengths": _numbers(columns)}
+        listed = {"content_strengths": rows, "style_strengths": columns}
+        lists = {name: read(GridConfig.model_fields[name], text) for name, text in listed.items() if text.strip()}
         skipped = ("content_strength", "style_strength", "batch_size")
         known = {name: value for name, value in keys(values).items() if name not in skipped}
         made = player.make(
@@ -156,6 +164,9 @@ def tab(runs: Path, follower: Follower) -> None:
         if not file:
             return [gr.skip()] * len(fields)
         settings = recipe_of(Path(file))
+        base = str(settings.get("base"))
+        if not is_bundled(base) and not HUB_ID.fullmatch(base):
+            settings.pop("base", None)  # the name of a file, without its folder: the LoRAs know the path
         found = found_loras(runs, settings)
         values = [found.get("content", NONE), found.get("style", NONE)]
         values += [settings.get("content_strength", 1), settings.get("style_strength", 1), settings.get("prompt", "")]
@@ -306,7 +317,8 @@ def found_loras(runs: Path, settings: dict[str, Any]) -> dict[str, str]:
         UserError: one of them is not here.
     """
     hashes = settings.get("loras")
-    wanted = {kind: hashes.get(str(settings[kind])) for kind in KINDS if kind in settings} if hashes else {}
+    known = hashes if isinstance(hashes, dict) else {}
+    wanted = {kind: known.get(str(settings[kind])) for kind in KINDS if kind in settings} if known else {}
     found = {}
     for kind, digest in wanted.items():
         names = (name for name in lora_names(runs) if _digest(lora_path(runs, name, kind)) == digest)
@@ -323,10 +335,6 @@ def _digest(file: Path) -> str | None:
     if not file.is_file():
         return None
     return read_header(file).metadata.get("sshs_model_hash") or body_hash(file)
-
-
-def _numbers(text: str) -> list[str]:
-    return [part for item in text.split(";") if (part := item.strip())]
 
 
 def _reporting(progress: Any) -> Any:

@@ -12,6 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from unziplora.errors import UnziploraError, UserError
+from unziplora.images.colors import to_rgb
 from unziplora.images.files import open_upright
 from unziplora.jobs.queue import Job, Queue
 from unziplora.jobs.state import RunSummary, find_runs
@@ -98,7 +99,7 @@ def thumbnail(cache: Path, summary: RunSummary) -> str:
         image = Image.new("RGB", (_SIDE, _SIDE), "#d6d3d1")
         if source is not None:
             with suppress(UnziploraError):  # the tile stays empty; opening the run says why
-                image = open_upright(source, _SIDE)[0].convert("RGB")
+                image = open_upright(source, _SIDE, to_rgb)[0]
         image.thumbnail((_SIDE, _SIDE))
         write_png(file, image)
     return str(file)
@@ -270,7 +271,8 @@ def _queue(runs: Path, workers: Workers, follower: Follower, chosen: Watch, reus
     def asked(action: Callable[[Queue, Any], object]) -> Callable[[int | None], tuple[Any, ...]]:
         def handler(number: int | None) -> tuple[Any, ...]:
             action(Queue(runs), _named(number))
-            workers.ensure()
+            if action is Queue.retry:
+                workers.ensure()
             return refresh(None)
 
         return shown(handler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -14,6 +13,9 @@ import tomli_w
 from pydantic.fields import FieldInfo
 
 from unziplora.config.recipe import format_value
+from unziplora.config.sample import GridConfig, SampleConfig
+from unziplora.jobs.trainings import TRAININGS
+from unziplora.runs.model_card import argument
 
 COMMANDS = {
     "split": ("split", "split"),
@@ -30,6 +32,10 @@ SPELLINGS: tuple[Spelling, ...] = ("Command", "TOML", "Python")
 
 _POSITIONAL = {"images": "images", "content_lora": "content", "style_lora": "style"}
 """Keys that commands take without a flag, and their names in Python."""
+
+
+EMPTY = "none"
+"""Text of a list without members, as on the command line."""
 
 
 def choices(annotation: Any) -> list[str]:
@@ -50,12 +56,16 @@ def read(field: FieldInfo, text: str) -> Any:
     """Return a component's text as its recipe reads it; the members of a list are separated by semicolons."""
     if choices(field.annotation) == ["on", "off"]:
         return text == "on"
-    return [part for item in re.split(r"[;|]", text) if (part := item.strip())] if _is_list(field.annotation) else text
+    if not _is_list(field.annotation):
+        return text
+    return [] if text.strip() == EMPTY else [part for item in re.split(r"[;|]", text) if (part := item.strip())]
 
 
 def write(value: Any) -> str:
     """Return the text of a component for a value; the reverse of `read`."""
-    return "; ".join(map(format_value, value)) if isinstance(value, (list, tuple)) else format_value(value)
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(write, value)) or EMPTY
+    return repr(value) if isinstance(value, float) else format_value(value)
 
 
 def spell(action: str, settings: Mapping[str, Any], spelling: Spelling) -> str:
@@ -65,13 +75,19 @@ def spell(action: str, settings: Mapping[str, Any], spelling: Spelling) -> str:
         action: a key of `COMMANDS`.
         settings: the keys that are set, of any kind that a recipe contains.
     """
-    known = {name: value for name, value in settings.items() if value is not None}
+    known = {name: _typed(action, name, value) for name, value in settings.items() if value is not None}
     writers: dict[Spelling, Callable[[str, dict[str, Any]], str]] = {
         "Command": _as_command,
         "TOML": _as_toml,
         "Python": _as_python,
     }
     return writers[spelling](action, known)
+
+
+def _typed(action: str, name: str, value: Any) -> Any:
+    """Return the list of a form or a file as a tuple if its key is one: such a flag takes all values at once."""
+    model = TRAININGS[action].recipe if action in TRAININGS else GridConfig if action == "grid" else SampleConfig
+    return tuple(value) if typing.get_origin(model.model_fields[name].annotation) is tuple else value
 
 
 def _plain(value: Any) -> Any:
@@ -91,10 +107,10 @@ def _as_command(action: str, settings: dict[str, Any]) -> str:
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list):
-            words += [word for item in value or ["none"] for word in (flag, str(item))]
+            words += [word for item in value or [EMPTY] for word in (flag, str(item))]
         else:
             words += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return shlex.join(words)
+    return " ".join(map(argument, words))
 
 
 def _as_toml(action: str, settings: dict[str, Any]) -> str:

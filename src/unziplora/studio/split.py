@@ -16,6 +16,7 @@ from unziplora.config.recipe import resolve
 from unziplora.config.split import BUNDLED, SplitConfig
 from unziplora.config.training import ImageConfig
 from unziplora.errors import UnziploraError, UserError
+from unziplora.images.colors import to_gray, to_rgb
 from unziplora.images.files import open_upright
 from unziplora.jobs.state import RunSummary, find_runs
 from unziplora.studio import actions, libraries, live, look, poll
@@ -172,6 +173,8 @@ def tab(runs: Path, cache: Path, workers: Workers) -> Split:
         method, chosen = live.set_keys(summary)
         if method != "split":
             raise UserError(f"{summary.run.path.name}: this is no split; copy its settings as a command instead")
+        if len(chosen["images"]) > 1:
+            raise UserError(f"{summary.run.path.name}: it has several pictures; copy its settings as a command instead")
         named = [chosen.get(name) for name in ("content", "style", "base")]
         again = edited_again(chosen)
         return [
@@ -263,7 +266,7 @@ def _shown(image: Image.Image | None) -> tuple[Any, Any, list[int] | None]:
 
 
 def _opened(file: Path) -> Image.Image:
-    return open_upright(file, EDITED)[0].convert("RGBA")
+    return open_upright(file, EDITED, to_rgb)[0].convert("RGBA")
 
 
 def edited_again(settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -274,7 +277,7 @@ def edited_again(settings: dict[str, Any]) -> dict[str, Any] | None:
     background = _opened(Path(str(images[0])))
     layers = []
     if masks and Path(str(masks[0])).is_file():
-        mask = open_upright(Path(str(masks[0])), EDITED)[0].convert("L").resize(background.size)
+        mask = open_upright(Path(str(masks[0])), EDITED, to_gray)[0].resize(background.size)
         layers = [Image.merge("RGBA", [mask.point(lambda _, level=level: level) for level in BRUSH] + [mask])]
     return {"background": background, "layers": layers, "composite": None}
 

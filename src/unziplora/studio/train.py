@@ -47,11 +47,12 @@ class _Tab:
 
         Args:
             inputs: components of what it learns from.
-            base: chosen at first.
+            base: chosen at first; "" for that of the LoRAs.
             read: returns keys and pictures for the values of the inputs.
         """
         name = gr.Textbox(value="", label="Name of the run", max_lines=1, elem_id=f"{method}-name")
-        model = gr.Dropdown(list(MODELS), value=base, allow_custom_value=True, label="Model")
+        models = [*MODELS, ("That of the LoRAs", "")] if method == "zip" else [*MODELS]
+        model = gr.Dropdown(models, value=base, allow_custom_value=True, label="Model")
         with gr.Accordion("Words and settings" if method != "zip" else "Settings", open=method == "dreambooth"):
             form = Form(TRAININGS[method].recipe, method, _PAGE)
         begin = gr.Button("Start", variant="primary", elem_id=f"{method}-start")
@@ -61,7 +62,8 @@ class _Tab:
         def start(*values: Any) -> tuple[Any, ...]:
             given, (title, base, *others) = values[: len(inputs)], values[len(inputs) :]
             keys, images = read(*given)
-            job = actions.start(self.runs, method, {**keys, "base": base, **form.keys(others)}, title or method, images)
+            keys |= {"base": base} if base else {}
+            job = actions.start(self.runs, method, {**keys, **form.keys(others)}, title or method, images)
             self.workers.ensure()
             return (gr.Tabs(selected="runs"), *self.chosen.choose(job.run.path.relative_to(self.runs).as_posix()))
 
@@ -69,7 +71,7 @@ class _Tab:
             sources = {"content_lora": Path("content.safetensors"), "style_lora": Path("style.safetensors")}
             first = sources if method == "zip" else {"images": [Path("picture.png")]}
             out = str(self.runs / actions.safe_name(title or method, method))
-            return spell(method, {**first, "base": base, **form.keys(others), "out": out}, kind)
+            return spell(method, {**first, "base": base or None, **form.keys(others), "out": out}, kind)
 
         begin.click(
             shown(start), [*inputs, *fields], [self.tabs, *self.chosen.outputs], trigger_mode="once", **quietly(text)
@@ -115,7 +117,7 @@ def _merge(shared: _Tab) -> None:
 
     seen = gr.State(None)
     shared.follower.add(refresh, [seen], [content, style, seen])
-    shared.part("zip", [content, style], "bundled", read)
+    shared.part("zip", [content, style], "", read)
 
 
 def _drop(method: str) -> Any:
