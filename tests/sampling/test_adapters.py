@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unziplora.errors import UserError
 from unziplora.formats import writers
 from unziplora.lora.algebra import Pair
+from unziplora.lora.inject import Branch, adapted_layers, target_layers
 from unziplora.lora.weights import Lora, check_fits
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts, encode_batch
@@ -132,6 +133,27 @@ def test_misfit_is_named_and_leaves_the_base_unchanged(fresh_base, path, shape, 
 
 
 @torch.no_grad()
+def test_lack_of_memory_leaves_the_base_unchanged(fresh_base, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, made = fresh_base(), []
+    names = [name for name, _ in base.unet.named_modules()]
+
+    class Scarce(Branch):
+        def __init__(self, *args: object) -> None:
+            made.append(0)
+            if len(made) > 2:
+                raise MemoryError
+            super().__init__(*args)
+
+    monkeypatch.setattr("unziplora.lora.inject.Branch", Scarce)
+    paths = list(target_layers(base.unet, ["attention"]))[:4]
+    layers = {path: base.unet.get_submodule(path).weight for path in paths}
+    modules = {path: (torch.ones(1, w.shape[1]), torch.ones(w.shape[0], 1)) for path, w in layers.items()}
+    with pytest.raises(MemoryError):
+        AttachedLoras(base, [NamedLora("style", Lora(modules), {}, "s")])
+    assert not adapted_layers(base.unet)
+    assert names == [name for name, _ in base.unet.named_modules()]
+
+
 def test_other_adapters_stay_active_in_text_encoders(fresh_base) -> None:
     base = fresh_base()
     theirs, ours = pairs(base, CONTENT), pairs(base, STYLE)

@@ -65,15 +65,24 @@ def add_lora(
     Raises:
         ValueError: a module is missing or of another shape.
     """
-    branches = {}
-    for path, layer in inject(unet, modules).items():
-        down, up = modules[path]
-        weight = layer.base.weight
-        if shape((down, up)) != tuple(weight.shape):
-            raise ValueError(f"{path}: the LoRA is {shape((down, up))}, the layer {tuple(weight.shape)}")
-        branch = Branch(down.to(weight.device), up.to(weight.device), strength, stream)
-        layer.branches[name] = branches[path] = branch
+    layers = inject(unet, modules)
+    try:
+        branches = {path: _branch(layer, *modules[path], strength, stream, path) for path, layer in layers.items()}
+    except BaseException:  # memory may run out in the middle
+        for path, layer in layers.items():
+            if not layer.branches:
+                unwrap(unet, path)
+        raise
+    for path, branch in branches.items():
+        layers[path].branches[name] = branch
     return branches
+
+
+def _branch(layer: AdaptedLayer, down: Tensor, up: Tensor, strength: float, stream: str, path: str) -> Branch:
+    weight = layer.base.weight
+    if shape((down, up)) != tuple(weight.shape):
+        raise ValueError(f"{path}: the LoRA is {shape((down, up))}, the layer {tuple(weight.shape)}")
+    return Branch(down.to(weight.device), up.to(weight.device), strength, stream)
 
 
 def unwrap(unet: nn.Module, path: str) -> None:

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unziplora.errors import UserError, first_line
+from unziplora.errors import first_line
 from unziplora.lora.inject import add_lora, unwrap
 from unziplora.lora.layer import STREAMS, Branch
 from unziplora.lora.weights import Lora, check_fits, check_shape, scale_blocks, wrong_base_error
@@ -57,7 +57,7 @@ class AttachedLoras:
             for named in loras:
                 self._add(named)
             self.set_strengths()  # transformers activates only the adapter that was loaded last
-        except UserError:
+        except BaseException:  # memory may run out in the middle
             self.remove()
             raise
 
