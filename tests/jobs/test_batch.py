@@ -99,6 +99,12 @@ def test_interrupted_batch_reports_and_continues(tmp_path: Path) -> None:
     ]
 
 
+def test_contact_sheet_of_a_thousand_runs_is_no_larger_than_viewers_open(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
+    runs = [(f"a-run-with-a-long-name-{number}", tmp_path / "one.png") for number in range(1000)]
+    assert max(contact_sheet(runs).size) <= 16_000
+
+
 def test_contact_sheet_is_a_square_of_labeled_cells(tmp_path: Path) -> None:
     for number in range(5):
         Image.new("RGB", (800, 400), (50 * number, 0, 0)).save(tmp_path / f"{number}.png")

@@ -1,5 +1,6 @@
 """The queue: order, requests, claims, and what may happen to its file and to the run folders."""
 
+import errno
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_jobs import begin, recipe
+from fake_jobs import begin, recipe, train
 from safetensors.torch import save_file
 
 from unziplora import api
@@ -182,6 +183,62 @@ def test_canceled_job_takes_its_folder_along_only_if_nothing_was_learned(queue: 
     assert queue.jobs() == []
     assert not (queue.folder / "new").exists()
     assert (queue.folder / "begun").is_dir()
+
+
+def test_canceled_job_keeps_pictures_that_may_be_the_only_copies(queue: Queue) -> None:
+    submit(queue, "a")
+    (queue.folder / "a" / "images").mkdir()
+    queue.cancel("a")
+    assert (queue.folder / "a" / "images").is_dir()
+
+
+def test_lost_job_is_no_request(queue: Queue) -> None:
+    submit(queue, "a")
+    with queue.claimed() as taken:
+        assert taken is not None
+        queue.file.unlink()
+        assert queue.request(taken[0]) == ""
+
+
+def test_paused_job_that_was_finished_elsewhere_leaves_the_queue(queue: Queue) -> None:
+    submit(queue, "a")
+    queue.pause("a")
+    train(queue.job("a").run, lambda _: None)
+    with queue.claimed() as taken:
+        assert taken is None
+    assert queue.jobs() == []
+
+
+def test_folder_that_may_not_be_written_does_not_stop_the_queue(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit(queue, "a", "b")
+    acquire = Claim.acquire
+
+    def refused(claim: Claim) -> bool:
+        if claim.run.path.name == "a":
+            raise MachineError("a: no permission to write here")
+        return acquire(claim)
+
+    monkeypatch.setattr(Claim, "acquire", refused)
+    claimed = queue.claimed()
+    claimed = queue.claimed()
+    with pytest.warns(UserWarning, match="job 1 is left out: a: no permission"):
+        taken = claimed.__enter__()
+    claimed.__exit__(None, None, None)
+    assert taken is not None
+    assert taken[0].name == "b"
+    assert len(queue.jobs()) == 2
+
+
+def test_folder_that_may_not_be_read_is_listed(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit(queue, "a")
+
+    def refused(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refused)
+    assert [job.state for job in queue.jobs()] == ["failed"]
+    with queue.claimed() as taken:
+        assert taken is None
 
 
 def test_running_job_is_canceled_by_its_worker(queue: Queue) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fake_jobs import begin, in_child, recipe, train
 
 from unziplora.errors import UserError
-from unziplora.jobs.state import clear_failure, find_runs, read_failure, record_failure, state_of
+from unziplora.jobs.state import RunSummary, clear_failure, find_runs, read_failure, record_failure, state_of
 from unziplora.runs.folder import RunFolder
 
 
@@ -103,6 +103,19 @@ def test_deleted_run_is_missing(run: RunFolder) -> None:
 def test_deleted_folder_does_not_come_back_with_an_error(tmp_path: Path) -> None:
     record_failure(RunFolder(tmp_path / "gone"), UserError("gone"))
     assert not (tmp_path / "gone").exists()
+
+
+def test_finished_run_has_no_error_any_more(run: RunFolder) -> None:
+    record_failure(run, UserError("out of memory"))
+    train(run, lambda _: None)
+    about = RunSummary(run).as_dict()
+    assert (about["state"], "error" in about) == ("finished", False)
+
+
+def test_settings_of_any_type_are_searched(tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.toml").write_text("images = 3\n")
+    assert len(find_runs(tmp_path, ["odd"])) == 1
 
 
 def test_runs_are_found_again_by_words(tmp_path: Path) -> None:

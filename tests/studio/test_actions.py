@@ -1,12 +1,15 @@
 """What the page does to runs, on runs that no one trains."""
 
+import errno
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_jobs import begin, recipe, train
 from PIL import Image
 
-from unziplora.errors import UserError
+from unziplora.errors import MachineError, UserError
 from unziplora.jobs.queue import Queue
 from unziplora.jobs.state import find_runs, record_failure
 from unziplora.runs.folder import RunFolder
@@ -81,6 +84,8 @@ def test_paused_job_is_called_so(tmp_path: Path) -> None:
     job = Queue(tmp_path).submit(recipe(tmp_path / "cat"))
     Queue(tmp_path).pause(job.number)
     assert state(tmp_path, job.run) == "paused"
+    record_failure(job.run, UserError("too dark"))
+    assert state(tmp_path, job.run) == "failed"
 
 
 def test_extended_run_waits_with_more_steps_and_keeps_its_loras(tmp_path: Path) -> None:
@@ -106,6 +111,23 @@ def test_duplicate_has_images_of_its_own(tmp_path: Path) -> None:
     assert copy.name == "rocket-2"
     assert read_toml(copy.run.config_file)["images"] == [str(tmp_path / "rocket-2" / "images" / "1.png")]
     assert (tmp_path / "rocket-2" / "images" / "1.png").is_file()
+
+
+@pytest.mark.parametrize("act", [actions.duplicate, lambda runs, run: actions.extend(runs, run, 5)])
+def test_full_disk_leaves_no_half_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    job = actions.start(tmp_path, "split", WORDS, "rocket", [image()])
+    train(job.run, lambda _: None)
+    (job.run.checkpoints / "step-000004.safetensors").touch()
+    (job.run.path / "rocket-style.safetensors").touch()
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(MachineError, match="the disk is full"):
+        act(tmp_path, job.run)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_renamed_run_finds_its_images(tmp_path: Path) -> None:
@@ -184,6 +206,13 @@ def test_waiting_run_gets_other_settings_and_another_picture(tmp_path: Path) -> 
     assert Image.open(settings["images"][0]).tobytes() == image().rotate(90).tobytes()
     assert [file.name for file in (job.run.path / "images").iterdir()] == ["3.png"]
     assert (Queue(tmp_path).jobs()[0].number, state(tmp_path, job.run)) == (job.number, "queued")
+
+
+def test_changed_run_is_tried_again_after_a_failure(tmp_path: Path) -> None:
+    job = actions.start(tmp_path, "split", WORDS, "rocket", [image()])
+    record_failure(job.run, UserError("too dark"))
+    actions.change(tmp_path, job.run, WORDS, image())
+    assert state(tmp_path, job.run) == "queued"
 
 
 def test_refused_change_leaves_the_waiting_run_as_it_was(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
 from unziplora.jobs.worker import workers
 from unziplora.studio.workers import Workers
 
 
-def mark(folder: Path, number: int) -> Path:
-    file = folder / f".worker-{socket.gethostname()}-{number}"
-    file.touch()
+def mark(folder: Path, number: int, born: float = 0.0, host: str = socket.gethostname()) -> Path:
+    file = folder / f".worker-{host}-{number}"
+    file.write_text(str(born or psutil.Process(number).create_time()))
     return file
 
 
@@ -26,14 +28,22 @@ def test_mark_of_a_living_process_counts(tmp_path: Path) -> None:
 def test_mark_of_a_dead_process_is_removed(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    file = mark(tmp_path, process.pid)
+    file = mark(tmp_path, process.pid, time.time())
     assert workers(tmp_path) == []
     assert not file.exists()
 
 
 def test_number_of_a_dead_worker_that_another_process_has_now_does_not_count(tmp_path: Path) -> None:
-    os.utime(mark(tmp_path, os.getpid()), (time.time() - 1e6,) * 2)
+    mark(tmp_path, os.getpid(), time.time() - 1e6)
     assert workers(tmp_path) == []
+
+
+def test_marks_of_another_clock_and_of_another_machine_stay(tmp_path: Path) -> None:
+    own = mark(tmp_path, os.getpid())
+    os.utime(own, (time.time() - 1e6,) * 2)  # the drive's clock is behind
+    other = mark(tmp_path, os.getpid(), time.time(), f"{socket.gethostname()}-2")
+    assert workers(tmp_path) == [os.getpid()]
+    assert other.exists()
 
 
 def test_no_worker_is_started_where_one_works(tmp_path: Path) -> None:

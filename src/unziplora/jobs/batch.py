@@ -15,7 +15,7 @@ from typing import Literal
 from PIL import Image, ImageOps
 
 from unziplora.errors import Interrupted, MachineError, UserError
-from unziplora.images.sheet import sheet
+from unziplora.images.sheet import LARGEST, sheet
 from unziplora.jobs.claim import Claim
 from unziplora.jobs.queue import refuse_waiting
 from unziplora.jobs.rows import Row
@@ -154,7 +154,7 @@ def write_report(results: Sequence[Result], planned: int, out: Path) -> None:
 def contact_sheet(images: Sequence[tuple[str, Path]]) -> Image.Image:
     """Arrange the last sample sheets of runs in a square, each above the name of its run."""
     columns = math.ceil(math.sqrt(len(images)))
-    side = min(THUMBNAIL, 15_000 // columns)
+    side = min(THUMBNAIL, LARGEST * 7 // 10 // columns - 24)  # the rest is for gaps and names
     cells = []
     for name, path in images:
         with Image.open(path) as image:

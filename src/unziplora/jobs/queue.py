@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import NamedTuple
+from urllib.parse import quote
 
 from filelock import FileLock
 
@@ -21,7 +22,7 @@ from unziplora.errors import MachineError, UserError
 from unziplora.jobs.claim import HEARTBEAT, Claim
 from unziplora.jobs.state import State, clear_failure, find_runs, is_open, state_of
 from unziplora.jobs.trainings import completed
-from unziplora.runs.folder import RunFolder
+from unziplora.runs.folder import IMAGES, RunFolder
 from unziplora.utils.files import UNSUPPORTED, absolute, explained
 
 FILE = "queue.sqlite"
@@ -188,17 +189,18 @@ class Queue:
                     db.execute("UPDATE jobs SET request = 'cancel' WHERE number = ?", [job.number])
                     return job._replace(request="cancel")
                 db.execute("DELETE FROM jobs WHERE number = ?", [job.number])
-                if claim.held and not job.run.log_file.exists() and job.run.is_free():
+                begun = job.run.log_file.exists() or (job.run.path / IMAGES).exists()  # pictures may be the only copies
+                if claim.held and not begun and job.run.is_free():
                     shutil.rmtree(job.run.path, ignore_errors=True)
             finally:
                 claim.release()
         return job
 
     def request(self, job: Job) -> str:
-        """Return the present request to a job; a job that is no longer in the queue is canceled."""
+        """Return the present request to a job; none if the queue has lost it, because `cancel` leaves one."""
         with self._opened() as db:
             row = db.execute("SELECT request FROM jobs WHERE number = ?", [job.number]).fetchone()
-        return str(row[0]) if row else "cancel"
+        return str(row[0]) if row else ""
 
     @contextmanager
     def claimed(self) -> Iterator[tuple[Job, Claim] | None]:
@@ -222,20 +224,15 @@ class Queue:
 
     def _claim(self, db: sqlite3.Connection) -> tuple[Job, Claim] | None:
         gone, taken = [], None
-        rows = db.execute(f"{_ROWS} WHERE request != 'pause' ORDER BY place", [str(self.folder)])
-        for job in map(Job._make, rows):
+        for job in map(Job._make, db.execute(f"{_ROWS} ORDER BY place", [str(self.folder)])):
             state = job.state
             if state == "missing":
                 warnings.warn(f"job {job.number}: its folder {job.run.path} is gone; so is the job", stacklevel=4)
-            if state in ("missing", "finished") or (job.request and state != "running"):
+            if state in ("missing", "finished") or (job.request == "cancel" and state != "running"):
                 gone.append([job.number])
-            elif state in ("queued", "interrupted"):
-                claim = Claim(job.run)
-                if claim.acquire():
-                    if is_open(job.run):
-                        taken = job, claim
-                        break
-                    claim.release()  # another process has just finished or failed it
+            elif state in ("queued", "interrupted") and not job.request and (claim := _begin(job)):
+                taken = job, claim
+                break
         db.executemany("DELETE FROM jobs WHERE number = ?", gone)
         return taken
 
@@ -311,7 +308,9 @@ class Queue:
         return db
 
     def _open(self, vfs: str) -> sqlite3.Connection:
-        address = f"{self.file.as_uri()}?mode=rwc" + (f"&vfs={vfs}" if vfs else "")
+        place = quote(self.file.as_posix())  # not `as_uri`: SQLite refuses the server of a share as authority
+        root = "" if place.startswith("/") else "/"
+        address = f"file://{root}{place}?mode=rwc" + (f"&vfs={vfs}" if vfs else "")
         db = sqlite3.connect(address, PATIENCE, isolation_level=None, uri=True)
         try:
             with suppress(sqlite3.OperationalError):  # readers and writers take turns where it is impossible
@@ -352,6 +351,18 @@ class Queue:
                     with suppress(FileNotFoundError):
                         self.file.with_name(self.file.name + end).replace(aside.with_name(aside.name + end))
         return aside
+
+
+def _begin(job: Job) -> Claim | None:
+    """Claim a job; None if another process works on it or has ended it, or if its folder does not allow that."""
+    claim = Claim(job.run)
+    try:
+        if claim.acquire() and is_open(job.run):
+            return claim
+    except (MachineError, OSError) as error:
+        warnings.warn(f"job {job.number} is left out: {error}", stacklevel=6)
+    claim.release()
+    return None
 
 
 def _has_locks(folder: Path) -> bool:

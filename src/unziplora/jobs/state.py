@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,8 @@ def state_of(run: RunFolder, queued: bool = False) -> State:
         names = set(os.listdir(run.path))
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
+    except PermissionError:
+        return "failed"
     # first, because the card of a finished run stays until its extension has loaded the base
     if not names.isdisjoint((OWNER, LOCK_OWNER)) and is_worked_on(run):
         return "running"
@@ -140,11 +142,17 @@ class RunSummary:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON; the steps done are those of the log."""
+        state = self.state
+        try:
+            return {"run": str(self.run.path), "state": state, **self._figures(state)}
+        except PermissionError as error:
+            figures = {"steps_done": 0, "steps": None, "changed": 0.0}
+            return {"run": str(self.run.path), "state": state, **figures, "error": f"{error.filename}: no permission"}
+
+    def _figures(self, state: State) -> dict[str, Any]:
         steps = [line["step"] for line in self.run.read_log()[-1:] if isinstance(line.get("step"), int)]
-        failure = read_failure(self.run)
+        failure = read_failure(self.run) if state == "failed" else None
         return {
-            "run": str(self.run.path),
-            "state": self.state,
             **self.words,
             "steps_done": steps[0] if steps else 0,
             "steps": self.steps,
@@ -156,8 +164,14 @@ class RunSummary:
         """Return True if a word occurs in the folder's name, the words, the prompts or the images' names."""
         settings = self.settings
         texts = [self.run.path.name, *(str(value) for key, value in settings.items() if key.endswith("prompt"))]
-        texts += [*self.words.values(), *(Path(str(image)).name for image in settings.get("images", []))]
+        texts += [*self.words.values(), *(Path(str(image)).name for image in _listed(settings, "images"))]
         return any(word.casefold() in text.casefold() for text in texts)
+
+
+def _listed(settings: Mapping[str, Any], name: str) -> list[Any]:
+    """Return a list from settings that may be anybody's; empty if they have none."""
+    value = settings.get(name)
+    return value if isinstance(value, list) else []
 
 
 def find_runs(folder: str | os.PathLike[str] = "runs", words: Sequence[str] = ()) -> list[RunSummary]:
@@ -181,6 +195,8 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
             names = os.listdir(path)
         except PermissionError:
             warnings.warn(f"{path}: no permission to read this folder; it is left out", stacklevel=3)
+            continue
+        except FileNotFoundError:  # deleted meanwhile
             continue
         if "config.toml" in names:
             yield path

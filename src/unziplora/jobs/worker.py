@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 
-from unziplora.errors import Interrupted, UnziploraError, UserError
+from unziplora.errors import Interrupted, MachineError, UnziploraError, UserError
 from unziplora.jobs.claim import Claim
 from unziplora.jobs.queue import Job, Queue
 from unziplora.jobs.state import LOG, clear_failure, record_failure
 from unziplora.models.kept import free_memory
 from unziplora.runs.folder import RunFolder
-from unziplora.utils.files import explained
+from unziplora.utils.files import atomic_write, explained
 from unziplora.utils.progress import Callback, Lines, Progress
 from unziplora.utils.signals import STOP, caught
 from unziplora.utils.threads import Periodic
@@ -31,6 +31,11 @@ Train = Callable[[RunFolder, Callback], object]
 
 BEAT, POLL = 2.0, 2.0
 """Seconds between two heartbeats, and between two looks into an empty queue."""
+
+
+SAME_PROCESS = 60.0
+"""Seconds by which a process may seem to be born at another time: clocks are set, and its number is not given again so
+soon."""
 
 
 def execute(claim: Claim, train: Train, progress: Callback) -> Exception | None:
@@ -129,32 +134,38 @@ def work(
 def workers(folder: Path) -> list[int]:
     """Return the processes on this machine that work on the queue of a folder; the marks of dead ones are removed."""
     numbers = []
-    for mark in folder.glob(f".worker-{socket.gethostname()}-*"):
+    for mark in folder.glob(_mark("*")):
         number = mark.name.rpartition("-")[2]
+        if not number.isdecimal() or mark.name != _mark(number):  # of a machine whose name begins like this one's
+            continue
         with suppress(OSError):
-            if number.isdecimal() and _lives(int(number), mark.stat().st_mtime):
+            if _lives(int(number), mark.read_text()):
                 numbers.append(int(number))
             else:
                 mark.unlink()
     return numbers
 
 
-def _lives(number: int, since: float) -> bool:
-    """Return True if a process has been alive since a time; its number may belong to another one by now."""
+def _mark(number: int | str) -> str:
+    """Return the name of the file that a worker on this machine leaves in the runs folder."""
+    return f".worker-{socket.gethostname()}-{number}"
+
+
+def _lives(number: int, born: str) -> bool:
+    """Return True if the process that was born at a time is alive; its number may belong to another one by now."""
     try:
         process = psutil.Process(number)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1
-    except psutil.Error:
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - float(born)) < SAME_PROCESS
+    except (psutil.Error, ValueError):
         return False
 
 
 @contextmanager
 def _present(folder: Path) -> Iterator[None]:
     """Leave a mark in the runs folder while this process works on its queue."""
-    mark = folder / f".worker-{socket.gethostname()}-{os.getpid()}"
-    with suppress(OSError):  # where the queue cannot be written, the first job says so
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+    mark = folder / _mark(os.getpid())
+    with suppress(MachineError):  # where the queue cannot be written, the first job says so
+        atomic_write(mark, str(psutil.Process().create_time()))
     try:
         yield
     finally:

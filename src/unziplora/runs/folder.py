@@ -224,12 +224,12 @@ class RunFolder:
         files = {number: self.path / IMAGES / f"{number}.png" for number in images}
         if images and not resume:
             self.check_free()
-        for number, image in images.items():
-            if not resume:
-                write_png(files[number], image)
-            elif not _shows(files[number], image):
-                self.check_unchanged([f"image {number}: another content"])
         try:
+            for number, image in images.items():
+                if not resume:
+                    write_png(files[number], image)
+                elif not _shows(files[number], image):
+                    self.check_unchanged([f"image {number}: another content"])
             yield files
         finally:
             if images and not self.config_file.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def change(
         if run.log_file.exists():
             raise fault
         _rewrite(run, keys, [image, *([mask] if mask else [])])
+        clear_failure(run)
     finally:
         claim.release()
     return job
@@ -123,8 +125,8 @@ def extend(runs: Path, run: RunFolder, steps: int) -> Job:
         raise UserError(f"{run.path.name}: no checkpoint to extend this run from; start a new one from its settings")
     for name, file in run.loras.items():
         kept = run.kept_lora(name, settings["steps"] - steps)
-        kept.parent.mkdir(exist_ok=True)
-        shutil.copy2(file, kept)
+        with file.open("rb") as source:
+            atomic_write(kept, partial(shutil.copyfileobj, source))
     run.reopen(resolve(model, settings))
     return Queue(runs).add(run.path)[0]
 
@@ -132,10 +134,11 @@ def extend(runs: Path, run: RunFolder, steps: int) -> Job:
 def duplicate(runs: Path, run: RunFolder) -> Job:
     """Append a run with the settings and the images of another one to the queue."""
     copy = RunFolder(free_folder(run.path))
-    if (run.path / IMAGES).is_dir():
-        shutil.copytree(run.path / IMAGES, copy.path / IMAGES)
     settings = _moved(read_toml(run.config_file), run.path, copy.path)
     try:
+        for file in sorted((run.path / IMAGES).glob("*")):
+            with file.open("rb") as source:
+                atomic_write(copy.path / IMAGES / file.name, partial(shutil.copyfileobj, source))
         return Queue(runs).submit(resolve(training_of(settings).recipe, settings, {"out": copy.path}))
     except BaseException:
         if not copy.config_file.exists():
@@ -211,7 +214,7 @@ def state(run: RunFolder, job: Job | None) -> str:
     now = state_of(run, queued=job is not None)
     request = job.request if job is not None else ""
     if now != "running":  # a process that was asked to cancel and then killed has left the run as it is
-        return "paused" if request == "pause" else now
+        return "paused" if request == "pause" and now in ("queued", "interrupted") else now
     return {"pause": "pausing", "cancel": "canceling"}.get(request, now)
 
 

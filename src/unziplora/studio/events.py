@@ -79,7 +79,7 @@ class Follower:
             own, values = values[: len(inputs)], values[len(inputs) :]
             try:
                 results += function(*own)
-            except UnziploraError as error:
+            except (UnziploraError, OSError) as error:  # files of runs come, go and may not be read
                 gr.Warning(look.text(error), duration=5)
                 results += [gr.skip()] * len(outputs)
         return results

@@ -147,6 +147,16 @@ def test_kill_while_the_best_is_chosen_loses_nothing(config, alone: RunFolder, t
         check(run, alone)
 
 
+def test_renamed_run_knows_the_seeds_that_it_has(config, tmp_path: Path):
+    whole = config()
+    one = RunFolder(seeds.seed_configs(whole)[0].out)
+    one.path.mkdir(parents=True)
+    whole.out.rename(tmp_path / "renamed")
+    first, second, _ = seeds.seed_configs(whole.model_copy(update={"out": tmp_path / "renamed"}))
+    assert first.out == tmp_path / "renamed" / one.path.relative_to(whole.out)
+    assert second.out.name == "renamed"
+
+
 def test_seeds_need_a_check(config, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="of 3 seeds the best is found by a check of the samples"):
         config(dino=None, clip=None)

@@ -73,12 +73,15 @@ def best_of_seeds(
 
 
 def seed_configs(config: SplitConfig) -> list[SplitConfig]:
-    """Return the recipe of each seed."""
+    """Return the recipe of each seed; a run that was renamed still has the folders of its seeds under its old name."""
     whole = RunFolder(config.out)
-    return [
-        config.model_copy(update={"seed": seed, "seeds": 1, "out": whole.path / SEEDS / str(seed) / whole.path.name})
-        for seed in range(config.seed, config.seed + config.seeds)
-    ]
+    recipes = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        folder = whole.path / SEEDS / str(seed)
+        begun = (path for path in folder.glob("[!.]*") if path.is_dir())
+        out = next(begun, folder / whole.path.name)
+        recipes.append(config.model_copy(update={"seed": seed, "seeds": 1, "out": out}))
+    return recipes
 
 
 def _train(
