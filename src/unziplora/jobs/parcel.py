@@ -11,14 +11,19 @@ from typing import Any
 
 from unziplora.config.recipe import to_toml
 from unziplora.config.training import TrainingConfig
+from unziplora.formats.adapter_config import ADAPTER_CONFIG
 from unziplora.jobs.state import ERROR
 from unziplora.jobs.trainings import config_of
-from unziplora.runs.folder import RunFolder, located
+from unziplora.runs.folder import CHECKPOINTS, RunFolder, located
 from unziplora.utils.files import atomic_write, files_below
 
 _PATHS = "paths.json"
 _LEFT_BEHIND = {"samples", "trackers", "steps"}
 """Parts of a run that its continuation does not read."""
+
+
+_INPUTS = ".inputs"
+"""Folder of the files that the settings name, next to the run, which may have any name that is not hidden."""
 
 
 def pack_run(run: RunFolder) -> bytes:
@@ -33,9 +38,10 @@ def pack_run(run: RunFolder) -> bytes:
     paths: dict[str, Any] = {"run": run.path.name}
     members = [(Path("run", path), run.path / path) for path in files_below(run.path, _LEFT_BEHIND)]
     for number, (key, source) in enumerate(inputs(config)):
-        place = Path("inputs", str(number), source.name)
+        place = Path(_INPUTS, str(number), source.name)
         inner = files_below(source, {"checkpoints", *_LEFT_BEHIND}) if source.is_dir() else [Path()]
         members += [(place / path, source / path) for path in inner]
+        members.append((place.with_name(ADAPTER_CONFIG), source.with_name(ADAPTER_CONFIG)))  # if PEFT wrote the file
         paths.setdefault(key, []).append(place.as_posix())
     return _zip(members, {_PATHS: json.dumps(paths)})
 
@@ -79,12 +85,15 @@ def unpack_results(data: bytes, run: RunFolder) -> None:
     from unziplora.methods.unziplora.seeds import settle_seed
 
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for name in sorted(archive.namelist(), key=lambda name: Path(name).name == run.card.name):
+        names = sorted(archive.namelist(), key=lambda name: Path(name).name == run.card.name)
+        for name in names:
             if name == run.card.name:
                 settle_seed(run)
             atomic_write(run.path / name, archive.read(name))
-    if run.card.exists():
-        run.drop_checkpoints()
+    received = {Path(name).parent for name in names if Path(name).parent.name == run.checkpoints.name}
+    for folder in received:  # several seeds have one each
+        one = RunFolder((run.path / folder).parent)
+        one.drop_checkpoints(keep=1 if one.card.exists() else CHECKPOINTS)
 
 
 def _zip(members: Iterable[tuple[Path, Path]], texts: dict[str, str] | None = None) -> bytes:
