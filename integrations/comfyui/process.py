@@ -101,10 +101,11 @@ def _read(stream: IO[str] | None, store: Callable[[str], object]) -> Thread:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Ask a running process to save and to end, as Ctrl-C does; kill it if it does not."""
+    """Ask a running process to save and to end; kill it if it does not."""
     if process.poll() is not None:
         return
-    process.send_signal(signal.CTRL_BREAK_EVENT if _WINDOWS else signal.SIGINT)  # type: ignore[attr-defined,unused-ignore]
+    # not SIGINT: shells make what a script starts in the background ignore it
+    process.send_signal(signal.CTRL_BREAK_EVENT if _WINDOWS else signal.SIGTERM)  # type: ignore[attr-defined,unused-ignore]
     try:
         process.wait(SECONDS_TO_SAVE)
     except subprocess.TimeoutExpired:

@@ -64,6 +64,10 @@ def test_single_file_has_the_weights_of_the_folder(shared_base: Base, tiny_check
         assert all(torch.equal(expected[key], result[key]) for key in expected)
 
 
+def test_single_file_is_known_by_its_path(tiny_checkpoint: Path):
+    assert load_base(str(tiny_checkpoint)).pipe.name_or_path == str(tiny_checkpoint)
+
+
 def test_single_file_may_lie_inside_its_diffusers_folder(folder: Path, tiny_checkpoint: Path):
     shutil.copy(tiny_checkpoint, folder / "model.safetensors")
     assert load_base(str(folder / "model.safetensors")).name == "model"

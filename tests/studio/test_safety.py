@@ -72,6 +72,12 @@ def test_page_is_served_under_names_of_this_machine(guard: Guard, host: str) -> 
     assert ask(guard, "/", headers={"host": host})[0] == 200
 
 
+def test_browsers_leave_out_the_number_80(runs: Path) -> None:
+    for port, status in ((80, 200), (7860, 403)):
+        guard = Guard(answering(), runs, runs / ".studio" / "cache", port, events=[])
+        assert ask(guard, "/", headers={"host": "127.0.0.1"})[0] == status
+
+
 @pytest.mark.parametrize("host", ["evil.example:7860", "127.0.0.1:1", "127.0.0.1.evil.example:7860", ""])
 def test_other_host_names_are_refused(guard: Guard, host: str) -> None:
     status, _, text = ask(guard, "/", headers={"host": host})

@@ -235,6 +235,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     if folder == BUNDLED / "sdxl":
         parts.update(tokenizer=base_checkpoint.clip_tokenizer(), tokenizer_2=base_checkpoint.clip_tokenizer(pad="!"))
     pipe = StableDiffusionXLPipeline.from_single_file(str(path), dtype=dtype, add_watermarker=False, **options, **parts)
+    pipe.register_to_config(_name_or_path=str(path))  # diffusers names the folder of its configuration
     rescale(pipe, path, header)
     if changes := base_checkpoint.marked_schedule(header):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)

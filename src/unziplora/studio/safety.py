@@ -68,7 +68,8 @@ class Guard:
             any_host: answer under any host name, for a server that is protected by a password.
         """
         self.app, self.runs, self.cache, self.events = app, runs.resolve(), cache.resolve(), events
-        self.hosts = None if any_host else {f"{name}:{port}" for name in LOOPBACK}
+        bare = LOOPBACK if port == 80 else ()  # browsers leave this number out
+        self.hosts = None if any_host else {*bare, *(f"{name}:{port}" for name in LOOPBACK)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -59,6 +60,7 @@ class Workers:
         with explained(self.log), self.log.open("ab") as output:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # of Windows, for Ctrl-Break
                 env={**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"},
             )  # fmt: skip
 
@@ -75,6 +77,6 @@ class Workers:
         """Stop the worker that this studio started; it saves the step of its job first."""
         if self.process is not None and self.process.poll() is None:
             with suppress(OSError):
-                self.process.terminate()
+                self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(_PATIENCE)
