@@ -115,7 +115,12 @@ class SplitConfig(ImageConfig):
         "Method",
         ge=0,
     )
-    phrase_learning_rate: float = expert(5e-3, "Learning rate of the phrase's embeddings.", "Method", gt=0)
+    phrase_learning_rate: float = expert(
+        5e-3,
+        "Learning rate of the phrase's embeddings. 0: they are a mixture of phrase_words and nothing else.",
+        "Method",
+        ge=0,
+    )
     phrase_words: list[str] = expert(
         [], "Words of styles that the base knows well; the phrase is learned as a mixture of them too.", "Method"
     )
@@ -180,6 +185,8 @@ class SplitConfig(ImageConfig):
                 "content_variants needs steps in which the content LoRA trains alone, and learned phrases; "
                 "set content_alone and phrase_steps above 0"
             )
+        if self.phrase_steps and not (self.phrase_learning_rate or self.phrase_words):
+            raise ValueError("a phrase without a learning rate of its own is a mixture of phrase_words; name some")
         if self.style_variants and not self.style_alone:
             raise ValueError(
                 "style_variants needs steps in which the style LoRA trains alone; set style_alone above 0, or switch "

@@ -112,6 +112,29 @@ class TestOffsets:
             # Adam's first step is the rate, whatever the loss.
             assert max(values.abs().max().item() for values in part) == pytest.approx(rate, rel=0.01)
 
+    def test_without_a_rate_of_its_own_a_phrase_stays_a_mixture(self, base: Base, config: Make):
+        phrase = PhraseOffsets(base, "ink wash", known_words=["neon sign", "oil painting", "mosaic"])
+        fit(
+            phrase,
+            picture(base),
+            config(phrase_steps=12, phrase_learning_rate=0, phrase_words=["x"], phrase_word_rate=1),
+        )
+        assert not any(offsets.any() for offsets in phrase.free)
+        for weights in phrase.word_weights:
+            assert weights.any()
+            assert weights.min() >= 0
+            assert weights.sum(-1).max() <= 1 + 1e-6
+
+    def test_shares_are_brought_back_to_a_mixture(self, base: Base):
+        phrase = PhraseOffsets(base, "ink", known_words=["neon sign"])
+        with torch.no_grad():
+            for weights in phrase.word_weights:
+                weights[..., :3] = torch.tensor([-1.0, 0.5, 1.5])
+                weights[..., 3:] = 0
+        phrase.keep_mixture()
+        for weights in phrase.word_weights:
+            torch.testing.assert_close(weights[0, 0, :3], torch.tensor([0, 0.25, 0.75]))
+
     def test_prompts_of_one_batch_may_have_different_variants(self, base: Base):
         phrase = PhraseOffsets(base, "ink wash", variants=3)
         with torch.no_grad():

@@ -135,6 +135,8 @@ class Inversion(Phase):
         (loss * LOSS_SCALE).backward()
         self.optimizer.step()
         self.schedule.step()
+        if not config.phrase_learning_rate:
+            offsets.keep_mixture()
         return float(loss.detach())
 
     def state_dict(self) -> dict[str, Any]:

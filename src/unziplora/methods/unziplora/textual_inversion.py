@@ -1,7 +1,7 @@
 """Textual inversion of a phrase: learned offsets to its token embeddings in both text encoders (arXiv 2208.01618).
 
-An offset may be a mixture of the directions to words that the base knows (`phrase_words`), plus a small free part. A
-base that knows few words draws nothing sensible from an embedding far from all of them.
+An offset may be a mixture of the directions to words that the base knows (`phrase_words`), with or without a small free
+part. A base that knows few words draws nothing sensible from an embedding far from all of them.
 """
 
 from __future__ import annotations
@@ -59,6 +59,17 @@ class PhraseOffsets:
             free + torch.einsum("rtk,tkd->rtd", weights, directions)
             for free, weights, directions in zip(self.free, self.word_weights, self._directions, strict=True)
         ]
+
+    @torch.no_grad()
+    def keep_mixture(self) -> None:
+        """Bring the weights of known words back to shares of a mixture: none negative, their sum at most 1.
+
+        The rest is the phrase's own share. Embeddings outside of all mixtures can mean anything to a base, noise on
+        the whole image for example, and subjects dissolve in it.
+        """
+        for weights in self.word_weights:
+            weights.clamp_(min=0)
+            weights.div_(weights.sum(-1, keepdim=True).clamp(min=1))
 
     def occur_in(self, prompt: str) -> bool:
         """Test whether the offsets change a prompt: it contains all of the phrase's tokens in a row."""
