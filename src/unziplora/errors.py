@@ -19,6 +19,10 @@ class UserError(UnziploraError):
     exit_code = 2
 
 
+class NonFiniteLoss(UserError):
+    """An infinite or undefined loss, after which nothing can be learned."""
+
+
 class MachineError(UnziploraError):
     """A fault of the machine: disk full, no permission, out of memory (exit code 1)."""
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
+from unziplora.errors import NonFiniteLoss
 from unziplora.runs.folder import RunFolder
 from unziplora.training.checkpoint import Checkpoint
 from unziplora.training.runner import TrainingRun, autocast_for, make_scaler, peak_memory
-from unziplora.training.trainer import NonFiniteLoss, Trainer
+from unziplora.training.trainer import Trainer
 
 
 class Line:
@@ -57,6 +58,46 @@ def trained(slopes: list[float], scaler: GradScaler | None = None) -> Trainer:
 def test_loss_scale_of_a_power_of_two_changes_no_result() -> None:
     plain, scaled = trained([3.0, -1.0, 2.0]), trained([3.0, -1.0, 2.0], GradScaler("cpu", init_scale=1024.0))
     assert torch.equal(plain.method.state_dict()["weight"], scaled.method.state_dict()["weight"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "prodigy"])
+def test_one_scaler_serves_several_optimizers(kind: str) -> None:
+    """Prodigy has one for each LoRA."""
+
+    class Lines(Line):
+        def __init__(self) -> None:
+            super().__init__([3.0, -1.0, 2.0])
+            self.other = torch.nn.Parameter(torch.full((1,), 2.0))
+
+        def parameter_groups(self) -> list[dict[str, Any]]:
+            (group,) = super().parameter_groups()
+            return [{**group, "lr": 1.0}, {**group, "name": "other", "params": [self.other], "lr": 1.0}]
+
+        def losses(self, step: int) -> list[Tensor]:
+            return [((self.weight + self.other.square()) * self.slopes[step]).sum()]
+
+    results = []
+    for scaler in (None, GradScaler("cpu", init_scale=1024.0)):
+        method: Any = Lines()
+        trainer = Trainer(method, SimpleNamespace(**{**vars(CONFIG), "optimizer": kind}), scaler)
+        for step in range(3):
+            trainer.step(step)
+        results.append((method.weight.item(), method.other.item()))
+    assert len(trainer.optimizers) == (2 if kind == "prodigy" else 1)
+    assert results[0] == results[1]
+
+
+def test_run_that_began_on_another_device_steps_as_this_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(fused: bool) -> Trainer:
+        monkeypatch.setattr(
+            "unziplora.training.trainer.make_optimizers",
+            lambda groups, config: [torch.optim.AdamW(groups, betas=config.betas, fused=fused)],
+        )
+        return trained([3.0, -1.0])
+
+    here = make(True)
+    here.load_state_dict(make(False).state_dict())
+    assert [group["fused"] for optimizer in here.optimizers for group in optimizer.param_groups] == [True]
 
 
 @pytest.mark.parametrize("fused", [True, False])

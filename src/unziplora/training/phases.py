@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from unziplora.errors import Interrupted
+from unziplora.errors import Interrupted, NonFiniteLoss
 from unziplora.utils.signals import stop_requests
 
 
@@ -62,6 +63,10 @@ class Phases:
             for number in range(start, phase.steps):
                 begin = time.perf_counter()
                 loss = phase.step(number)
+                if not math.isfinite(loss):
+                    raise NonFiniteLoss(
+                        f"step {number} of {phase.name}: the loss is {loss}. Start a new run with a lower rate for it"
+                    )
                 self.done += 1
                 self.report(self.done, loss, time.perf_counter() - begin)
                 done = number + 1

@@ -48,9 +48,6 @@ def checked_images(kind: type[Method[C]], config: C, base: Base | None = None) -
     half = (pick_dtype(config.precision, device) if base is None else base.dtype) == torch.float16
     if half and device.type == "cpu":
         raise UserError("precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
-    # A loss scaler serves one optimizer, and Prodigy needs one for each LoRA.
-    if half and config.optimizer == "prodigy":
-        raise UserError("Prodigy does not go with fp16: set precision to bf16 or fp32, or optimizer to adamw")
     for name in config.trackers:
         if find_spec(name) is None:
             raise UserError(f"tracker {name} is not installed: pip install {name}, or leave it out")

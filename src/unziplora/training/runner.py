@@ -18,7 +18,7 @@ import torch
 from torch.amp import GradScaler
 
 from unziplora.config.training import TrainingConfig
-from unziplora.errors import Interrupted, OutOfMemory, UserError, disk_full, first_line, out_of_memory
+from unziplora.errors import Interrupted, NonFiniteLoss, OutOfMemory, UserError, disk_full, first_line, out_of_memory
 from unziplora.models.base import Base, load_base, restored
 from unziplora.models.device import computing_on, pick_device, pick_dtype
 from unziplora.models.sizes import must_be_downloaded
@@ -32,7 +32,7 @@ from unziplora.training.phases import Phases
 from unziplora.training.preflight import check_run, open_images, warn_of_memory
 from unziplora.training.sample_sheet import Samples, generate_samples
 from unziplora.training.trackers import Tracker, trackers
-from unziplora.training.trainer import NonFiniteLoss, StepReport, Trainer, is_due, train
+from unziplora.training.trainer import StepReport, Trainer, is_due, train
 from unziplora.utils.files import atomic_write, explain, write_png
 from unziplora.utils.progress import Callback, Progress
 from unziplora.utils.signals import STOP, caught
@@ -75,7 +75,8 @@ def run_training(
 
     with nullcontext() if base is None else restored(base):
         with named_settings(config, resume):
-            images, device = check_run(kind, config, base), pick_device(config.device)
+            images = check_run(kind, config, base)
+            device = pick_device(config.device) if base is None else base.device
         if base is None:
             warn_of_memory(kind, config, images.size)
         return in_run_folder(config, resume, work, extendable=True)
@@ -153,7 +154,7 @@ class TrainingRun(Generic[C]):
         config, run = self.config, self.run
         facts, checkpoint = run_facts(self.kind, config), newest_checkpoint(run)
         self.check_unchanged(checkpoint, facts)  # before the base is loaded, which takes minutes
-        self.device = pick_device(config.device if self.loaded is None else str(self.loaded.device))
+        self.device = pick_device(config.device) if self.loaded is None else self.loaded.device
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # an earlier run of this process may have used more
         with trackers(config.trackers, run.path / "trackers", flat(config)) as curves:

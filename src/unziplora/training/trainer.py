@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from unziplora.config.training import TrainingConfig
-from unziplora.errors import UserError
+from unziplora.errors import NonFiniteLoss
 from unziplora.training.method import Trainable
 from unziplora.training.optimizers import make_optimizers, make_schedule
 from unziplora.utils.signals import STOP, caught, stop_requests
@@ -31,15 +31,8 @@ class StepReport:
     seconds: float
 
 
-class NonFiniteLoss(UserError):
-    """An infinite or undefined loss, after which nothing can be learned."""
-
-
 class Trainer:
-    """A method with its optimizers, whose whole state can be saved and restored between steps.
-
-    fp16 needs a loss scaler, which can serve only one optimizer.
-    """
+    """A method with its optimizers, whose whole state can be saved and restored between steps; fp16 needs a scaler."""
 
     def __init__(self, method: Trainable, config: TrainingConfig, scaler: GradScaler | None = None) -> None:
         self.method, self.config, self.scaler = method, config, scaler
@@ -70,7 +63,7 @@ class Trainer:
         """Restore the state of `state_dict`."""
         self.method.load_state_dict(state["method"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(_kept_fused(optimizer, saved))
         for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(saved)
         if self.scaler is not None and state["scaler"]:  # the run may have begun in another precision
@@ -95,6 +88,8 @@ class Trainer:
             if self._optimize(optimizer):
                 schedule.step()
             optimizer.zero_grad()
+        if self.scaler is not None:
+            self.scaler.update()
         self.method.after_step(step)
         # Last, because it waits for the GPU, which by now has received the whole step.
         total = sum(loss.item() for loss in losses)
@@ -122,8 +117,16 @@ class Trainer:
         hook = optimizer.register_step_post_hook(lambda *_: steps.append(None))
         self.scaler.step(optimizer)
         hook.remove()
-        self.scaler.update()
         return bool(steps)
+
+
+def _kept_fused(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's saved state with this machine's choice of fused steps: a run may change its device."""
+    groups = [
+        {**saved, **{name: own[name] for name in ("fused",) if name in own}}
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**state, "param_groups": groups}
 
 
 def train(

@@ -15,14 +15,13 @@ from trainings import SHORT
 
 from unziplora.config.recipe import resolve
 from unziplora.config.split import SplitConfig
-from unziplora.errors import Interrupted, MachineError, UserError
+from unziplora.errors import Interrupted, MachineError, NonFiniteLoss, UserError
 from unziplora.jobs.state import RunSummary
 from unziplora.methods.unziplora import method as unzip
 from unziplora.methods.unziplora import seeds
 from unziplora.methods.unziplora.method import split
 from unziplora.runs.folder import RunFolder
 from unziplora.training.method import Findings
-from unziplora.training.trainer import NonFiniteLoss
 from unziplora.utils.progress import Progress
 
 SCORES = {3: 0.2, 4: 0.7, 5: 0.4}

@@ -364,15 +364,6 @@ def test_prodigy_trains_and_a_missing_optimizer_is_named(config, tmp_path, monke
         split(config(out=tmp_path / "other", optimizer="adamw8bit"))
 
 
-def test_prodigy_refuses_fp16(config, monkeypatch):
-    """A loss scaler serves one optimizer, and Prodigy has one for each LoRA."""
-    monkeypatch.setattr("unziplora.training.preflight.pick_device", lambda _: torch.device("cuda"))
-    with pytest.raises(UserError, match="does not go with fp16"):
-        split(
-            config(optimizer="prodigy", precision="fp16", content_learning_rate=1.0, style_learning_rate=1.0),
-        )
-
-
 @pytest.mark.slow
 def test_tensorboard_receives_the_losses(config):
     run = split(config(steps=4, trackers=["tensorboard"], sample_seeds=[]))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from unziplora.config.recipe import resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import SplitConfig
-from unziplora.errors import Interrupted, UserError
+from unziplora.errors import Interrupted, NonFiniteLoss, UserError
 from unziplora.formats import writers
 from unziplora.formats.files import read_lora
 from unziplora.images.filters import FILTERS
@@ -124,6 +124,11 @@ class TestOffsets:
             assert weights.any()
             assert weights.min() >= 0
             assert weights.sum(-1).max() <= 1 + 1e-6
+
+    def test_a_phrase_that_diverges_is_named(self, base: Base, config: Make):
+        phrase = PhraseOffsets(base, "ink wash")
+        with pytest.raises(NonFiniteLoss, match=r"of the phrase: the loss is nan\. Start a new run with a lower rate"):
+            fit(phrase, picture(base), config(phrase_steps=9, phrase_learning_rate=1e30))
 
     def test_shares_are_brought_back_to_a_mixture(self, base: Base):
         phrase = PhraseOffsets(base, "ink", known_words=["neon sign"])

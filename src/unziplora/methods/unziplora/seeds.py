@@ -14,7 +14,7 @@ from functools import partial
 
 from unziplora.config.recipe import to_toml
 from unziplora.config.split import SplitConfig
-from unziplora.errors import Interrupted, MachineError
+from unziplora.errors import Interrupted, MachineError, NonFiniteLoss
 from unziplora.formats.files import read_lora
 from unziplora.models.base import Base, load_base
 from unziplora.models.device import pick_device, pick_dtype
@@ -24,7 +24,6 @@ from unziplora.training.export import write_card
 from unziplora.training.method import Method
 from unziplora.training.preflight import check_run
 from unziplora.training.runner import in_run_folder, named_settings, run_training
-from unziplora.training.trainer import NonFiniteLoss
 from unziplora.utils.files import atomic_write, explained, files_below
 from unziplora.utils.inputs import read_json
 from unziplora.utils.progress import Callback, Progress
@@ -46,8 +45,7 @@ def best_of_seeds(
         check_run(kind, config, base)
 
     def work(run: RunFolder) -> None:
-        device = pick_device(config.device)
-        loaded = base or load_base(config.base, pick_dtype(config.precision, device), device)
+        loaded = base or _load(config)
         recipes = {one.seed: one for one in seed_configs(config)}
         trained, diverged = [], None
         for seed, one in recipes.items():
@@ -70,6 +68,11 @@ def best_of_seeds(
         report(Progress(0, 0, message=f"seed {best} is the best of {len(trained)}"))
 
     return in_run_folder(config, resume, work)
+
+
+def _load(config: SplitConfig) -> Base:
+    device = pick_device(config.device)
+    return load_base(config.base, pick_dtype(config.precision, device), device)
 
 
 def seed_configs(config: SplitConfig) -> list[SplitConfig]:
