@@ -1,9 +1,10 @@
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from unziplora.errors import MachineError, UserError
 from unziplora.formats.safetensors import Header, read_header
 from unziplora.models import hub as base_hub
-from unziplora.models.base import BUNDLED, Base, load_base
+from unziplora.models.base import BUNDLED, Base, borrowed, load_base
 from unziplora.models.checkpoint import clip_tokenizer, is_full_size
 from unziplora.models.device import computing_on, flushed_denormals, pick_device, pick_dtype
 from unziplora.sampling.pipeline import Settings, generate
@@ -303,6 +304,30 @@ def test_missing_bases_are_refused(tmp_path: Path):
         load_base(str(tmp_path))
 
 
+@pytest.mark.parametrize("part", ["text_encoder_2", "vae"])
+def test_pipeline_in_memory_needs_all_parts(fresh_base: Callable[[], Base], part: str):
+    pipe = fresh_base().pipe
+    setattr(pipe, part, None)
+    with pytest.raises(UserError, match="a base of SDXL's topology is needed"), borrowed(pipe):
+        pass
+
+
+@pytest.mark.parametrize(("name", "variant"), [("unet/a.fp16.safetensors", "fp16"), ("unet/a.safetensors", None)])
+def test_fp16_files_serve_fp32_where_there_are_no_others(monkeypatch: pytest.MonkeyPatch, tiny_folder, name, variant):
+    names, asked = ["model_index.json", name], {}
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in names])
+    monkeypatch.setattr("huggingface_hub.model_info", lambda source: info)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: str(tiny_folder / "model_index.json"))
+
+    def download(source: str, **options: object) -> str:
+        asked.update(options)
+        return str(tiny_folder)
+
+    monkeypatch.setattr(base_hub.StableDiffusionXLPipeline, "download", download)
+    base_hub.download("somebody/some-xl", torch.float32)
+    assert asked["variant"] == variant
+
+
 def test_unreachable_hub_is_a_machine_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -425,12 +450,17 @@ def test_computing_on_makes_a_gpu_current_only_inside(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "device", current)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: events.append("set"))
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.ones(1))
-    device = pick_device("cuda:1")
-    assert events == []
+    device = torch.device("cuda:1")
     with computing_on(device):
         assert events == [torch.device("cuda:1")]
     assert events == [torch.device("cuda:1"), "restored"]
+
+
+def test_device_is_named_as_its_tensors_name_it(monkeypatch: pytest.MonkeyPatch):
+    """A GPU without a number would seem another device than the one that its tensors are on."""
+    numbered = SimpleNamespace(item=lambda: 0.0, device=torch.device("cuda:0"))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: numbered)
+    assert pick_device("cuda") == torch.device("cuda:0")
 
 
 def test_folder_name_keeps_its_dots(tiny_folder: Path, tmp_path: Path):

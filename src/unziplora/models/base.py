@@ -142,6 +142,8 @@ def borrowed(pipe: StableDiffusionXLPipeline) -> Iterator[Base]:
     Raises:
         UserError: it is not of SDXL's topology.
     """
+    if any(getattr(pipe, part, None) is None for part in base_files.PARTS):
+        raise base_files.other_family(str(pipe.name_or_path or "a pipeline in memory"), type(pipe).__name__)
     trained = [parameter for part in _parts(pipe) for parameter in part.parameters() if parameter.requires_grad]
     shown, dtype = getattr(pipe, "_progress_bar_config", {}), pipe.vae.dtype
     with _placed(pipe):

@@ -20,14 +20,14 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # nothing can be read from `meta`
+        probe = torch.zeros(1, device=torch.device(name))
+        probe.item()  # nothing can be read from `meta`
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
             f"device {name!r} is not available here ({first_line(error)}); use auto or cpu, or install torch "
             "with support for it"
         ) from None
-    return device
+    return probe.device  # with its number, as the tensors on it have it
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def download(source: str, dtype: torch.dtype) -> Path:
             ".safetensors checkpoint and give the file's path"
         )
     half = any(name.startswith("unet/") and ".fp16." in name for name in names)
-    variant = "fp16" if half and dtype != torch.float32 else None
+    plain = any(name.startswith("unet/") and name.endswith(".safetensors") and ".fp16." not in name for name in names)
+    variant = "fp16" if half and (dtype != torch.float32 or not plain) else None
     try:
         index = hf_hub_download(source, "model_index.json", local_files_only=offline)
         base_files.check_class(base_files.read_config(Path(index)), source)
