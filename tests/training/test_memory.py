@@ -156,6 +156,27 @@ class TestMemory:
         assert "--gradient-checkpointing" in str(smaller(config.model_copy(update={"cuda_graphs": False}), 1024))
 
     @pytest.mark.usefixtures("on_a_gpu")
+    def test_steps_alone_record_gradients_of_their_own(self, sdxl: Sizes) -> None:
+        config = recipe(precision="bf16", content_alone=0.4, style_alone=0.3)
+        parts = {line.part: line.bytes for line in split_memory(config, sdxl).lines}
+        assert parts["CUDA graphs"] == 2 * parts["gradients"] + 2**28
+
+    @pytest.mark.usefixtures("on_a_gpu")
+    def test_text_encoders_and_unet_share_the_gpu_while_a_phrase_is_learned(self, sdxl: Sizes) -> None:
+        config = recipe(
+            precision="bf16",
+            phrase_steps=100,
+            gradient_checkpointing=True,
+            optimizer="adamw8bit",
+            rank=8,
+            sample_seeds=[],
+        )
+        memory = split_memory(config, sdxl)
+        parts = {line.part: line.bytes for line in memory.lines}
+        together = parts["UNet"] + 2 * sdxl.text + parts["activations"] + parts["work in progress"]
+        assert memory.total == together
+
+    @pytest.mark.usefixtures("on_a_gpu")
     def test_trained_text_encoders_stay_on_the_gpu_and_are_counted(self, sdxl: Sizes) -> None:
         sizes, parts = sdxl, []
         for texts in (False, True):

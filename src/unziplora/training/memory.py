@@ -11,6 +11,7 @@ import psutil
 import torch
 from pydantic import BaseModel
 
+from unziplora.config.recipe import KINDS
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.lora.blocks import is_inside
 from unziplora.lora.inject import filter_targets
@@ -123,10 +124,14 @@ def estimate(
     about = {"activations": activation_bytes(config, sizes, loras, each == 2, shape)}
     about["work in progress"] = about["activations"] // 4 + _CUDA_CONTEXT * gpu
     if gpu and uses_cuda_graphs(config):
-        losses = 1 + sum(weight > 0 for weight in config.prior_weights().values())
-        about["CUDA graphs"] = exact["gradients"] * losses + _RECORDED
+        losses = 1.0 + sum(weight > 0 for weight in config.prior_weights().values())
+        losses += 0.5 * sum(bool(getattr(config, f"{name}_alone", False)) for name in KINDS)  # one of two LoRAs
+        about["CUDA graphs"] = round(exact["gradients"] * losses) + _RECORDED
     training = sum(exact.values()) + sum(about.values())
     about["encoding at the start, beyond that"] = max(0, _encoding(pixels, sizes, each, gpu) - training)
+    if gpu and getattr(config, "phrase_steps", False):  # the text encoders learn on the GPU, before there are LoRAs
+        phrase = exact["UNet"] + sizes.text * each + about["activations"] + about["work in progress"]
+        about["the phrase, beyond that"] = max(0, phrase - training)
     if gpu and config.sample_seeds:
         about["samples, beyond that"] = max(0, _sampling(config, pixels, sizes, exact) - training)
     lines = [Line(part=part, bytes=count, exact=True) for part, count in exact.items() if count]
