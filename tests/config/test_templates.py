@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from unziplora.config.templates import fill, plain_words, warn_of_ui_syntax
+from unziplora.config.templates import fill, in_style, plain_words, warn_of_ui_syntax
 from unziplora.errors import UserError
 
 
@@ -130,3 +130,8 @@ def test_ordinary_prompts_cause_no_warning(text: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_ui_syntax([text])
+
+
+def test_a_style_that_ends_in_that_word_gets_no_other() -> None:
+    assert in_style("a cat", "anime style") == "a cat in anime style"
+    assert in_style("a cat", "oil painting") == "a cat in oil painting style"

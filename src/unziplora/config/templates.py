@@ -54,6 +54,11 @@ def fill(template: str, words: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(word, template)
 
 
+def in_style(prompt: str, style: str) -> str:
+    """Return a prompt in a style; one that ends in the word "style" gets no other."""
+    return f"{prompt} in {style}" + ("" if re.search(r"\bstyle$", style) else " style")
+
+
 def plain_words(text: str, style: bool = False) -> str:
     """Return words as templates need them: "a cat" becomes "cat", and the style "in ink style" becomes "ink".
 

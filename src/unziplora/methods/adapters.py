@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
+from unziplora.config.templates import in_style
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.lora.algebra import Pair, fold_output
 from unziplora.lora.inject import add_lora, inject
@@ -238,6 +239,6 @@ def pair_views(config: ImageConfig, together: Prompts, content: str, style: str)
     new_style, subject = config.sample_style, config.sample_subject
     return [
         View("together", together),
-        View(f"content, {new_style}", Prompts(f"{content} in {new_style} style"), off=("style",)),
+        View(f"content, {new_style}", Prompts(in_style(content, new_style)), off=("style",)),
         View(f"style, {subject}", Prompts(config.fill(f"a {subject} in {style} style")), off=("content",)),
     ]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from unziplora.config.dreambooth import DreamBoothConfig
+from unziplora.config.templates import in_style
 from unziplora.lora.inject import filter_targets, target_layers
 from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches
 from unziplora.methods.data import class_examples, image_examples
@@ -97,7 +98,7 @@ class DreamBooth(AdapterMethod[DreamBoothConfig, TrainingData]):
         config, prompt = self.config, self.config.image_prompts()[0]
         views = [View("as trained", Prompts(prompt))]
         if config.product == "content":
-            views.append(View(f"in {config.sample_style}", Prompts(f"{prompt} in {config.sample_style} style")))
+            views.append(View(f"in {config.sample_style}", Prompts(in_style(prompt, config.sample_style))))
         if config.product == "style":
             text = config.fill(f"a {config.sample_subject} in {{style}} style")
             views.append(View(config.sample_subject, Prompts(text)))

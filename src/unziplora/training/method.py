@@ -121,7 +121,7 @@ class Method(Trainable, Generic[C]):
     @classmethod
     @abstractmethod
     def layers(cls, config: C, paths: list[str]) -> dict[str, list[str]]:
-        """Return the layers that each LoRA adapts, by LoRA name, out of a UNet's linear layers at these paths."""
+        """Return the layers that each LoRA adapts, by LoRA name, out of a UNet's layers at these paths."""
 
     @classmethod
     @abstractmethod

@@ -32,7 +32,7 @@ class LazyConditioning:
 
 
 class TextLora:
-    """PEFT's LoRA on q, k, v, out of both text encoders; every step computes the prompts' embeddings again."""
+    """PEFT's LoRA on q, k, v, out of both text encoders. While it trains, every step embeds the prompts again."""
 
     def __init__(self, base: Base, config: ImageConfig, prompts: Sequence[str] = (), prior: Sequence[str] = ()) -> None:
         """Add adapters to the base's frozen text encoders, in place; prompts are one per image and class image."""

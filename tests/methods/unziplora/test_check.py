@@ -38,6 +38,11 @@ def test_each_fault_has_a_sentence_with_the_setting_to_change(found: Separation,
     assert all(part in line for part, line in zip(sentences, lines, strict=True))
 
 
+def test_rare_word_is_left_out_where_it_is_a_word() -> None:
+    desks = resolve(SplitConfig, {**WORDS, "content": "desks", "token": "sk"})
+    assert check.without_token("a sk desks in oil painting style", desks) == "a desks in oil painting style"
+
+
 def test_headline_has_the_scores():
     assert check._headline(Separation(GOOD, GOOD)) == (
         "Content and style came apart to 0.90 of 1 (content alone 0.90, style alone 0.90)."

@@ -206,6 +206,43 @@ def test_scales_train_only_where_both_hold_a_column_and_stay_within_bounds(tiny_
     assert owned.scale.lt(1).any(), "content owns this layer, style holds columns in it: they overlap"
 
 
+def test_a_scale_above_one_comes_back(tiny_base):
+    method = build(tiny_base)
+    branch = next(iter(method.branches["content"].values()))
+    with torch.no_grad():
+        branch.scale.fill_(1.5)
+    method.after_step(0)
+    assert torch.equal(branch.scale, torch.ones_like(branch.scale))
+
+
+def test_scores_leave_no_gradients(tiny_base):
+    method = build(tiny_base)
+    run(method, stop=1)
+    method.before_step(1, 1.0)
+    assert method.columns.masked()
+    assert all(parameter.grad is None for parameter in tiny_base.unet.parameters())
+
+
+def test_orthogonality_is_the_mean_over_all_layers(tiny_base):
+    method = build(tiny_base)
+    run(method, stop=1)
+    method.before_step(1, 1.0)
+    content, style = method.branches["content"], method.branches["style"]
+    by_layer = [(content[p].mask * content[p].scale * style[p].mask * style[p].scale).abs().mean() for p in content]
+    torch.testing.assert_close(method.columns.orthogonality(), torch.stack(by_layer).mean())
+
+
+def test_both_learn_in_every_step_of_a_warm_up(tiny_base):
+    recipe = config(content_alone=0.5, style_alone=0.4)
+    method = UnZipLora(tiny_base.unet, scheduler(tiny_base), TrainingData(examples(tiny_base)), recipe)
+    warm = [step for step in range(recipe.steps) if method.phase(step).warm]
+    assert warm
+    assert {method.solo(step) for step in warm} == {None}
+    draw = generator(recipe.seed, "train", 0)
+    loss = denoising_loss(tiny_base.unet, method.scheduler, method.data.examples, draw=draw, **recipe.noising())
+    assert next(method.losses(0)).item() == pytest.approx(loss.item())  # without L⊥
+
+
 def test_scales_are_frozen_during_a_warm_up(tiny_base):
     method = build(tiny_base, column_warmup=2, scale_learning_rate=0.5)
     trainer = run(method, stop=2)

@@ -26,12 +26,13 @@ from unziplora.config.zip import ZipConfig, joined_prompt
 from unziplora.errors import Interrupted, UserError
 from unziplora.formats.files import read_lora, write_lora
 from unziplora.formats.header import metadata_for
+from unziplora.images.preprocess import ImageFile
 from unziplora.lora.algebra import Pair, delta
 from unziplora.lora.inject import attention_linears, remove
 from unziplora.lora.layer import Branch
 from unziplora.lora.weights import Lora
 from unziplora.methods.class_images import FIRST_SEED
-from unziplora.methods.ziplora.inputs import complete, merge, read_loras
+from unziplora.methods.ziplora.inputs import complete, learned_images, merge, read_loras
 from unziplora.methods.ziplora.method import ZipLora, scale_input, zip_loras
 from unziplora.models.base import Base, load_base
 from unziplora.models.text import embed
@@ -42,6 +43,7 @@ from unziplora.sampling.sample import sample
 from unziplora.sampling.sources import find_lora, loras_of
 from unziplora.training import runner as job
 from unziplora.training.loss import generator
+from unziplora.training.method import ImageGroup
 from unziplora.training.trainer import Trainer
 from unziplora.utils.progress import Progress
 
@@ -375,6 +377,18 @@ class TestPictures:
         assert complete(full) == full
         own = complete(recipe.model_copy(update={"content_images": [], "content_prompt": "x", "base": "y"}))
         assert (own.content_images, own.content_prompt, own.base) == ([], "x", "y")
+
+    def test_images_of_a_run_keep_their_crops_where_one_of_them_is_gone(self, loras, files, tmp_path: Path):
+        here = tmp_path / "here.png"
+        Image.new("RGB", (64, 64)).save(here)
+        keys = {"images": [tmp_path / "gone.png", here], "crop": ["0,0,32,32", "8,0,56,64"], "fit": "pad"}
+        run = SplitConfig(content="cat", style="ink", out=tmp_path / "cat", base="bundled", **keys)
+        (tmp_path / "cat").mkdir()
+        (tmp_path / "cat" / "config.toml").write_text(to_toml(run))
+        files["content"].rename(tmp_path / "cat" / "cat-content.safetensors")
+        recipe = ZipConfig(content_lora=tmp_path / "cat", style_lora=files["style"], out=tmp_path / "run")
+        full = complete(recipe.model_copy(update={"style_prompt": "ink"}))
+        assert learned_images(full, "content") == ImageGroup([ImageFile(here, None, (8, 0, 56, 64))], "pad")
 
     def test_prompts_come_from_the_header_of_our_own_files(self, loras, files, tmp_path: Path):
         run = SplitConfig(images=["a.png"], content="cat", style="ink", out=tmp_path / "x", base="bundled")

@@ -7,6 +7,7 @@ the benchmark's networks see them, on another base the two models that the recip
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def prompts_alone(config: SplitConfig) -> tuple[list[str], list[str]]:
 
 def without_token(prompt: str, config: SplitConfig) -> str:
     """Return a prompt for the base, to which the rare word means nothing."""
-    return " ".join(prompt.replace(config.token, "").split())
+    return " ".join(re.sub(rf"(?<!\w){re.escape(config.token)}(?!\w)", "", prompt).split())
 
 
 def _measure(config: SplitConfig, device: torch.device) -> CaseMeasure:

@@ -19,6 +19,7 @@ from unziplora.config.bases import is_bundled
 from unziplora.config.recipe import resolve
 from unziplora.config.sample import SampleConfig
 from unziplora.config.split import PRESETS, SplitConfig
+from unziplora.config.templates import in_style
 from unziplora.errors import Interrupted, MachineError
 from unziplora.images.preprocess import load_image
 from unziplora.images.sheet import sheet
@@ -137,7 +138,7 @@ def draw_strip(config: SplitConfig, other: SplitConfig) -> Image.Image:
     """Draw the input, content alone, style alone, both, and the other image's content in this style."""
     device = pick_device(config.device)
     base = load_base(config.base, pick_dtype(config.precision, device), device)
-    content = f"{config.fill('a {token} {content}')} in {config.sample_style} style"
+    content = in_style(config.fill("a {token} {content}"), config.sample_style)
     style = config.fill(f"a {config.sample_subject} in {{style}} style")
     samples = {
         f"this {config.content}, {config.sample_style}": SampleConfig(content=config.out, prompts=[content]),

@@ -172,7 +172,12 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
                 yield weights[name] * self.denoising_loss(class_examples, draw)
 
     def solo(self, step: int) -> str | None:
-        """Return the LoRA that learns alone in this step, or None if both learn together."""
+        """Return the LoRA that learns alone in this step, or None if both learn together.
+
+        In a warm-up both do: the columns of a LoRA that has learned nothing have no scores to be chosen by.
+        """
+        if self.columns is not None and self.phase(step).warm:
+            return None
         drawn = float(torch.rand((), generator=generator(self.config.seed, "alone", step)))
         if drawn < self.config.content_alone:
             return "content"

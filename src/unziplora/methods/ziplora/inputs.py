@@ -158,12 +158,17 @@ def learned_images(config: ZipConfig, name: str) -> ImageGroup:
     """Return the images of a LoRA; those of its run are cropped and fitted as they were there."""
     paths: list[Path] = getattr(config, f"{name}_images")
     run = find_lora(config.loras[name], name).settings
-    own = [str(path) for path in paths] == run.get("images")
-    crops = [read_crop(crop) for crop in run.get("crop", [])] if own else []
-    masks = [Path(mask) for mask in run.get("masks", []) if Path(mask).is_file()] if own else []
-    masks = masks if len(masks) == len(paths) else []
-    fit = (own and run.get("fit")) or default_fit(config.base)
-    return ImageGroup([ImageFile(*one) for one in zip_longest(paths, masks, crops)], fit)
+    parts = zip_longest(run.get("images", []), run.get("masks", []), run.get("crop", []))
+    learned = {image: (mask, crop) for image, mask, crop in parts}
+    own = all(str(path) in learned for path in paths)
+    files = []
+    for path in paths:
+        mask, crop = learned[str(path)] if own else (None, None)
+        mask = Path(mask) if mask and Path(mask).is_file() else None
+        files.append(ImageFile(path, mask, read_crop(crop) if crop else None))
+    if any(file.mask is None for file in files):  # all images have masks, or none does
+        files = [replace(file, mask=None) for file in files]
+    return ImageGroup(files, (own and run.get("fit")) or default_fit(config.base))
 
 
 def encode_teachers(setup: Setup, config: ZipConfig, loras: Mapping[str, Lora]) -> TeacherExamples:
