@@ -86,6 +86,13 @@ def wordings(kind: Kind, caption: str | None = None, style: str | None = None) -
     return [fill(template, caption, word) for word in words for template in FULL]
 
 
+def restyled(prompt: str, style: str, other: str) -> str:
+    """Put other words in the place of a style's words in a prompt; a prompt that names no style stays as it is."""
+    words = (words for words in sorted(STYLE_WORDS[style], key=len, reverse=True) if words in prompt)
+    own = next(words, None)
+    return prompt if own is None else other.join(prompt.rsplit(own, 1))
+
+
 def draw_prompt(
     kind: Kind, caption: str, style: str, rng: np.random.Generator, *, black: bool = False, paper: str = ""
 ) -> str:

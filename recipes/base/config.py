@@ -122,6 +122,9 @@ class UnetSettings(StageSettings):
     """Shares of the kinds of prompts."""
     graded: float = 0.0
     """Share of images on other paper, in other pigments and textures. Their prompts name it: "… on blue paper"."""
+    blended: float = 0.0
+    """Share of the prompts with a style that are embedded on the way to another style, less far more often. A learned
+    phrase may lie between styles, where a base has to draw things too."""
     before: int = 0
     """Steps that the base of `--init` was trained for; the model card counts them."""
     before_batch: int | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from recipes.base.captions import draw_prompt
+from recipes.base.captions import STYLE_WORDS, draw_prompt, restyled
 from recipes.base.config import UnetSettings
 from recipes.base.dataset import Images
 from recipes.base.text import token_ids
@@ -32,6 +32,14 @@ class Pool:
         """Draw the number of an image of a random style, or of a natural image if the prompt names no style."""
         numbers = self.natural if kind == "content" else self.by_style[int(rng.integers(len(self.by_style)))]
         return int(rng.choice(numbers))
+
+
+@dataclass
+class Blend:
+    """Prompts of other styles, and the weight of each in the condition of its example, [N]."""
+
+    prompts: list[str]
+    weights: Tensor
 
 
 class Deck:
@@ -69,6 +77,19 @@ class Deck:
             prompts.append(draw_prompt(kind, caption, item.style, rng, black=item.black, paper=paper))
         return np.array(chosen), prompts
 
+    def blend(self, chosen: np.ndarray, prompts: list[str], share: float, rng: np.random.Generator) -> Blend:
+        """Draw a prompt of another style for each, and how far to go there; at most a `share` of them do.
+
+        The weight of the other style has the density 2 (1 − w): an image stands for what is between two styles as often
+        as it is the nearer one.
+        """
+        words = sorted(word for style in {item.style for item in self.items} for word in STYLE_WORDS[style])
+        others, weights = [], np.where(rng.random(len(prompts)) < share, 1 - np.sqrt(rng.random(len(prompts))), 0.0)
+        for index, prompt in zip(chosen, prompts, strict=True):
+            style = self.items[int(index) % len(self.items)].style
+            others.append(restyled(prompt, style, words[int(rng.integers(len(words)))]))
+        return Blend(others, torch.from_numpy(weights).float())
+
 
 def timesteps(count: int, shift: float, rng: np.random.Generator) -> np.ndarray:
     """Draw timesteps in 0…999, [count], spread evenly; a shift above 1 prefers noisy ones (arXiv 2403.03206, eq. 23).
@@ -89,14 +110,22 @@ class Batch:
         timesteps: [N].
         mask: 0 for empty prompts whose conditions are zeros, as SDXL's may be at sampling, else 1; [N].
         prompts: N texts.
-        ids: token ids for both encoders, each [N, 77]; only in batches that were drawn ahead.
+        blend: other styles that the conditions go towards, if any do.
+        ids: token ids for both encoders, each [N, 77], or [2 N, 77] with those of the blend; only in batches that were
+            drawn ahead.
     """
 
     indices: Tensor
     timesteps: Tensor
     mask: Tensor
     prompts: list[str]
+    blend: Blend | None = None
     ids: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """All prompts to embed, those of the blend last."""
+        return self.prompts + (self.blend.prompts if self.blend else [])
 
 
 class Batches(Dataset[Batch]):
@@ -116,8 +145,10 @@ class Batches(Dataset[Batch]):
         mask = [not (prompt == "" and rng.random() < 0.5) for prompt in prompts]
         t = timesteps(len(prompts), self.settings.timestep_shift, rng)
         batch = Batch(torch.from_numpy(chosen), torch.from_numpy(t), torch.tensor(mask).float(), prompts)
+        if self.settings.blended:
+            batch.blend = self.deck.blend(chosen, prompts, self.settings.blended, rng)
         if self.settings.workers:
-            first, second = (token_ids(tokenizer, prompts) for tokenizer in self.tokenizers)
+            first, second = (token_ids(tokenizer, batch.texts) for tokenizer in self.tokenizers)
             batch.ids = (first, second)
         return batch
 

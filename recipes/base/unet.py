@@ -174,7 +174,11 @@ class UnetStage(Stage):
 
     def conditions(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the hidden states and the added conditions of a batch."""
-        hidden, pooled = self.text.encode(batch.prompts) if batch.ids is None else self.text.encode_ids(*batch.ids)
+        hidden, pooled = self.text.encode(batch.texts) if batch.ids is None else self.text.encode_ids(*batch.ids)
+        if batch.blend:
+            weights = batch.blend.weights.to(hidden)
+            hidden = torch.lerp(*hidden.chunk(2), weights[:, None, None])
+            pooled = torch.lerp(*pooled.chunk(2), weights[:, None])
         keep, size = batch.mask.to(self.device), float(self.recipe.world.resolution)
         ids = torch.tensor([size, size, 0, 0, size, size], device=self.device).repeat(len(keep), 1)
         return hidden * keep[:, None, None], {"text_embeds": pooled * keep[:, None], "time_ids": ids}
