@@ -64,7 +64,7 @@ def test_stop_lets_the_run_save(nodes, script, tmp_path):
     saved = tmp_path / "saved"
     script(
         f"def save(*_): open({str(saved)!r}, 'w').close(); sys.exit(130)\n"
-        "signal.signal(signal.SIGINT, save)\nprint('step 1/9', file=sys.stderr, flush=True)\ntime.sleep(60)"
+        "signal.signal(signal.SIGTERM, save)\nprint('step 1/9', file=sys.stderr, flush=True)\ntime.sleep(60)"
     )
     began = time.monotonic()
 
