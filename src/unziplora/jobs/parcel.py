@@ -91,8 +91,8 @@ def unpack_results(data: bytes, run: RunFolder) -> None:
                 settle_seed(run)
             atomic_write(run.path / name, archive.read(name))
     received = {Path(name).parent for name in names if Path(name).parent.name == run.checkpoints.name}
-    for folder in received:  # several seeds have one each
-        one = RunFolder((run.path / folder).parent)
+    for path in {run.path, *((run.path / folder).parent for folder in received)}:  # several seeds have one each
+        one = RunFolder(path)
         one.drop_checkpoints(keep=1 if one.card.exists() else CHECKPOINTS)
 
 
