@@ -381,14 +381,16 @@ class TestPictures:
     def test_images_of_a_run_keep_their_crops_where_one_of_them_is_gone(self, loras, files, tmp_path: Path):
         here = tmp_path / "here.png"
         Image.new("RGB", (64, 64)).save(here)
-        keys = {"images": [tmp_path / "gone.png", here], "crop": ["0,0,32,32", "8,0,56,64"], "fit": "pad"}
+        crops = ["0,0,32,32", "8,0,56,64", "0,8,64,56"]
+        keys = {"images": [tmp_path / "gone.png", here, here], "crop": crops, "fit": "pad"}
         run = SplitConfig(content="cat", style="ink", out=tmp_path / "cat", base="bundled", **keys)
         (tmp_path / "cat").mkdir()
         (tmp_path / "cat" / "config.toml").write_text(to_toml(run))
         files["content"].rename(tmp_path / "cat" / "cat-content.safetensors")
         recipe = ZipConfig(content_lora=tmp_path / "cat", style_lora=files["style"], out=tmp_path / "run")
         full = complete(recipe.model_copy(update={"style_prompt": "ink"}))
-        assert learned_images(full, "content") == ImageGroup([ImageFile(here, None, (8, 0, 56, 64))], "pad")
+        boxes = ((8, 0, 56, 64), (0, 8, 64, 56))
+        assert learned_images(full, "content") == ImageGroup([ImageFile(here, None, box) for box in boxes], "pad")
 
     def test_prompts_come_from_the_header_of_our_own_files(self, loras, files, tmp_path: Path):
         run = SplitConfig(images=["a.png"], content="cat", style="ink", out=tmp_path / "x", base="bundled")

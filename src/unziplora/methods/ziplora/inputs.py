@@ -158,12 +158,14 @@ def learned_images(config: ZipConfig, name: str) -> ImageGroup:
     """Return the images of a LoRA; those of its run are cropped and fitted as they were there."""
     paths: list[Path] = getattr(config, f"{name}_images")
     run = find_lora(config.loras[name], name).settings
-    parts = zip_longest(run.get("images", []), run.get("masks", []), run.get("crop", []))
-    learned = {image: (mask, crop) for image, mask, crop in parts}
-    own = all(str(path) in learned for path in paths)
+    learned = list(zip_longest(run.get("images", []), run.get("masks", []), run.get("crop", [])))
+    own = {str(path) for path in paths} <= {image for image, *_ in learned}
     files = []
     for path in paths:
-        mask, crop = learned[str(path)] if own else (None, None)
+        part = next((part for part in learned if part[0] == str(path)), None) if own else None
+        _, mask, crop = part or (None, None, None)
+        if part:
+            learned.remove(part)  # an image may have been learned twice, in two crops
         mask = Path(mask) if mask and Path(mask).is_file() else None
         files.append(ImageFile(path, mask, read_crop(crop) if crop else None))
     if any(file.mask is None for file in files):  # all images have masks, or none does
