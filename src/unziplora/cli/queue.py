@@ -30,8 +30,7 @@ _all_option = click.option("--all", "-a", "everything", is_flag=True, help=f"Sho
 
 
 def _figures(job: Job) -> dict[str, Any]:
-    figures = {**RunSummary(job.run).as_dict(), "state": job.state}
-    return {"job": job.number, "request": job.request, **figures}
+    return {"job": job.number, "request": job.request, **RunSummary(job.run).as_dict(queued=True)}
 
 
 def _table(rows: Sequence[dict[str, Any]], heads: Sequence[str]) -> str:
@@ -239,7 +238,7 @@ def runs_command(words: tuple[str, ...], folder: Path, everything: bool, as_json
     rows = []
     for summary in runs if everything else runs[:SHOWN]:
         job = jobs.get(absolute(summary.run.path))
-        rows.append(summary.as_dict() | ({"state": job.state, "request": job.request} if job else {}))
+        rows.append(summary.as_dict(queued=job is not None) | ({"request": job.request} if job else {}))
     more = len(runs) - len(rows)
     text = _table(rows, ["state", "steps", "changed", "run", "words"]) if rows else "no runs"
     emit({"runs": rows, "more": more}, text + (f"\n… and {more} more (--all)" if more else ""), as_json)

@@ -56,7 +56,7 @@ def fill(template: str, words: Mapping[str, str]) -> str:
 
 def in_style(prompt: str, style: str) -> str:
     """Return a prompt in a style; one that ends in the word "style" gets no other."""
-    return f"{prompt} in {style}" + ("" if re.search(r"\bstyle$", style) else " style")
+    return f"{prompt} in {fill('{style} style', {'style': style})}"
 
 
 def plain_words(text: str, style: bool = False) -> str:

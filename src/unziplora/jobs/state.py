@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,14 +140,25 @@ class RunSummary:
         files = (self.run.config_file, self.run.log_file, self.run.card)
         return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures for JSON; the steps done are those of the log."""
-        state = self.state
+    @property
+    def images(self) -> list[Path]:
+        """Image files that the run learns from; none if its configuration, which may be anybody's, has no such list."""
+        images = self.settings.get("images")
+        return [Path(str(image)) for image in images] if isinstance(images, list) else []
+
+    def as_dict(self, queued: bool = False) -> dict[str, Any]:
+        """Return the figures for JSON; the steps done are those of the log.
+
+        Args:
+            queued: as in `state_of`.
+        """
+        state = state_of(self.run, queued)
+        about = {"run": str(self.run.path), "state": state}
         try:
-            return {"run": str(self.run.path), "state": state, **self._figures(state)}
+            return {**about, **self._figures(state)}
         except PermissionError as error:
-            figures = {"steps_done": 0, "steps": None, "changed": 0.0}
-            return {"run": str(self.run.path), "state": state, **figures, "error": f"{error.filename}: no permission"}
+            nothing = {"steps_done": 0, "steps": None, "changed": 0.0}
+            return {**about, **nothing, "error": f"{error.filename}: no permission"}
 
     def _figures(self, state: State) -> dict[str, Any]:
         steps = [line["step"] for line in self.run.read_log()[-1:] if isinstance(line.get("step"), int)]
@@ -164,14 +175,8 @@ class RunSummary:
         """Return True if a word occurs in the folder's name, the words, the prompts or the images' names."""
         settings = self.settings
         texts = [self.run.path.name, *(str(value) for key, value in settings.items() if key.endswith("prompt"))]
-        texts += [*self.words.values(), *(Path(str(image)).name for image in _listed(settings, "images"))]
+        texts += [*self.words.values(), *(image.name for image in self.images)]
         return any(word.casefold() in text.casefold() for text in texts)
-
-
-def _listed(settings: Mapping[str, Any], name: str) -> list[Any]:
-    """Return a list from settings that may be anybody's; empty if they have none."""
-    value = settings.get(name)
-    return value if isinstance(value, list) else []
 
 
 def find_runs(folder: str | os.PathLike[str] = "runs", words: Sequence[str] = ()) -> list[RunSummary]:

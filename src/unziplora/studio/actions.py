@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from unziplora.jobs.state import clear_failure, state_of
 from unziplora.jobs.trainings import TRAININGS, check, training_of
 from unziplora.runs.folder import IMAGES, RunFolder, with_absolute_paths
 from unziplora.studio import libraries
-from unziplora.utils.files import absolute, atomic_write, explained, free_folder, safe_name, write_png
+from unziplora.utils.files import absolute, atomic_write, copy_file, explained, free_folder, safe_name, write_png
 from unziplora.utils.inputs import read_toml
 
 TRASH = ".trash"
@@ -124,9 +123,7 @@ def extend(runs: Path, run: RunFolder, steps: int) -> Job:
     if not run.steps():
         raise UserError(f"{run.path.name}: no checkpoint to extend this run from; start a new one from its settings")
     for name, file in run.loras.items():
-        kept = run.kept_lora(name, settings["steps"] - steps)
-        with file.open("rb") as source:
-            atomic_write(kept, partial(shutil.copyfileobj, source))
+        copy_file(file, run.kept_lora(name, settings["steps"] - steps))
     run.reopen(resolve(model, settings))
     return Queue(runs).add(run.path)[0]
 
@@ -137,8 +134,7 @@ def duplicate(runs: Path, run: RunFolder) -> Job:
     settings = _moved(read_toml(run.config_file), run.path, copy.path)
     try:
         for file in sorted((run.path / IMAGES).glob("*")):
-            with file.open("rb") as source:
-                atomic_write(copy.path / IMAGES / file.name, partial(shutil.copyfileobj, source))
+            copy_file(file, copy.path / IMAGES / file.name)
         return Queue(runs).submit(resolve(training_of(settings).recipe, settings, {"out": copy.path}))
     except BaseException:
         if not copy.config_file.exists():

@@ -159,7 +159,8 @@ def serve(runs: Path, host: str, port: int, password: str | None, worker: bool, 
         application(runs, workers, port, password), log_level="warning", access_log=False, server_header=False,
         timeout_graceful_shutdown=2,
     )  # fmt: skip
-    name = {"localhost": "127.0.0.1"}.get(host, f"[{host}]" if ":" in host.strip("[]") and host[0] != "[" else host)
+    name = "127.0.0.1" if host == "localhost" else host
+    name = f"[{name}]" if ":" in name and not name.startswith("[") else name
     server = _Server(config, lambda: ready(f"http://{name}:{port}"))
     with closing(listener):
         try:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 import threading
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +21,7 @@ from unziplora.studio import libraries, live, look
 from unziplora.studio.events import Follower, shown
 from unziplora.studio.forms import Form, copy_panel, settled
 from unziplora.studio.spelling import read, spell, write
-from unziplora.utils.files import atomic_write, file_stem, free_file, safe_name
+from unziplora.utils.files import copy_file, file_stem, free_file, safe_name
 from unziplora.utils.inputs import parse_json
 from unziplora.utils.progress import Progress
 
@@ -265,8 +263,7 @@ def keep(runs: Path, file: Path) -> str:
     read_lora(file)
     stem = safe_name(file_stem(file), "lora", longest=80)
     target = free_file(runs / LORAS / f"{stem}.safetensors")
-    with file.open("rb") as source:
-        atomic_write(target, partial(shutil.copyfileobj, source))
+    copy_file(file, target)
     return f"{LORAS}/{target.name}"
 
 

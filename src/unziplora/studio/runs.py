@@ -90,9 +90,8 @@ def caption(runs: Path, summary: RunSummary, job: Job | None) -> str:
 
 def thumbnail(cache: Path, summary: RunSummary) -> str:
     """Return the file of a small picture of a run: its first image, else its last sheet, else an empty tile."""
-    images = summary.settings.get("images") or []
-    sources = [Path(str(images[0]))] if images else []
-    source = next((file for file in [*sources, *summary.run.sheets[-1:]] if file.is_file()), None)
+    sources = [*summary.images[:1], *summary.run.sheets[-1:]]
+    source = next((file for file in sources if file.is_file()), None)
     stamp = f"{source} {source.stat().st_mtime_ns}" if source else "empty"
     file = cache / "thumbnails" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.png"
     if not file.is_file():

@@ -123,7 +123,7 @@ class Trainer:
 def _kept_fused(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return an optimizer's saved state with this machine's choice of fused steps: a run may change its device."""
     groups = [
-        {**saved, **{name: own[name] for name in ("fused",) if name in own}}
+        {**saved, "fused": own["fused"]} if "fused" in own else saved
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     return {**state, "param_groups": groups}

@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -53,6 +54,12 @@ def atomic_write(path: Path, data: bytes | str | Writer) -> None:
         raise explain(path, error) from None
     finally:
         _remove(temporary)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the contents of a file atomically; missing folders are created. Raises the errors of `atomic_write`."""
+    with source.open("rb") as file:
+        atomic_write(target, partial(shutil.copyfileobj, file))
 
 
 def write_png(path: Path, image: Image.Image) -> None:

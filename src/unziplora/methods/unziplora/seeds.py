@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 
 from unziplora.config.recipe import to_toml
 from unziplora.config.split import SplitConfig
@@ -24,7 +23,7 @@ from unziplora.training.export import write_card
 from unziplora.training.method import Method
 from unziplora.training.preflight import check_run
 from unziplora.training.runner import in_run_folder, named_settings, run_training
-from unziplora.utils.files import atomic_write, explained, files_below
+from unziplora.utils.files import atomic_write, copy_file, files_below
 from unziplora.utils.inputs import read_json
 from unziplora.utils.progress import Callback, Progress
 
@@ -137,10 +136,7 @@ def _adopt(
     best = RunFolder(config.out)
     run.drop_checkpoints(keep=0)
     for path in files_below(best.path, {"config.toml", "README.md"}):  # these are written anew
-        target = run.path / path
-        with explained(target), (best.path / path).open("rb") as source:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(target, partial(shutil.copyfileobj, source))
+        copy_file(best.path / path, run.path / path)
     found = read_json(best.check_file)
     ranked = ", ".join(f"seed {seed} {score:.2f}" for seed, score in sorted(scores.items(), key=lambda item: -item[1]))
     lines = [*found["findings"], f"Best of {len(scores)} by this check: {ranked}."]
