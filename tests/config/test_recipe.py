@@ -121,7 +121,6 @@ def test_unknown_key_suggests_the_nearest() -> None:
         ({"crop": [1.5, 2, 3, 4]}, "crop"),
         ({"crop": 7}, "crop: Input should be a valid list"),
         ({"fit": "stretch"}, "fit: "),
-        ({"phrase_steps": 9, "phrase_learning_rate": 0}, "a mixture of phrase_words; name some"),
         ({"steps": 30}, "30 steps leave no room for 3 column warm-ups of 10"),
         ({"targets": ["convolutions"]}, "convolutions have none: take 'convolutions' out of targets"),
         ({"targets": []}, "targets"),

@@ -71,11 +71,11 @@ def test_new_folder_contains_the_configuration_with_absolute_paths(run: RunFolde
 def test_a_key_that_is_newer_than_the_run_has_its_default_and_not_what_the_preset_says(tmp_path: Path) -> None:
     """A preset may change with a version; the LoRAs of a run that began before do not."""
     run = create(tmp_path / "cat", recipe(tmp_path / "cat", base="bundled"))
-    before, key = run.config(SplitConfig), "phrase_learning_rate"
+    before, key = run.config(SplitConfig), "schedule"
     lines = run.config_file.read_text().splitlines()
     run.config_file.write_text("\n".join(line for line in lines if not line.startswith(key)))
     default = SplitConfig.model_fields[key].default
-    assert before.phrase_learning_rate != default
+    assert before.schedule != default
     assert run.config(SplitConfig) == before.model_copy(update={key: default})
 
 

@@ -45,7 +45,6 @@ BUNDLED: dict[str, Any] = {
     "column_warmup": 5,
     "score_timesteps": 4,
     "phrase_steps": 160,
-    "phrase_learning_rate": 2e-3,
     "phrase_words": [  # of the styles of its world (recipes/base/captions.py)
         *("watercolor", "oil painting", "pencil sketch", "neon sign", "pixel art", "mosaic", "3d render", "crayon"),
         *("chalk drawing", "blueprint", "halftone", "pop", "flat icon", "ink line", "gradient cartoon"),
@@ -116,16 +115,13 @@ class SplitConfig(ImageConfig):
         ge=0,
     )
     phrase_learning_rate: float = expert(
-        5e-3,
-        "Learning rate of the phrase's embeddings. 0: they are a mixture of phrase_words and nothing else.",
-        "Method",
-        ge=0,
+        2e-3, "Learning rate of the phrase's embeddings, without phrase_words.", "Method", gt=0
     )
     phrase_words: list[str] = expert(
-        [], "Words of styles that the base knows well; the phrase is learned as a mixture of them too.", "Method"
+        [], "Words of styles that the base knows well; the phrase is learned as a mixture of them.", "Method"
     )
     phrase_word_rate: float = expert(
-        1e-2, "Learning rate of the weights of phrase_words in the mixture.", "Method", gt=0
+        1e-2, "Learning rate of the shares of phrase_words in the mixture.", "Method", gt=0
     )
     content_alone: float = expert(
         0.0, "Share of steps in which the content LoRA learns the image without the style LoRA.", "Method", ge=0, lt=1
@@ -185,8 +181,6 @@ class SplitConfig(ImageConfig):
                 "content_variants needs steps in which the content LoRA trains alone, and learned phrases; "
                 "set content_alone and phrase_steps above 0"
             )
-        if self.phrase_steps and not (self.phrase_learning_rate or self.phrase_words):
-            raise ValueError("a phrase without a learning rate of its own is a mixture of phrase_words; name some")
         if self.style_variants and not self.style_alone:
             raise ValueError(
                 "style_variants needs steps in which the style LoRA trains alone; set style_alone above 0, or switch "

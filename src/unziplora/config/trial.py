@@ -16,10 +16,7 @@ ArmName = Literal[
     "base", "default", "default-x3", "default-x10", "additions", "convolutions", "paper", "blora", "dreambooth"
 ]
 
-ADDITIONS = (
-    *("phrase_steps", "phrase_learning_rate"),
-    *("content_alone", "content_variants", "style_alone", "style_variants"),
-)
+ADDITIONS = ("phrase_steps", "content_alone", "content_variants", "style_alone", "style_variants")
 """Keys of the preset `bundled` that change the method. Its rates, rank, steps, batch, blocks, separations and words
 were chosen for the size and the world of the small base."""
 

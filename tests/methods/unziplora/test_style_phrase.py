@@ -78,7 +78,7 @@ class TestOffsets:
     def test_offsets_are_added_only_where_the_whole_phrase_occurs(self, base: Base):
         phrase, encoder, tokenizer = PhraseOffsets(base, "ink wash"), base.text_encoders[0], base.tokenizers[0]
         with torch.no_grad():
-            for offsets in phrase.free:
+            for offsets in phrase.learned:
                 offsets += torch.arange(1.0, offsets.shape[1] + 1)[:, None]
         tokens = tokenizer([PROMPT, "an ink washer, ink"], padding=True, return_tensors="pt").input_ids
         table = token_embeddings(encoder)
@@ -99,31 +99,27 @@ class TestOffsets:
             known = sorted(set(tokenizer("neon sign", add_special_tokens=False).input_ids))
             token = tokenizer("sign", add_special_tokens=False).input_ids[-1]
             with torch.no_grad():
-                phrase.word_weights[number][:, :, known.index(token)] = 1.0
+                phrase.learned[number][:, :, known.index(token)] = 1.0
             with phrase.applied(), torch.no_grad():
                 read = table(torch.tensor([phrase.token_ids[number]]))
                 torch.testing.assert_close(read[0], table.weight[token].expand_as(read[0]), atol=1e-6, rtol=0)
 
-    def test_word_weights_and_free_part_have_their_own_learning_rates(self, base: Base, config: Make):
-        phrase = PhraseOffsets(base, "ink wash", known_words=["sign"])
-        recipe = config(phrase_steps=1, phrase_learning_rate=1e-3, phrase_word_rate=1e-2)
-        fit(phrase, picture(base), recipe)
-        for part, rate in ((phrase.free, 1e-3), (phrase.word_weights, 1e-2)):
-            # Adam's first step is the rate, whatever the loss.
-            assert max(values.abs().max().item() for values in part) == pytest.approx(rate, rel=0.01)
+    @pytest.mark.parametrize(("words", "rate"), [([], 1e-3), (["sign"], 1e-2)])
+    def test_offsets_and_shares_have_their_own_learning_rates(
+        self, base: Base, config: Make, words: list[str], rate: float
+    ):
+        phrase = PhraseOffsets(base, "ink wash", known_words=words)
+        fit(phrase, picture(base), config(phrase_steps=1, phrase_learning_rate=1e-3, phrase_word_rate=1e-2))
+        # Adam's first step is the rate, whatever the loss.
+        assert max(values.abs().max().item() for values in phrase.learned) == pytest.approx(rate, rel=0.01)
 
-    def test_without_a_rate_of_its_own_a_phrase_stays_a_mixture(self, base: Base, config: Make):
+    def test_a_phrase_of_known_words_stays_a_mixture(self, base: Base, config: Make):
         phrase = PhraseOffsets(base, "ink wash", known_words=["neon sign", "oil painting", "mosaic"])
-        fit(
-            phrase,
-            picture(base),
-            config(phrase_steps=12, phrase_learning_rate=0, phrase_words=["x"], phrase_word_rate=1),
-        )
-        assert not any(offsets.any() for offsets in phrase.free)
-        for weights in phrase.word_weights:
-            assert weights.any()
-            assert weights.min() >= 0
-            assert weights.sum(-1).max() <= 1 + 1e-6
+        fit(phrase, picture(base), config(phrase_steps=12, phrase_word_rate=1))
+        for shares in phrase.learned:
+            assert shares.any()
+            assert shares.min() >= 0
+            assert shares.sum(-1).max() <= 1 + 1e-6
 
     def test_a_phrase_that_diverges_is_named(self, base: Base, config: Make):
         phrase = PhraseOffsets(base, "ink wash")
@@ -133,17 +129,17 @@ class TestOffsets:
     def test_shares_are_brought_back_to_a_mixture(self, base: Base):
         phrase = PhraseOffsets(base, "ink", known_words=["neon sign"])
         with torch.no_grad():
-            for weights in phrase.word_weights:
-                weights[..., :3] = torch.tensor([-1.0, 0.5, 1.5])
-                weights[..., 3:] = 0
+            for shares in phrase.learned:
+                shares[..., :3] = torch.tensor([-1.0, 0.5, 1.5])
+                shares[..., 3:] = 0
         phrase.keep_mixture()
-        for weights in phrase.word_weights:
-            torch.testing.assert_close(weights[0, 0, :3], torch.tensor([0, 0.25, 0.75]))
+        for shares in phrase.learned:
+            torch.testing.assert_close(shares[0, 0, :3], torch.tensor([0, 0.25, 0.75]))
 
     def test_prompts_of_one_batch_may_have_different_variants(self, base: Base):
         phrase = PhraseOffsets(base, "ink wash", variants=3)
         with torch.no_grad():
-            for offsets in phrase.free:
+            for offsets in phrase.learned:
                 offsets += torch.tensor([0.0, 1.0, 5.0])[:, None, None]
         with torch.no_grad(), phrase.applied(torch.tensor([2, 0, 1])):
             rows = encode_batch(base, [PROMPT] * 3).tokens
@@ -156,11 +152,11 @@ class TestOffsets:
         phrase = PhraseOffsets(base, "ink wash", variants=2)
         examples = Examples(torch.randn(4, 4, 8, 8), image_conditioning(base, Prompts(PROMPT), time_ids(64, 64, 4)))
         fit(phrase, examples, config(phrase_steps=1, batch_size=1))
-        learned = [[bool(reading.any()) for reading in offsets] for offsets in phrase.free]
+        learned = [[bool(reading.any()) for reading in offsets] for offsets in phrase.learned]
         assert sorted(learned[0]) == [False, True]
         assert learned[0] == learned[1]
         fit(phrase, examples, config(phrase_steps=8, batch_size=2))
-        assert all(offsets.abs().min() > 0 for offsets in phrase.free)
+        assert all(offsets.abs().min() > 0 for offsets in phrase.learned)
 
     @pytest.mark.slow
     def test_schedule_applies_to_the_phrase_too(self, base: Base, config: Make):
@@ -169,7 +165,7 @@ class TestOffsets:
             phrase = PhraseOffsets(base, "ink wash")
             recipe = config(phrase_steps=8, phrase_learning_rate=1e-3, schedule=schedule)
             fit(phrase, picture(base), recipe)
-            moved[schedule] = max(offsets.abs().max().item() for offsets in phrase.free)
+            moved[schedule] = max(offsets.abs().max().item() for offsets in phrase.learned)
         # Adam moves a number by about the rate in every step: the sums of eight rates.
         assert moved["cosine"] < 1.1 * 4.5e-3 < moved["constant"] < 1.1 * 8e-3
 
@@ -214,7 +210,7 @@ def test_distillation_changes_prompts_with_the_phrase_only(config: Make):
     base, prompts = load_base("bundled"), [f"a sks cat in {style} style", "a tree", "a zebra in neon sign style"]
     phrase = PhraseOffsets(base, style)
     with torch.no_grad():
-        for offsets in phrase.free:
+        for offsets in phrase.learned:
             offsets += torch.randn(offsets.shape, generator=torch.Generator().manual_seed(1)) / 20
         with phrase.applied():
             goal = encode_batch(base, prompts[:1]).tokens

@@ -117,8 +117,8 @@ class Inversion(Phase):
         self.offsets, self.examples, self.config, self.predict = offsets, examples, config, predict
         self.scheduler, self.autocast = setup.noise_schedule(), setup.autocast
         self.steps, self.prompt = config.phrase_steps, config.fill("a {content} in {style} style")
-        parts = (offsets.free, config.phrase_learning_rate), (offsets.word_weights, config.phrase_word_rate)
-        self.optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate in parts])
+        rate = config.phrase_word_rate if offsets.is_mixture else config.phrase_learning_rate
+        self.optimizer = torch.optim.Adam(offsets.learned, lr=rate)
         self.schedule = make_schedule(self.optimizer, config.schedule, self.steps)
 
     def step(self, number: int) -> float:
@@ -135,19 +135,17 @@ class Inversion(Phase):
         (loss * LOSS_SCALE).backward()
         self.optimizer.step()
         self.schedule.step()
-        if not config.phrase_learning_rate:
-            offsets.keep_mixture()
+        offsets.keep_mixture()
         return float(loss.detach())
 
     def state_dict(self) -> dict[str, Any]:
-        parameters = {"free": list(self.offsets.free), "word_weights": list(self.offsets.word_weights)}
-        return {**parameters, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        parts = self.offsets.learned, self.optimizer.state_dict(), self.schedule.state_dict()
+        return dict(zip(("offsets", "optimizer", "schedule"), parts, strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, parameters in (("free", self.offsets.free), ("word_weights", self.offsets.word_weights)):
-            for parameter, saved in zip(parameters, state[name], strict=True):
-                parameter.copy_(saved)
+        for parameter, saved in zip(self.offsets.learned, state["offsets"], strict=True):
+            parameter.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 

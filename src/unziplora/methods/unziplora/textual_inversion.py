@@ -1,7 +1,7 @@
 """Textual inversion of a phrase: learned offsets to its token embeddings in both text encoders (arXiv 2208.01618).
 
-An offset may be a mixture of the directions to words that the base knows (`phrase_words`), with or without a small free
-part. A base that knows few words draws nothing sensible from an embedding far from all of them.
+An offset may be a mixture of the directions to words that the base knows (`phrase_words`). A base that knows few words
+draws nothing sensible from an embedding outside of all such mixtures.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class PhraseOffsets:
     Attributes:
         base: the base of the text encoders.
         token_ids: the phrase's tokens, per text encoder.
-        free: unconstrained part of the offsets, one parameter per text encoder, [variants, tokens of the phrase, D].
-        word_weights: share of the way to each of the known words' K tokens, [variants, tokens of the phrase, K].
+        learned: one parameter per text encoder: the offsets, [variants, tokens of the phrase, D], or with known words
+            the share of each of their K tokens in the mixture, [variants, tokens of the phrase, K].
     """
 
     def __init__(self, base: Base, text: str, variants: int = 1, known_words: Sequence[str] = ()) -> None:
@@ -39,37 +39,45 @@ class PhraseOffsets:
         room = min(tokenizer.model_max_length for tokenizer in base.tokenizers) - 2  # start and end
         if (count := max(map(len, self.token_ids))) > room:
             raise UserError(f"style {text[:40]!r}… is {count} tokens long, and a prompt has {room}; shorten it")
-        self.free, self.word_weights, self._directions = [], [], []
+        self.learned: list[nn.Parameter] = []
+        self._directions: list[Tensor] = []  # from the phrase's tokens to the known words', [tokens, K, D]
         for tokenizer, encoder, ids in zip(base.tokenizers, base.text_encoders, self.token_ids, strict=True):
-            table = token_embeddings(encoder).weight.detach()
-            words = [tokenizer(word, add_special_tokens=False).input_ids for word in known_words]
-            known = sorted({token for tokens in words for token in tokens})
-            self._directions.append((table[known].float()[None] - table[ids].float()[:, None]).to(base.device))
-            self.free.append(nn.Parameter(torch.zeros(variants, len(ids), table.shape[1], device=base.device)))
-            self.word_weights.append(nn.Parameter(torch.zeros(variants, len(ids), len(known), device=base.device)))
+            table, width = token_embeddings(encoder).weight.detach(), token_embeddings(encoder).embedding_dim
+            if known_words:
+                words = [tokenizer(word, add_special_tokens=False).input_ids for word in known_words]
+                known = sorted({token for tokens in words for token in tokens})
+                self._directions.append((table[known].float()[None] - table[ids].float()[:, None]).to(base.device))
+                width = len(known)
+            self.learned.append(nn.Parameter(torch.zeros(variants, len(ids), width, device=base.device)))
 
     @property
     def variants(self) -> int:
         """Number of image variants."""
-        return len(self.free[0])
+        return len(self.learned[0])
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the phrase is a mixture of known words."""
+        return bool(self._directions)
 
     def values(self) -> list[Tensor]:
         """Return the offsets per text encoder, [variants, tokens of the phrase, D]."""
-        return [
-            free + torch.einsum("rtk,tkd->rtd", weights, directions)
-            for free, weights, directions in zip(self.free, self.word_weights, self._directions, strict=True)
-        ]
+        if not self.is_mixture:
+            return list(self.learned)
+        pairs = zip(self.learned, self._directions, strict=True)
+        return [torch.einsum("rtk,tkd->rtd", shares, directions) for shares, directions in pairs]
 
     @torch.no_grad()
     def keep_mixture(self) -> None:
-        """Bring the weights of known words back to shares of a mixture: none negative, their sum at most 1.
+        """Bring shares back to those of a mixture: none negative, their sum at most 1; the rest is the phrase's own.
 
-        The rest is the phrase's own share. Embeddings outside of all mixtures can mean anything to a base, noise on
-        the whole image for example, and subjects dissolve in it.
+        Embeddings outside of all mixtures can mean anything to a base, noise on the whole image for example, and
+        subjects dissolve in it.
         """
-        for weights in self.word_weights:
-            weights.clamp_(min=0)
-            weights.div_(weights.sum(-1, keepdim=True).clamp(min=1))
+        if self.is_mixture:
+            for shares in self.learned:
+                shares.clamp_(min=0)
+                shares.div_(shares.sum(-1, keepdim=True).clamp(min=1))
 
     def occur_in(self, prompt: str) -> bool:
         """Test whether the offsets change a prompt: it contains all of the phrase's tokens in a row."""
