@@ -181,8 +181,8 @@ class Oracle(DreamBoothPair):
         """Return a longer DreamBooth recipe for the oracle's images, each with its own prompt.
 
         It starts from DreamBooth's defaults, not from the searched settings, so that a search does not change the
-        scale. For the style the text encoders learn too: if the base has no word for a style, the UNet alone learns
-        little from any number of images.
+        scale. Convolutions learn too, because no method should rise above the scale. For the style the text encoders
+        learn too: if the base has no word for a style, the UNet alone learns little from any number of images.
         """
         content = kind == "content"
         examples = case.oracle_content if content else case.oracle_style
@@ -193,7 +193,7 @@ class Oracle(DreamBoothPair):
         }
         defaults = DreamBoothPair("dreambooth").recipe(replace(workspace, overrides={}), case, seed, kind)
         text = {} if content else {"text_encoders": True, "text_learning_rate": defaults.learning_rate}
-        longer = {kind: case.words[kind], "steps": ORACLE_TIMES * defaults.steps}
+        longer = {kind: case.words[kind], "steps": ORACLE_TIMES * defaults.steps, **CONVOLUTIONS}
         settings = (images, longer, text, workspace.settings(self.name).get(kind, {}))
         return workspace.recipe(DreamBoothConfig, self.name, case, seed, kind, *settings)
 
@@ -240,6 +240,9 @@ JOINT: dict[str, Any] = {"content_alone": 0.0, "content_variants": False, "style
 
 ATTENTION: dict[str, Any] = {"targets": ["attention"]}
 """Settings that adapt the layers that the paper adapts."""
+
+CONVOLUTIONS: dict[str, Any] = {"targets": ["attention", "convolutions"]}
+"""Settings that adapt the layers at the latents' full size too."""
 
 
 def _separations(count: int) -> dict[str, Any]:
