@@ -57,7 +57,7 @@ def scores_table(evaluation: dict, judges: dict) -> str:
 
 
 def card(recipe: Recipe, steps: int, channels: int, evaluation: dict) -> str:
-    """Return the model card: contents, styles, training (with the steps of this recipe), scores and attributions."""
+    """Return the model card: contents, styles, images seen with the steps of this recipe, scores, attributions."""
     world = World(recipe.world)
     words = [f"- {STYLE_WORDS[style][0]}" for style in recipe.world.styles]
     about = FOLDER / f"{recipe.name}.json"
@@ -68,7 +68,6 @@ def card(recipe: Recipe, steps: int, channels: int, evaluation: dict) -> str:
         channels=channels,
         concepts=", ".join(captions) if len(captions) <= 100 else f"{len(captions)} things",
         styles="\n".join(words),
-        steps=f"{steps + recipe.unet.before:,}",
         pictures=f"{recipe.unet.seen(steps):,}",
         scores=scores_table(evaluation, judges),
         attributions=attributions(world),
