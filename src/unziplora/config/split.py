@@ -36,8 +36,8 @@ PAPER: dict[str, Any] = {
 BUNDLED: dict[str, Any] = {
     **SMALL,
     "steps": 240,
-    "content_learning_rate": 1e-3,
-    "style_learning_rate": 1e-3,
+    "content_learning_rate": 1.5e-3,
+    "style_learning_rate": 2e-3,
     "schedule": "cosine",
     "column_separation": False,
     "block_separation": False,
