@@ -542,6 +542,19 @@ def test_a_file_is_a_style_by_its_header_or_a_word_of_its_name(
     assert loras_of(file) == {kind: file}
 
 
+@pytest.mark.parametrize("kind", ["content", "style"])
+@pytest.mark.parametrize("recorded", ["content", "style", "lora", None])
+def test_file_of_the_other_kind_brings_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, recorded: str | None, kind: str
+):
+    header = {"unziplora.method": f"UnZipLoRA (arXiv 2412.04465), {recorded} LoRA"} if recorded else None
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", header)
+    assert find_lora(tmp_path / "x.safetensors", kind).kind == kind
+    swapped = f"x.safetensors: this is a {recorded} LoRA by its header, used for the {kind}"
+    messages = [str(warning.message) for warning in recwarn]
+    assert [swapped in message for message in messages] == ([] if recorded in (kind, "lora", None) else [True])
+
+
 def test_path_of_the_bundled_base_is_the_bundled_base():
     sources = [
         LoraSource("content", Path("a.safetensors"), {"base": "bundled"}),

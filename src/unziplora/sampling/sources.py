@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -64,8 +65,8 @@ class LoraSource:
 
     @property
     def merged(self) -> bool:
-        if method := self.header.get("unziplora.method"):
-            return method.endswith(f", {MERGED} LoRA")
+        if kind := _recorded_kind(self.header):
+            return kind == MERGED
         return RunFolder(self.file.parent).lora_name(self.file) == MERGED
 
     def prompt(self, name: str) -> str | None:
@@ -101,10 +102,16 @@ def loras_of(run: Path) -> dict[str, Path]:
 
 def _is_style(file: Path) -> bool:
     """Check whether a LoRA is a style, by the method in its header, else by the words of its name."""
-    if method := read_header(file).metadata.get("unziplora.method"):
-        return method.endswith(", style LoRA")
+    if kind := _recorded_kind(read_header(file).metadata):
+        return kind == "style"
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+", file_stem(file))
     return any(word.lower() in ("style", "styles") for word in words)
+
+
+def _recorded_kind(header: Mapping[str, str]) -> str | None:
+    """Return the kind of a LoRA that unziplora wrote, as its header records it: content, style or `MERGED`."""
+    recorded = re.search(r", (\w+) LoRA$", header.get("unziplora.method", ""))
+    return recorded[1] if recorded else None
 
 
 def find_loras(config: GenerationConfig) -> list[LoraSource]:
@@ -115,11 +122,20 @@ def find_loras(config: GenerationConfig) -> list[LoraSource]:
 def find_lora(path: Path, kind: str) -> LoraSource:
     """Find the LoRA of a kind in a run folder, or a LoRA file, and read config.toml or the header; no weights.
 
+    A file that is of the other kind by its header brings a warning.
+
     Raises:
         UserError: there is no such folder or file, the run is not finished, or the file is damaged.
     """
     file = _lora_file(path.expanduser(), kind)
     header = read_header(file).metadata
+    recorded = _recorded_kind(header)
+    if recorded in KINDS and recorded != kind:
+        warnings.warn(
+            f"{file}: this is a {recorded} LoRA by its header, used for the {kind}; if that is a mix-up, give it as "
+            f"the {recorded}",
+            stacklevel=2,
+        )
     return LoraSource(kind, file, _settings(file, header), header)
 
 
