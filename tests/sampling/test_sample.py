@@ -465,6 +465,8 @@ def test_unwritable_folder_is_a_machine_error(tiny_base: Base, cat: Path, tmp_pa
         ({"prompts": ["x"], "width": 100}, "width: must be a multiple of 8; the nearest is 96"),
         ({"prompts": ["x"], "scheduler": "eular"}, "did you mean 'euler'"),
         ({"prompts": ["x"], "content_blocks": ["up=0"]}, "give --content too"),
+        ({"style": "x", "content_strength": 0.5}, "content_strength without a content LoRA: give --content too"),
+        ({"content": "x", "style_strength": 0}, "style_strength without a style LoRA: give --style too"),
         ({"content": "x", "content_blocks": ["up"]}, "write block=strength"),
         ({"content": "x", "content_blocks": ["up=much"]}, "write block=strength"),
         ({"content": "x", "content_strength": float("nan")}, "finite"),

@@ -111,8 +111,9 @@ class GenerationConfig(Recipe):
     def _consistent(self) -> GenerationConfig:
         both = self.content is not None and self.style is not None
         for name in KINDS:
-            if getattr(self, f"{name}_blocks") and getattr(self, name) is None:
-                raise ValueError(f"{name}_blocks without a {name} LoRA: give --{name} too")
+            for dial, neutral in (("strength", 1), ("blocks", [])):
+                if getattr(self, name) is None and getattr(self, f"{name}_{dial}") != neutral:
+                    raise ValueError(f"{name}_{dial} without a {name} LoRA: give --{name} too")
             if getattr(self, f"{name}_prompt") is not None and (self.mode == "direct" or not both):
                 raise ValueError(f"{name}_prompt is for two LoRAs with separate prompts: use --prompts")
         if self.mode == "separate" and not both:
