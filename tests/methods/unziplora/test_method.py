@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+import tiny
 import torch
 from diffusers import DDPMScheduler
 from splits import build, config, examples, scheduler
@@ -377,6 +378,18 @@ def test_bundled_map_gives_every_layer_an_owner_and_preset_paper_keeps_the_publi
 def test_shares_of_steps_alone_must_leave_steps_together():
     with pytest.raises(UserError, match="no step in which the LoRAs train together"):
         config(content_alone=0.5, style_alone=0.5)
+
+
+def test_columns_of_convolutional_projections_are_refused_before_the_training(tiny_base, tiny_folder):
+    """Some bases project by 1×1 convolutions before and after their attentions, which SDXL does with linear layers."""
+    recipe = config(targets=["attention", "projections"], base=str(tiny_folder))
+    UnZipLora.check(recipe)
+    tiny_base.pipe.unet = tiny.unet(use_linear_projection=False)
+    with pytest.raises(UserError, match=r"projections are convolutions: take 'projections' out of targets, or switch"):
+        UnZipLora.check(recipe, tiny_base)
+    for changes in ({"targets": ["attention"]}, {"column_separation": False}):
+        run(build(tiny_base, **{"targets": recipe.targets, "steps": 3, "column_periods": 1, **changes}), stop=2)
+        remove(tiny_base.unet)
 
 
 def test_stop_request_finishes_the_step_and_saves(tiny_base):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unziplora.config.recipe import KINDS
 from unziplora.config.split import SplitConfig
+from unziplora.errors import UserError
 from unziplora.lora.blocks import check_blocks, read_blocks
 from unziplora.lora.inject import filter_targets, target_layers
 from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches, pair_views
@@ -29,6 +30,7 @@ from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
 from unziplora.methods.unziplora.data import check_prompts, encode_training_data
 from unziplora.methods.unziplora.seeds import best_of_seeds
 from unziplora.models.base import Base
+from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import LoraDescription, RunDescription, image_count
@@ -73,6 +75,7 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
         read_blocks(config.blocks)
         check_prompts(config)
         check_models(config)
+        _check_columns(config, base)
 
     @classmethod
     def phase_steps(cls, config: SplitConfig) -> int:
@@ -213,6 +216,21 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
         prompts = self.config.prompts()
         together = Prompts(**prompts) if self.config.separates_prompts else Prompts(prompts["full"])
         return pair_views(self.config, together, prompts["content"], "{style}")
+
+
+def _check_columns(config: SplitConfig, base: Base | None) -> None:
+    """Refuse to choose columns of convolutions; the projections of some bases are such, unlike SDXL's.
+
+    Raises:
+        UserError: the base has them, and the recipe adapts them.
+    """
+    if config.column_separation and "projections" in config.targets:
+        unet_config = inspect_base(config.base).unet_config if base is None else base.unet.config
+        if not unet_config["use_linear_projection"]:
+            raise UserError(
+                "column separation chooses columns of linear layers, and this base's projections are convolutions: "
+                "take 'projections' out of targets, or switch column_separation off"
+            )
 
 
 def split(
