@@ -452,6 +452,18 @@ class TestImagesInMemory:
             raise UserError("wrong" if (run.path / "images" / "2.png").is_file() else "nothing stored")
         assert not run.path.exists()
 
+    def test_images_of_a_process_that_begins_a_run_are_neither_replaced_nor_removed(self, tmp_path: Path) -> None:
+        run = RunFolder(tmp_path / "cat")
+        with run.stored({1: self.image}) as files:
+            before = files[1].read_bytes()
+            with (
+                pytest.raises(UserError, match="is training into this folder"),
+                run.stored({1: Image.new("L", (8, 8))}),
+            ):
+                pass
+            assert files[1].read_bytes() == before
+        assert not run.path.exists()
+
     def test_image_of_an_unfinished_run_is_never_overwritten(self, run: RunFolder) -> None:
         with run.stored({1: self.image}) as files:
             before = files[1].read_bytes()

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +50,9 @@ LORAS = ("content", "style", MERGED)
 SEEDS = "seeds"
 """Subfolder of a run for those of its seeds."""
 
-LOCK, LOCK_OWNER = ".lock", ".lock.pid"
-"""Names of the lock of a process that trains into the folder, and of the file with the number of the process."""
+LOCK, LOCK_OWNER, IMAGES_LOCK = ".lock", ".lock.pid", ".images"
+"""Names of the lock of a process that trains into the folder, of the file with the number of the process, and of the
+lock of a process that stored images in memory for the run that it begins."""
 
 CHECKPOINTS = 2
 """Checkpoints that are kept: if the newest one is damaged, a run continues from the one before."""
@@ -216,28 +217,40 @@ class RunFolder:
             resume: the run began with the same images.
 
         Raises:
-            UserError: the folder contains something, or the run that is to be resumed began with other images.
+            UserError: the folder contains something, or another process is using it, or the run that is to be resumed
+                began with other images.
         """
         from unziplora.images.files import as_png_keeps
 
         images = {number: as_png_keeps(image) for number, image in images.items()}
         files = {number: self.path / IMAGES / f"{number}.png" for number in images}
-        if images and not resume:
-            self.check_free()
-        try:
+        if resume:
             for number, image in images.items():
-                if not resume:
-                    write_png(files[number], image)
-                elif not _shows(files[number], image):
+                if not _shows(files[number], image):
                     self.check_unchanged([f"image {number}: another content"])
+        if resume or not images:
             yield files
-        finally:
-            if images and not self.config_file.exists():
-                with suppress(OSError):
-                    for file in files.values():
-                        file.unlink(missing_ok=True)
-                    (self.path / IMAGES).rmdir()
-                    self.path.rmdir()
+            return
+        self.check_free()
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with self.lock(IMAGES_LOCK):  # two processes may begin a run here, and each would learn the last one's images
+            self.check_free()
+            try:
+                for number, image in images.items():
+                    write_png(files[number], image)
+                yield files
+            finally:
+                if not self.config_file.exists():
+                    self._remove_images(files.values())
+
+    def _remove_images(self, files: Iterable[Path]) -> None:
+        """Remove the images of a run that has not begun, and the folder if nothing else is in it."""
+        with suppress(OSError):
+            for file in (*files, self.path / f"{IMAGES_LOCK}.pid", self.path / IMAGES_LOCK):
+                file.unlink(missing_ok=True)
+            (self.path / IMAGES).rmdir()
+            self.path.rmdir()
 
     def check_free(self) -> None:
         """Refuse a folder in which no new run can begin.
@@ -368,16 +381,19 @@ class RunFolder:
         return self.config(model).model_dump(exclude_unset=True)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, name: str = LOCK) -> Iterator[None]:
         """Keep other processes from training into this folder; the lock of a process that dies is released.
 
         A drive without locks brings a warning.
 
+        Args:
+            name: of the lock's file.
+
         Raises:
             UserError: another process is using it.
         """
-        owner = self.path / LOCK_OWNER
-        lock = FileLock(self.path / LOCK, fallback_to_soft=False)
+        owner = self.path / f"{name}.pid"
+        lock = FileLock(self.path / name, fallback_to_soft=False)
         held = try_lock(lock, self.path)
         if held is False:
             number = owner.read_text(errors="replace").strip() if owner.is_file() else ""
