@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -13,7 +14,8 @@ from unziplora.errors import UserError
 from unziplora.methods.unziplora import check
 from unziplora.methods.unziplora.method import split
 from unziplora.metrics.measures import Plain
-from unziplora.metrics.separation import Part, Separation
+from unziplora.metrics.separation import Alone, Part, Separation
+from unziplora.training.method import View
 
 GOOD = Part(learned=0.9, learned_before=0.2, leaked=0.1, leaked_before=0.1, obeyed=0.9)
 WEAK = Part(learned=0.25, learned_before=0.2, leaked=0.1, leaked_before=0.1, obeyed=0.9)
@@ -46,6 +48,27 @@ def test_rare_word_is_left_out_where_it_is_a_word() -> None:
 def test_headline_has_the_scores():
     assert check._headline(Separation(GOOD, GOOD)) == (
         "Content and style came apart to 0.90 of 1 (content alone 0.90, style alone 0.90)."
+    )
+
+
+def test_each_lora_draws_alone_and_the_base_the_same_without_the_rare_word(monkeypatch: pytest.MonkeyPatch):
+    def draw(base: object, method: object, drawing: SplitConfig, view: View) -> list[tuple[object, ...]]:
+        return [(view.prompts.full, view.off, seed) for seed in drawing.sample_seeds]
+
+    monkeypatch.setattr(check, "generate_view", draw)
+    monkeypatch.setattr(check, "measure_separation", lambda *_, **alone: drawn.update(alone) or Separation(GOOD, GOOD))
+    drawn: dict[str, Alone] = {}
+    recipe = resolve(SplitConfig, {**WORDS, "base": "bundled", "style": "watercolor painting"})
+    check.check_loras(SimpleNamespace(images=[]), recipe, SimpleNamespace(device="cpu"))
+    styles, both = ("pencil sketch", "oil painting"), ("content", "style")
+    assert drawn["content"] == Alone(
+        [(f"a sks cat in {style} style", ("style",), seed) for style in styles for seed in (0, 1)],
+        [(f"a cat in {style} style", both, seed) for style in styles for seed in (0, 1)],
+    )
+    subjects = [f"a {subject} in watercolor painting style" for subject in ("house", "guitar")]
+    assert drawn["style"] == Alone(
+        [(subject, ("content",), seed) for subject in subjects for seed in (0, 1)],
+        [(subject, both, seed) for subject in subjects for seed in (0, 1)],
     )
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from unziplora.methods.unziplora.columns import Scores, choose, columns_held, phase
+from unziplora.lora.layer import Branch
+from unziplora.methods.unziplora.columns import ColumnSeparation, Scores, choose, columns_held, phase
 from unziplora.training.loss import orthogonality
 
 
@@ -105,3 +106,16 @@ def test_orthogonality_matches_the_value_by_hand():
         (ones[:2], ones[:2] * 0.25),
     ]
     assert orthogonality(layers).item() == pytest.approx((1.25 / 4 + 0.25) / 2)
+
+
+@pytest.mark.parametrize("official_code", [False, True])
+def test_closed_columns_are_reset_except_as_in_the_official_code(official_code: bool):
+    up = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    branches = {name: {"q": Branch(torch.ones(2, 4), up.clone())} for name in ("content", "style")}
+    columns = ColumnSeparation(branches, {"q": None}, official_code)
+    columns.held["content"]["q"], columns.held["style"]["q"] = mask(1, 0, 1), mask(0, 0, 1)
+    columns.close()
+    for name, rows in (("content", [[1, 2], [0, 0], [5, 6]]), ("style", [[0, 0], [0, 0], [5, 6]])):
+        branch = branches[name]["q"]
+        assert branch.up.tolist() == (up.tolist() if official_code else rows)
+        assert branch.delta().any(1).tolist() == columns.held[name]["q"].tolist(), "closed columns have no effect"

@@ -35,6 +35,20 @@ def encoded(folder: Path, out: Path, **changes: object) -> tuple[Setup, Training
     return setup, encode_training_data(recipe, setup)
 
 
+def test_padding_counts_nothing_and_the_mask_inside_it_as_without(tiny_folder: Path, tmp_path: Path):
+    Image.effect_noise((64, 32), 90).convert("RGB").save(tmp_path / "wide.png")
+    half = Image.new("L", (64, 32))
+    half.paste(255, (0, 0, 32, 32))
+    half.save(tmp_path / "half.png")
+    files = {"images": [tmp_path / "wide.png"], "masks": [tmp_path / "half.png"], "fit": "pad"}
+    _, data = encoded(tiny_folder, tmp_path, **files)
+    expected = torch.zeros(1, 1, 8, 8)  # 64 × 64 pixels, of which 16 rows above and below are padding
+    expected[..., 2:6, :4], expected[..., 2:6, 4:] = 1.0, 0.25
+    torch.testing.assert_close(data.examples.weights, expected)
+    _, plain = encoded(tiny_folder, tmp_path, **{**files, "masks": []})
+    torch.testing.assert_close(plain.examples.weights, (expected > 0).float())
+
+
 def to_gray(image: Image.Image) -> torch.Tensor:
     return torch.tensor(list(image.getdata())).view(image.height, image.width)
 

@@ -458,6 +458,26 @@ def test_loss_matches_the_value_by_hand(tiny_base, kind):
     torch.testing.assert_close(loss, expected)
 
 
+def test_noise_offset_is_one_number_for_each_channel(tiny_base):
+    inputs = []
+
+    def predict(sample: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
+        inputs.append(sample)
+        return (torch.zeros_like(sample),)
+
+    method = build(tiny_base, noise_offset=0.5, batch_size=2, prompt_separation=False)
+    method.predict, clean = predict, method.data.examples.latents
+    loss = method.denoising_loss(method.data.examples, generator("by hand"))
+    draw = generator("by hand")
+    torch.randint(1, (1,), generator=draw)
+    times = torch.randint(1000, (2,), generator=draw)
+    noise = torch.randn(2, *clean.shape[1:], generator=draw)
+    noise = noise + 0.5 * torch.randn(2, clean.shape[1], 1, 1, generator=draw)
+    alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[times].view(2, 1, 1, 1)
+    torch.testing.assert_close(inputs[0], alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)
+    assert loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-5)
+
+
 def test_shift_moves_timesteps_towards_noise_within_their_range():
     every = torch.arange(1000)
     assert torch.equal(shifted(every, 1000, 1.0), every)

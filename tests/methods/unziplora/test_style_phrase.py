@@ -19,12 +19,14 @@ from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, NonFiniteLoss, UserError
 from unziplora.formats import writers
 from unziplora.formats.files import read_lora
-from unziplora.images.filters import FILTERS
+from unziplora.images.filters import FILTERS, filtered
+from unziplora.methods.data import latents_of
+from unziplora.methods.unziplora import style_phrase
 from unziplora.methods.unziplora.method import UnZipLora, split
 from unziplora.methods.unziplora.style_phrase import Distillation, Inversion, _distillation_prompts
 from unziplora.methods.unziplora.textual_inversion import PhraseOffsets, token_embeddings
 from unziplora.models.base import Base, load_base
-from unziplora.models.text import Prompts, embed, encode_batch, image_conditioning, time_ids
+from unziplora.models.text import Conditioning, Prompts, embed, encode_batch, image_conditioning, time_ids
 from unziplora.sampling.sample import sample
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import OpenedImages, Setup
@@ -158,6 +160,30 @@ class TestOffsets:
         fit(phrase, examples, config(phrase_steps=8, batch_size=2))
         assert all(offsets.abs().min() > 0 for offsets in phrase.learned)
 
+    @pytest.mark.parametrize(("image", "variant"), [(1, 0), (2, 1), (5, 2)])
+    def test_image_teaches_the_variant_that_it_belongs_to(
+        self, base: Base, config: Make, monkeypatch: pytest.MonkeyPatch, image: int, variant: int
+    ):
+        """Two images in three variants: 0 and 1 of the first variant, 2 and 3 of the second, 4 and 5 of the third."""
+        monkeypatch.setattr(style_phrase, "_draw_images", lambda *_: torch.tensor([image]))
+        phrase = PhraseOffsets(base, "ink wash", variants=3)
+        examples = Examples(torch.randn(6, 4, 8, 8), image_conditioning(base, Prompts(PROMPT), time_ids(64, 64, 6)))
+        fit(phrase, examples, config(phrase_steps=1, batch_size=1))
+        for offsets in phrase.free:
+            assert [bool(reading.any()) for reading in offsets] == [number == variant for number in range(3)]
+
+    def test_prompt_of_an_image_is_read_with_the_offsets_of_its_variant(self, base: Base, config: Make):
+        recipe, phrase = config(), PhraseOffsets(base, "ink wash", variants=3)
+        with torch.no_grad():
+            for offsets in phrase.free:
+                offsets += torch.tensor([0.0, 1.0, 5.0])[:, None, None]
+        examples = Examples(torch.zeros(6, 4, 8, 8), image_conditioning(base, Prompts(PROMPT), time_ids(64, 64, 6)))
+        tokens = style_phrase.encode_variant_prompts(phrase, examples, recipe).conditioning.tokens
+        for row, variant in zip(tokens, (0, 0, 1, 1, 2, 2), strict=True):
+            with torch.no_grad(), phrase.applied(torch.tensor([variant])):
+                expected = encode_batch(base, ["a sks cat in ink wash style"]).tokens[0]
+            torch.testing.assert_close(row, expected.repeat(1, 3))
+
     @pytest.mark.slow
     def test_schedule_applies_to_the_phrase_too(self, base: Base, config: Make):
         moved = {}
@@ -186,6 +212,26 @@ class TestOffsets:
         assert loss() < before - 1e-4
         now = [parameter for module in (base.unet, *base.text_encoders) for parameter in module.parameters()]
         assert all(torch.equal(one, two) for one, two in zip(frozen, now, strict=True))
+
+
+def test_variants_of_several_images_follow_filter_by_filter(base: Base):
+    images = [Image.effect_noise((64, 64), sigma).convert("RGB") for sigma in (20, 90)]
+    conditioning = Conditioning(torch.zeros(2, 7, 40), torch.zeros(2, 24), torch.tensor([[0.0] * 6, [1.0] * 6]))
+    weights = torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8)])
+    examples = style_phrase._add_variants(base, images, Examples(latents_of(base, images), conditioning, weights))
+    shown = [filtered(image) for image in images]
+    expected = latents_of(base, [shown[image][variant] for variant in range(1 + len(FILTERS)) for image in (0, 1)])
+    torch.testing.assert_close(examples.latents, expected)
+    assert examples.conditioning.time_ids[:, 0].tolist() == [0, 1] * (1 + len(FILTERS))
+    assert examples.weights[:, 0, 0, 0].tolist() == [0, 1] * (1 + len(FILTERS))
+
+
+def test_three_quarters_of_the_samples_and_their_part_of_the_rest_are_the_images_themselves(base: Base):
+    phrase = PhraseOffsets(base, "ink", variants=3)
+    drawn = style_phrase._draw_images(phrase, 6, 30_000, generator("test"))
+    shares = torch.bincount(drawn, minlength=6) / 30_000
+    original, other = (0.75 + 0.25 / 3) / 2, 0.25 / 6
+    torch.testing.assert_close(shares, torch.tensor([original] * 2 + [other] * 4), atol=0.01, rtol=0)
 
 
 def test_phrase_occurs_where_all_of_its_tokens_do(base: Base):

@@ -280,14 +280,28 @@ class TestLoss:
         assert terms[0] < 1e-10  # the merged LoRA is the content LoRA
         assert terms[1] > 1e-6
 
-    @pytest.mark.slow
-    def test_min_snr_noise_offset_and_shift_change_the_loss(self, tiny_base: Base, config: Make):
-        losses = []
-        for change in ({}, {"min_snr_gamma": 0.01}, {"noise_offset": 1.0}, {"timestep_shift": 4.0}):
-            losses.append(next(build(tiny_base, config(**change)).losses(0)).item())
-            remove(tiny_base.unet)
-        assert len(set(losses)) == 4
-        assert losses[1] < losses[0]
+    def test_min_snr_noise_offset_and_shift_match_values_by_hand(self, tiny_base: Base, config: Make):
+        changes = {"min_snr_gamma": 0.5, "noise_offset": 0.25, "timestep_shift": 0.5}
+        method, inputs = build(tiny_base, config(batch_size=2, seed=7, **changes)), []
+
+        def predict(sample: Tensor, **_: object) -> tuple[Tensor]:
+            """Differ by 1 and by 3 from what one LoRA alone predicts."""
+            inputs.append(sample)
+            return (torch.tensor([1.0, 3.0]).view(2, 1, 1, 1).expand_as(sample),)
+
+        method.unet, method.predict = lambda sample, **_: (torch.zeros_like(sample),), predict
+        loss = next(iter(method.losses(7)))
+        step = generator(7, "zip", "content", 7)
+        torch.randint(1, (1,), generator=step)
+        even = (torch.randint(1000, (2,), generator=step) + 0.5) / 1000
+        times = (500 * even / (1 - even / 2)).long()
+        alpha = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)[times].view(2, 1, 1, 1)
+        weights = (0.5 / (alpha / (1 - alpha))).clamp(max=1).flatten().tolist()
+        assert weights[0] == 1 > weights[1]  # one on either side of γ
+        assert loss.item() == pytest.approx((weights[0] * 1 + weights[1] * 9) / 2, rel=1e-4)
+        clean = method.data.alone["content"].latents[[0, 0]]
+        noise = torch.randn(clean.shape, generator=step) + 0.25 * torch.randn(2, 4, 1, 1, generator=step)
+        torch.testing.assert_close(inputs[0], alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)
 
     @pytest.mark.slow
     def test_training_lowers_the_distance_to_both_loras(self, tiny_base: Base, config: Make):
