@@ -120,3 +120,22 @@ def test_a_compiled_unet_is_refused(pipe: StableDiffusionXLPipeline) -> None:
     pipe.unet = torch.compile(pipe.unet)
     with pytest.raises(UserError, match=r"load LoRAs before torch\.compile"):
         load_adapter(pipe, "style", loaded, 1.0)
+
+
+@pytest.mark.parametrize("offload", ["enable_sequential_cpu_offload", "enable_model_cpu_offload"])
+def test_an_offloaded_pipeline_loads_text_modules_and_stays_offloaded(
+    pipe: StableDiffusionXLPipeline, offload: str
+) -> None:
+    """The weights of one that is offloaded layer by layer have no values between two passes."""
+    loaded = lora(pipe, **{MLP: shape_of(pipe, MLP)})
+    twin = tiny.pipeline()
+    load_adapter(twin, "style", loaded, 0.5)
+    getattr(pipe, offload)(device="cpu")
+    load_adapter(pipe, "style", loaded, 0.5)
+    by_layer = "sequential" in offload
+    for part in (pipe.unet, pipe.text_encoder_2):
+        assert hasattr(part, "_hf_hook")
+        assert {value.device.type for value in part.parameters()} == {"meta" if by_layer else "cpu"}
+    pipe.remove_all_hooks()  # the CPU can hold layers, but not compute with them
+    for part, expected in ((pipe.unet, twin.unet), (pipe.text_encoder_2, twin.text_encoder_2)):
+        torch.testing.assert_close(dict(part.named_parameters()), dict(expected.named_parameters()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from diffusers import StableDiffusionXLPipeline
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -20,7 +22,7 @@ from unziplora.utils.logging import quiet
 def load_adapter(pipe: StableDiffusionXLPipeline, name: str, lora: Lora, strength: float) -> None:
     """Load a LoRA into a pipeline as an adapter, in place of one of the same name; others stay as they are.
 
-    The strength becomes part of the weights, so that `pipe.set_adapters` starts from 1.
+    The strength becomes part of the weights, so that `pipe.set_adapters` starts from 1. Offloading goes on afterwards.
 
     Raises:
         UserError: the LoRA does not fit the pipeline, or its UNet is compiled. Nothing has changed then.
@@ -34,22 +36,44 @@ def load_adapter(pipe: StableDiffusionXLPipeline, name: str, lora: Lora, strengt
         text_paths(encoder, component, lora, source, base)
     text = Lora({}, text={path: scale(pair, strength) for path, pair in lora.text.items()})
     tensors, _ = writers.diffusers({path: scale(pair, strength) for path, pair in lora.modules.items()}, None)
-    parts = [part for part in (pipe.unet, *encoders.values()) if part is not None]
-    active = [_active_adapters(part) for part in parts]
-    remove_adapter(pipe, name)
-    try:
-        with quiet():
-            if tensors:
-                pipe.load_lora_weights(tensors, adapter_name=name)
-            for component, encoder in encoders.items():
-                if encoder is not None:
-                    load_text(encoder, component, text, name, source, base)
-    except BaseException:
+    with _offloading_paused(pipe):
+        parts = [part for part in (pipe.unet, *encoders.values()) if part is not None]
+        active = [_active_adapters(part) for part in parts]
         remove_adapter(pipe, name)
-        raise
+        try:
+            with quiet():
+                if tensors:
+                    pipe.load_lora_weights(tensors, adapter_name=name)
+                for component, encoder in encoders.items():
+                    if encoder is not None:
+                        load_text(encoder, component, text, name, source, base)
+        except BaseException:
+            remove_adapter(pipe, name)
+            raise
+        finally:
+            for part, names in zip(parts, active, strict=True):
+                _activate(part, [*names, name])
+
+
+@contextmanager
+def _offloading_paused(pipe: StableDiffusionXLPipeline) -> Iterator[None]:
+    """Take diffusers' offloading off a pipeline and put it back, as its own loader does for a part: for new layers too.
+
+    Weights that are offloaded layer by layer have no values in between (they are on the device `meta`).
+    """
+    whole, by_layer, by_group = pipe._optionally_disable_offloading(pipe)
+    device = getattr(pipe, "_offload_device", None)
+    try:
+        yield
     finally:
-        for part, names in zip(parts, active, strict=True):
-            _activate(part, [*names, name])
+        if whole:
+            pipe.enable_model_cpu_offload(device=device)
+        elif by_layer:
+            pipe.enable_sequential_cpu_offload(device=device)
+        elif by_group:
+            for part in pipe.components.values():
+                if isinstance(part, nn.Module):
+                    _maybe_remove_and_reapply_group_offloading(part)
 
 
 def remove_adapter(pipe: StableDiffusionXLPipeline, name: str) -> None:
