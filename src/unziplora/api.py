@@ -39,7 +39,6 @@ from unziplora.jobs.worker import Work
 from unziplora.jobs.worker import work as work_on
 from unziplora.models import base as bases
 from unziplora.models.base import Base, borrowed
-from unziplora.models.device import pick_device, pick_dtype
 from unziplora.probe import probe
 from unziplora.runs.folder import RunFolder
 from unziplora.sampling import grid as grids
@@ -340,8 +339,7 @@ def load_base(source: Location, precision: Precision = "auto", device: str = "au
         UserError: nothing is there, it is not of SDXL's topology, or there is no such device or number format.
         MachineError: the hub cannot be reached, or memory does not suffice.
     """
-    place = pick_device(device)
-    return bases.load_base(os.fspath(source), pick_dtype(precision, place), place)
+    return bases.open_base(os.fspath(source), precision, device)
 
 
 def _train(

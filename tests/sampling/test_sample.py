@@ -513,7 +513,7 @@ def test_every_lora_file_is_read_once(
         return read_lora(path, *arguments)
 
     monkeypatch.setattr("unziplora.sampling.session.read_lora", counted)
-    monkeypatch.setattr("unziplora.sampling.session.load_base", lambda *_: tiny_base)
+    monkeypatch.setattr("unziplora.sampling.session.open_base", lambda *_: tiny_base)
     base = tiny_base if loaded else None
     sample(SampleConfig(content=cat, style=dog, steps=1, seeds=[0, 1], out=tmp_path / "out"), base)
     assert read == [cat / "content.safetensors", dog / "style.safetensors"]

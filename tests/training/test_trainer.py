@@ -145,7 +145,7 @@ class TestAdviceAfterDivergence:
         run.checkpoint(200, Checkpoint(200, trainer.state_dict(), {}).write)
         method: Any = SimpleNamespace(command="split")
         nothing: Any = None
-        return TrainingRun(method, nothing, lambda _: None, run, nothing).after_divergence(half)
+        return TrainingRun(method, nothing, lambda _: None, run, nothing, nothing).after_divergence(half)
 
     def test_sound_checkpoint_continues_in_fp32(self, tmp_path: Path) -> None:
         text = self.advice(tmp_path, True, 1.0)

@@ -15,8 +15,8 @@ from unziplora.config.bench import BenchConfig
 from unziplora.config.recipe import to_toml
 from unziplora.errors import UserError, faults_of
 from unziplora.metrics.measures import CaseMeasure, Plain, Trained
-from unziplora.models.base import Base, load_base
-from unziplora.models.device import computing_on, pick_device, pick_dtype
+from unziplora.models.base import Base, open_base
+from unziplora.models.device import computing_on
 from unziplora.utils.files import atomic_write
 from unziplora.utils.progress import Callback
 
@@ -61,9 +61,8 @@ def open_session(
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out} is a file; name a folder for runs, scores and report")
     overrides = read_settings(config.settings)
-    device = pick_device(config.device)
     measures = measures or load_measures(config)
-    base = base or load_base(config.base, pick_dtype(config.precision, device), device)
+    base = base or open_base(config.base, config.precision, config.device)
     if cases is None:
         cases = load_photos(config.pictures, base.resolution) if config.pictures else load_cases(config.split)
     selection = select_cases(cases, config.cases, config.quick)

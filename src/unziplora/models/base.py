@@ -16,11 +16,13 @@ from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from unziplora.config.bases import BUNDLED_BASE, is_bundled
+from unziplora.config.recipe import Precision
 from unziplora.errors import MachineError, UserError, first_line, out_of_memory
 from unziplora.formats.safetensors import Header, read_header
 from unziplora.lora.inject import adapted_layers, remove
 from unziplora.models import checkpoint as base_checkpoint
 from unziplora.models import folder as base_files
+from unziplora.models.device import pick_device, pick_dtype
 from unziplora.models.hub import download, names_a_model, no_such_base
 from unziplora.models.quantized import rescale
 from unziplora.utils.files import absolute, file_stem
@@ -133,6 +135,16 @@ def load_base(source: str, dtype: torch.dtype = torch.float32, device: str | tor
         with quiet():
             pipe = _from_file(path, dtype) if path.is_file() else _from_folder(path, dtype)
         return _finish(pipe, _name(source), device)
+
+
+def open_base(source: str, precision: Precision = "auto", device: str = "auto") -> Base:
+    """Open a base in the number format and on the device of a recipe.
+
+    Raises:
+        UserError, MachineError: as `load_base` and `pick_device`.
+    """
+    place = pick_device(device)
+    return load_base(source, pick_dtype(precision, place), place)
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from unziplora.lora.layer import STREAMS
 from unziplora.metrics.clip import Clip
 from unziplora.metrics.measures import Measure
 from unziplora.metrics.statistics import Statistics
-from unziplora.models.base import Base, load_base
-from unziplora.models.device import computing_on, pick_device, pick_dtype
+from unziplora.models.base import Base, open_base
+from unziplora.models.device import computing_on, pick_device
 from unziplora.models.text import Prompts
 from unziplora.probe.plot import image_sheet, plot
 from unziplora.probe.scores import ALL, Findings, judge, movement, score_rows, to_lists, to_toml
@@ -66,7 +66,7 @@ def find_blocks(
     if measure is None:
         words = (config.contents, config.styles)
         measure = Statistics() if config.clip is None else Clip(config.clip, *words, device)
-    base = base or load_base(config.base, pick_dtype(config.precision, device), device)
+    base = base or open_base(config.base, config.precision, config.device)
     blocks = attention_blocks(base.unet)
     with explained(config.out):  # before the long work, so that an unusable path fails at once
         config.out.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ from unziplora.config.templates import warn_of_ui_syntax
 from unziplora.formats.files import read_lora
 from unziplora.formats.safetensors import body_hash
 from unziplora.lora.weights import check_strengths
-from unziplora.models.base import Base, load_base
-from unziplora.models.device import computing_on, pick_device, pick_dtype
+from unziplora.models.base import Base, open_base
+from unziplora.models.device import computing_on
 from unziplora.models.folder import read_config
 from unziplora.models.sizes import base_folder, scale_of
 from unziplora.models.text import Prompts
@@ -60,12 +60,11 @@ def open_session(config: GenerationConfig, base: Base | None = None) -> Iterator
     """Load a base and attach LoRAs for sampling; a base that is passed in is left as it was.
 
     Raises:
-        UserError, MachineError: as `plan_sampling`, `load_base` and `AttachedLoras`.
+        UserError, MachineError: as `plan_sampling`, `open_base` and `AttachedLoras`.
     """
     plan = plan_sampling(config, base)
     if base is None:
-        device = pick_device(config.device)
-        base = load_base(plan.base, pick_dtype(config.precision, device), device)
+        base = open_base(plan.base, config.precision, config.device)
     files = {Path(named.source): named.lora.metadata.get("sshs_model_hash") for named in plan.loras}
     shared = shared_names(files)
     hashes = {shared[file]: recorded or body_hash(file) for file, recorded in files.items()}

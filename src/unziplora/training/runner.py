@@ -65,7 +65,7 @@ def run_training(
     """
 
     def work(run: RunFolder) -> None:
-        training = TrainingRun(kind, config, progress or (lambda _: None), run, images, base)
+        training = TrainingRun(kind, config, progress or (lambda _: None), run, images, device, base)
         try:
             with computing_on(device):
                 training.execute()
@@ -139,12 +139,12 @@ class TrainingRun(Generic[C]):
     progress: Callback
     run: RunFolder
     images: OpenedImages
+    device: torch.device
     loaded: Base | None = None
     recent: list[float] = field(default_factory=list)
     done: int = 0
     finished: bool = False
     samples: Samples | None = None
-    device: torch.device = field(init=False)
     base: Base = field(init=False)
     method: Method[C] = field(init=False)
     provenance: Provenance = field(init=False)
@@ -154,7 +154,6 @@ class TrainingRun(Generic[C]):
         config, run = self.config, self.run
         facts, checkpoint = run_facts(self.kind, config), newest_checkpoint(run)
         self.check_unchanged(checkpoint, facts)  # before the base is loaded, which takes minutes
-        self.device = pick_device(config.device) if self.loaded is None else self.loaded.device
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # an earlier run of this process may have used more
         with trackers(config.trackers, run.path / "trackers", flat(config)) as curves:

@@ -24,8 +24,8 @@ from unziplora.errors import Interrupted, MachineError
 from unziplora.images.preprocess import load_image
 from unziplora.images.sheet import sheet
 from unziplora.methods.unziplora.method import split
-from unziplora.models.base import BUNDLED, Base, load_base
-from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.base import BUNDLED, Base, open_base
+from unziplora.models.device import pick_device
 from unziplora.models.sizes import inspect_base
 from unziplora.runs.folder import RunFolder
 from unziplora.sampling.pipeline import decode, generate_latents
@@ -136,8 +136,7 @@ def _start_process(threads: int) -> None:
 
 def draw_strip(config: SplitConfig, other: SplitConfig) -> Image.Image:
     """Draw the input, content alone, style alone, both, and the other image's content in this style."""
-    device = pick_device(config.device)
-    base = load_base(config.base, pick_dtype(config.precision, device), device)
+    base = open_base(config.base, config.precision, config.device)
     content = in_style(config.fill("a {token} {content}"), config.sample_style)
     style = config.fill(f"a {config.sample_subject} in {{style}} style")
     samples = {

@@ -15,8 +15,7 @@ from unziplora.config.recipe import to_toml
 from unziplora.config.split import SplitConfig
 from unziplora.errors import Interrupted, MachineError, NonFiniteLoss
 from unziplora.formats.files import read_lora
-from unziplora.models.base import Base, load_base
-from unziplora.models.device import pick_device, pick_dtype
+from unziplora.models.base import Base, open_base
 from unziplora.runs.folder import SEEDS, RunFolder, with_absolute_paths
 from unziplora.runs.model_card import folder_argument
 from unziplora.training.export import write_card
@@ -44,7 +43,7 @@ def best_of_seeds(
         check_run(kind, config, base)
 
     def work(run: RunFolder) -> None:
-        loaded = base or _load(config)
+        loaded = base or open_base(config.base, config.precision, config.device)
         recipes = {one.seed: one for one in seed_configs(config)}
         trained, diverged = [], None
         for seed, one in recipes.items():
@@ -67,11 +66,6 @@ def best_of_seeds(
         report(Progress(0, 0, message=f"seed {best} is the best of {len(trained)}"))
 
     return in_run_folder(config, resume, work)
-
-
-def _load(config: SplitConfig) -> Base:
-    device = pick_device(config.device)
-    return load_base(config.base, pick_dtype(config.precision, device), device)
 
 
 def seed_configs(config: SplitConfig) -> list[SplitConfig]:
