@@ -56,7 +56,10 @@ def test_search_prints_the_best_score_of_each_method_and_its_settings_file(call:
     monkeypatch.setattr(search, "search_settings", found)
     code, out, err = call("bench", "--search", "2", "--out", "tuned", "--methods", "paper", "--methods", "blora")
     assert (code, err) == (0, "")
-    assert out == "paper: 0.250 of 2 settings\nblora: 0.500 of 2 settings\nsettings tuned/settings.toml\n"
+    assert out == (
+        "paper: 0.250 with the best of 2 settings\nblora: 0.500 with the best of 2 settings\n"
+        "written to tuned/settings.toml\n"
+    )
     assert (asked[0].search, asked[0].methods) == (2, ["paper", "blora"])
     assert json.loads(call("bench", "--search", "2", "--out", "tuned", "--json")[1])["best"]["blora"] == {"rank": 32}
 

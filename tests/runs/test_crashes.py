@@ -162,12 +162,12 @@ def test_changes_are_noticed_and_damage_is_survived(
     for file, name in ((files["images"][0], "images"), (class_image, "class images of 'a cat'")):
         content = file.read_bytes()
         Image.new("RGB", (64, 64), "red").save(file)
-        refuse(f"{name}: another content")
+        refuse(f"{name}: different content")
         file.write_bytes(content)
     weight = tiny_base.unet.conv_out.weight.data
     before = weight.clone()
     weight += 1
-    refuse(".*base: other weights")
+    refuse(".*base: different weights")
     weight.copy_(before)
     newest = RunFolder(cut).checkpoint_file(2)
     data = bytearray(newest.read_bytes())

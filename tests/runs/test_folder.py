@@ -477,7 +477,10 @@ class TestImagesInMemory:
             pass
         with run.stored({1: self.image}, resume=True) as files:
             assert files[1].is_file()
-        with pytest.raises(UserError, match="image 1: another content"), run.stored({1: Image.new("L", (8, 8))}, True):
+        with (
+            pytest.raises(UserError, match="image 1: different content"),
+            run.stored({1: Image.new("L", (8, 8))}, True),
+        ):
             pass
 
     @pytest.mark.parametrize("mode", ["RGB", "CMYK", "YCbCr", "HSV", "LAB", "L", "F"])

@@ -120,7 +120,7 @@ class TestFacts:
     def test_replaced_content_of_a_file_is_named(self, files: dict[str, Path], file: str, key: str) -> None:
         before = self.facts(files)
         files[file].write_text("another")
-        assert differences(before, self.facts(files)) == [f"{key}: another content"]
+        assert differences(before, self.facts(files)) == [f"{key}: different content"]
 
     def test_moved_file_with_the_same_content_is_no_change(self, files: dict[str, Path], tmp_path: Path) -> None:
         before = self.facts(files)
@@ -130,16 +130,18 @@ class TestFacts:
     def test_added_image_is_named(self, files: dict[str, Path], tmp_path: Path) -> None:
         two = {"images": [files["cat.png"]] * 2, "masks": []}
         listed = differences(self.facts(files), self.facts(files, **two))
-        assert listed == [f"{name}: another content" for name in ("images", "images 1", "images 2", "masks")]
+        assert listed == [f"{name}: different content" for name in ("images", "images 1", "images 2", "masks")]
 
     def test_weights_count_in_one_number_format_only(self, files: dict[str, Path]) -> None:
         facts = self.facts(files)
-        assert differences(facts, facts | {"base": {"torch.float32": "other"}}) == ["base: other weights"]
+        assert differences(facts, facts | {"base": {"torch.float32": "other"}}) == ["base: different weights"]
         assert differences(facts, facts | {"base": {"torch.bfloat16": "other"}}) == []
 
     def test_changed_class_images_are_named(self, files: dict[str, Path]) -> None:
         facts = self.facts(files)
-        assert differences(facts, facts | {"generated": {"class images": "other"}}) == ["class images: another content"]
+        assert differences(facts, facts | {"generated": {"class images": "other"}}) == [
+            "class images: different content"
+        ]
 
     def test_settings_that_may_change_do_not_count(self, files: dict[str, Path]) -> None:
         other = {"out": "other", "device": "cpu", "precision": "fp32", "sample_seeds": [4], "checkpoint_every": 3}

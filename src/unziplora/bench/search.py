@@ -79,8 +79,11 @@ class SearchResult(BaseModel):
     file: Path
 
     def __str__(self) -> str:
-        lines = [f"{method}: {max(scores):.3f} of {len(scores)} settings" for method, scores in self.scores.items()]
-        return "\n".join([*lines, f"settings {self.file}"])
+        lines = [
+            f"{method}: {max(scores):.3f} with the best of {len(scores)} settings"
+            for method, scores in self.scores.items()
+        ]
+        return "\n".join([*lines, f"written to {self.file}"])
 
 
 def grid_settings(count: int) -> list[Setting]:

@@ -201,8 +201,8 @@ class SplitConfig(ImageConfig):
             raise ValueError("the check takes two models, dino for the subject, clip for the style: set both or none")
         if self.seeds > 1 and not self.is_checked():
             raise ValueError(
-                f"of {self.seeds} seeds the best is found by a check of the samples: set dino and clip to two models "
-                "that see (the bundled base needs none), and leave some sample_seeds"
+                f"a check of the samples finds the best of {self.seeds} seeds: set dino and clip to two vision models "
+                "(the bundled base needs neither), and keep at least one of sample_seeds"
             )
         self.check_rates(content_learning_rate=self.content_learning_rate, style_learning_rate=self.style_learning_rate)
         return self

@@ -227,7 +227,7 @@ class RunFolder:
         if resume:
             for number, image in images.items():
                 if not _shows(files[number], image):
-                    self.check_unchanged([f"image {number}: another content"])
+                    self.check_unchanged([f"image {number}: different content"])
         if resume or not images:
             yield files
             return

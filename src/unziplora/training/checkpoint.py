@@ -109,9 +109,9 @@ def changes(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: {then[name]!r} → {now[name]!r}" for name in different if name not in may_change]
     for part in ("files", "generated"):
         then, now = saved[part], facts.get(part, saved[part])
-        lines += [f"{name}: another content" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+        lines += [f"{name}: different content" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
     then, now = saved["base"], facts.get("base", {})
-    lines += ["base: other weights" for dtype in now if dtype in then and then[dtype] != now[dtype]]
+    lines += ["base: different weights" for dtype in now if dtype in then and then[dtype] != now[dtype]]
     return lines
 
 

@@ -157,9 +157,9 @@ def test_renamed_run_knows_the_seeds_that_it_has(config, tmp_path: Path):
 
 
 def test_seeds_need_a_check(config, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(UserError, match="of 3 seeds the best is found by a check of the samples"):
+    with pytest.raises(UserError, match="a check of the samples finds the best of 3 seeds"):
         config(dino=None, clip=None)
-    with pytest.raises(UserError, match="of 3 seeds the best is found by a check of the samples"):
+    with pytest.raises(UserError, match="a check of the samples finds the best of 3 seeds"):
         config(sample_seeds=[])
 
 
