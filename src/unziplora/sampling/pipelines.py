@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from diffusers import StableDiffusionXLPipeline
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -59,9 +58,10 @@ def load_adapter(pipe: StableDiffusionXLPipeline, name: str, lora: Lora, strengt
 def _offloading_paused(pipe: StableDiffusionXLPipeline) -> Iterator[None]:
     """Take diffusers' offloading off a pipeline and put it back, as its own loader does for a part: for new layers too.
 
-    Weights that are offloaded layer by layer have no values in between (they are on the device `meta`).
+    Weights that are offloaded layer by layer have no values in between (they are on the device `meta`). Offloading by
+    groups is left to the loader itself.
     """
-    whole, by_layer, by_group = pipe._optionally_disable_offloading(pipe)
+    whole, by_layer, *_ = pipe._optionally_disable_offloading(pipe)
     device = getattr(pipe, "_offload_device", None)
     try:
         yield
@@ -70,10 +70,6 @@ def _offloading_paused(pipe: StableDiffusionXLPipeline) -> Iterator[None]:
             pipe.enable_model_cpu_offload(device=device)
         elif by_layer:
             pipe.enable_sequential_cpu_offload(device=device)
-        elif by_group:
-            for part in pipe.components.values():
-                if isinstance(part, nn.Module):
-                    _maybe_remove_and_reapply_group_offloading(part)
 
 
 def remove_adapter(pipe: StableDiffusionXLPipeline, name: str) -> None:
