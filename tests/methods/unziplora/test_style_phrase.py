@@ -169,13 +169,13 @@ class TestOffsets:
         phrase = PhraseOffsets(base, "ink wash", variants=3)
         examples = Examples(torch.randn(6, 4, 8, 8), image_conditioning(base, Prompts(PROMPT), time_ids(64, 64, 6)))
         fit(phrase, examples, config(phrase_steps=1, batch_size=1))
-        for offsets in phrase.free:
+        for offsets in phrase.learned:
             assert [bool(reading.any()) for reading in offsets] == [number == variant for number in range(3)]
 
     def test_prompt_of_an_image_is_read_with_the_offsets_of_its_variant(self, base: Base, config: Make):
         recipe, phrase = config(), PhraseOffsets(base, "ink wash", variants=3)
         with torch.no_grad():
-            for offsets in phrase.free:
+            for offsets in phrase.learned:
                 offsets += torch.tensor([0.0, 1.0, 5.0])[:, None, None]
         examples = Examples(torch.zeros(6, 4, 8, 8), image_conditioning(base, Prompts(PROMPT), time_ids(64, 64, 6)))
         tokens = style_phrase.encode_variant_prompts(phrase, examples, recipe).conditioning.tokens
