@@ -79,7 +79,10 @@ def check_blocks(blocks: BlockMap, paths: list[str]) -> None:
     """
     for block in (*blocks.content, *blocks.style):
         if not any(path.startswith(block + ".") for path in paths):
-            raise UserError(f"block map: the LoRAs have no layers in {block!r}")
+            raise UserError(
+                f"block map: the LoRAs have no layers in {block!r}; the blocks of this base that have some are "
+                f"{', '.join(dict.fromkeys(map(block_of, paths)))}"
+            )
 
 
 _BLOCK_DEPTH = {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}

@@ -16,13 +16,34 @@ from torch import Tensor, nn
 from unziplora.config.templates import in_style
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.lora.algebra import Pair, fold_output
-from unziplora.lora.inject import add_lora, inject
+from unziplora.lora.blocks import BLOCK_MAPS, check_blocks, read_blocks
+from unziplora.lora.inject import add_lora, filter_targets, inject, target_layers
 from unziplora.lora.layer import Branch
 from unziplora.lora.weights import Lora
+from unziplora.models.base import Base
+from unziplora.models.sizes import inspect_base
 from unziplora.models.text import Conditioning, Prompts
 from unziplora.training.loss import Examples, denoising_loss, generator
 from unziplora.training.method import Method, View
 from unziplora.training.text_encoder_lora import TextLora
+
+
+def check_block_map(source: str, targets: Sequence[str], base_name: str, base: Base | None) -> None:
+    """Refuse a block map of one's own for a base that has none of the layers of one of its blocks.
+
+    The maps of the package are not looked up in a base, which takes seconds, nor is a map in a base that must be
+    downloaded first.
+
+    Raises:
+        UserError: as `read_blocks` and `check_blocks`; or there is no such base.
+    """
+    blocks = read_blocks(source)
+    if source in BLOCK_MAPS:
+        return
+    if base is not None:
+        check_blocks(blocks, target_layers(base.unet, targets))
+    elif not (sizes := inspect_base(base_name)).assumed:
+        check_blocks(blocks, filter_targets(sizes.names, targets))
 
 
 class Data(Protocol):

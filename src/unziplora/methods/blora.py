@@ -18,7 +18,14 @@ from unziplora.config.recipe import KINDS
 from unziplora.errors import UserError
 from unziplora.lora.blocks import check_blocks, read_blocks
 from unziplora.lora.inject import attention_linears, filter_targets
-from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches, pair_views
+from unziplora.methods.adapters import (
+    AdapterMethod,
+    TrainingData,
+    check_block_map,
+    matrices,
+    new_branches,
+    pair_views,
+)
 from unziplora.methods.data import image_examples
 from unziplora.models.base import Base
 from unziplora.models.text import Prompts
@@ -44,6 +51,7 @@ class BLora(AdapterMethod[BLoraConfig, TrainingData]):
         blocks = read_blocks(config.blocks)
         if not (blocks.content and blocks.style):
             raise UserError(f"{config.blocks}: B-LoRA needs a block for the content and one for the style")
+        check_block_map(config.blocks, ["attention"], config.base, base)
         Prompts(*map(config.fill, (config.full_prompt, config.content_prompt, config.style_prompt)))
 
     @classmethod

@@ -417,7 +417,7 @@ def test_stop_request_ends_a_sample_sheet_and_saves_the_steps_before_it(tiny_bas
     assert saved == [2]
 
 
-def test_block_maps_are_read_from_files_and_checked(tmp_path, tiny_base, monkeypatch):
+def test_block_maps_are_read_from_files_and_checked(tmp_path, tiny_base, tiny_folder, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "map.toml"
     file.write_text('content = ["mid_block"]\nstyle = ["up_blocks.1"]')
@@ -427,8 +427,10 @@ def test_block_maps_are_read_from_files_and_checked(tmp_path, tiny_base, monkeyp
     assert blocks.owner("up_blocks.1.attentions.2.x") == "style"
     assert blocks.owner("up_blocks.10.attentions.2.x") is None
     file.write_text('content = ["up_blocks.7"]\nstyle = []')
-    with pytest.raises(UserError, match=r"the LoRAs have no layers in 'up_blocks\.7'"):
-        build(tiny_base, blocks=str(file))
+    for base in (tiny_base, None):  # before anything is learned
+        recipe = config(blocks=str(file), base=str(tiny_folder))
+        with pytest.raises(UserError, match=r"the LoRAs have no layers in 'up_blocks\.7'"):
+            UnZipLora.check(recipe, base)
     file.write_text('content = ["mid_block"]\nstyle = ["mid_block"]')
     with pytest.raises(UserError, match="both content and style"):
         read_blocks(str(file))

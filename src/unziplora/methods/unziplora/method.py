@@ -23,7 +23,14 @@ from unziplora.config.split import SplitConfig
 from unziplora.errors import UserError
 from unziplora.lora.blocks import check_blocks, read_blocks
 from unziplora.lora.inject import filter_targets, target_layers
-from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches, pair_views
+from unziplora.methods.adapters import (
+    AdapterMethod,
+    TrainingData,
+    check_block_map,
+    matrices,
+    new_branches,
+    pair_views,
+)
 from unziplora.methods.unziplora import style_phrase
 from unziplora.methods.unziplora.check import check_loras, check_models
 from unziplora.methods.unziplora.columns import ColumnSeparation, Phase, phase
@@ -73,6 +80,8 @@ class UnZipLora(AdapterMethod[SplitConfig, TrainingData]):
     @classmethod
     def check(cls, config: SplitConfig, base: Base | None = None) -> None:
         read_blocks(config.blocks)
+        if config.block_separation:
+            check_block_map(config.blocks, config.targets, config.base, base)
         check_prompts(config)
         check_models(config)
         _check_columns(config, base)
