@@ -100,7 +100,7 @@ def test_merged_lora_is_loaded_alone_and_sampled_as_a_run(run: RunFolder) -> Non
     config = resolve(ZipConfig, {"content_lora": "/home/me/a", "style_lora": "/home/me/b", "out": run.path})
     text = card(run, config, description, full_size=True)
     assert text.count("load_lora_weights") == 1
-    assert "unziplora sample cat\n" in text
+    assert "unziplora sample .\n" in text
     assert "/home/me" not in text
 
 
@@ -137,7 +137,7 @@ def test_card_contains_no_absolute_path(run: RunFolder, tmp_path: Path, full_siz
     text = written(run, full_size, base=str(tmp_path / "base.safetensors"), blocks=str(tmp_path / "map.toml"))
     assert str(tmp_path) not in text
     assert "/home/me" not in text
-    assert "unziplora sample cat" in text
+    assert "unziplora sample ." in text
 
 
 HOSTILE = ["a`b``c", "x | y", "<script>alert(1)</script>", "*b* _i_ # [l](u) ![i](u)", "--- \u2028\x85\ufeff: {", "a\\"]

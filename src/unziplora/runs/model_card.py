@@ -154,8 +154,13 @@ def _files(run: RunFolder, description: RunDescription) -> str:
 
 
 def _place(run: RunFolder) -> Path:
-    """Return the run folder as it was given, or its name alone: a published card contains no path of this machine."""
-    return Path(absolute(run.path).name) if run.path.is_absolute() else run.path
+    """Return the run folder as it was given, or `.`: a published card contains no path of this machine."""
+    return Path(".") if run.path.is_absolute() else run.path
+
+
+def _where(run: RunFolder) -> str:
+    """Return a comment on where commands with `_place` work, if that is not where the run began."""
+    return "# in the folder of this file\n" if run.path.is_absolute() else ""
 
 
 def _samples(run: RunFolder) -> str:
@@ -174,7 +179,7 @@ These LoRAs fit only their base, {_code(base_name(config))}. It is smaller than 
 cannot load it. Sample with
 
 ```sh
-{_commands(run, config, description)}
+{_where(run)}{_commands(run, config, description)}
 ```
 """
 
@@ -221,7 +226,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 pipe = StableDiffusionXLPipeline.{_loading(config)}, torch_dtype=torch.float16).to("cuda")
-{loads}
+{_where(run)}{loads}
 pipe.set_adapters({json.dumps(list(titles))}, {[1.0] * len(titles)})
 pipe({_string(description.prompt)}, guidance_scale={config.sample_guidance:g}).images[0].save("image.png")
 ```
@@ -229,7 +234,7 @@ pipe({_string(description.prompt)}, guidance_scale={config.sample_guidance:g}).i
 **unziplora**:
 
 ```sh
-{_commands(run, config, description)}
+{_where(run)}{_commands(run, config, description)}
 ```
 """
 
