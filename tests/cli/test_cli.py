@@ -363,6 +363,19 @@ class TestSplit:
         assert call("split", "--extend", "5", "--out", "r", "--config", "more.toml").code == 0
         assert (seen["steps"], seen["every"]) == (config.steps + 5, 2)
 
+    @pytest.mark.parametrize("flag", ["--resume", "--extend 5"])
+    def test_continuing_in_another_way_names_the_command_to_type(self, call: Call, flag: str) -> None:
+        from unziplora.runs.folder import RunFolder
+
+        config = resolve(SplitConfig, {"images": ["cat.png"], "content": "cat", "style": "x", "out": "r"})
+        with RunFolder.created(Path("r"), config):
+            pass
+        done = call("split", *flag.split(), "r")
+        assert (done.code, f"r is a run, not an image: unziplora split {flag} --out r" in done.err) == (2, True)
+        done = call("train", "blora", *flag.split(), "--out", "r")
+        assert done.code == 2
+        assert f"r: another command made this run: unziplora split {flag} --out r" in done.err
+
     @pytest.mark.parametrize("flag", [["--resume"], ["--extend", "5"]])
     def test_damaged_settings_of_a_run_are_named_with_their_file(self, call: Call, flag: list[str]) -> None:
         from unziplora.runs.folder import RunFolder

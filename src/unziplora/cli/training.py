@@ -17,10 +17,11 @@ from unziplora.config.templates import warn_of_ui_syntax
 from unziplora.config.training import ImageConfig, TrainingConfig
 from unziplora.errors import UserError
 from unziplora.jobs.queue import refuse_waiting
-from unziplora.jobs.trainings import foresee, function_of
+from unziplora.jobs.trainings import TRAININGS, foresee, function_of
 from unziplora.runs.folder import RunFolder
+from unziplora.runs.model_card import folder_argument
 from unziplora.utils.files import file_stem, safe_name, write_png
-from unziplora.utils.inputs import read_json
+from unziplora.utils.inputs import read_json, read_toml
 from unziplora.utils.progress import Callback
 
 RUNS = "unziplora.runs"
@@ -59,6 +60,12 @@ def training_command(
 
 def _layers(model: type[ImageConfig], words: str, params: Mapping[str, Any], file: Keys, flags: Keys) -> list[Keys]:
     """Combine the run to resume, the TOML file, the flags and the images named first."""
+    flag = _flag(params["resume"], params["extend"])
+    for path in params["image"]:
+        if flag and RunFolder(Path(path)).config_file.is_file():
+            raise UserError(
+                f"{path} is a run, not an image: unziplora {words} {flag} --out {folder_argument(Path(path))}"
+            )
     if params["image"]:
         flags["images"] = [*params["image"], *flags.get("images", [])]
     images = flags.get("images") or file.get("images")
@@ -121,16 +128,34 @@ def run_layers(
     out = flags.get("out") or file.get("out") or named
     if extend and (resume or "steps" in flags):
         raise UserError("--extend says how many more steps: leave --resume and --steps out")
-    if not resume and not extend:
+    flag = _flag(resume, extend)
+    if not flag:
         return [file, flags, {"out": out} if out else {}]
-    flag = f"--extend {extend}" if extend else "--resume"
     if not out:
         raise UserError(f"{flag} needs the run folder: unziplora {words} {flag} --out runs/NAME")
     run = RunFolder(Path(str(out)).expanduser())
+    _refuse_other_training(run, model, flag)
     if extend:
         others = {name: value for name, value in file.items() if name != "steps"}
         return [run.settings_to_extend(model, extend), others, flags, {"out": out}]
     return [run.settings(model), file, flags, {"out": out}]
+
+
+def _flag(resume: bool, extend: int | None) -> str:
+    """Return the flag that continues a run, with its value; empty for a new run."""
+    return f"--extend {extend}" if extend else "--resume" if resume else ""
+
+
+def _refuse_other_training(run: RunFolder, model: type[TrainingConfig], flag: str) -> None:
+    """Refuse to continue the run of another command; a folder without a readable run is left to its reader."""
+    settings = read_toml(run.config_file) if run.config_file.is_file() else {}
+    if settings.keys() <= model.model_fields.keys():
+        return
+    for name, training in TRAININGS.items():
+        if settings.keys() <= training.recipe.model_fields.keys():
+            words = name if name in ("split", "zip") else f"train {name}"
+            place = folder_argument(run.path)
+            raise UserError(f"{run.path}: another command made this run: unziplora {words} {flag} --out {place}")
 
 
 def _output(run: RunFolder) -> Output:
