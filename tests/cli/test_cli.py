@@ -183,6 +183,7 @@ class TestWrongRequests:
             (["zip", "one.safetensors"], "two LoRAs are needed: unziplora zip CONTENT STYLE; see unziplora zip --help"),
             (["sample", "--seeds", "0, 1"], "Repeat the flag: --seeds 0 --seeds 1"),
             (["sample", "--prompts", "x", "--out", "cat.png", "--dry-run"], "cat.png is a file"),
+            (["sample", "--prompts", "x", "--out", "new.png", "--dry-run"], "new.png is a file; give a folder"),
             (["sample", "--prompts", "x", "--device", "cud", "--dry-run"], "device 'cud' is not available"),
             (["split", "--resume"], "--resume needs the run folder"),
             (["split", "--extend", "5"], "--extend 5 needs the run folder: unziplora split --extend 5 --out runs/NAME"),

@@ -87,6 +87,13 @@ def test_what_cannot_be_added_is_refused(call, tmp_path: Path, words: list[str],
     assert not (tmp_path / "runs").exists()
 
 
+def test_worker_refuses_a_folder_that_does_not_exist(call, tmp_path: Path) -> None:
+    code, _, err = call("worker", "--runs", "typo", "--until-empty")
+    assert (code, "typo: no such folder" in err) == (2, True)
+    assert not (tmp_path / "typo").exists()
+    assert call("worker", "--until-empty")[0] == 0  # jobs may be added later to the folder that all commands take
+
+
 def test_worker_does_the_jobs_and_reports_failures(filled, tmp_path: Path) -> None:
     code, out, _ = filled("worker", "--until-empty", "--quiet")
     assert code == 1

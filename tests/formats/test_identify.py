@@ -31,6 +31,11 @@ SDXL_CHECKPOINT = (
         (["control_model.x", "model.diffusion_model.x"], "a ControlNet", None),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "a file of plain weights", None),
         (["something"], "a file of an unknown kind", None),
+        (
+            ["state.method.content.mid_block.attentions.0.to_q.lora_A"],
+            "a checkpoint that its run continues from",
+            None,
+        ),
         ([], "a file without tensors", None),
     ],
 )

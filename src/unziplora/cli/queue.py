@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from unziplora.cli.command import RecipeCommand
 from unziplora.cli.options import json_option, quiet_option, runs_option
@@ -27,6 +28,11 @@ SHOWN = 100
 
 
 _all_option = click.option("--all", "-a", "everything", is_flag=True, help=f"Show more than the first {SHOWN}.")
+
+
+def _refuse_missing(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give --runs the folder that contains the runs")
 
 
 def _figures(job: Job) -> dict[str, Any]:
@@ -209,6 +215,9 @@ def worker_command(folder: Path, until_empty: bool, as_json: bool, quiet: bool) 
       CUDA_VISIBLE_DEVICES=0 unziplora worker
       CUDA_VISIBLE_DEVICES=1 unziplora worker
     """
+    named = click.get_current_context().get_parameter_source("folder") is not ParameterSource.DEFAULT
+    if named:  # a misspelled folder would wait for jobs forever
+        _refuse_missing(folder)
     queue = Queue(folder)
     with stdout_to_stderr(), show(quiet) as progress:
         result = work(queue, Trainer(), progress, until_empty)
@@ -231,8 +240,7 @@ def runs_command(words: tuple[str, ...], folder: Path, everything: bool, as_json
 
     WORDS must all occur in a run's name, words, prompts or image names.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give --runs the folder that contains the runs")
+    _refuse_missing(folder)
     runs = find_runs(folder, words)
     jobs = {job.run.path: job for job in Queue(folder).jobs()} if (folder / FILE).is_file() else {}
     rows = []

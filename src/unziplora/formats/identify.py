@@ -34,6 +34,7 @@ _OTHER_ADAPTERS = {  # adapters that are not a plain product B A
 }
 LORA, CHECKPOINT = "a LoRA", "a full checkpoint"
 _KINDS = {
+    r"^state\.(method|phases)\.": "a checkpoint that its run continues from",
     r"^(control_model|controlnet_|zero_convs|input_hint_block)": "a ControlNet",
     r"[._]lora[._](down|up|A|B)\b|\.lora_linear_layer\.": LORA,
     r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": CHECKPOINT,

@@ -18,7 +18,7 @@ from unziplora.models.base import Base
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import StepCallback, decode, generate_latents, portion
 from unziplora.sampling.session import SamplingSession, open_session
-from unziplora.utils.files import atomic_write, numbered
+from unziplora.utils.files import IMAGE_SUFFIXES, atomic_write, numbered
 from unziplora.utils.inputs import open_regular
 
 
@@ -78,9 +78,11 @@ def check_out(config: GenerationConfig) -> None:
     """Refuse a file in place of the folder for images; a grid is a file itself.
 
     Raises:
-        UserError: there is a file of that name.
+        UserError: there is a file of that name, or the name is an image's.
     """
-    if not isinstance(config, GridConfig) and config.out.exists() and not config.out.is_dir():
+    if isinstance(config, GridConfig) or config.out.is_dir():
+        return
+    if config.out.exists() or config.out.suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"--out {config.out} is a file; give a folder for the images")
 
 

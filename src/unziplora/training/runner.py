@@ -90,7 +90,10 @@ def named_settings(config: TrainingConfig, resume: bool) -> Iterator[None]:
     except UserError as error:
         if not resume:
             raise
-        raise UserError(f"{error}\nThis run goes on with the settings in {RunFolder(config.out).config_file}") from None
+        raise UserError(
+            f"{error}\nThis run goes on with the settings in {RunFolder(config.out).config_file}; to a file that was "
+            "moved, give its new path beside --resume"
+        ) from None
 
 
 def in_run_folder(
