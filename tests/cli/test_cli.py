@@ -297,6 +297,13 @@ class TestSplit:
         again = call("split", "--config", "again.toml", "--dry-run").out
         assert again.split("# Memory")[0] == done.out.split("# Memory")[0]
 
+    def test_dry_run_warns_of_a_folder_in_which_no_run_can_begin(self, call: Call, tiny_folder: Path) -> None:
+        Path("full").mkdir()
+        Path("full/notes.txt").touch()
+        done = call(*SPLIT, "--base", tiny_folder, "--out", "full", "--dry-run")
+        assert done.code == 0
+        assert "refused: full exists already and is not empty: choose another --out" in " ".join(done.err.split())
+
     def test_dry_run_opens_the_images(self, call: Call, tiny_folder: Path) -> None:
         Path("notes.png").write_text("dear diary")
         done = call("split", "notes.png", *SPLIT[2:], "--base", tiny_folder, "--dry-run")

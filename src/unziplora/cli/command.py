@@ -99,7 +99,7 @@ class RecipeCommand(click.Command):
 
         Args:
             run: carries out a recipe; called with it, a progress callback, and `resume` if resumable.
-            plan: examines a recipe without carrying it out.
+            plan: examines a recipe without carrying it out; called with it, and `resume` if resumable.
             dry_run: effect of `--dry-run`, for its help.
             layers: combines the command's parameters, the keys of the TOML file and those of the flags.
             notes: remarks to show behind a key's help instead of its default.
@@ -130,15 +130,15 @@ class RecipeCommand(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Resolve the recipe, then show its plan or carry it out."""
         params, config = ctx.params, self.recipe(ctx)
+        options = {"resume": params["resume"] or bool(params["extend"])} if self.resumable else {}
         if params["dry_run"]:
             with stdout_to_stderr():
-                plan = self.plan(config)
+                plan = self.plan(config, **options)
             data = {"config": plan.config.model_dump(mode="json"), **plan.data}
             lines = "\n".join(plan.comments).splitlines()  # a prompt may have several
             comments = "\n".join(f"# {line}" if line else "" for line in lines)
             emit(data, f"{to_toml(plan.config)}\n{comments}", params["as_json"])
             return
-        options = {"resume": params["resume"] or bool(params["extend"])} if self.resumable else {}
         with stdout_to_stderr(), show(params["quiet"]) as progress:
             output = self.run(config, progress, **options)
         emit(output.data, output.text, params["as_json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -84,10 +85,11 @@ def train(config: TrainingConfig, progress: Callback, resume: bool) -> Output:
         return _output(function_of(config)(config, resume=resume, progress=progress))
 
 
-def _plan(config: ImageConfig) -> Plan:
+def _plan(config: ImageConfig, resume: bool) -> Plan:
     """List the prompts, estimate the memory, and write what will be learned as an image next to the run folder."""
     from unziplora.images.preprocess import warn_of_flaws
 
+    warn_if_taken(config.out, resume)
     image, size, prompts, memory, flaws, _ = foresee(config)
     warn_of_ui_syntax(prompts.values())
     warn_of_flaws(flaws)
@@ -96,6 +98,15 @@ def _plan(config: ImageConfig) -> Plan:
     data = {"prompts": prompts, "memory": memory.model_dump(mode="json"), "image": str(file)}
     shown = "What will be learned, {}×{} pixels: {}".format(*size, file)
     return Plan(config, data, [*prompt_lines(prompts), "", shown, "", *memory.table().splitlines()])
+
+
+def warn_if_taken(out: Path, resume: bool) -> None:
+    """Warn that a run would be refused, because its folder contains something."""
+    try:
+        if not resume:
+            RunFolder(out).check_free()
+    except UserError as error:
+        warnings.warn(f"without --dry-run this is refused: {error}", stacklevel=2)
 
 
 def prompt_lines(prompts: Mapping[str, str]) -> list[str]:

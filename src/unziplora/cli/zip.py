@@ -10,7 +10,7 @@ import click
 
 from unziplora.cli.command import Keys, Plan, RecipeCommand
 from unziplora.cli.options import ExpandedPath
-from unziplora.cli.training import prompt_lines, run_layers, train
+from unziplora.cli.training import prompt_lines, run_layers, train, warn_if_taken
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.jobs.trainings import check
@@ -34,8 +34,9 @@ def _name(lora: Path) -> str:
     return lora.parent.name or stem if stem in ("content", "style", "lora") else stem
 
 
-def _plan(config: ZipConfig) -> Plan:
+def _plan(config: ZipConfig, resume: bool) -> Plan:
     """List the prompts; LoRAs and images are opened."""
+    warn_if_taken(config.out, resume)
     config = check(config)
     prompts = config.filled_prompts()
     return Plan(config, {"prompts": prompts}, prompt_lines(prompts))
