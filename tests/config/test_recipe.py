@@ -100,7 +100,7 @@ def test_unknown_key_suggests_the_nearest() -> None:
         ({"content": "  "}, "content: must not be blank"),
         ({"style": ""}, "style: "),
         ({"images": []}, "images: "),
-        ({"images": "cat.jpg"}, "images: "),
+        ({"images": 7}, "images: "),
         ({"content_learning_rate": -1.0}, "content_learning_rate: "),
         ({"content_learning_rate": float("nan")}, "content_learning_rate: "),
         ({"betas": [0.9]}, "betas"),
@@ -119,11 +119,13 @@ def test_unknown_key_suggests_the_nearest() -> None:
         ({"crop": "1,2,3"}, "crop: '1,2,3': write X,Y,W,H in pixels"),
         ({"crop": "1,2,0,4"}, "X and Y are at least 0, W and H at least 1"),
         ({"crop": [1.5, 2, 3, 4]}, "crop"),
-        ({"crop": 7}, "crop: Input should be a valid list"),
+        ({"crop": 7}, "crop: must be a list"),
+        ({"content": ""}, "content: must not be empty"),
+        ({"out": 3}, "out: must be a path"),
         ({"fit": "stretch"}, "fit: "),
         ({"steps": 30}, "30 steps leave no room for 3 column warm-ups of 10"),
         ({"targets": ["convolutions"]}, "convolutions have none: take 'convolutions' out of targets"),
-        ({"targets": []}, "targets"),
+        ({"targets": []}, "targets: must not be empty"),
     ],
 )
 def test_each_wrong_value_is_named(changes: dict[str, Any], message: str) -> None:
@@ -292,3 +294,8 @@ def test_every_key_that_the_documentation_gives_a_command_is_one() -> None:
             below = re.search("The keys of “(.+)”, and:", sections[title])
             title = below[1] if below else ""
         assert keys == set(model.model_fields), command
+
+
+def test_one_text_in_the_place_of_a_list_is_a_list_of_one() -> None:
+    recipe = resolve(SplitConfig, {"images": "cat.png", "content": "cat", "style": "ink", "out": "run"})
+    assert recipe.images == [Path("cat.png")]

@@ -73,7 +73,8 @@ def _layers(model: type[ImageConfig], words: str, params: Mapping[str, Any], fil
     if not images and not (params["resume"] or params["extend"]):
         refuse_unknown(file, model.model_fields)  # `image` instead of `images`, for example
         raise UserError(f"no image to learn from: unziplora {words} IMAGE …; see unziplora {words} --help")
-    name = file_stem(Path(str(images[0]))) if images and isinstance(images, list) else None
+    first = images[0] if images and isinstance(images, list) else images
+    name = file_stem(Path(first)) if isinstance(first, str | Path) else None
     return run_layers(model, words, file, flags, name, params["resume"], params["extend"])
 
 

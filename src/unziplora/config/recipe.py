@@ -7,7 +7,7 @@ import re
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_origin
 
 import tomli_w
 from pydantic import (
@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from unziplora.config.bases import is_bundled
 from unziplora.errors import UserError
@@ -86,8 +86,12 @@ class Recipe(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _check_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse numbers too large for libraries, true in their place, and text that is neither a name nor a prompt."""
-        switch = "bool" in str(cls.model_fields[str(info.field_name)].annotation)
+        """Refuse numbers too large for libraries, true in their place, and text that is neither a name nor a prompt.
+
+        One text in the place of a list is a list of one.
+        """
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        switch = "bool" in str(annotation)
         for item in _items(value):
             if isinstance(item, bool) and not switch:
                 raise ValueError("cannot be true or false")
@@ -95,7 +99,7 @@ class Recipe(BaseModel):
                 raise ValueError("the number is too large")
             if isinstance(item, (str, Path)) and _NO_TEXT.search(str(item)):
                 raise ValueError("the text contains a null or half a character")
-        return value
+        return [value] if isinstance(value, str) and get_origin(annotation) is list else value
 
     @field_validator("*")
     @classmethod
@@ -230,9 +234,18 @@ def describe(error: ValidationError, model: type[Recipe]) -> str:
                 f"{name} is missing (--{name.replace('_', '-')})" + (f": {field.description}" if field else "")
             )
         else:
-            message = fault["msg"].removeprefix("Value error, ")
+            message = _message(fault)
             lines.append(f"{name}: {message} (got {_shown(fault['input'])})" if name else message)
     return "\n".join(lines)
+
+
+def _message(fault: ErrorDetails) -> str:
+    """Describe a fault without pydantic's terms."""
+    if fault["type"] in ("list_type", "path_type"):
+        return f"must be a {fault['type'].removesuffix('_type')}"
+    if fault["type"] in ("too_short", "string_too_short") and fault["ctx"]["min_length"] == 1:
+        return "must not be empty"
+    return fault["msg"].removeprefix("Value error, ")
 
 
 def _shown(value: Any) -> str:

@@ -179,7 +179,7 @@ class SplitConfig(ImageConfig):
         if self.content_variants and not (self.phrase_steps and self.content_alone):
             raise ValueError(
                 "content_variants needs steps in which the content LoRA trains alone, and learned phrases; "
-                "set content_alone and phrase_steps above 0"
+                "set content_alone and phrase_steps above 0, or switch content_variants off"
             )
         if self.style_variants and not self.style_alone:
             raise ValueError(
