@@ -69,6 +69,7 @@ def test_dry_run_shows_settings_and_cases_and_makes_nothing(call: Call, tmp_path
     assert code == 0
     assert "quick = true" in out
     assert "# rocket-linocut: a rocket in linocut style, mixed with house-watercolor" in out
+    assert "# Training seeds: 0\n" in out
     assert len(json.loads(call("bench", "--split", "test", "--dry-run", "--json")[1])["cases"]) == 16
     assert not list(tmp_path.iterdir())
 

@@ -91,7 +91,7 @@ def test_interrupted_batch_reports_and_continues(tmp_path: Path) -> None:
     batch = rows(tmp_path, "a", "b", "c")
     with pytest.raises(Interrupted, match="stopped after 1 of 3 runs; the same command continues"):
         run_batch(batch, tmp_path, in_this_process(stop), silent)
-    assert "1 finished, 2 not begun" in (tmp_path / "report.md").read_text()
+    assert "1 finished, 2 not finished" in (tmp_path / "report.md").read_text()
     assert [result.outcome for result in run_batch(batch, tmp_path, in_this_process(train), silent)] == [
         "skipped",
         "finished",

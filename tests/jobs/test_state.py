@@ -163,6 +163,13 @@ def test_summary_contains_state_words_steps_and_time(run: RunFolder) -> None:
     }
 
 
+@pytest.mark.parametrize(("method", "steps"), [("zip", 4), ("direct", 0), ("null-space", 0)])
+def test_merge_that_trains_nothing_has_no_steps(run: RunFolder, method: str, steps: int) -> None:
+    run.config_file.write_text(f'method = "{method}"\nsteps = 4\n')
+    (summary,) = find_runs(run.path.parent)
+    assert summary.steps == steps
+
+
 def test_run_with_a_damaged_configuration_is_listed_without_words(run: RunFolder) -> None:
     run.config_file.write_text("rank = [")
     (summary,) = find_runs(run.path.parent)

@@ -35,7 +35,9 @@ def _plan(config: BenchConfig) -> Plan:
         + ("" if case.partner == case.slug else f", mixed with {case.partner}")
         for case in cases
     ]
-    return Plan(config, {"cases": [case.slug for case in cases]}, ["Cases", *lines])
+    seeds = config.training_seeds("unziplora")
+    data = {"cases": [case.slug for case in cases], "training_seeds": seeds}
+    return Plan(config, data, ["Cases", *lines, "", f"Training seeds: {', '.join(map(str, seeds))}"])
 
 
 bench_command = RecipeCommand(

@@ -52,7 +52,7 @@ def _cell(row: dict[str, Any], head: str) -> str:
     if head == "words":
         return ", ".join(row[name] for name in ("content", "style") if name in row)
     if head == "steps":
-        return f"{row['steps_done']}/{row['steps'] or '?'}"
+        return f"{row['steps_done']}/{'?' if row['steps'] is None else row['steps']}" if row["steps"] != 0 else ""
     if head == "changed":
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(row["changed"])) if row["changed"] else ""
     if head == "run":

@@ -134,7 +134,7 @@ def write_report(results: Sequence[Result], planned: int, out: Path) -> None:
     if images:
         write_png(out / SHEET, contact_sheet(images))
     counts = {name: sum(result.outcome == name for result in results) for name in ("finished", "skipped", "failed")}
-    counts["not begun"] = planned - len(results)
+    counts["not finished"] = planned - len(results)
     lines = ["# Batch", "", ", ".join(f"{count} {name}" for name, count in counts.items() if count), ""]
     lines += [f"![Contact sheet]({SHEET})", ""] if images else []
     rows = []

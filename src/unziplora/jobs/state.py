@@ -130,7 +130,9 @@ class RunSummary:
 
     @property
     def steps(self) -> int | None:
-        """Steps of the whole run, those of all seeds; None if its configuration is damaged."""
+        """Steps of the whole run, those of all seeds; 0 for a merge that trains nothing; None if that is not known."""
+        if self.settings.get("method", "zip") != "zip":
+            return 0
         steps, seeds = self.settings.get("steps"), self.settings.get("seeds", 1)
         return steps * seeds if isinstance(steps, int) and isinstance(seeds, int) else None
 
