@@ -88,7 +88,8 @@ def test_prompts_have_one_style_at_their_end(photos: Path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "names no image"),
+        (None, r'words\.toml has to name each image with its words; add \["cat\.jpg"\]'),
+        ("", "has to name each image"),
         ('["cat.jpg"]\ncontent = "cat"\n', "needs exactly the words content and style"),
         ('["gone.jpg"]\ncontent = "cat"\nstyle = "ink"\n', r"gone\.jpg"),
         (
@@ -103,8 +104,10 @@ def test_prompts_have_one_style_at_their_end(photos: Path):
         ('["cat.jpg"]\ncontent = " "\nstyle = "ink"\n', r"words\.toml: 'cat\.jpg': content must not be blank"),
     ],
 )
-def test_unusable_words_file_is_refused(photos: Path, words: str, message: str):
-    (photos / "words.toml").write_text(words)
+def test_unusable_words_file_is_refused(photos: Path, words: str | None, message: str):
+    (photos / "words.toml").unlink(missing_ok=True)
+    if words is not None:
+        (photos / "words.toml").write_text(words)
     with pytest.raises(UserError, match=message):
         load_photos(photos, 64)
 

@@ -369,6 +369,8 @@ def test_files_that_are_not_images_are_named_for_what_they_are(tmp_path: Path) -
         return str(caught.value)
 
     assert "no such image" in fault("gone.png")
+    with pytest.raises(UserError, match=r"^cat\.png: images are not fetched from the web"):
+        load_image(Path("https://example.org/cat.png"), 32)
     assert "is a folder" in fault(".")
     assert "is empty" in fault("empty.png", b"")
     assert "not an image" in fault("notes.png", b"dear diary")

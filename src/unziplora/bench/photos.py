@@ -37,9 +37,9 @@ def load_photos(folder: Path, side: int) -> dict[str, Case]:
     Raises:
         UserError: the folder or its words.toml is missing, an entry lacks a word, or an image cannot be read.
     """
-    entries = read_toml(folder / WORDS)
+    entries = read_toml(folder / WORDS) if (folder / WORDS).exists() or not folder.is_dir() else {}
     if not entries:
-        raise UserError(f"{folder / WORDS}: names no image; add {EXAMPLE}")
+        raise UserError(f"{folder / WORDS} has to name each image with its words; add {EXAMPLE}")
     stems = [Path(name).stem for name in entries]
     folded = [stem.casefold() for stem in stems]  # their folders are the same on Windows and macOS
     for stem in stems:

@@ -193,6 +193,8 @@ def _check_file(path: Path) -> None:
         if path.is_dir():
             raise UserError(f"{path} is a folder: name an image in it")
         if not path.exists():
+            if path.parts[:1] in (("http:",), ("https:",)):
+                raise UserError(f"{path.name}: images are not fetched from the web; save it, and name the file")
             raise UserError(f"{path}: no such image")
         if not path.is_file():  # a pipe or device could be read forever
             raise UserError(f"{path}: this is not a file; name an image")
