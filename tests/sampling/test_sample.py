@@ -597,3 +597,13 @@ def test_weights_in_prompts_cause_one_warning(shared_base: Base):
     with pytest.warns(UserWarning, match=r"plain letters.*: \(cat:1.2\), \[blurry\]$") as caught:
         plan_sampling(config, shared_base)
     assert len(caught) == 1
+
+
+def test_lora_of_another_base_is_noticed_before_weights_are_read(
+    shared_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_lora(Lora(tiny.random_lora(shared_base.unet, 0)), tmp_path / "a.safetensors", dtype="fp32")
+    monkeypatch.setattr("unziplora.sampling.session.open_base", lambda *_: pytest.fail("weights were read"))
+    config = SampleConfig(content=str(tmp_path / "a.safetensors"), base="bundled", prompts=["a cat"])
+    with pytest.raises(UserError, match=r"a\.safetensors does not fit base .*bundled.* in the LoRA and .* in the base"):
+        sample(config)

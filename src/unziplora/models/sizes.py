@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from pydantic import BaseModel
 
 from unziplora.config.bases import BUNDLED_BASE, is_bundled
@@ -93,6 +94,20 @@ def _inspect_folder(source: str, folder: Path | None) -> Sizes:
         layers={path: (layer.weight[0].numel(), layer.weight.shape[0]) for path, layer in layers.items()},
         unet_config={key: value for key, value in unet.config.items() if not key.startswith("_")},
     )
+
+
+def described_unet(source: str) -> UNet2DConditionModel | None:
+    """Build a base's UNet without weights, on the meta device; return None if the base must be downloaded first.
+
+    Raises:
+        UserError: as `inspect_base`.
+    """
+    with usable_config(source):
+        folder = base_folder(source)
+        if folder is None:
+            return None
+        with torch.device("meta"), quiet():
+            return build_part(folder, "unet", read_config(folder / "model_index.json"))
 
 
 def scale_of(source: str) -> Scale:

@@ -14,11 +14,10 @@ from unziplora.config.sample import GenerationConfig, read_blocks
 from unziplora.config.templates import warn_of_ui_syntax
 from unziplora.formats.files import read_lora
 from unziplora.formats.safetensors import body_hash
-from unziplora.lora.weights import check_strengths
+from unziplora.lora.weights import check_fits, check_strengths
 from unziplora.models.base import Base, open_base
 from unziplora.models.device import computing_on
-from unziplora.models.folder import read_config
-from unziplora.models.sizes import base_folder, scale_of
+from unziplora.models.sizes import described_unet, scale_of
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import MERGED
 from unziplora.sampling.adapters import AttachedLoras, NamedLora
@@ -84,8 +83,11 @@ def plan_sampling(config: GenerationConfig, base: Base | None = None) -> Samplin
     sources = find_loras(config)
     name = choose_base(config, sources) if base is None else base.name
     prompts = plan_prompts(config, sources)
-    unet_config = _unet_config(name) if base is None else base.unet.config
-    files = {file: read_lora(file, unet_config) for file in dict.fromkeys(source.file for source in sources)}
+    unet = described_unet(name) if base is None else base.unet
+    files = {file: read_lora(file, unet and unet.config) for file in dict.fromkeys(source.file for source in sources)}
+    if unet is not None:
+        for file, lora in files.items():
+            check_fits(lora, unet, str(file), f"base {name}")
     loras = []
     for source in sources:
         blocks = read_blocks(getattr(config, f"{source.kind}_blocks"))
@@ -96,12 +98,6 @@ def plan_sampling(config: GenerationConfig, base: Base | None = None) -> Samplin
     keys = config.model_dump(include={"steps", "guidance_rescale", "negative", "scheduler", "batch_size"})
     settings = Settings(guidance=choose_guidance(config, sources), width=width, height=height, **keys)
     return SamplingPlan(name, loras, prompts, settings)
-
-
-def _unet_config(base: str) -> dict[str, object] | None:
-    """Read the configuration of a base's UNet, or return None if the base must be downloaded first."""
-    folder = base_folder(base)
-    return None if folder is None else read_config(folder / "unet" / "config.json")
 
 
 def shared_names(files: Iterable[Path]) -> dict[Path, str]:

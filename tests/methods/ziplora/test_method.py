@@ -640,6 +640,11 @@ class TestRefusals:
             zip_loras(config())
         assert not config().out.exists()
 
+    def test_loras_of_another_base_are_refused_before_the_run_begins(self, config: Make):
+        with pytest.raises(UserError, match=r"content-lora\.safetensors does not fit base bundled"):
+            zip_loras(config(base="bundled"))
+        assert not config().out.exists()
+
     @pytest.mark.parametrize("method", ["zip", "direct"])
     def test_loras_of_different_widths_are_refused(
         self, config: Make, loras: dict[str, Lora], files: dict[str, Path], method: str

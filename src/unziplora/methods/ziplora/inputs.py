@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from unziplora.config.recipe import KINDS, resolve
 from unziplora.config.training import default_fit, read_crop
@@ -18,7 +18,7 @@ from unziplora.errors import UserError
 from unziplora.formats.files import read_lora
 from unziplora.images.preprocess import ImageFile
 from unziplora.lora.algebra import Pair, cat, project, scale, shape
-from unziplora.lora.weights import Lora, format_shape
+from unziplora.lora.weights import Lora, check_fits, format_shape
 from unziplora.methods.class_images import FIRST_SEED
 from unziplora.methods.data import conditioning_of, generation_settings, latents_of, sizes_of
 from unziplora.models.base import Base
@@ -116,17 +116,20 @@ def _summed(parts: list[dict[str, Pair]]) -> dict[str, Pair]:
     return {path: cat([part[path] for part in parts if path in part]) for path in dict.fromkeys(chain(*parts))}
 
 
-def check_zippable(config: ZipConfig, loras: Mapping[str, Lora]) -> None:
-    """Check that the LoRAs have a common layer, whose columns can be scaled.
+def check_zippable(config: ZipConfig, loras: Mapping[str, Lora], unet: nn.Module | None) -> None:
+    """Check that the LoRAs have a common layer, whose columns can be scaled, and fit the base's UNet if it is known.
 
     Raises:
-        UserError: they have none.
+        UserError: they do not.
     """
     if not shared_layers(loras):
         raise UserError(
             f"{config.content_lora} and {config.style_lora} have no layer in common, so there is nothing "
             "to separate; use --method direct"
         )
+    if unet is not None:
+        for name, lora in loras.items():
+            check_fits(lora, unet, str(config.loras[name]), f"base {config.base}")
 
 
 def shared_layers(loras: Mapping[str, Lora]) -> list[str]:

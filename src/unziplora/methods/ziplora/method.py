@@ -28,7 +28,7 @@ from unziplora.config.zip import ZipConfig
 from unziplora.formats.header import LAYERS_KEY
 from unziplora.lora.inject import add_lora
 from unziplora.lora.layer import Branch
-from unziplora.lora.weights import Lora, check_fits
+from unziplora.lora.weights import Lora
 from unziplora.methods.adapters import AdapterMethod, folded, switched_off
 from unziplora.methods.ziplora.inputs import (
     TeacherExamples,
@@ -42,7 +42,7 @@ from unziplora.methods.ziplora.inputs import (
     shared_layers,
 )
 from unziplora.models.base import Base
-from unziplora.models.sizes import inspect_base
+from unziplora.models.sizes import described_unet
 from unziplora.models.text import Prompts
 from unziplora.runs.folder import RunFolder
 from unziplora.runs.model_card import LoraDescription, RunDescription, base_name
@@ -114,13 +114,13 @@ class ZipLora(AdapterMethod[ZipConfig, TeacherExamples]):
 
     @classmethod
     def check(cls, config: ZipConfig, base: Base | None = None) -> None:
-        unet_config = None
+        unet = None
         if config.method == "zip":
-            unet_config = inspect_base(config.base).unet_config if base is None else base.unet.config
-        loras = read_loras(config, unet_config)
+            unet = described_unet(config.base) if base is None else base.unet
+        loras = read_loras(config, unet and unet.config)
         config.filled_prompts()
         if config.method == "zip":
-            check_zippable(config, loras)
+            check_zippable(config, loras, unet)
 
     @classmethod
     def image_groups(cls, config: ZipConfig) -> dict[str, ImageGroup]:
@@ -141,8 +141,7 @@ class ZipLora(AdapterMethod[ZipConfig, TeacherExamples]):
     def build(cls, config: ZipConfig, setup: Setup) -> ZipLora:
         base = setup.base
         loras = read_loras(config, base.unet.config)
-        for name, lora in loras.items():
-            check_fits(lora, base.unet, str(config.loras[name]), f"base {base.name}")
+        check_zippable(config, loras, base.unet)
         data = encode_teachers(setup, config, loras)
         setup.make_room(config)
         return cls(base.unet, setup.noise_schedule(), data, config, setup.autocast)
