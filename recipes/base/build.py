@@ -21,7 +21,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from recipes import run
 from recipes.base.filters.common import Pixels
+from unziplora.errors import UserError
 
 WORLD = Path(__file__).with_name("world.json")
 ICONIFY = "@iconify/json@2.2.535"
@@ -39,7 +41,7 @@ class Package:
         folder.mkdir(parents=True, exist_ok=True)
         if not list(folder.glob(f"{stem}-*.tgz")):
             if not shutil.which("npm"):
-                raise FileNotFoundError("npm is missing: install Node.js, or put emoji128.zip in place by hand")
+                raise UserError("npm is missing: install Node.js, or put emoji128.zip in place by hand")
             subprocess.run(["npm", "pack", "--silent", name], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         self.archive = tarfile.open(next(folder.glob(f"{stem}-*.tgz")))  # noqa: SIM115
         self.members = {m.name.removeprefix("package/"): m for m in self.archive.getmembers()}
@@ -209,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from unziplora.errors import UserError
+from unziplora.utils.inputs import read_toml
 
 
 class Strict(BaseModel):
@@ -175,6 +172,13 @@ class Recipe(Strict):
 
     @classmethod
     def read(cls, path: Path | str) -> Recipe:
-        """Read a TOML; relative paths inside are relative to the current folder."""
-        with open(path, "rb") as file:
-            return cls.model_validate(tomllib.load(file))
+        """Read a TOML; relative paths inside are relative to the current folder.
+
+        Raises:
+            UserError: it is missing, not TOML, or a key is unknown, missing or out of bounds.
+        """
+        try:
+            return cls.model_validate(read_toml(Path(path)))
+        except ValidationError as error:
+            faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            raise UserError("\n".join([f"{path}:", *faults])) from None

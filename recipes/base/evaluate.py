@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from recipes import run
 from recipes.base.captions import Kind, wordings
 from recipes.base.config import Recipe
 from recipes.base.judges import AXES, FOLDER, Judge
 from recipes.base.sheets import sheet
 from recipes.base.unet import sample, trained_pipeline
 from recipes.base.world import World, is_held_out_pair
+from unziplora.models.base import load_base
 
 
 @dataclass
@@ -113,8 +115,7 @@ def main() -> None:
     recipe = Recipe.read(options.recipe)
     torch.set_num_threads(recipe.threads)
     if options.folder:
-        pipe = StableDiffusionXLPipeline.from_pretrained(options.folder, torch_dtype=torch.float32)
-        pipe.set_progress_bar_config(disable=True)
+        pipe = load_base(str(options.folder)).pipe
         about: dict[str, object] = {"folder": str(options.folder)}
     else:
         pipe, trained = trained_pipeline(recipe)
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

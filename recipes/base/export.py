@@ -11,11 +11,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from transformers import CLIPTokenizer
 
+from recipes import run
 from recipes.base.captions import STYLE_WORDS
 from recipes.base.config import Recipe
 from recipes.base.judges import FOLDER
 from recipes.base.unet import trained_pipeline
 from recipes.base.world import World
+from unziplora.errors import UserError
 
 LIMIT = 60_000_000
 CARD = Path(__file__).with_name("card.md")
@@ -78,7 +80,7 @@ def export(recipe: Recipe, folder: Path) -> int:
     """Write the folder with half-precision weights and the card; return its size in bytes.
 
     Raises:
-        ValueError: the folder is larger than 60 MB.
+        UserError: the folder is larger than 60 MB.
     """
     pipe, steps = trained_pipeline(recipe)
     evaluation_file = recipe.output / "evaluation" / "evaluation.json"
@@ -95,7 +97,7 @@ def export(recipe: Recipe, folder: Path) -> int:
     (folder / "README.md").write_text(card(recipe, steps, pipe.vae.config.latent_channels, evaluation))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > LIMIT:
-        raise ValueError(f"{folder} has {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}: use a smaller UNet")
+        raise UserError(f"{folder} has {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}: use a smaller UNet")
     StableDiffusionXLPipeline.from_pretrained(folder)
     return size
 
@@ -111,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

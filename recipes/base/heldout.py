@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from recipes import run
 from recipes.base.captions import strip_colors, wordings
 from recipes.base.config import Recipe
 from recipes.base.dataset import Images, render_items, unseen_drawings
@@ -18,6 +19,7 @@ from recipes.base.latents import encode_images
 from recipes.base.text import TextEncoders
 from recipes.base.unet import build_scheduler, trained_pipeline
 from recipes.base.world import NEVER_FILTERS, World
+from unziplora.models.base import load_base
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 NOISE_SEED = 20_000
@@ -80,11 +82,11 @@ def main() -> None:
     recipe = Recipe.read(options.recipe)
     torch.set_num_threads(recipe.threads)
     if options.folder:
-        pipe = StableDiffusionXLPipeline.from_pretrained(options.folder, torch_dtype=torch.float32)
+        pipe = load_base(str(options.folder)).pipe
     else:
         pipe, _ = trained_pipeline(recipe)
     print(json.dumps(held_out_loss(pipe, recipe, options.count), indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from recipes import run
 from recipes.base.config import Recipe, StageSettings
 from recipes.base.dataset import Images
 from recipes.base.grades import Grade
@@ -203,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

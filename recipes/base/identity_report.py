@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from recipes import run
 from recipes.base.config import Recipe
 from recipes.base.filters import FILTERS
 from recipes.base.grades import Grade
@@ -161,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from recipes import run
 from recipes.base.clip import ImageEncoder
 from recipes.base.config import Recipe
 from recipes.base.dataset import Images, render_items, training_images
@@ -155,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

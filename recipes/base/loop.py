@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipes.base.config import Recipe, StageSettings
 from recipes.base.optimizers import MuonAdamW, trainable
+from unziplora.errors import UserError
 
 Figures = dict[str, float | Tensor]
 """Figures of a step for the log. Tensors are read only when the log is written, so that no step waits for a GPU."""
@@ -166,9 +167,7 @@ def train(stage: Stage, stop: Stop) -> bool:
     settings, log = stage.settings, Log(stage.folder)
     first = load_checkpoint(stage)
     if first > settings.steps:
-        raise SystemExit(
-            f"{stage.folder}: trained for {first} steps already, not {settings.steps}: name another output"
-        )
+        raise UserError(f"{stage.folder}: trained for {first} steps already, not {settings.steps}: name another output")
     started = saved = sampled = time.time()
     sums: Figures = {}
     for step in range(first, settings.steps):

@@ -7,6 +7,8 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from unziplora.errors import UserError
+
 PATCH = 8
 
 
@@ -52,11 +54,11 @@ def start_as_pca(vae: AutoencoderTiny, pixels: np.ndarray) -> Tensor:
     random.
 
     Raises:
-        ValueError: the encoder is too narrow: it needs 48 channels, and two for each latent channel.
+        UserError: the encoder is too narrow: it needs 48 channels, and two for each latent channel.
     """
     latents, width = vae.config.latent_channels, vae.config.encoder_block_out_channels[-1]
     if width < max(48, 2 * latents):
-        raise ValueError(f"vae channels {width} are too few to start from {latents} principal components")
+        raise UserError(f"vae channels {width} are too few to start from {latents} principal components")
     mean, directions, variances = principal_components(pixels, latents)
     spread = latent_spread(variances)
     maps = directions * (spread / variances.sqrt())[:, None]

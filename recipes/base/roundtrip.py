@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
+from recipes import run
 from recipes.base.config import Recipe
 from recipes.base.dataset import training_images
 from recipes.base.sheets import sheet, to_pixels
@@ -51,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from unziplora.errors import UserError
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = Path(__file__).with_name("merges.txt")
 MAX_LENGTH = 77
@@ -15,11 +17,11 @@ def read_merges(count: int) -> list[tuple[str, str]]:
     """Read the first `count` merges of CLIP, most frequent first.
 
     Raises:
-        ValueError: `merges.txt` has fewer.
+        UserError: `merges.txt` has fewer.
     """
     lines = [line for line in MERGES.read_text().splitlines() if not line.startswith("#version")]
     if count > len(lines):
-        raise ValueError(f"merges.txt has {len(lines)} merges, not {count}: set [clip] merges lower")
+        raise UserError(f"merges.txt has {len(lines)} merges, not {count}: set [clip] merges lower")
     return [(left, right) for left, right in (line.split() for line in lines[:count])]
 
 

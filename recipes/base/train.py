@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from recipes import run
 from recipes.base.config import Recipe
 from recipes.base.loop import Stage, Stop, train
+from unziplora.errors import UserError
 from unziplora.models.device import flushed_denormals
 
 
@@ -54,6 +56,10 @@ def main() -> None:
     parser.add_argument("--until", help="stop cleanly at this time of day, UTC, HH:MM")
     parser.add_argument("--init", type=Path, help="exported pipeline folder whose autoencoder or UNet to start from")
     options = parser.parse_args()
+    if unknown := sorted(set(options.stages) - set(STAGES)):
+        raise UserError(f"no stage {', '.join(unknown)}: there are {', '.join(STAGES)}")
+    if options.init and not (options.init / "model_index.json").is_file():
+        raise UserError(f"{options.init}: not a folder that `python -m recipes.base.export` wrote")
     recipe, stop = Recipe.read(options.recipe), Stop(options.minutes, options.until)
     torch.set_num_threads(recipe.threads)
     with flushed_denormals(torch.device("cpu")):
@@ -63,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -27,6 +27,7 @@ from recipes.base.text import TextEncoders
 from recipes.base.vae import broad_images, open_vae
 from recipes.base.widen import widen_first_level, widen_unet
 from recipes.base.world import World
+from unziplora.errors import UserError
 
 SHEET_STEPS = 20
 """Sampling steps of the images on a sheet."""
@@ -58,7 +59,7 @@ def build_unet(settings: UnetSettings, latent_channels: int, text_width: int, po
 
 
 def check_levels(unet: UNet2DConditionModel, settings: UnetSettings, init: Path) -> None:
-    """Raise ValueError if a recipe would not build this UNet: its checkpoint could not be exported."""
+    """Raise UserError if a recipe would not build this UNet: its checkpoint could not be exported."""
     for key, name in (
         ("channels", "block_out_channels"),
         ("heads", "attention_head_dim"),
@@ -66,7 +67,7 @@ def check_levels(unet: UNet2DConditionModel, settings: UnetSettings, init: Path)
     ):
         has, asked = list(unet.config[name]), getattr(settings, key)
         if has != asked:
-            raise ValueError(f"unet.{key} is {asked} in the recipe and {has} in {init}: set it to {has}")
+            raise UserError(f"unet.{key} is {asked} in the recipe and {has} in {init}: set it to {has}")
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -105,14 +106,20 @@ def assemble(text: TextEncoders, vae: AutoencoderTiny, unet: UNet2DConditionMode
 
 
 def trained_pipeline(recipe: Recipe) -> tuple[StableDiffusionXLPipeline, int]:
-    """Return the pipeline of a recipe's checkpoint, with averaged weights, and the number of its steps."""
-    cpu = torch.device("cpu")
+    """Return the pipeline of a recipe's checkpoint, with averaged weights, and the number of its steps.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    cpu, checkpoint = torch.device("cpu"), recipe.output / "unet" / "checkpoint.pt"
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint} is missing: run `python -m recipes.base.train` with this recipe first")
     text = TextEncoders.load(recipe.output / "clip", cpu)
     vae = open_vae(recipe)
     width = sum(encoder.config.hidden_size for encoder in text.encoders)
     unet = build_unet(recipe.unet, vae.config.latent_channels, width, text.encoders[1].config.projection_dim)
     unet.register_to_config(sample_size=recipe.world.resolution // 8)
-    state = torch.load(recipe.output / "unet" / "checkpoint.pt", map_location=cpu, weights_only=True)
+    state = torch.load(checkpoint, map_location=cpu, weights_only=True)
     unet.load_state_dict(state["modules"]["ema"])
     return assemble(text, vae.eval(), unet.eval()), state["step"]
 

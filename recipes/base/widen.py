@@ -7,6 +7,8 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
+from unziplora.errors import UserError
+
 TIMESTEPS = 1000
 """Timesteps of the schedule that the base is trained with."""
 
@@ -49,11 +51,11 @@ def widen_first_level(unet: UNet2DConditionModel, channels: int) -> UNet2DCondit
     Norms over groups with copied channels and the finer timestep frequencies change the result a little.
 
     Raises:
-        ValueError: the second level has as many channels. It would have no shortcut convolution, and the base has one.
+        UserError: the second level has as many channels. It would have no shortcut convolution, and the base has one.
     """
     width, second = unet.config.block_out_channels[:2]
     if channels == second:
-        raise ValueError(f"the first level cannot have {channels} channels, as the second has")
+        raise UserError(f"the first level cannot have {channels} channels, as the second has")
     time_width = unet.time_embedding.linear_1.out_features  # by default four times the width
     levels = (channels, *unet.config.block_out_channels[1:])
     wide = UNet2DConditionModel.from_config(

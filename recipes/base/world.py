@@ -17,6 +17,7 @@ from PIL import Image
 from recipes.base.config import WorldSettings
 from recipes.base.filters import FILTERS, rendered
 from recipes.base.filters.common import Pixels
+from unziplora.errors import UserError
 
 NEVER_SETS = frozenset({"fxemoji", "noto-v1", "openmoji", "openmoji-black", "unifont"})
 NEVER_FILTERS = frozenset({"stained", "clay", "linocut"})
@@ -61,15 +62,15 @@ class World:
     """Reader of the zip of drawings (`SET/CONCEPT.webp`, RGBA) and its metadata.
 
     Raises:
-        FileNotFoundError: the zip or the metadata is missing.
-        ValueError: the settings would train on something that must stay unseen.
+        UserError: the zip or the metadata is missing.
+        UserError: the settings would train on something that must stay unseen.
     """
 
     def __init__(self, settings: WorldSettings):
         self.settings = settings
         for path in (settings.zip, settings.meta):
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing: set [world] zip and meta to the picture world")
+                raise UserError(f"{path} is missing: set [world] zip and meta to the picture world")
         self.meta = json.loads(settings.meta.read_text())
         self.archive = zipfile.ZipFile(settings.zip)
         self.names = frozenset(self.archive.namelist())
@@ -100,18 +101,18 @@ class World:
         used = {s for style in self.settings.styles.values() for s in style.sets} | set(self.settings.drawings)
         filters = {style.filter for style in self.settings.styles.values()} - {None}
         if bad := used & NEVER_SETS:
-            raise ValueError(f"sets {sorted(bad)} are never trained on: take them out of the recipe")
+            raise UserError(f"sets {sorted(bad)} are never trained on: take them out of the recipe")
         if bad := filters & NEVER_FILTERS:
-            raise ValueError(f"filters {sorted(bad)} are never trained on: take them out of the recipe")
+            raise UserError(f"filters {sorted(bad)} are never trained on: take them out of the recipe")
         if bad := set(self.trained_concepts) & held_out_concepts():
-            raise ValueError(f"concepts {sorted(bad)} are held out: take them out of the recipe")
+            raise UserError(f"concepts {sorted(bad)} are held out: take them out of the recipe")
         if unknown := set(self.trained_concepts) - set(self.concepts):
-            raise ValueError(f"unknown or excluded concepts {sorted(unknown)}")
+            raise UserError(f"unknown or excluded concepts {sorted(unknown)}")
         if unknown := used - set(self.sets) or filters - set(FILTERS):
-            raise ValueError(f"unknown sets or filters {sorted(unknown)}")
+            raise UserError(f"unknown sets or filters {sorted(unknown)}")
         for key in used:
             if not self.sets[key]["licence"].startswith(FREE_LICENSES):
-                raise ValueError(f"set {key} has licence {self.sets[key]['licence']}: not allowed for weights")
+                raise UserError(f"set {key} has licence {self.sets[key]['licence']}: not allowed for weights")
 
     def has(self, drawing: str, concept: str) -> bool:
         """Return true if the set has a drawing of the concept."""

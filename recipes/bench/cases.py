@@ -21,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from recipes import run
 from recipes.base.captions import STYLE_WORDS
 from recipes.base.filters import rendered
 from recipes.base.filters.common import Pixels, finish
+from unziplora.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -116,7 +118,7 @@ class Builder:
         for drawing in self.table["drawings"]:
             if licenses.get(drawing) not in FREE:
                 free = " or ".join(FREE)
-                raise ValueError(f"set {drawing} is under {licenses.get(drawing)}, not {free}: it may not be shipped")
+                raise UserError(f"set {drawing} is under {licenses.get(drawing)}, not {free}: it may not be shipped")
 
     def image(self, look: Look, drawing: str, concept: str, number: int = 0) -> str:
         """Render an image, unless it is there, and return its file name; `number` distinguishes renderings."""
@@ -157,14 +159,14 @@ class Builder:
     def _check(self, split: str, concept: str, drawing: str, look: Look) -> None:
         other = self.table["test" if split == "dev" else "dev"]
         if concept in other["concepts"] or concept not in self.table[split]["concepts"]:
-            raise ValueError(f"{concept}: must be among the concepts of {split}, and not of the other split")
+            raise UserError(f"{concept}: must be among the concepts of {split}, and not of the other split")
         if drawing not in self.table["drawings"]:
-            raise ValueError(f"{concept}: set {drawing} is not among {self.table['drawings']}")
+            raise UserError(f"{concept}: set {drawing} is not among {self.table['drawings']}")
         known = {self.looks[name].filter for *_, name in other["cases"] if not self.looks[name].new}
         if look.filter in known:
-            raise ValueError(f"{look.name}: filter {look.filter} is one of the other split")
+            raise UserError(f"{look.name}: filter {look.filter} is one of the other split")
         if any(self.looks[name].alike(look) for *_, name in other["cases"]):
-            raise ValueError(f"{look.name}: the other split has the same look")
+            raise UserError(f"{look.name}: the other split has the same look")
 
     def _targets(self, look: Look, drawing: str, concept: str, number: int) -> list[Data]:
         """Return four known styles other than the case's, in turn."""
@@ -254,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,6 +7,7 @@ for the style in place of CLIP's own.
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from recipes import run
+from unziplora.errors import UserError
 
 PROJECTION = "last_layer_style"
 _HEAD = 64
@@ -37,11 +41,11 @@ def convert(checkpoint: Mapping[str, Tensor]) -> CLIPVisionModelWithProjection:
     """Return the style model of a checkpoint's tensors by name.
 
     Raises:
-        ValueError: it is not CSD's: a tensor is missing, or has another name or shape.
+        UserError: it is not CSD's: a tensor is missing, or has another name or shape.
     """
     tensors = {name.removeprefix("module."): tensor.float() for name, tensor in checkpoint.items()}
     if PROJECTION not in tensors or "backbone.conv1.weight" not in tensors:
-        raise ValueError(f"this is no checkpoint of CSD: it lacks {PROJECTION} or backbone.conv1.weight")
+        raise UserError(f"this is no checkpoint of CSD: it lacks {PROJECTION} or backbone.conv1.weight")
     vision = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
     state = {"visual_projection.weight": tensors[PROJECTION].T.contiguous()}
     for name, tensor in vision.items():
@@ -54,7 +58,7 @@ def convert(checkpoint: Mapping[str, Tensor]) -> CLIPVisionModelWithProjection:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"this is no checkpoint of CSD: {error}") from None
+        raise UserError(f"this is no checkpoint of CSD: {error}") from None
     return model.eval()
 
 
@@ -62,7 +66,7 @@ def _renamed(name: str) -> str:
     for pattern, target in _NAMES.items():
         if match := re.fullmatch(pattern, name):
             return match.expand(target)
-    raise ValueError(f"this is no checkpoint of CSD: {name} is unknown")
+    raise UserError(f"this is no checkpoint of CSD: {name} is unknown")
 
 
 def _config(vision: Mapping[str, Tensor], projection: int) -> CLIPVisionConfig:
@@ -81,15 +85,30 @@ def _config(vision: Mapping[str, Tensor], projection: int) -> CLIPVisionConfig:
     )
 
 
+def read(checkpoint: Path) -> Mapping[str, Tensor]:
+    """Return the tensors of a pickled checkpoint by name; no code from it is run.
+
+    Raises:
+        UserError: the file is missing, or contains more than tensors and settings.
+    """
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings of a training; data only
+            stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError):
+        raise UserError(f"{checkpoint}: not a checkpoint of tensors; download CSD's published file again") from None
+    tensors = stored.get("model_state_dict", stored) if isinstance(stored, dict) else {}
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
 def main() -> None:
-    """Write the model and its image processor; the checkpoint is read without running code from it."""
+    """Write the model and its image processor."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the settings of a training; data only
-        stored = torch.load(options.checkpoint, map_location="cpu", weights_only=True)
-    model = convert(stored.get("model_state_dict", stored))
+    model = convert(read(options.checkpoint))
     model.save_pretrained(options.folder, safe_serialization=True)
     side = model.config.image_size
     size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
@@ -97,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,7 @@ from recipes.base.filters import FILTERS
 from recipes.bench.cases import TABLE as SHIPPED
 from recipes.bench.cases import Draws, Look, build
 from unziplora.bench.cases import CASES
+from unziplora.errors import UserError
 
 CONCEPTS = ["key", "star", "house", "bell", "fish", "frog", "crown", "cactus", "tulip", "panda", "castle", "guitar"]
 
@@ -104,7 +105,7 @@ def test_cases_name_stored_images(world: tuple[Path, Path], tmp_path: Path):
 def test_leaking_table_raises(
     world: tuple[Path, Path], tmp_path: Path, change: tuple[str, str], cases: str, message: str
 ):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         build(*world, tmp_path / "out.zip", table(tmp_path, TABLE.replace(*change), cases))
     assert not (tmp_path / "out.zip").exists()
 

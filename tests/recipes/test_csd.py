@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipes.bench import csd
+from unziplora.errors import UserError
 from unziplora.metrics.embedders import ImageModel
 
 WIDTH, HEADS, LAYERS, PATCH, GRID, OUT = 128, 2, 2, 4, 3, 6
@@ -81,10 +82,10 @@ def test_converted_folder_gives_the_same_style_embeddings(
 
 
 def test_other_checkpoints_are_refused(checkpoint: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match="lacks last_layer_style"):
+    with pytest.raises(UserError, match="lacks last_layer_style"):
         csd.convert({name: t for name, t in checkpoint.items() if "style" not in name})
-    with pytest.raises(ValueError, match="extra is unknown"):
+    with pytest.raises(UserError, match="extra is unknown"):
         csd.convert({**checkpoint, "module.backbone.extra": torch.ones(1)})
     del checkpoint["module.backbone.ln_post.bias"]
-    with pytest.raises(ValueError, match=r"post_layernorm\.bias"):
+    with pytest.raises(UserError, match=r"post_layernorm\.bias"):
         csd.convert(checkpoint)

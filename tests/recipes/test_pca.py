@@ -10,6 +10,7 @@ from recipes.base.config import Recipe, VaeSettings
 from recipes.base.loop import update
 from recipes.base.pca import latent_spread, start_as_pca
 from recipes.base.vae import VaeStage, build_vae, to_tensor
+from unziplora.errors import UserError
 
 SETTINGS = VaeSettings(channels=48, latent_channels=6, encoder_blocks=[0, 1, 2, 1], decoder_blocks=[1, 1, 1, 0])
 
@@ -54,7 +55,7 @@ def test_spreads_have_mean_square_one_and_fall_slower_than_deviations() -> None:
 
 
 def test_narrow_encoder_raises(pixels: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="too few to start from 30"):
+    with pytest.raises(UserError, match="too few to start from 30"):
         start_as_pca(build_vae(SETTINGS.model_copy(update={"latent_channels": 30})), pixels)
 
 

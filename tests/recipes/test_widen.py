@@ -24,6 +24,7 @@ from recipes.base.vae import VaeStage, broad_images, to_tensor
 from recipes.base.widen import copied_channels, share_inputs, sources_along, widen_first_level, widen_unet, widen_vae
 from recipes.base.world import World
 from unziplora.bench.cases import load_cases
+from unziplora.errors import UserError
 
 MORE = 20
 
@@ -101,7 +102,7 @@ class TestWiderFirstLevel:
 
     def test_level_as_wide_as_the_next_is_refused(self, folder: Path):
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-        with pytest.raises(ValueError, match="cannot have 32 channels"):
+        with pytest.raises(UserError, match="cannot have 32 channels"):
             widen_first_level(unet, 32)
 
     def test_stage_widens_the_base_to_the_recipe(self, folder: Path, trained: Recipe, tmp_path: Path):
@@ -119,7 +120,7 @@ class TestWiderFirstLevel:
         settings = trained.unet.model_copy(update=change)
         recipe = trained.model_copy(update={"output": tmp_path / "next", "unet": settings})
         (key,) = change
-        with pytest.raises(ValueError, match=rf"unet\.{key} is .* in the recipe and .* in .*base"):
+        with pytest.raises(UserError, match=rf"unet\.{key} is .* in the recipe and .* in .*base"):
             UnetStage(recipe, folder)
 
 

@@ -12,6 +12,7 @@ from recipes.base.captions import STYLE_WORDS, draw_prompt, strip_colors, with_a
 from recipes.base.filters import FILTERS
 from recipes.base.tokenizer import build_tokenizer, read_merges
 from recipes.base.world import Item
+from unziplora.errors import UserError
 
 
 def test_plainest_wording_comes_first() -> None:
@@ -77,7 +78,7 @@ def test_merges_are_a_prefix_with_common_words() -> None:
     assert len(tokenizer) == 2 * 256 + 3500 + 2
     assert tokenizer.convert_ids_to_tokens(tokenizer("red apple").input_ids[1:-1]) == ["red</w>", "apple</w>"]
     assert len(tokenizer("sks").input_ids) == 4
-    with pytest.raises(ValueError, match="merges"):
+    with pytest.raises(UserError, match="merges"):
         read_merges(50_000)
 
 

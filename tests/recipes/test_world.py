@@ -19,6 +19,7 @@ from recipes.base.world import (
     held_out_concepts,
     is_held_out_pair,
 )
+from unziplora.errors import UserError
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "base"
 
@@ -46,19 +47,19 @@ def test_all_concepts_leave_out_people_clocks_and_held_out(world_settings: World
 
 @pytest.mark.parametrize("name", sorted(NEVER_SETS))
 def test_never_trained_sets_are_refused(world_settings: WorldSettings, name: str) -> None:
-    with pytest.raises(ValueError, match="never trained"):
+    with pytest.raises(UserError, match="never trained"):
         World(with_style(world_settings, sets=[name]))
-    with pytest.raises(ValueError, match="never trained"):
+    with pytest.raises(UserError, match="never trained"):
         World(world_settings.model_copy(update={"drawings": [name]}))
 
 
 def test_never_trained_filters_held_out_concepts_and_licences_are_refused(world_settings: WorldSettings) -> None:
     for name in sorted(NEVER_FILTERS):
-        with pytest.raises(ValueError, match="never trained"):
+        with pytest.raises(UserError, match="never trained"):
             World(with_style(world_settings, filter=name))
-    with pytest.raises(ValueError, match="held out"):
+    with pytest.raises(UserError, match="held out"):
         World(world_settings.model_copy(update={"concepts": [sorted(held_out_concepts())[0]]}))
-    with pytest.raises(ValueError, match="licence"):
+    with pytest.raises(UserError, match="licence"):
         World(with_style(world_settings, sets=["shared-alike"]))
 
 
