@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "sample_size": 16,
         "in_channels": 24,
         "out_channels": 24,
-        "block_out_channels": (64, 128, 192),
+        "block_out_channels": (96, 128, 192),
         "transformer_layers_per_block": (1, 1, 2),
         "attention_head_dim": (2, 4, 6),
         "cross_attention_dim": 256,
