@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,6 +305,24 @@ class TestSplit:
         assert done.code == 0
         assert "refused: full exists already and is not empty: choose another --out" in " ".join(done.err.split())
 
+    @pytest.mark.parametrize(
+        ("flags", "warning"),
+        [
+            (["--steps", "9"], ""),
+            (["--rank", "1"], "this run is finished; choose another --out"),
+            (["--steps", "9", "--rank", "1"], "these differ: rank: 2 → 1."),
+        ],
+    )
+    def test_dry_run_warns_of_a_run_that_cannot_be_resumed_so(
+        self, call: Call, finished: Path, flags: list[str], warning: str
+    ) -> None:
+        shutil.copytree(finished, "run")
+        done = call("split", "--resume", "--out", "run", *flags, "--dry-run")
+        assert done.code == 0
+        err = " ".join(done.err.split())
+        assert warning in err
+        assert ("without --dry-run this is refused" in err) is bool(warning)
+
     def test_dry_run_opens_the_images(self, call: Call, tiny_folder: Path) -> None:
         Path("notes.png").write_text("dear diary")
         done = call("split", "notes.png", *SPLIT[2:], "--base", tiny_folder, "--dry-run")
@@ -437,6 +456,11 @@ class TestTrain:
         assert any("sks" in text for text in shown["prompts"].values())
         assert shown["memory"]["lines"]
         assert list(Path("runs").iterdir()) == [Path(shown["image"])]
+
+    def test_a_dry_run_looks_at_the_class_folder(self, call: Call, tiny_folder: Path) -> None:
+        words = ["--content", "cat", "--base", tiny_folder, "--device", "cpu", "--prior", "1"]
+        done = call("train", "dreambooth", "cat.png", *words, "--class-folder", "cat.png", "--dry-run")
+        assert (done.code, "cat.png: class_folder is a file; name a folder" in done.err) == (2, True)
 
     def test_wrong_requests(self, call: Call) -> None:
         done = call("train", "dreambooth", "cat.png")

@@ -90,7 +90,7 @@ def _plan(config: ImageConfig, resume: bool) -> Plan:
     """List the prompts, estimate the memory, and write what will be learned as an image next to the run folder."""
     from unziplora.images.preprocess import warn_of_flaws
 
-    warn_if_taken(config.out, resume)
+    warn_if_refused(config, resume)
     image, size, prompts, memory, flaws, _ = foresee(config)
     warn_of_ui_syntax(prompts.values())
     warn_of_flaws(flaws)
@@ -101,11 +101,15 @@ def _plan(config: ImageConfig, resume: bool) -> Plan:
     return Plan(config, data, [*prompt_lines(prompts), "", shown, "", *memory.table().splitlines()])
 
 
-def warn_if_taken(out: Path, resume: bool) -> None:
-    """Warn that a run would be refused, because its folder contains something."""
+def warn_if_refused(config: TrainingConfig, resume: bool) -> None:
+    """Warn that a run would be refused: its folder contains something, or it was begun with other settings."""
+    run = RunFolder(config.out)
     try:
-        if not resume:
-            RunFolder(out).check_free()
+        if resume:
+            run.check_extendable(config)
+            run.check_settings(config)
+        else:
+            run.check_free()
     except UserError as error:
         warnings.warn(f"without --dry-run this is refused: {error}", stacklevel=2)
 

@@ -10,7 +10,7 @@ import click
 
 from unziplora.cli.command import Keys, Plan, RecipeCommand
 from unziplora.cli.options import ExpandedPath
-from unziplora.cli.training import prompt_lines, run_layers, train, warn_if_taken
+from unziplora.cli.training import prompt_lines, run_layers, train, warn_if_refused
 from unziplora.config.zip import ZipConfig
 from unziplora.errors import UserError
 from unziplora.jobs.trainings import check
@@ -36,7 +36,7 @@ def _name(lora: Path) -> str:
 
 def _plan(config: ZipConfig, resume: bool) -> Plan:
     """List the prompts; LoRAs and images are opened."""
-    warn_if_taken(config.out, resume)
+    warn_if_refused(config, resume)
     config = check(config)
     prompts = config.filled_prompts()
     return Plan(config, {"prompts": prompts}, prompt_lines(prompts))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unziplora.config.dreambooth import DreamBoothConfig
 from unziplora.config.templates import in_style
+from unziplora.errors import UserError
 from unziplora.lora.inject import filter_targets, target_layers
 from unziplora.methods.adapters import AdapterMethod, TrainingData, matrices, new_branches
 from unziplora.methods.data import class_examples, image_examples
@@ -43,6 +44,8 @@ class DreamBooth(AdapterMethod[DreamBoothConfig, TrainingData]):
     def check(cls, config: DreamBoothConfig, base: Base | None = None) -> None:
         for text in (*config.image_prompts(), config.fill(config.class_prompt or "")):
             Prompts(text)
+        if config.prior and config.class_folder and config.class_folder.expanduser().is_file():
+            raise UserError(f"{config.class_folder}: class_folder is a file; name a folder of class images")
 
     @classmethod
     def layers(cls, config: DreamBoothConfig, paths: list[str]) -> dict[str, list[str]]:

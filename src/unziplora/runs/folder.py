@@ -36,6 +36,8 @@ from unziplora.utils.inputs import read_toml
 if TYPE_CHECKING:
     from PIL import Image
 
+    from unziplora.config.training import TrainingConfig
+
 R = TypeVar("R", bound=Recipe)
 
 IMAGES = "images"
@@ -300,8 +302,7 @@ class RunFolder:
         run = cls(path)
         saved = run.config(type(config))
         if not run.steps() and not run.card.exists():
-            changes = {name: (getattr(saved, name), getattr(config, name)) for name in changed_settings(saved, config)}
-            run.check_unchanged([f"{name}: {old!r} → {new!r}" for name, (old, new) in changes.items()])
+            run.check_settings(config)
         with run.lock():  # before tidying, because another process may be writing
             for folder in (path, run.samples, run.checkpoints, path / "steps"):
                 remove_leftovers(folder)
@@ -342,6 +343,32 @@ class RunFolder:
         with explained(self.card):
             self.card.unlink()  # first, because its checkpoint is finished by the old configuration too
         atomic_write(self.config_file, to_toml(with_absolute_paths(config)))
+
+    def check_extendable(self, config: TrainingConfig, extendable: bool = True) -> None:
+        """Refuse to resume a finished run that cannot be extended.
+
+        Args:
+            extendable: the method can go on after its last step.
+
+        Raises:
+            UserError: it has as many steps, or no checkpoint.
+        """
+        if not self.card.exists():  # the last file to be written
+            return
+        if not extendable or config.steps <= self.config(type(config)).steps:
+            raise UserError(f"{self.path}: this run is finished; choose another --out for a new one")
+        if not self.steps():
+            raise UserError(f"{self.checkpoints}: no checkpoint to extend this run from; choose another --out")
+
+    def check_settings(self, config: Recipe) -> None:
+        """Refuse to resume a run with other settings than it began with; a finished one may have more steps.
+
+        Raises:
+            UserError: a key that decides what is learned differs.
+        """
+        saved, extended = self.config(type(config)), {"steps"} if self.card.exists() else set()
+        keys = [name for name in changed_settings(saved, config) if name not in extended]
+        self.check_unchanged([f"{name}: {getattr(saved, name)!r} → {getattr(config, name)!r}" for name in keys])
 
     def check_unchanged(self, changes: Sequence[str]) -> None:
         """Refuse to resume a run in which something that decides what is learned is not as it was.

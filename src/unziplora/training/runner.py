@@ -111,11 +111,7 @@ def in_run_folder(
     """
     opened = RunFolder.resumed if resume else RunFolder.created
     with opened(config.out, config) as run, caught(signal.default_int_handler, *STOP):
-        if run.card.exists():  # the last file to be written
-            if not extendable or config.steps <= run.config(type(config)).steps:
-                raise UserError(f"{run.path}: this run is finished; choose another --out for a new one")
-            if not run.steps():
-                raise UserError(f"{run.checkpoints}: no checkpoint to extend this run from; choose another --out")
+        run.check_extendable(config, extendable)
         try:
             work(run)
         except Exception as error:
