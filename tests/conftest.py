@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import settings
 
 from unziplora.models.base import Base, load_base
 from unziplora.training.trainer import StepReport, Trainer
+from unziplora.utils.signals import STOP
 
 # The suite tries the same examples every time; a longer search is `pytest --hypothesis-profile=torture`.
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
@@ -46,6 +48,13 @@ def _steps_draw_nothing_global(monkeypatch: pytest.MonkeyPatch) -> None:
         return report
 
     monkeypatch.setattr(Trainer, "step", checked)
+
+
+def pytest_configure() -> None:
+    """Receive the signals that tests send themselves: in the background or under nohup they begin ignored."""
+    for number in STOP:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,10 @@ from unziplora.config.sample import SampleConfig
 from unziplora.errors import UserError
 from unziplora.models.text import Prompts
 from unziplora.sampling.pipeline import Settings
+from unziplora.sampling.prompts import plan_prompts
 from unziplora.sampling.sample import describe
-from unziplora.sampling.session import SamplingSession, plan_sampling, shared_names
+from unziplora.sampling.session import SamplingSession, shared_names
+from unziplora.sampling.sources import find_loras
 
 GRAPH = {"1": {"inputs": {"ckpt_name": "xl/sd_xl_base_1.0.safetensors"}}, "2": {"inputs": {"steps": 5}}}
 VALUES = {"seed": 3, "steps": 5, "cfg": 4.0, "filename_prefix": "cat", "sampler": "euler", "negative": "blurry"}
@@ -57,9 +59,7 @@ def test_text_is_that_of_unziplora_sample(nodes, monkeypatch, model, clip, files
     assert text.pop("prompt") == json.dumps(GRAPH)
     assert text.pop("workflow") == '{"id": 1}'
     assert text == describe(config, session, PROMPTS, Image.new("RGB", (8, 16)), 3)
-    assert plan_sampling(config, SimpleNamespace(name="b", unet=SimpleNamespace(config={}), scale=None)).prompts == [
-        PROMPTS
-    ]
+    assert plan_prompts(config, find_loras(config)) == [PROMPTS]
 
 
 def test_one_prompt_for_both_is_mode_direct(nodes, monkeypatch, model, clip, files, state):
