@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 
+from unziplora.cli.output import report_error
 from unziplora.errors import UnziploraError
 
 
@@ -11,5 +12,4 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UnziploraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(report_error(error, as_json=False))

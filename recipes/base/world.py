@@ -62,8 +62,7 @@ class World:
     """Reader of the zip of drawings (`SET/CONCEPT.webp`, RGBA) and its metadata.
 
     Raises:
-        UserError: the zip or the metadata is missing.
-        UserError: the settings would train on something that must stay unseen.
+        UserError: the zip or the metadata is missing, or the settings would train on something that must stay unseen.
     """
 
     def __init__(self, settings: WorldSettings):

@@ -85,7 +85,7 @@ def plan_sampling(config: GenerationConfig, base: Base | None = None) -> Samplin
     prompts = plan_prompts(config, sources)
     unet = described_unet(name) if base is None else base.unet
     files = {file: read_lora(file, unet and unet.config) for file in dict.fromkeys(source.file for source in sources)}
-    if unet is not None:
+    if base is None and unet is not None:  # an open base is checked where the LoRAs are attached
         for file, lora in files.items():
             check_fits(lora, unet, str(file), f"base {name}")
     loras = []
